@@ -1,0 +1,5 @@
+"""`python -m selectflow`."""
+
+from selectflow.cli import main
+
+raise SystemExit(main())

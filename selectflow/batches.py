@@ -1,0 +1,120 @@
+"""Batches as users have them: any nesting of tensors with one leading dimension.
+
+A batch may be a tensor, a tuple, list or named tuple, a mapping (dict, Hugging Face
+BatchEncoding) or a dataclass of these. Lists of other things (keys, texts) with one entry per
+example are indexed along; everything else passes through.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+Batch = Any
+"""A nesting of tensors whose leading dimension counts examples."""
+
+_KEY_NAMES = ("__key__", "key", "keys", "id", "ids")
+
+
+def num_examples(batch: Batch) -> int:
+    """Number of examples: the leading dimension that all tensors share.
+
+    Raises:
+        ValueError: no tensor, a tensor without dimensions, or tensors that disagree.
+    """
+    sizes = {
+        path: len(leaf) if leaf.ndim else None
+        for path, leaf in _leaves(batch)
+        if isinstance(leaf, Tensor | np.ndarray)
+    }
+    if not sizes:
+        raise ValueError(f"batch must hold at least one tensor, got {type(batch).__name__}")
+    if len(set(sizes.values())) > 1 or None in sizes.values():
+        listed = ", ".join(f"{path or 'batch'}: {size}" for path, size in sizes.items())
+        raise ValueError(
+            f"all tensors of a batch must have the same leading dimension, got {listed}; "
+            "put what is not per example outside the batch"
+        )
+    return next(size for size in sizes.values() if size is not None)
+
+
+def take(batch: Batch, index: Tensor | slice) -> Batch:
+    """The examples at `index` (1-d int64 tensor, or a slice), in that order, as the same type."""
+    size = num_examples(batch)
+
+    def pick(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf[index.to(leaf.device) if isinstance(index, Tensor) else index]
+        if isinstance(leaf, np.ndarray):
+            return leaf[index.numpy(force=True) if isinstance(index, Tensor) else index]
+        if isinstance(leaf, list) and len(leaf) == size:
+            return leaf[index] if isinstance(index, slice) else [leaf[i] for i in index.tolist()]
+        return leaf
+
+    return _map(pick, batch)
+
+
+def chunks(batch: Batch, size: int | None) -> Iterator[Batch]:
+    """Consecutive parts of at most `size` examples; None: the batch itself."""
+    total = num_examples(batch)
+    if size is None or total <= size:
+        yield batch
+        return
+    for start in range(0, total, size):
+        yield take(batch, slice(start, start + size))
+
+
+def describe(batch: Batch, index: Tensor) -> str:
+    """Names of the examples at `index` for messages: their keys where the batch has keys."""
+    if isinstance(batch, Mapping):
+        for name in _KEY_NAMES:
+            keys = batch.get(name)
+            if isinstance(keys, list) and len(keys) == num_examples(batch):
+                return "keys " + ", ".join(str(keys[i]) for i in index[:8].tolist())
+    return "positions " + ", ".join(str(i) for i in index[:8].tolist())
+
+
+def _is_leaf(node: Any) -> bool:
+    if isinstance(node, list):  # a list of tensors is a batch, a list of keys is one leaf
+        return not any(isinstance(item, Tensor | np.ndarray) for item in node)
+    is_record = dataclasses.is_dataclass(node) and not isinstance(node, type)
+    return not (isinstance(node, tuple | Mapping) or is_record)
+
+
+def _children(node: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        yield from ((str(key), value) for key, value in node.items())
+    elif dataclasses.is_dataclass(node):
+        yield from ((field.name, getattr(node, field.name)) for field in dataclasses.fields(node))
+    else:
+        yield from ((str(position), value) for position, value in enumerate(node))
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if _is_leaf(node):
+        yield path, node
+        return
+    for name, child in _children(node):
+        yield from _leaves(child, f"{path}.{name}" if path else name)
+
+
+def _map(function: Callable[[Any], Any], node: Any) -> Any:
+    if _is_leaf(node):
+        return function(node)
+    if isinstance(node, Mapping):
+        items = {key: _map(function, value) for key, value in node.items()}
+        if type(node) is dict or not isinstance(node, MutableMapping):
+            return items
+        mapped = copy.copy(node)  # keeps what a BatchEncoding or defaultdict is beside its items
+        mapped.update(items)
+        return mapped
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        fields = {name: _map(function, child) for name, child in _children(node)}
+        return dataclasses.replace(node, **fields)
+    parts = [_map(function, child) for child in node]
+    return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)

@@ -1,0 +1,105 @@
+"""The command line: `selectflow shards | compare | schema`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from selectflow.config import json_schema
+from selectflow.report.runs import Run, find_runs, load_run
+
+# A command imports what it alone needs when it runs, so that the others start quickly.
+
+
+def _make_digits(args: argparse.Namespace) -> None:
+    from selectflow.data import make_digits  # noqa: PLC0415
+
+    make_digits(args.root, label_noise=args.label_noise, seed=args.seed, per_shard=args.per_shard)
+    print(f"wrote {args.root}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from selectflow.report.chart import write_png  # noqa: PLC0415
+    from selectflow.report.compare import summarize  # noqa: PLC0415
+    from selectflow.report.table import print_table, write_csv  # noqa: PLC0415
+
+    runs = _finished([load_run(path) for path in find_runs(args.runs)])
+    comparison = summarize(runs)
+    print_table(comparison)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_csv(comparison, args.out / "compare.csv")
+    write_png(runs, args.out / "compare.png")
+    print(f"wrote {args.out / 'compare.csv'} and {args.out / 'compare.png'}")
+
+
+def _finished(runs: list[Run]) -> list[Run]:
+    # One crashed run would otherwise pull the common last step of all the others down to its own.
+    finished = [run for run in runs if run.status == "finished"]
+    if not finished:
+        print("no run has finished yet: all are compared as far as they got")
+        return runs
+    for run in runs:
+        if run.status == "unfinished":
+            step, steps = run.metrics[-1]["train/step"], run.config.get("steps")
+            print(f"left out, unfinished at step {step} of {steps}: {run.path}")
+    return finished
+
+
+def _schema(args: argparse.Namespace) -> None:
+    print(json_schema())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selectflow", description="Online data selection for PyTorch."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    shards = commands.add_parser("shards", help="write WebDataset shards")
+    kinds = shards.add_subparsers(required=True, metavar="COMMAND")
+    make = kinds.add_parser("make", help="write a built-in dataset")
+    datasets = make.add_subparsers(required=True, metavar="DATASET")
+    digits = datasets.add_parser("digits", help="scikit-learn's 8x8 handwritten digits")
+    digits.add_argument("--root", type=Path, required=True, metavar="DIR", help="where to write")
+    digits.add_argument(
+        "--label-noise", type=float, default=0.0, metavar="SHARE",
+        help="share of training labels to replace by a wrong one, in [0, 1) (default 0)",
+    )  # fmt: skip
+    digits.add_argument("--seed", type=int, default=0, metavar="N", help="which labels (default 0)")
+    digits.add_argument(
+        "--per-shard", type=int, default=256, metavar="N", help="samples of a shard (default 256)"
+    )
+    digits.set_defaults(command=_make_digits)
+
+    compare = commands.add_parser("compare", help="table and chart of several runs")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="run directory or glob of them")
+    compare.add_argument(
+        "--out", type=Path, default=Path("."), metavar="DIR",
+        help="where compare.csv and compare.png go (default: here)",
+    )  # fmt: skip
+    compare.set_defaults(command=_compare)
+
+    schema = commands.add_parser("schema", help="JSON schema of a run's configuration")
+    schema.set_defaults(command=_schema)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None for those of the process.
+
+    Returns:
+        0, or 2 for an error of the user, which is printed to stderr.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.command(args)
+    except (ValueError, OSError) as error:
+        # Our own errors explain themselves; any other ValueError is a defect and keeps its trace.
+        if isinstance(error, ValueError) and not type(error).__module__.startswith("selectflow."):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,20 @@
+"""WebDataset shards: written, read back, streamed as pools; built-in datasets."""
+
+from selectflow.data.digits import make_digits
+from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, write_manifest
+from selectflow.data.shards import read_split, write_split
+from selectflow.data.stream import PoolStream, read_batches, read_metadata
+
+__all__ = [
+    "DataError",
+    "Manifest",
+    "PoolStream",
+    "Shard",
+    "make_digits",
+    "read_batches",
+    "read_manifest",
+    "read_metadata",
+    "read_split",
+    "write_manifest",
+    "write_split",
+]

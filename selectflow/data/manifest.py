@@ -1,0 +1,154 @@
+"""The manifest of a dataset directory: which shards it holds, and what was asked for to make it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+
+
+class DataError(ValueError):
+    """A dataset that cannot be written or read as asked; the message says where and the fix."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of a split.
+
+    Args:
+        name: File name inside the dataset directory.
+        count: Number of samples, >= 1.
+        bytes: Size of the file.
+        sha256: Hex digest of the file.
+    """
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        for field, kind in {"name": str, "count": int, "bytes": int, "sha256": str}.items():
+            if not isinstance(getattr(self, field), kind):
+                raise DataError(f"{field} must be of type {kind.__name__} in {self}")
+        if self.count < 1 or Path(self.name).name != self.name:
+            raise DataError(f"count must be >= 1 and name a plain file name in {self}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset directory holds.
+
+    Args:
+        splits: Shards of each split, in stored order.
+        fields: Extensions that every sample has, such as "npy" and "cls".
+        options: The builder's options, its own name under "name".
+        seed: Seed of the builder.
+        version: Version of this format.
+    """
+
+    splits: dict[str, tuple[Shard, ...]]
+    fields: tuple[str, ...]
+    options: dict[str, Any]
+    seed: int
+    version: int = MANIFEST_VERSION
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """Shards of one split.
+
+        Raises:
+            DataError: The split is not in the manifest.
+        """
+        if not self.splits.get(split):
+            held = sorted(name for name, shards in self.splits.items() if shards)
+            raise DataError(f"split must be one of {held}, got {split!r}; rename it")
+        return self.splits[split]
+
+    def fingerprint(self) -> str:
+        """Hex digest of the manifest: equal if and only if samples, order and options are equal."""
+        return hashlib.sha256(_to_json(self).encode()).hexdigest()
+
+
+def write_manifest(root: str | Path, manifest: Manifest) -> None:
+    """Write a manifest; a reader sees the whole of it or the one before.
+
+    Args:
+        root: Dataset directory, which exists.
+        manifest: What it holds.
+    """
+    with atomic_file(Path(root) / MANIFEST_NAME) as file:
+        file.write(_to_json(manifest).encode())
+
+
+def read_manifest(root: str | Path) -> Manifest:
+    """Read the manifest of a dataset directory.
+
+    Args:
+        root: Dataset directory.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: The directory or its manifest is missing, malformed or of another version.
+    """
+    path = Path(root) / MANIFEST_NAME
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(
+            f"root must be a dataset directory with a {MANIFEST_NAME}, got {str(root)!r}; "
+            "write the dataset there first, or correct the path"
+        ) from None
+    try:
+        return _from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} must be a manifest of version {MANIFEST_VERSION}, "
+            f"got {type(error).__name__}: {error}; delete the directory and write the dataset again"
+        ) from error
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that takes its name only once it is whole.
+
+    Args:
+        path: Final name; an existing file is replaced.
+
+    Yields:
+        A binary file; after an exception nothing of it is left.
+    """
+    # the process id keeps two writers of the same dataset apart
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _to_json(manifest: Manifest) -> str:
+    return json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
+
+
+def _from_json(text: bytes) -> Manifest:
+    raw = json.loads(text)
+    if raw["version"] != MANIFEST_VERSION:
+        raise DataError(f"version {raw['version']}")
+    return Manifest(
+        splits={
+            split: tuple(Shard(**shard) for shard in shards)
+            for split, shards in raw["splits"].items()
+        },
+        fields=tuple(raw["fields"]),
+        options=dict(raw["options"]),
+        seed=int(raw["seed"]),
+    )

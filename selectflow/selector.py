@@ -1,0 +1,434 @@
+"""The selector: peeks pools, looks ahead, scores, keeps. The whole algorithm is in `select`."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from selectflow.batches import Batch, num_examples, take
+from selectflow.derivatives import (
+    Curvature,
+    Derivatives,
+    LossFn,
+    Method,
+    Objective,
+    check_finite,
+)
+from selectflow.dynamics import State, Update
+from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
+from selectflow.optimizers import OptimizerReader
+from selectflow.params import Params
+from selectflow.strategies import Candidates, Strategy, resolve
+
+NominalChoice = Literal["random", "policy"]
+
+_RECHECK_EVERY = 100  # look-aheads between two checks that central differences still agree
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was kept of one pool, and why.
+
+    Attributes:
+        indices: positions kept in the pool, best first, shape (B,), int64, on the CPU.
+        scores: score of every candidate, shape (P,), on the CPU; larger is kept first. For
+            `influence`: target loss per unit of example weight, positive = it helps.
+        losses: loss of every candidate at the present parameters, shape (P,), on the CPU; None
+            where the strategy did not need it.
+        step: optimizer updates made before this batch is trained on.
+        horizon: updates that the sensitivity in use looked ahead; None without a look-ahead.
+        age: optimizer updates since that look-ahead.
+        target_loss: mean target loss at the end of its rollout; None without one.
+        lookahead_s: seconds of the look-ahead made for this pool, 0 where none was due.
+        seconds: seconds of the whole selection, look-ahead included.
+    """
+
+    indices: Tensor
+    scores: Tensor
+    losses: Tensor | None
+    step: int
+    horizon: int | None
+    age: int
+    target_loss: float | None
+    lookahead_s: float
+    seconds: float
+
+
+class Selector:
+    """Keeps, of every candidate pool, the examples whose training lowers the target loss most.
+
+    The model, its optimizer, scheduler, gradients, buffers, mode and all random generators are
+    the same after a selection as before it, also when it raises.
+
+    Args:
+        model: the module that is trained. Parameters in float32 or float64.
+        optimizer: its `torch.optim.AdamW`, `Adam` or `SGD`.
+        loss_fn: `loss_fn(model, batch)` -> per-example losses, shape (N,), differentiable.
+        target: batches of clean examples that define the goal, iterated again and again, one
+            for each look-ahead. Any re-iterable: a list, a DataLoader.
+        keep: examples kept of each pool, at least 1; a float in (0, 1] is a fraction of it.
+        horizon: optimizer updates between scoring and reading the target loss, >= 0. At the end
+            of a stream the look-ahead is as long as the pools that are left.
+        interval: optimizer steps between two look-aheads, >= 1. Steps between use the
+            sensitivities that the last sweep left for them, beyond its horizon the last one.
+        strategy: "uniform", "loss", "influence" or a function of `Candidates`.
+        derivative: "exact" (forward mode), "central" (differences) or "auto".
+        curvature: Hessian of the look-ahead: "exact", "fisher" (empirical Fisher) or "none".
+        lr_scheduler: stepped by the user once after every optimizer step; the look-ahead then
+            follows the learning rates to come.
+        max_grad_norm: what the user clips gradients to, by norm.
+        seed: of the selector's own random numbers.
+        nominal: which part of each pool the look-ahead simulates: a "random" one, or what the
+            current "policy" would keep.
+        chunk_size: examples to a pass when scoring and looking ahead; None: all at once.
+        memory_gib: limit for the states a look-ahead keeps, in GiB; recomputes beyond it.
+
+    Raises:
+        TypeError: the optimizer or scheduler cannot be modelled.
+        ValueError: an argument out of its range; an optimizer with foreign parameters or state
+            on another device than the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss_fn: LossFn,
+        target: Iterable[Batch],
+        keep: int | float,
+        horizon: int = 1,
+        interval: int = 1,
+        strategy: str | Strategy = "influence",
+        derivative: Method = "auto",
+        curvature: Curvature = "exact",
+        lr_scheduler: LRScheduler | None = None,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+        *,
+        nominal: NominalChoice = "random",
+        chunk_size: int | None = None,
+        memory_gib: float = 1.0,
+    ) -> None:
+        _check_range("horizon", horizon, 0)
+        _check_range("interval", interval, 1)
+        _check_choice("curvature", curvature, ("exact", "fisher", "none"))
+        _check_choice("nominal", nominal, ("random", "policy"))
+        _check_keep(keep)
+        if not memory_gib > 0:
+            raise ValueError(f"memory_gib must be > 0, got {memory_gib}")
+        self._objective = Objective(model, loss_fn)
+        self._derivatives = Derivatives(self._objective, derivative, chunk_size)
+        self._optimizer = OptimizerReader(
+            self._objective.model, optimizer, lr_scheduler, max_grad_norm
+        )
+        self._target = _Cycle(target)
+        self._strategy = resolve(strategy)
+        self._keep, self._horizon, self._interval = keep, horizon, interval
+        self._curvature, self._nominal, self._memory_gib = curvature, nominal, memory_gib
+        self._generator = torch.Generator().manual_seed(seed)
+        self._options = {
+            "keep": keep,
+            "horizon": horizon,
+            "interval": interval,
+            "strategy": strategy if isinstance(strategy, str) else self._strategy.__name__,
+            "derivative": derivative,
+            "curvature": curvature,
+            "nominal": nominal,
+            "seed": seed,
+        }
+        self._peeked: deque[Batch] = deque()
+        self._ahead: LookAhead | None = None
+        self._refreshed_at = 0  # optimizer step of the last look-ahead
+        self._num_lookaheads = 0
+        self.last: Selection | None = None
+
+    # --- selecting ------------------------------------------------------------------------
+
+    def stream(self, pools: Iterable[Batch]) -> Iterator[Batch]:
+        """Selected batches, one for each pool, in the pools' order.
+
+        Pools that a look-ahead peeks at are handed out later, in order: none is lost or used
+        twice. The optimizer is read when the next batch is asked for.
+
+        Args:
+            pools: batches of P >= keep candidates; may be endless.
+
+        Yields:
+            Batches of the pools' type with the kept examples, best first.
+        """
+        source = iter(pools)
+        while True:
+            if not self._peeked:
+                self._peeked.extend(islice(source, 1))
+            if not self._peeked:
+                return
+            pool = self._peeked.popleft()
+            yield self.select(pool, self._peek(source))
+
+    def select(self, pool: Batch, upcoming: Iterable[Batch] = ()) -> Batch:
+        """The part of one pool to train on now.
+
+        Args:
+            pool: P >= keep candidates.
+            upcoming: the pools that follow it, for horizons above 1; as many as are needed are
+                drawn, and only when a look-ahead is due. Where they end, so does the look-ahead.
+
+        Returns:
+            The kept examples, best first; `last` has the indices, scores and costs.
+
+        Raises:
+            ValueError: the pool is smaller than keep, its leaves disagree in length, the target
+                is empty, or loss_fn or the strategy returns a wrong shape.
+            FloatingPointError: a loss, derivative or score is not finite; names the optimizer
+                step and the examples.
+        """
+        began = time.perf_counter()
+        size = num_examples(pool)
+        num_kept = self._num_kept(size)
+        scoring = _Scoring(self, pool, upcoming, self._optimizer.num_steps())
+        try:
+            scores = self._scores(scoring, size)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"at optimizer step {scoring.step}: {error}") from error
+        indices = scores.argsort(descending=True, stable=True)[:num_kept]
+        ahead = self._ahead
+        self.last = Selection(
+            indices=indices,
+            scores=scores,
+            losses=None if scoring.losses is None else scoring.losses.cpu(),
+            step=scoring.step,
+            horizon=ahead.horizon if ahead else None,
+            age=scoring.step - self._refreshed_at if ahead else 0,
+            target_loss=ahead.target_loss if ahead else None,
+            lookahead_s=scoring.lookahead_s,
+            seconds=time.perf_counter() - began,
+        )
+        return take(pool, indices)
+
+    def _scores(self, scoring: _Scoring, size: int) -> Tensor:
+        candidates = Candidates(
+            scoring.pool, size, scoring.read_losses, scoring.read_influence, self._generator
+        )
+        scores = self._strategy(candidates).detach().cpu()
+        if scores.shape != (size,):
+            raise ValueError(
+                f"strategy must return one score per example, shape ({size},), "
+                f"got {tuple(scores.shape)}"
+            )
+        check_finite("scores", scores, scoring.pool)
+        return scores
+
+    def _num_kept(self, size: int) -> int:
+        keep = self._keep
+        num = max(1, round(keep * size)) if isinstance(keep, float) else keep
+        if size < num:
+            raise ValueError(
+                f"a pool must hold at least keep = {num} examples, got {size}; "
+                "lower keep, give it as a fraction, or drop the last partial pool"
+            )
+        return num
+
+    def _peek(self, source: Iterator[Batch]) -> Iterator[Batch]:
+        """The pools to come, remembered for `stream` as they are drawn."""
+        position = 0
+        while True:
+            if position == len(self._peeked):
+                self._peeked.extend(islice(source, 1))
+            if position == len(self._peeked):
+                return
+            yield self._peeked[position]
+            position += 1
+
+    # --- looking ahead --------------------------------------------------------------------
+
+    def _sensitivity(self, step: int, pool: Batch, upcoming: Iterable[Batch]) -> Params:
+        """Gamma for the update after `step`, from a new look-ahead where one is due."""
+        age = step - self._refreshed_at
+        if self._ahead is None or not 0 <= age < self._interval:
+            self._refresh(step, [pool, *islice(upcoming, max(0, self._horizon - 1))])
+            age = 0
+        assert self._ahead is not None
+        gammas = self._ahead.sensitivities
+        return gammas[min(age, len(gammas) - 1)]
+
+    def _refresh(self, step: int, pools: list[Batch]) -> None:
+        if self._num_lookaheads % _RECHECK_EVERY == 0:
+            self._derivatives.decided.clear()
+        with self._objective.scoring():
+            target = self._target.next()
+            state = self._optimizer.state()
+            updates = self._optimizer.updates(max(1, min(self._horizon, len(pools))))
+            if self._horizon == 0:
+                self._ahead = immediate(self._derivatives, updates[0], state, target)
+            else:
+                self._ahead = self._look_ahead(state, updates, pools, target)
+        self._refreshed_at = step
+        self._num_lookaheads += 1
+
+    def _look_ahead(
+        self, state: State, updates: list[Update], pools: list[Batch], target: Batch
+    ) -> LookAhead:
+        def random(index: int, _: State) -> Batch:
+            size = num_examples(pools[index])
+            order = torch.randperm(size, generator=self._generator)
+            return take(pools[index], order[: self._num_kept(size)])
+
+        def policy(index: int, state: State) -> Batch:
+            # A sensitivity of its own for each simulated step: a stale one misleads.
+            gamma = immediate(self._derivatives, updates[index], state, target).sensitivities[0]
+            _, slopes = self._derivatives.along(state.params, gamma, pools[index])
+            order = slopes.argsort(stable=True)
+            return take(pools[index], order[: self._num_kept(len(order))])
+
+        nominal = random if self._nominal == "random" else policy
+        return look_ahead(
+            Window(self._derivatives, updates, nominal, self._curvature),
+            state,
+            target,
+            num_sensitivities=self._interval,
+            memory_gib=self._memory_gib,
+        )
+
+    # --- state ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next selections depend on; `torch.save` it with model and optimizer.
+
+        Pools that were peeked at and not yet handed out are part of it, so the source of pools
+        is resumed after the last one it gave.
+        """
+        return {
+            "options": self._options,
+            "generator": self._generator.get_state(),
+            "num_steps": self._optimizer.num_steps(),
+            "refreshed_at": self._refreshed_at,
+            "num_lookaheads": self._num_lookaheads,
+            "ahead": self._ahead and _plain(self._ahead),
+            "decided": dict(self._derivatives.decided),
+            "target_position": self._target.position,
+            "peeked": list(self._peeked),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`, bit for bit, with the model and optimizer of that moment.
+
+        Raises:
+            ValueError: the state is of a selector with other options, or of another model.
+        """
+        differing = [
+            name for name in self._options if state["options"][name] != self._options[name]
+        ]
+        if differing:
+            listed = ", ".join(
+                f"{name}: {state['options'][name]!r} saved, {self._options[name]!r} here"
+                for name in differing
+            )
+            raise ValueError(f"selector options must be those of the saved state, got {listed}")
+        self._ahead = state["ahead"] and _restored(state["ahead"], self._optimizer.params())
+        self._generator.set_state(state["generator"])
+        self._optimizer.resume_at(state["num_steps"])
+        self._refreshed_at = state["refreshed_at"]
+        self._num_lookaheads = state["num_lookaheads"]
+        self._derivatives.decided = dict(state["decided"])
+        self._target.seek(state["target_position"])
+        self._peeked = deque(state["peeked"])
+
+
+class _Scoring:
+    """What a strategy may ask of one pool; keeps the losses that came along."""
+
+    def __init__(self, selector: Selector, pool: Batch, upcoming: Iterable[Batch], step: int):
+        self.pool, self.step = pool, step
+        self.losses: Tensor | None = None
+        self.lookahead_s = 0.0
+        self._selector, self._upcoming = selector, upcoming
+
+    def read_losses(self) -> Tensor:
+        selector = self._selector
+        if self.losses is None:
+            with selector._objective.scoring():
+                params = selector._optimizer.params().detach()
+                self.losses = selector._derivatives.losses(params, self.pool)
+        return self.losses
+
+    def read_influence(self) -> Tensor:
+        selector, began = self._selector, time.perf_counter()
+        gamma = selector._sensitivity(self.step, self.pool, self._upcoming)
+        self.lookahead_s = time.perf_counter() - began
+        with selector._objective.scoring():
+            params = selector._optimizer.params().detach()
+            self.losses, slopes = selector._derivatives.along(params, gamma, self.pool)
+        return -slopes
+
+
+class _Cycle:
+    """Target batches, again and again, with a position that can be restored."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        if iter(batches) is batches:  # a generator ends once and for all
+            batches = list(batches)
+        self._batches = batches
+        self._iterator: Iterator[Batch] = iter(())
+        self.position = 0  # batches handed out of the present round
+
+    def next(self) -> Batch:
+        for batch in islice(self._iterator, 1):
+            self.position += 1
+            return batch
+        self._iterator, self.position = iter(self._batches), 0
+        for batch in islice(self._iterator, 1):
+            self.position = 1
+            return batch
+        raise ValueError("target must yield at least one batch, got none; pass a list of batches")
+
+    def seek(self, position: int) -> None:
+        self._iterator = islice(iter(self._batches), position, None)
+        self.position = position
+
+
+def _plain(ahead: LookAhead) -> dict[str, Any]:
+    gammas = [dict(gamma) for gamma in ahead.sensitivities]
+    return {"horizon": ahead.horizon, "target_loss": ahead.target_loss, "sensitivities": gammas}
+
+
+def _restored(saved: dict[str, Any], params: Params) -> LookAhead:
+    gammas = []
+    for gamma in saved["sensitivities"]:
+        shapes = {name: tuple(tensor.shape) for name, tensor in gamma.items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in params.items()}
+        if shapes != expected:
+            differing = sorted(
+                name for name in shapes | expected if shapes.get(name) != expected.get(name)
+            )
+            raise ValueError(
+                f"saved sensitivities must fit the trained parameters, got a difference in "
+                f"{', '.join(differing[:5])}; load the state of the same model"
+            )
+        gammas.append(Params((name, gamma[name].to(params[name])) for name in params))
+    return LookAhead(saved["horizon"], saved["target_loss"], gammas)
+
+
+def _check_range(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _check_keep(keep: int | float) -> None:
+    is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+    is_fraction = isinstance(keep, float) and 0 < keep <= 1
+    if not (is_count or is_fraction):
+        raise ValueError(f"keep must be an integer >= 1 or a fraction in (0, 1], got {keep!r}")

@@ -1,0 +1,249 @@
+"""What a run reports while it trains: metrics.jsonl, summary.json, W&B and a progress line."""
+
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+Mode = Literal["disabled", "offline", "online"]
+
+
+class Tracker:
+    """The metrics of a run, kept in its directory and copied to W&B.
+
+    metrics.jsonl is the source of truth. W&B is a sink of it: when it fails, it is switched off
+    with one warning and the run goes on. An error in writing our own files always raises.
+
+    Args:
+        run_dir: directory of the run; made if it does not exist.
+        config: the resolved configuration in plain values.
+        name: name of the run in W&B.
+        mode: disabled, offline (no login needed) or online (offline if W&B cannot be reached).
+        project: W&B project.
+        group: W&B group, the runs that are compared.
+        job_type: W&B job type.
+        tags: W&B tags.
+        run_id: id of an earlier W&B run that this one continues; None starts a new one.
+        timeout_s: seconds that W&B may take to start, and again to upload the rest at the end.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Mapping[str, Any],
+        *,
+        name: str,
+        mode: Mode = "disabled",
+        project: str = "selectflow",
+        group: str | None = None,
+        job_type: str | None = None,
+        tags: Sequence[str] = (),
+        run_id: str | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = run_dir / "metrics.jsonl"
+        self._summary = run_dir / "summary.json"
+        self._last: dict[str, Any] = {}
+        _cut_torn_line(self._metrics)
+        options = {
+            "dir": str(run_dir),
+            "config": dict(config),
+            "name": name,
+            "project": project,
+            "group": group,
+            "job_type": job_type,
+            "tags": list(tags),
+            "id": run_id,
+        }
+        self._wandb = None if mode == "disabled" else _start_wandb(options, mode, timeout_s)
+        self.run_id: str | None = self._wandb.id if self._wandb else None
+
+    def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        """Append one line to metrics.jsonl, then send it to W&B.
+
+        Args:
+            step: optimizer steps done.
+            metrics: values by metric name; a value that is not finite is written as null.
+
+        Raises:
+            OSError: the line cannot be written; it names the file.
+            TypeError: a value is not a number.
+        """
+        record = {"train/step": step} | {key: _number(key, value) for key, value in metrics.items()}
+        _write(self._metrics, json.dumps(record, allow_nan=False) + "\n", mode="a")
+        self._last |= record
+        finite = {key: value for key, value in record.items() if value is not None}
+        self._to_wandb(lambda run: run.log(finite))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json and close W&B.
+
+        Args:
+            summary: what to add to the last logged value of each metric, as "status" and "steps".
+
+        Raises:
+            OSError: the file cannot be written; it names the file.
+        """
+        values = self._last | {
+            key: _number(key, value) if isinstance(value, float) else value
+            for key, value in summary.items()
+        }
+        # Written beside and then renamed: a reader sees the whole summary or none.
+        beside = self._summary.with_name("summary.json.tmp")
+        _write(beside, json.dumps(values, indent=2, allow_nan=False) + "\n", mode="w")
+        os.replace(beside, self._summary)
+        self._to_wandb(lambda run: (run.summary.update(values), run.finish()))
+        self._wandb = None
+
+    def _to_wandb(self, send: Callable[[Any], object]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            send(self._wandb)
+        except Exception as error:  # W&B raises anything, and none of it is worth losing a run
+            self._wandb = None
+            _warn(f"W&B failed and is switched off, the run goes on with {self._metrics}", error)
+
+
+def _start_wandb(options: dict[str, Any], mode: Mode, timeout_s: float) -> Any:
+    try:
+        return _open_wandb(options, mode, timeout_s)
+    except Exception as error:  # see Tracker._to_wandb
+        if mode == "online":
+            _warn(
+                "W&B cannot be reached, the run is tracked offline; `wandb sync` uploads it", error
+            )
+            return _start_wandb(options, "offline", timeout_s)
+        _warn("W&B cannot start and is switched off, the run goes on without it", error)
+        return None
+
+
+def _open_wandb(options: dict[str, Any], mode: Mode, timeout_s: float) -> Any:
+    # Imported here alone: a run without W&B does not pay for it.
+    import wandb  # noqa: PLC0415
+
+    wandb.setup(wandb.Settings(silent=True))  # else the login below asks the server who we are
+    # At a terminal, wandb.init would stop the run to ask for a key.
+    if mode == "online" and not wandb.run and not wandb.login(prompt=False, verify=False):
+        raise RuntimeError("no login found; set WANDB_API_KEY or run `wandb login`")
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_git=True,
+        disable_code=True,
+        init_timeout=timeout_s,
+        finish_timeout=timeout_s,
+        reinit="create_new",  # an earlier run of this process that died must not be continued
+    )
+    # Offline there is nothing to resume: `wandb sync` joins runs of one id.
+    resume: Literal["allow"] | None = "allow" if options["id"] and mode == "online" else None
+    run = wandb.init(mode=mode, settings=settings, resume=resume, **options)
+    run.define_metric("train/step")
+    run.define_metric("*", step_metric="train/step")
+    return run
+
+
+def _warn(message: str, error: Exception) -> None:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    warnings.warn(f"{message} ({reason})", stacklevel=2)
+
+
+def _number(name: str, value: Any) -> float | int | None:
+    """A plain number of a metric, None if it is not finite."""
+    if isinstance(value, int):
+        return value
+    try:
+        value = float(value)  # also 0-d tensors and numpy scalars
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metric {name} must be a number, got {value!r}") from error
+    return value if math.isfinite(value) else None
+
+
+def _write(path: Path, text: str, mode: Literal["a", "w"]) -> None:
+    try:
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        # A full disk is only noticed on closing, and then the error does not say where.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop a last line without its end, left by a run that was killed while writing it."""
+    if not path.is_file():
+        return
+    text = path.read_bytes()
+    if not text.endswith(b"\n"):
+        os.truncate(path, text.rfind(b"\n") + 1)
+
+
+class Progress:
+    """A progress bar at a terminal, a plain line now and then elsewhere; written to stdout.
+
+    Args:
+        total: steps of the whole run.
+        every: steps between two plain lines.
+        description: what is going on.
+        force_terminal: True or False overrides the look at stdout.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        every: int = 50,
+        description: str = "train",
+        force_terminal: bool | None = None,
+    ) -> None:
+        self._total, self._every, self._description = total, every, description
+        self._console = Console(file=sys.stdout, force_terminal=force_terminal)
+        self._bar: Bar | None = None
+        if self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(description, total=total, text="")
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def update(self, step: int, text: str = "") -> None:
+        """Show that `step` steps are done.
+
+        Args:
+            step: optimizer steps done, at most `total`.
+            text: what to show beside it, as "loss 0.41".
+        """
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        elif step % self._every == 0 or step == self._total:
+            print(f"{self._description} {step}/{self._total} {text}".rstrip(), flush=True)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()

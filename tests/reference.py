@@ -1,0 +1,95 @@
+"""Slow, obvious versions of what selectflow computes fast: loops over examples and real reruns."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+
+def example(batch, index):
+    """A batch of the one example at `index`."""
+    return {
+        key: value[index : index + 1] if isinstance(value, torch.Tensor | list) else value
+        for key, value in batch.items()
+    }
+
+
+def count(batch):
+    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor))
+
+
+def per_example_gradients(model, loss_fn, batch):
+    """One dict of gradients an example, each by a backward pass of its own."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = []
+    for index in range(count(batch)):
+        loss = loss_fn(model, example(batch, index)).sum()
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        gradients.append(
+            {
+                name: torch.zeros_like(p) if g is None else g
+                for (name, p), g in zip(named.items(), grads, strict=True)
+            }
+        )
+    return gradients
+
+
+def inner(first, second):
+    return sum(float((first[name] * second[name]).sum()) for name in second)
+
+
+def slopes(model, loss_fn, batch, direction):
+    """Derivative of each example's loss along `direction`."""
+    gradients = per_example_gradients(model, loss_fn, batch)
+    return torch.tensor([inner(g, direction) for g in gradients], dtype=torch.float64)
+
+
+def clone(model, optimizer):
+    """Independent copies that go on exactly as the originals would."""
+    model_copy = copy.deepcopy(model)
+    twins = dict(zip(model.parameters(), model_copy.parameters(), strict=True))
+    groups = [
+        {**group, "params": [twins[p] for p in group["params"]]} for group in optimizer.param_groups
+    ]
+    optimizer_copy = type(optimizer)(groups)
+    optimizer_copy.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return model_copy, optimizer_copy
+
+
+def rerun(model, optimizer, loss_fn, batches, target, *, lrs=None, clip_scales=None, weights=()):
+    """Target loss after really training copies on `batches` with `torch.optim`.
+
+    lrs: learning rate of each step, else the optimizer's. clip_scales: factor on each step's
+    gradient. weights: (step, example, extra) adds `extra` to the example's weight 1/B.
+    """
+    model, optimizer = clone(model, optimizer)
+    for step, batch in enumerate(batches):
+        if lrs is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = lrs[step]
+        losses = loss_fn(model, batch)
+        weight = torch.full_like(losses, 1 / len(losses))
+        for at, index, extra in weights:
+            if at == step:
+                weight[index] += extra
+        optimizer.zero_grad()
+        (losses * weight).sum().backward()
+        if clip_scales is not None:
+            for param in model.parameters():
+                if param.grad is not None:
+                    param.grad.mul_(clip_scales[step])
+        optimizer.step()
+    with torch.no_grad():
+        return float(loss_fn(model, target).mean())
+
+
+def weight_derivative(model, optimizer, loss_fn, batches, target, step, index, delta=1e-4, **how):
+    """Central difference of the target loss in one example's weight, by two real reruns."""
+    ends = [
+        rerun(
+            model, optimizer, loss_fn, batches, target, weights=[(step, index, sign * delta)], **how
+        )
+        for sign in (1, -1)
+    ]
+    return (ends[0] - ends[1]) / (2 * delta)

@@ -1,0 +1,266 @@
+"""Scores, gradients and Hessian-vector products against loops over examples and autograd."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import PROBLEMS, image_loss, images
+from reference import per_example_gradients, slopes
+from torch import nn
+
+from selectflow.derivatives import Derivatives, Objective, unwrap
+from selectflow.params import Params
+
+IDS = [problem.name for problem in PROBLEMS]
+
+
+def setting(problem, dtype=torch.float64, num=24):
+    model, make = problem.make(dtype)
+    model.eval()
+    params = Params(model.named_parameters()).detach()
+    torch.manual_seed(1)
+    direction = params.map(torch.randn_like) * 1e-3
+    return model, params, direction, make(num)
+
+
+def derive(problem, model, method, chunk_size=None):
+    return Derivatives(Objective(model, problem.loss_fn), method, chunk_size)
+
+
+def relative(ours, theirs):
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [("exact", 1e-12), ("central", 1e-7)])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+def test_scores_equal_a_loop_over_examples(problem, method, tolerance):
+    model, params, direction, batch = setting(problem)
+    losses, found = derive(problem, model, method).along(params, direction, batch)
+    assert relative(found, slopes(model, problem.loss_fn, batch, direction)) < tolerance
+    assert relative(losses, problem.loss_fn(model, batch).detach()) < 1e-9
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+def test_exact_and_central_scores_agree_in_float32(problem):
+    model, params, direction, batch = setting(problem, torch.float32, num=64)
+    exact = derive(problem, model, "exact").along(params, direction, batch)[1]
+    central = derive(problem, model, "central").along(params, direction, batch)[1]
+    assert torch.corrcoef(torch.stack([exact, central]))[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("method", ["exact", "central"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+def test_chunks_and_order_leave_scores_unchanged(problem, method):
+    model, params, direction, batch = setting(problem)
+    whole = derive(problem, model, method).along(params, direction, batch)[1]
+    chunked = derive(problem, model, method, 7).along(params, direction, batch)[1]
+    order = torch.randperm(24)
+    shuffled = {k: v[order] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    permuted = derive(problem, model, method).along(params, direction, shuffled)[1]
+    assert relative(chunked, whole) < 1e-8
+    assert relative(permuted, whole[order]) < 1e-8
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+def test_gradient_and_curvature_products(problem, chunk_size):
+    model, params, direction, batch = setting(problem, num=12)
+    exact = derive(problem, model, "exact", chunk_size)
+    central = derive(problem, model, "central", chunk_size)
+    loss = problem.loss_fn(model, batch).mean()
+    named = dict(model.named_parameters())
+    grads = torch.autograd.grad(loss, list(named.values()), create_graph=True)
+    value, grad = exact.gradient(params, batch)
+    assert value == pytest.approx(loss.item(), rel=1e-12)
+    assert (grad - Params(zip(named, grads, strict=True)).detach()).norm() < 1e-12 * grad.norm()
+
+    examples = per_example_gradients(model, problem.loss_fn, batch)
+    along = slopes(model, problem.loss_fn, batch, direction)
+    fisher = Params(
+        (name, sum(s * g[name] for s, g in zip(along, examples, strict=True)) / 12)
+        for name in params
+    )
+    found = exact.fisher_product(params, direction, batch)
+    assert (found - fisher).norm() < 1e-11 * fisher.norm()
+
+    # Double backward has no fused attention: compare with a difference of gradients there.
+    step = 1e-5
+    ahead = exact.gradient(params.add(direction, step / direction.norm()), batch)[1]
+    behind = exact.gradient(params.add(direction, -step / direction.norm()), batch)[1]
+    hessian = (ahead - behind) / (2 * step) * direction.norm()
+    for derivatives in (exact, central):
+        found = derivatives.hessian_product(params, direction, batch)
+        assert (found - hessian).norm() < 1e-7 * hessian.norm()
+
+
+def test_weighted_gradient():
+    problem = PROBLEMS[0]
+    model, params, _, batch = setting(problem, num=6)
+    weights = torch.rand(6, dtype=torch.float64)
+    value, grad = derive(problem, model, "exact", 4).gradient(params, batch, weights)
+    examples = per_example_gradients(model, problem.loss_fn, batch)
+    expected = Params(
+        (name, sum(w * g[name] for w, g in zip(weights, examples, strict=True))) for name in params
+    )
+    assert (grad - expected).norm() < 1e-12 * expected.norm()
+    expected = (problem.loss_fn(model, batch).detach() * weights).sum()
+    assert value == pytest.approx(float(expected))
+
+
+def test_frozen_and_adapter_parameters_are_outside_the_vector():
+    class Adapted(nn.Module):
+        """A frozen layer plus a low-rank update that starts at zero, as LoRA adds it."""
+
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Linear(64, 10).requires_grad_(False)
+            self.down = nn.Linear(64, 2, bias=False)
+            self.up = nn.Linear(2, 10, bias=False)
+            nn.init.zeros_(self.up.weight)
+
+        def forward(self, x):
+            x = x.flatten(1)
+            return self.base(x) + self.up(self.down(x))
+
+    torch.manual_seed(0)
+    model = Adapted().double()
+    batch = {k: v.double() if k == "image" else v for k, v in images(8).items()}
+    params = Params((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
+    assert set(params) == {"down.weight", "up.weight"}
+    direction = params.map(torch.randn_like)
+    expected = slopes(model, image_loss, batch, direction)
+    for method in ("exact", "central", "auto"):
+        found = Derivatives(Objective(model, image_loss), method).along(params, direction, batch)
+        assert relative(found[1], expected) < 1e-6
+
+
+def test_scoring_switches_dropout_and_batch_norm_off_and_restores_all():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    model[3].eval()
+    objective = Objective(model, lambda m, b: m(b["image"]).square().mean(1))
+    params = Params(model.named_parameters()).detach()
+    batch = images(16)
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    generator = torch.get_rng_state()
+
+    def score():
+        with objective.scoring():
+            torch.rand(3)
+            return objective.losses(params, batch)
+
+    assert torch.equal(score(), score())
+    with pytest.raises(KeyError), objective.scoring():
+        raise KeyError
+    assert [module.training for module in model] == [True, True, True, False]
+    assert torch.equal(torch.get_rng_state(), generator)
+    for name, value in model.named_buffers():
+        assert torch.equal(value, buffers[name])
+
+
+def test_auto_takes_central_differences_where_they_agree(caplog):
+    problem = PROBLEMS[2]
+    model, params, direction, batch = setting(problem, torch.float32)
+    derivatives = derive(problem, model, "auto")
+    with caplog.at_level(logging.INFO, "selectflow"):
+        derivatives.along(params, direction, batch)
+        derivatives.along(params, direction, batch)
+        derivatives.hessian_product(params, direction, batch)
+    assert derivatives.decided == {"losses": "central", "gradients": "central"}
+    assert len([r for r in caplog.records if "derivatives of losses: central" in r.message]) == 1
+
+
+class Scale(torch.autograd.Function):
+    """A custom operator without forward mode, as fused kernels often are."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def test_auto_falls_back_to_central_where_forward_mode_fails(caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(Scale.apply(model(batch["image"])), batch["label"], reduction="none")
+
+    params = Params(model.named_parameters()).detach()
+    direction, batch = params.map(torch.randn_like), images(16)
+    derivatives = Derivatives(Objective(model, loss_fn), "auto")
+    with caplog.at_level(logging.INFO, "selectflow"):
+        found = derivatives.along(params, direction, batch)[1]
+    assert derivatives.decided == {"losses": "central"}
+    assert "no forward-mode derivative" in caplog.text
+    assert relative(found, slopes(model, loss_fn, batch, direction)) < 1e-2
+
+
+def test_auto_takes_the_exact_form_where_central_differences_fail():
+    """Losses through bfloat16 lose the digits that a small difference needs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def loss_fn(model, batch):
+        logits = model(batch["image"]).bfloat16().float()
+        return F.cross_entropy(logits, batch["label"], reduction="none")
+
+    params = Params(model.named_parameters()).detach()
+    direction, batch = params.map(torch.randn_like), images(16)
+    derivatives = Derivatives(Objective(model, loss_fn), "auto")
+    found = derivatives.along(params, direction, batch)[1]
+    assert derivatives.decided == {"losses": "exact"}
+    assert relative(found, slopes(model, loss_fn, batch, direction)) < 1e-2
+
+
+def test_no_usable_form_is_an_error():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def loss_fn(model, batch):
+        logits = Scale.apply(model(batch["image"]).bfloat16()).float()
+        return F.cross_entropy(logits, batch["label"], reduction="none")
+
+    params = Params(model.named_parameters()).detach()
+    derivatives = Derivatives(Objective(model, loss_fn), "auto")
+    with pytest.raises(FloatingPointError, match=r"must agree to 2%.*no forward-mode"):
+        derivatives.along(params, params.map(torch.randn_like), images(16))
+
+
+@pytest.mark.parametrize("method", ["exact", "central"])
+def test_a_direction_of_zeros_scores_zero(method):
+    problem = PROBLEMS[0]
+    model, params, direction, batch = setting(problem)
+    zeros = direction.zeros_like()
+    derivatives = derive(problem, model, method)
+    assert derivatives.along(params, zeros, batch)[1].abs().max() == 0
+    assert derivatives.hessian_product(params, zeros, batch).norm() == 0
+
+
+def test_half_precision_parameters_are_refused():
+    problem = PROBLEMS[0]
+    model, params, direction, batch = setting(problem, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"float32 or float64 parameters, got torch.bfloat16"):
+        derive(problem, model, "central").along(params, direction, batch)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none-but-per-token"])
+def test_losses_of_a_wrong_shape_are_refused(reduction):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def loss_fn(model, batch):
+        if reduction == "mean":
+            return F.cross_entropy(model(batch["image"]), batch["label"])
+        return model(batch["image"])
+
+    params = Params(model.named_parameters()).detach()
+    with pytest.raises(ValueError, match=r"one loss per example, shape \(5,\), got \("):
+        Objective(model, loss_fn).losses(params, images(5))
+
+
+def test_wrappers_are_looked_through():
+    model = nn.Linear(2, 2)
+    assert unwrap(nn.DataParallel(model)) is model
+    assert unwrap(torch.compile(model)) is model

@@ -1,0 +1,206 @@
+"""Sensitivities of a window against really rerunning it with one example's weight changed."""
+
+import pytest
+import torch
+from problems import PROBLEMS
+from reference import inner, per_example_gradients, rerun, weight_derivative
+
+from selectflow.derivatives import Derivatives, Objective
+from selectflow.dynamics import SILENT_RMS, Adjoint
+from selectflow.lookahead import (
+    Window,
+    immediate,
+    look_ahead,
+    sweep,
+    sweep_capacity,
+)
+from selectflow.optimizers import OptimizerReader
+
+IDS = [problem.name for problem in PROBLEMS]
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
+}
+
+
+def setting(problem, optimizer="adamw", warm=8, num=8, size=6, scheduler=None, max_grad_norm=None):
+    """A model in the middle of training, and a window of `num` batches after that point."""
+    model, make = problem.make()
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    model.train()
+    for _ in range(warm):
+        optimizer.zero_grad()
+        problem.loss_fn(model, make(size)).mean().backward()
+        optimizer.step()
+    model.eval()
+    optimizer.zero_grad()
+    batches, target = [make(size) for _ in range(num)], make(10)
+    reader = OptimizerReader(model, optimizer, scheduler and scheduler(optimizer), max_grad_norm)
+    derivatives = Derivatives(Objective(model, problem.loss_fn), "exact")
+    return model, optimizer, batches, target, reader, derivatives
+
+
+def window(reader, derivatives, batches, curvature="exact"):
+    return Window(derivatives, reader.updates(len(batches)), lambda i, _: batches[i], curvature)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("horizon", [1, 3, 8])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+def test_sensitivities_equal_central_differences_of_reruns(problem, horizon, optimizer):
+    model, optimizer, batches, target, reader, derivatives = setting(
+        problem, optimizer, num=horizon
+    )
+    found = look_ahead(
+        window(reader, derivatives, batches), reader.state(), target, num_sensitivities=horizon
+    )
+    args = model, optimizer, problem.loss_fn, batches, target
+    assert found.target_loss == pytest.approx(rerun(*args), rel=1e-10)
+    assert len(found.sensitivities) == horizon
+    # Gradients of the first batch are at the live parameters, so update 0 is checked example by
+    # example. Later gammas are what a shorter window from the rerun state gives, checked below.
+    gradients = per_example_gradients(model, problem.loss_fn, batches[0])
+    predicted = [inner(found.sensitivities[0], gradient) for gradient in gradients]
+    truth = [weight_derivative(*args, 0, index) for index in range(len(gradients))]
+    scale = max(map(abs, truth))
+    assert scale > 1e-6
+    for ours, theirs in zip(predicted, truth, strict=True):
+        assert abs(ours - theirs) < 1e-5 * scale
+
+
+def test_later_sensitivities_are_those_of_the_shorter_window():
+    problem = PROBLEMS[0]
+    model, optimizer, batches, target, reader, derivatives = setting(problem, num=5)
+    long = look_ahead(
+        window(reader, derivatives, batches), reader.state(), target, num_sensitivities=5
+    )
+    for done in range(1, 5):
+        optimizer.zero_grad()
+        problem.loss_fn(model, batches[done - 1]).mean().backward()
+        optimizer.step()
+        short = look_ahead(window(reader, derivatives, batches[done:]), reader.state(), target)
+        gap = long.sensitivities[done] - short.sensitivities[0]
+        assert gap.norm() < 1e-10 * short.sensitivities[0].norm()
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+def test_horizon_zero_is_the_preconditioned_target_gradient(problem):
+    """Moving along an example's preconditioned gradient changes the target loss as predicted."""
+    model, optimizer, batches, target, reader, derivatives = setting(problem)
+    state, update = reader.state(), reader.updates(1)[0]
+    gamma = immediate(derivatives, update, state, target).sensitivities[0]
+    rule, delta = update.rules[0], 1e-4
+    seen = 1 - rule.beta2 ** (rule.step - 1)
+    for gradient in per_example_gradients(model, problem.loss_fn, batches[0]):
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                moved = {
+                    name: param
+                    - sign
+                    * delta
+                    * rule.lr
+                    * (1 - rule.beta1)
+                    / rule.c1
+                    * gradient[name]
+                    / ((state.exp_avg_sq[name] / seen).sqrt() + rule.eps)
+                    * ((state.exp_avg_sq[name] / seen).sqrt() > SILENT_RMS)
+                    for name, param in state.params.items()
+                }
+                ends.append(float(derivatives.objective.losses(moved, target).mean()))
+        truth = (ends[0] - ends[1]) / (2 * delta)
+        assert inner(gamma, gradient) == pytest.approx(truth, rel=1e-5, abs=1e-9)
+
+
+def test_the_schedule_and_clipping_are_part_of_the_dynamics():
+    def scheduler(optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    problem, horizon = PROBLEMS[0], 4
+    model, optimizer, batches, target, reader, derivatives = setting(
+        problem, num=horizon, scheduler=scheduler, max_grad_norm=0.5
+    )
+    view = window(reader, derivatives, batches)
+    found = look_ahead(view, reader.state(), target)
+    state, scales = reader.state(), []
+    for index, update in enumerate(view.updates):
+        grad, after = view.advance(index, state)
+        scales.append(update.clip_scale(grad))
+        state = after
+    assert max(scales) < 1
+    lrs = [3e-3 * 0.5**step for step in range(horizon)]
+    how = {"lrs": lrs, "clip_scales": scales}  # the scale is held constant in derivatives
+    args = model, optimizer, problem.loss_fn, batches, target
+    assert found.target_loss == pytest.approx(rerun(*args, **how), rel=1e-10)
+    gradients = per_example_gradients(model, problem.loss_fn, batches[0])
+    truth = [weight_derivative(*args, 0, index, **how) for index in range(len(gradients))]
+    for gradient, theirs in zip(gradients, truth, strict=True):
+        assert abs(inner(found.sensitivities[0], gradient) - theirs) < 1e-5 * max(map(abs, truth))
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 5, 8, 12, 13])
+def test_bounded_memory_gives_the_same_sensitivities(capacity):
+    """Snapshots and recomputation change nothing, and never keep more states than allowed."""
+    problem = PROBLEMS[0]
+    _, _, batches, target, reader, derivatives = setting(problem, num=13)
+    full = look_ahead(
+        window(reader, derivatives, batches), reader.state(), target, num_sensitivities=13
+    )
+
+    def read_end(end):
+        _, grad = derivatives.gradient(end.params, target)
+        return Adjoint(grad, grad.zeros_like(), grad.zeros_like())
+
+    found = {}
+    sweep(
+        window(reader, derivatives, batches), reader.state(), read_end, found.__setitem__, capacity
+    )
+    assert list(found) == list(reversed(range(13)))
+    for index, gamma in found.items():
+        assert (gamma - full.sensitivities[index]).norm() == 0
+
+
+def test_capacity_counts_states_and_refuses_too_little():
+    problem = PROBLEMS[0]
+    _, _, batches, target, reader, derivatives = setting(problem, num=8)
+    state = reader.state()
+    bytes_each = 4 * state.params.num_bytes()  # theta, m, v and the gradient
+    assert sweep_capacity(state, 8, 10.5 * bytes_each / 2**30) == 10
+    with pytest.raises(ValueError, match="memory_gib must be at least .* for a horizon of 8"):
+        look_ahead(
+            window(reader, derivatives, batches), state, target, memory_gib=bytes_each / 2**30
+        )
+
+
+def test_curvature_none_and_fisher_replace_the_hessian():
+    """At H = 2 the first gamma is linear in the curvature term, which is known for each choice."""
+    problem = PROBLEMS[0]
+    _, _, batches, target, reader, derivatives = setting(problem, num=2)
+    state = reader.state()
+    gammas = {
+        curvature: look_ahead(
+            window(reader, derivatives, batches, curvature), state, target, num_sensitivities=2
+        ).sensitivities
+        for curvature in ("exact", "fisher", "none")
+    }
+    view = window(reader, derivatives, batches)
+    grad, after = view.advance(0, state)
+    for curvature in ("exact", "fisher"):
+        product = {
+            "exact": derivatives.hessian_product,
+            "fisher": derivatives.fisher_product,
+        }[curvature](after.params, gammas[curvature][1], batches[1])
+        zeros = product.zeros_like()
+        bent, _ = view.updates[0].adjoint(Adjoint(product, zeros, zeros), state, after, grad)
+        gap = gammas[curvature][0] - gammas["none"][0] - bent
+        assert gap.norm() < 1e-9 * bent.norm()
+    assert (gammas["exact"][0] - gammas["fisher"][0]).norm() > 1e-3 * gammas["exact"][0].norm()
+
+
+def test_a_diverging_rollout_is_named():
+    problem = PROBLEMS[0]
+    model, _, batches, target, reader, derivatives = setting(problem)
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"losses must be finite.*keys sample-0"):
+        look_ahead(window(reader, derivatives, batches), reader.state(), target)
