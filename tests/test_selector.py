@@ -160,10 +160,9 @@ def test_every_pool_is_trained_on_once_in_order_however_far_it_peeks():
         horizons.append((selector.last.horizon, selector.last.age, len(drawn)))
         train(model, optimizer, image_loss, [batch])
     assert order == list(range(12))
-    # a look-ahead every 3 steps draws 3 pools beyond its own; the last ones end with the stream
-    assert [entry[:2] for entry in horizons] == [
-        (4, 0), (4, 1), (4, 2), (4, 0), (4, 1), (4, 2), (4, 0), (4, 1), (4, 2), (3, 0), (3, 1), (3, 2)
-    ]  # fmt: skip
+    # a look-ahead every 3 steps draws 3 pools beyond its own; the last one ends with the stream
+    expected = [(horizon, age) for horizon in (4, 4, 4, 3) for age in range(3)]
+    assert [entry[:2] for entry in horizons] == expected
     assert [entry[2] for entry in horizons] == [4, 4, 4, 7, 7, 7, 10, 10, 10, 12, 12, 12]
 
 
