@@ -16,6 +16,7 @@ import multiprocessing
 import re
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -103,36 +104,44 @@ def mlp():
 
 
 MODELS = {"mlp": mlp, "gpt2": gpt2}
-VARIANTS: dict[str, dict | None] = {
-    "plain step on 16": None,
-    "keep 16 of 32, H=0, every step": {"horizon": 0},
-    "keep 16 of 32, H=0, every 8": {"horizon": 0, "interval": 8},
-    "keep 16 of 32, H=1, every step": {"horizon": 1},
-    "keep 16 of 32, H=1, every 8": {"horizon": 1, "interval": 8},
-    "keep 16 of 32, H=4, every step": {"horizon": 4},
-    "keep 16 of 32, H=4, every 8": {"horizon": 4, "interval": 8},
-    "  the same with exact derivatives, H=0": {"horizon": 0, "derivative": "exact"},
-    "uniform 16 of 32": {"strategy": "uniform"},
-}
+# name -> options of the selector (None: a plain step), steps of one round by model
+VARIANTS: dict[str, tuple[dict | None, dict[str, int]]] = {
+    "plain step on 16": (None, {"mlp": 200, "gpt2": 4}),
+    "keep 16 of 32, H=0, every step": ({"horizon": 0}, {"mlp": 100, "gpt2": 4}),
+    "keep 16 of 32, H=0, every 8": ({"horizon": 0, "interval": 8}, {"mlp": 160, "gpt2": 8}),
+    "keep 16 of 32, H=1, every step": ({"horizon": 1}, {"mlp": 100, "gpt2": 3}),
+    "keep 16 of 32, H=1, every 8": ({"horizon": 1, "interval": 8}, {"mlp": 160, "gpt2": 8}),
+    "keep 16 of 32, H=4, every step": ({"horizon": 4}, {"mlp": 40, "gpt2": 1}),
+    "exact derivatives, H=0, every step": (
+        {"horizon": 0, "derivative": "exact"}, {"mlp": 100, "gpt2": 2}),
+}  # fmt: skip
 
 
-def build(name: str, options: dict | None) -> Callable[[int], None]:
-    """A function that makes so many training steps."""
+def build(name: str, options: dict | None) -> Callable[[int], dict[str, float]]:
+    """A function that makes so many training steps and returns milliseconds a step, by part."""
     torch.manual_seed(0)
     model, loss_fn, batch, lr = MODELS[name]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     pools = cycle([batch(KEEP if options is None else POOL) for _ in range(8)])
-    batches = pools
+    batches, selector = pools, None
     if options is not None:
         target = [batch(TARGET) for _ in range(4)]
-        batches = Selector(model, optimizer, loss_fn, target, KEEP, **options).stream(pools)
+        selector = Selector(model, optimizer, loss_fn, target, KEEP, **options)
+        batches = selector.stream(pools)
 
-    def steps(num: int) -> None:
+    def steps(num: int) -> dict[str, float]:
+        spent: dict[str, float] = defaultdict(float)
+        began = time.perf_counter()
         for _ in range(num):
             loss = loss_fn(model, next(batches)).mean()
+            if selector is not None:
+                spent["look-ahead"] += selector.last.lookahead_s
+                spent["scoring"] += selector.last.seconds - selector.last.lookahead_s
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        spent["step"] = time.perf_counter() - began
+        return {part: seconds / num * 1e3 for part, seconds in spent.items()}
 
     return steps
 
@@ -144,29 +153,34 @@ def peak_kib() -> int:
 
 
 def peak_growth_gib(name: str, variant: str, threads: int) -> float:
-    """Peak resident memory of eight steps over the memory before the model existed, in GiB."""
+    """Peak resident memory of four steps over the memory before the model existed, in GiB."""
     torch.set_num_threads(threads)
     warm = torch.nn.Linear(4, 4)  # libraries load before the measurement begins
     warm(torch.ones(1, 4)).sum().backward()
     torch.func.jvp(lambda x: x.sin(), (torch.ones(1),), (torch.ones(1),))
     gc.collect()
     before = peak_kib()
-    build(name, VARIANTS[variant])(8)
+    build(name, VARIANTS[variant][0])(4)
     return (peak_kib() - before) / 2**20
 
 
-def time_variants(name: str, rounds: int, num_steps: int) -> dict[str, list[float]]:
-    """Milliseconds a step of each variant, one figure a round."""
-    steppers = {variant: build(name, options) for variant, options in VARIANTS.items()}
+def time_variants(name: str, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Milliseconds a step of each variant and its parts, one figure a round."""
+    steppers = {variant: build(name, options) for variant, (options, _) in VARIANTS.items()}
     for stepper in steppers.values():
-        stepper(9)
-    found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        stepper(1)
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
         for variant, stepper in steppers.items():
-            began = time.perf_counter()
-            stepper(num_steps)
-            found[variant].append((time.perf_counter() - began) / num_steps * 1e3)
+            found[variant].append(stepper(VARIANTS[variant][1][name]))
     return found
+
+
+def print_row(label: str, times: list[float], plain: list[float], peak: str = "") -> None:
+    ratios = [time / base for time, base in zip(times, plain, strict=True)]
+    spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
+    median = statistics.median
+    print(f"{label:38}{median(times):9.2f}{median(ratios):8.2f}{spread:>14}{peak}", flush=True)
 
 
 def agreement(name: str) -> None:
@@ -194,27 +208,26 @@ def agreement(name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("models", nargs="*", default=list(MODELS), choices=[*MODELS, []])
+    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="|".join(MODELS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in args.models:
-        num_steps = {"mlp": 160, "gpt2": 8}[name]
-        found = time_variants(name, args.rounds, num_steps)
-        plain = found["plain step on 16"]
-        print(f"\n{name}, {args.threads} thread(s), {args.rounds} rounds of {num_steps} steps")
-        print(f"{'':42}{'ms/step':>9}{'ratio':>8}{'range':>14}{'peak GiB':>10}{'ratio':>7}")
-        context = multiprocessing.get_context("spawn")
-        peaks = {}
-        for variant, times in found.items():
-            with context.Pool(1) as process:
-                peaks[variant] = process.apply(peak_growth_gib, (name, variant, args.threads))
-            ratios = [time / base for time, base in zip(times, plain, strict=True)]
-            spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-            print(f"{variant:42}{statistics.median(times):9.2f}{statistics.median(ratios):8.2f}"
-                  f"{spread:>14}{peaks[variant]:10.3f}"
-                  f"{peaks[variant] / peaks['plain step on 16']:7.2f}", flush=True)  # fmt: skip
+        found = time_variants(name, args.rounds)
+        plain = [parts["step"] for parts in found["plain step on 16"]]
+        print(f"\n{name}, {args.threads} thread(s), {args.rounds} rounds")
+        print(f"{'':38}{'ms/step':>9}{'ratio':>8}{'range':>14}{'peak GiB':>10}{'ratio':>7}")
+        base = None
+        for variant, rows in found.items():
+            with multiprocessing.get_context("spawn").Pool(1) as process:
+                peak = process.apply(peak_growth_gib, (name, variant, args.threads))
+            base = base or peak
+            shown = f"{peak:10.3f}{peak / base:7.2f}"
+            print_row(variant, [parts["step"] for parts in rows], plain, shown)
+            if variant.endswith("every step"):
+                for part in ("look-ahead", "scoring"):
+                    print_row(f"    {part}", [parts[part] for parts in rows], plain)
         agreement(name)
 
 
