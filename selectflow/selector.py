@@ -264,6 +264,7 @@ class Selector:
 
     def _refresh(self, step: int, pools: list[Batch]) -> None:
         """Look ahead over `pools`, the present one first."""
+        self._ahead = None  # its memory is of use now; should this fail, the next call looks ahead
         if self._num_lookaheads % _RECHECK_EVERY == 0:
             self._derivatives.decided.clear()
         target = self._target.next()
