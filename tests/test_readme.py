@@ -31,7 +31,7 @@ def test_the_snippet_runs_and_learns():
     before = float(image_loss(model, test).mean().detach())
     exec(compile(code, "README.md", "exec"), names)
     assert len(names["selector"].last.indices) == 16
-    assert float(image_loss(model, test).mean().detach()) < before / 2
+    assert float(image_loss(model, test).mean().detach()) < 0.85 * before
 
 
 def test_adding_selection_takes_at_most_four_lines():
