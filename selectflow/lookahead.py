@@ -55,12 +55,17 @@ class Window:
         nominal: the batch of each; asked once, so that a rerun meets the same batch.
         curvature: the matrix that stands for the Hessian of the batch loss: "exact", "fisher"
             (empirical Fisher) or "none" (zero).
+        assumed: updates that the sweep takes for the real ones; None: the real ones. Another
+            optimizer here gives the influence of whoever mistakes the one for the other.
+        first: the update at which sweeps end; nothing before it needs the adjoint.
     """
 
     derivatives: Derivatives
     updates: Sequence[Update]
     nominal: Nominal
     curvature: Curvature = "exact"
+    assumed: Sequence[Update] | None = None
+    first: int = 0
     _batches: dict[int, Batch] = field(default_factory=dict)
 
     def batch(self, index: int, state: State) -> Batch:
@@ -76,9 +81,10 @@ class Window:
     def pull_back(
         self, index: int, adjoint: Adjoint, state: State, after: State, grad: Params
     ) -> tuple[Params, Adjoint]:
-        """Sensitivity of update `index`, and the adjoint before it."""
-        gamma, before = self.updates[index].adjoint(adjoint, state, after, grad)
-        if self.curvature == "none" or index == 0:  # nothing before the window needs `a`
+        """Sensitivity of update `index`, and the adjoint before it; queries may lead both."""
+        update = (self.assumed or self.updates)[index]
+        gamma, before = update.adjoint(adjoint, state, after, grad)
+        if self.curvature == "none" or index == self.first:  # nothing before it needs `a`
             return gamma, before
         batch = self.batch(index, state)
         product = self.derivatives.hessian_product
@@ -161,17 +167,27 @@ def sweep(
     read_end: Callable[[State], Adjoint],
     emit: Callable[[int, Params], None],
     capacity: int,
-) -> None:
+    *,
+    start: int = 0,
+    stop: int | None = None,
+) -> Adjoint:
     """Roll the window out, then sweep back over it in bounded memory.
 
     Args:
         window: H >= 1 updates.
-        state: the state before the first.
-        read_end: state after the last -> adjoint there; called once.
+        state: the state before update `start`.
+        read_end: state after the last -> adjoint there, of one target or, with a leading
+            dimension, of several; called once.
         emit: called with (index, gamma) of each update, from the last to the first.
         capacity: states that may be kept at once beside `state`, as `sweep_capacity` gives it.
+        start: the first update of the stretch to sweep.
+        stop: the update after its last; None: the window's end.
+
+    Returns:
+        The adjoint before update `start`; at the window's `first` without its curvature term.
     """
-    _Sweep(window, emit).run(0, len(window.updates), state, read_end, capacity)
+    stop = len(window.updates) if stop is None else stop
+    return _Sweep(window, emit).run(start, stop, state, read_end, capacity)
 
 
 @dataclass(frozen=True)
