@@ -39,6 +39,7 @@ class Selection:
     """What was kept of one pool, and why.
 
     Attributes:
+        pool: the candidates, as given.
         indices: positions kept in the pool, best first, shape (B,), int64, on the CPU.
         scores: score of every candidate, shape (P,), on the CPU; larger is kept first. For
             `influence`: target loss per unit of example weight, positive = it helps.
@@ -52,6 +53,7 @@ class Selection:
         seconds: seconds of the whole selection, look-ahead included.
     """
 
+    pool: Batch
     indices: Tensor
     scores: Tensor
     losses: Tensor | None
@@ -202,6 +204,7 @@ class Selector:
         indices = scores.argsort(descending=True, stable=True)[:num_kept]
         ahead = self._ahead
         self.last = Selection(
+            pool=pool,
             indices=indices,
             scores=scores,
             losses=None if scoring.losses is None else scoring.losses.cpu(),
