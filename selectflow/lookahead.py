@@ -30,6 +30,27 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
+class Visit:
+    """What a sweep knows when it has passed one update.
+
+    Attributes:
+        index: of the update.
+        gamma: its sensitivity, d target / d (batch gradient).
+        state: before it.
+        grad: the batch gradient it was made with.
+        after: state after it.
+        adjoint: d target / d `after`.
+    """
+
+    index: int
+    gamma: Params
+    state: State
+    grad: Params
+    after: State
+    adjoint: Adjoint
+
+
+@dataclass(frozen=True)
 class LookAhead:
     """What one look-ahead found.
 
@@ -126,10 +147,10 @@ def look_ahead(
         target_loss, grad = window.derivatives.gradient(end.params, target)
         return Adjoint(grad, end.exp_avg.zeros_like(), end.exp_avg_sq.zeros_like())
 
-    def keep(index: int, gamma: Params) -> None:
-        if index < num_sensitivities:
-            _check_finite(gamma, index)
-            gammas[index] = gamma
+    def keep(visit: Visit) -> None:
+        if visit.index < num_sensitivities:
+            _check_finite(visit.gamma, visit.index)
+            gammas[visit.index] = visit.gamma
 
     horizon = len(window.updates)
     capacity = sweep_capacity(state, horizon, memory_gib)
@@ -165,7 +186,7 @@ def sweep(
     window: Window,
     state: State,
     read_end: Callable[[State], Adjoint],
-    emit: Callable[[int, Params], None],
+    emit: Callable[[Visit], None],
     capacity: int,
     *,
     start: int = 0,
@@ -178,7 +199,7 @@ def sweep(
         state: the state before update `start`.
         read_end: state after the last -> adjoint there, of one target or, with a leading
             dimension, of several; called once.
-        emit: called with (index, gamma) of each update, from the last to the first.
+        emit: called at each update, from the last to the first.
         capacity: states that may be kept at once beside `state`, as `sweep_capacity` gives it.
         start: the first update of the stretch to sweep.
         stop: the update after its last; None: the window's end.
@@ -193,7 +214,7 @@ def sweep(
 @dataclass(frozen=True)
 class _Sweep:
     window: Window
-    emit: Callable[[int, Params], None]
+    emit: Callable[[Visit], None]
 
     def run(
         self,
@@ -231,9 +252,9 @@ class _Sweep:
         """The sweep itself, over updates whose states are all at hand; uses them up."""
         for index in reversed(range(stop - len(points), stop)):
             before, grad = points.pop(), grads.pop()
-            gamma, adjoint = self.window.pull_back(index, adjoint, before, end, grad)
-            self.emit(index, gamma)
-            end = before
+            gamma, earlier = self.window.pull_back(index, adjoint, before, end, grad)
+            self.emit(Visit(index, gamma, before, grad, end, adjoint))
+            end, adjoint = before, earlier
         return adjoint
 
 

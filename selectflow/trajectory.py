@@ -16,8 +16,7 @@ import torch
 from selectflow.batches import Batch
 from selectflow.derivatives import Curvature, Derivatives
 from selectflow.dynamics import Adjoint, State, Update
-from selectflow.lookahead import Window, sweep, sweep_capacity
-from selectflow.params import Params
+from selectflow.lookahead import Visit, Window, sweep, sweep_capacity
 from selectflow.snapshots import Snapshots
 
 # How far a replay may end from the recording, over the way both went since the last snapshot.
@@ -86,7 +85,7 @@ class Trajectory:
         window: Window,
         stop: int,
         adjoint: Adjoint,
-        emit: Callable[[int, Params], None],
+        emit: Callable[[Visit], None],
         memory_gib: float = 1.0,
     ) -> None:
         """Carry an adjoint back from state `stop` to update `window.first`.
@@ -95,7 +94,7 @@ class Trajectory:
             window: of this trajectory.
             stop: index of the state that `adjoint` belongs to.
             adjoint: derivatives of one or several target losses.
-            emit: called with (index, gamma) of each update, from the last to the first.
+            emit: called at each update, from the last to the first.
             memory_gib: limit for the states between two snapshots, in GiB.
 
         Raises:

@@ -152,9 +152,11 @@ def test_bounded_memory_gives_the_same_sensitivities(capacity):
         return Adjoint(grad, grad.zeros_like(), grad.zeros_like())
 
     found = {}
-    sweep(
-        window(reader, derivatives, batches), reader.state(), read_end, found.__setitem__, capacity
-    )
+
+    def keep(visit):
+        found[visit.index] = visit.gamma
+
+    sweep(window(reader, derivatives, batches), reader.state(), read_end, keep, capacity)
     assert list(found) == list(reversed(range(13)))
     for index, gamma in found.items():
         assert (gamma - full.sensitivities[index]).norm() == 0

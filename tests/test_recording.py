@@ -107,7 +107,11 @@ def test_a_sweep_does_not_depend_on_where_the_snapshots_are(tmp_path):
         _, grad = trajectory.derivatives.gradient(trajectory.state(11).params, batches[-1])
         adjoint = Adjoint(grad, grad.zeros_like(), grad.zeros_like())
         gammas = {}
-        trajectory.sweep(trajectory.window(first=2), 11, adjoint, gammas.__setitem__)
+
+        def keep(visit, gammas=gammas):
+            gammas[visit.index] = visit.gamma
+
+        trajectory.sweep(trajectory.window(first=2), 11, adjoint, keep)
         assert list(gammas) == list(range(10, 1, -1))
         found.append(gammas)
     for gammas in found[1:]:
@@ -133,7 +137,7 @@ def test_replaying_other_batches_is_refused():
     _, grad = trajectory.derivatives.gradient(trajectory.state(12).params, batches[0])
     adjoint = Adjoint(grad, grad.zeros_like(), grad.zeros_like())
     with pytest.raises(RuntimeError, match=r"arrive at the recorded state.*before step 10"):
-        trajectory.sweep(trajectory.window(), 12, adjoint, lambda *_: None)
+        trajectory.sweep(trajectory.window(), 12, adjoint, lambda _: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
