@@ -284,7 +284,7 @@ class Derivatives:
 
             return _over_queries(toward, params, direction, (None, 0))
 
-        with forward_mode():
+        with plain_attention():
             losses, slopes = zip(*map(both, self._chunks(batch)), strict=True)
         return torch.cat(losses), torch.cat(slopes, -1)
 
@@ -313,7 +313,7 @@ class Derivatives:
                 bent: dict[str, Tensor] = torch.func.jvp(gradient, (dict(params),), (to,))[1]
                 return bent
 
-            with forward_mode():
+            with plain_attention():
                 products = _over_queries(product, params, direction, 0)
             total = total.add(Params(products).detach(), 1 / size)
         return total
@@ -426,8 +426,8 @@ def _step(params: Params, direction: Params, order: int) -> float:
 
 
 @contextmanager
-def forward_mode() -> Iterator[None]:
-    """Attention by its plain formula: the fused kernels have no forward-mode derivative."""
+def plain_attention() -> Iterator[None]:
+    """Attention by its plain formula: the fused kernels have no forward mode and no vmap."""
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         # torch's own forward-mode rules are scripted at their first use, and it warns of that
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
