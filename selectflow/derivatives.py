@@ -131,13 +131,14 @@ class _Bound(nn.Module):
 
 def check_finite(name: str, values: Tensor, batch: Batch) -> None:
     """Raise FloatingPointError, naming the examples, unless `values`, (..., N), are finite."""
-    bad = ~values.detach().isfinite()
-    if bad.any():
-        index = bad.reshape(-1, bad.shape[-1]).any(0).nonzero().flatten()
-        raise FloatingPointError(
-            f"{name} must be finite, got {values.detach()[bad][0].item()} for "
-            f"{describe(batch, index)}"
-        )
+    values = values.detach()
+    if not math.isfinite(values.sum()):  # one small kernel in the usual case
+        bad = ~values.isfinite()
+        if bad.any():  # else finite values with an infinite sum
+            index = bad.reshape(-1, bad.shape[-1]).any(0).nonzero().flatten()
+            raise FloatingPointError(
+                f"{name} must be finite, got {values[bad][0].item()} for {describe(batch, index)}"
+            )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -178,8 +179,13 @@ class Derivatives:
     @torch.no_grad()
     def losses(self, params: Params, batch: Batch) -> Tensor:
         """Loss of each example, shape (N,), without a graph."""
-        parts = [self.objective.losses(params, part) for part in self._chunks(batch)]
-        return torch.cat(parts)
+        losses = self._losses(params, batch)
+        check_finite("losses", losses, batch)
+        return losses
+
+    def _losses(self, params: Params, batch: Batch) -> Tensor:
+        parts = [self.objective.call(params, part) for part in self._chunks(batch)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def gradient(
         self, params: Params, batch: Batch, weights: Tensor | None = None
@@ -194,12 +200,14 @@ class Derivatives:
         Returns:
             The sum of weights * losses, and its gradient by parameter.
         """
-        if weights is None:
-            size = num_examples(batch)
-            reference = next(iter(params.values()))
-            weights = reference.new_full((size,), 1 / size)
-        losses, grad = self.gradients(params, batch, weights)
-        return float((losses * weights.to(losses)).sum()), grad
+        if weights is not None:
+            losses, grad = self.gradients(params, batch, weights)
+            return float((losses * weights.to(losses)).sum()), grad
+        size = None if self.chunk_size is None else num_examples(batch)
+        losses, grad = self._pull_back(
+            params, batch, lambda losses, _: torch.full_like(losses, 1 / (size or len(losses)))
+        )
+        return losses.mean().item(), grad
 
     def gradients(self, params: Params, batch: Batch, weights: Tensor) -> tuple[Tensor, Params]:
         """Gradients of one or several weighted sums of the losses, from one forward pass.
@@ -213,24 +221,30 @@ class Derivatives:
             The losses, shape (N,), and the gradients, with a leading dimension Q where weights
             have it.
         """
+
+        def part(losses: Tensor, start: int) -> Tensor:
+            return weights[..., start : start + len(losses)].to(losses)
+
+        return self._pull_back(params, batch, part)
+
+    def _pull_back(
+        self, params: Params, batch: Batch, weigh: Callable[[Tensor, int], Tensor]
+    ) -> tuple[Tensor, Params]:
+        """Losses, and gradient of their sum as `weigh(losses of a chunk, its start)` weighs it."""
         names, leaves = list(params), [p.detach().requires_grad_() for p in params.values()]
         total, values, start = None, [], 0
         for part in self._chunks(batch):
-            stop = start + num_examples(part)
             with torch.enable_grad():
                 losses = self.objective.losses(dict(zip(names, leaves, strict=True)), part)
+            weights = weigh(losses.detach(), start)
             # Parameters that the loss does not use have a gradient of zero.
             grads = torch.autograd.grad(
-                losses,
-                leaves,
-                weights[..., start:stop].to(losses),
-                is_grads_batched=weights.ndim == 2,
-                materialize_grads=True,
+                losses, leaves, weights, is_grads_batched=weights.ndim == 2, materialize_grads=True
             )
             grad = Params(zip(names, grads, strict=True))
             total = grad if total is None else total + grad
             values.append(losses.detach())
-            start = stop
+            start += len(losses)
         assert total is not None
         return torch.cat(values), total
 
@@ -296,10 +310,10 @@ class Derivatives:
             return each[0][0], torch.stack([slopes for _, slopes in each])
         step = shrink * _step(params, direction, 0)
         if step == 0:
-            losses = self.losses(params, batch)
+            losses = self._losses(params, batch)
             return losses, torch.zeros_like(losses)
-        ahead = self.losses(params.add(direction, step), batch)
-        behind = self.losses(params.add(direction, -step), batch)
+        ahead = self._losses(params.add(direction, step), batch)
+        behind = self._losses(params.add(direction, -step), batch)
         return (ahead + behind) / 2, (ahead - behind) / (2 * step)
 
     def _hessian_exact(self, params: Params, direction: Params, batch: Batch) -> Params:

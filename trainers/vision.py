@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def mlp(config: ModelConfig, shape: torch.Size, num_classes: int) -> nn.Module:
     """Fully connected layers of `config.hidden` units with ReLU between them."""
     sizes = [shape.numel(), *config.hidden]
     layers: list[nn.Module] = [Rearrange("n c h w -> n (c h w)")]
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
 
