@@ -7,7 +7,6 @@ after minus the loss before, of shape (num_pairs, num_queries): positive = the e
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,9 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from selectflow.assumptions import METHODS
 from selectflow.batches import Batch, num_examples
 from selectflow.derivatives import Curvature
-from selectflow.dynamics import SGD, AdamW, Adjoint, Rule, Update
+from selectflow.dynamics import Adjoint
 from selectflow.lookahead import Visit
 from selectflow.params import Params
 from selectflow.recording import record
@@ -139,51 +139,6 @@ def influence(
         window = trajectory.window(min(wanted), curvature, assumed)
         trajectory.sweep(window, end, adjoint, keep, memory_gib)
     return found
-
-
-# --- what a sweep may assume of the optimizer -----------------------------------------------
-
-
-def _recorded(updates: Sequence[Update]) -> list[Update]:
-    return list(updates)
-
-
-def _as_sgd(updates: Sequence[Update]) -> list[Update]:
-    """Theta' = theta - lr g, with the recorded learning rates."""
-    return _with_rules(
-        updates, lambda rule: SGD(rule.names, rule.step, rule.lr, 0.0, 0.0, 0.0, False)
-    )
-
-
-def _constant_lr(updates: Sequence[Update]) -> list[Update]:
-    """The first learning rate throughout: the schedule is overlooked."""
-    first = {name: rule.lr for rule in updates[0].rules for name in rule.names}
-    return _with_rules(updates, lambda rule: _replaced(rule, lr=first[rule.names[0]]))
-
-
-def _no_decay(updates: Sequence[Update]) -> list[Update]:
-    """Weight decay is overlooked."""
-    return _with_rules(updates, lambda rule: _replaced(rule, weight_decay=0.0))
-
-
-METHODS: dict[str, Callable[[Sequence[Update]], list[Update]]] = {
-    "adamw": _recorded,
-    "sgd": _as_sgd,
-    "constant_lr": _constant_lr,
-    "no_decay": _no_decay,
-}
-"""Name -> the updates that a sweep takes for the recorded ones."""
-
-
-def _with_rules(updates: Sequence[Update], change: Callable[[Rule], Rule]) -> list[Update]:
-    return [
-        dataclasses.replace(update, rules=tuple(map(change, update.rules))) for update in updates
-    ]
-
-
-def _replaced(rule: Rule, **changes: float) -> Rule:
-    assert isinstance(rule, AdamW | SGD)
-    return dataclasses.replace(rule, **changes)  # type: ignore[arg-type]
 
 
 # --- the two responses of the example's own update ------------------------------------------
