@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "reruns": {"batches", "derivatives", "dynamics", "params", "tangents", "trajectory"},
     "assumptions": {"dynamics"},
     "audit": {
-        "assumptions", "batches", "derivatives", "dynamics", "lookahead", "params", "recording", "reruns",
-        "trajectory",
+        "assumptions", "batches", "derivatives", "dynamics", "lookahead", "params", "recording",
+        "reruns", "trajectory",
     },
     "sparse": {"derivatives", "dynamics", "lookahead", "params", "trajectory"},
     "audit_config": {"config_errors", "yaml_io"},
