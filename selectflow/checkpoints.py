@@ -56,6 +56,10 @@ class Checkpoints:
             old.unlink()
         return path
 
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of that step."""
+        return (self._directory / f"step-{step:08d}.pt").exists()
+
     def newest(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, None where there is none.
 

@@ -196,6 +196,11 @@ class RunConfig(_Section):
         default=None, description="torch CPU threads; null: torch's choice"
     )
     overwrite: bool = Field(default=False, description="replace an earlier run of the same name")
+    resume: Literal["never", "auto"] = Field(
+        default="never", description="auto: go on from the newest checkpoint where there is one"
+    )
+    checkpoint_every: Count = Field(default=200, description="steps between two checkpoints")
+    keep_checkpoints: Count = Field(default=2, description="checkpoints that are kept")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -1,16 +1,14 @@
 """A configuration becomes a run directory: the training loop.
 
 `runs/<name>/` holds `config.yaml` (resolved), `metrics.jsonl`, `selection.jsonl`,
-`checkpoints/last.pt` and `summary.json`.
+`checkpoints/step-*.pt` and `summary.json`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,15 +20,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from selectflow.batches import Batch, describe, num_examples, to_device
-from selectflow.config import OptimizerConfig, RunConfig, ScheduleConfig, to_yaml
+from selectflow.checkpoints import (
+    Checkpoints,
+    PoolSource,
+    StopRequest,
+    generator_states,
+    restore_generators,
+    stop_request,
+)
+from selectflow.config import OptimizerConfig, RunConfig, ScheduleConfig
 from selectflow.derivatives import LossFn
+from selectflow.run_dir import RunError, is_finished, lock, open_run_dir
 from selectflow.run_log import RunLog, Stopwatch
 from selectflow.selector import Selector
 from selectflow.tracking import Progress, Tracker
 
-
-class RunError(ValueError):
-    """A run that cannot start: the message says why, and what to do."""
+__all__ = ["RunError", "Task", "train"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,10 @@ class Task:
 def train(config: RunConfig, task: Task) -> Path:
     """Train a task with data selection, and leave a run directory.
 
+    With `resume: auto` a run that was killed goes on from its newest checkpoint, and gives the
+    same samples, scores, losses and weights as one that was not. SIGTERM and Ctrl-C let the
+    running step end, save, and stop.
+
     Args:
         config: the run.
         task: the model and its data; moved to the configured device.
@@ -68,69 +77,122 @@ def train(config: RunConfig, task: Task) -> Path:
         The run directory.
 
     Raises:
-        RunError: the run directory holds a run already.
+        RunError: the run directory holds another run, or another process is at work in it.
         FloatingPointError: a loss, gradient or score is not finite; the weights are those
-            before that step, in `checkpoints/last.pt`.
+            before that step, in the newest checkpoint.
     """
-    run_dir = open_run_dir(config)
-    device = resolve_device(config.device)
-    model = task.model.to(device)
-    optimizer = build_optimizer(model, config.optimizer)
-    scheduler = build_schedule(optimizer, config.schedule, config.steps)
-    target = [to_device(batch, device) for batch in task.target]
-    test = [to_device(batch, device) for batch in task.test]
-    selector = Selector(
-        model,
-        optimizer,
-        task.loss_fn,
-        target,
-        lr_scheduler=scheduler,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        seed=config.seed,
-        **config.select.model_dump(),
-    )
-    tracker = _tracker(config, run_dir)
-    watch = Stopwatch()
-
-    def evaluate() -> dict[str, float]:
-        splits = {"target": target, "test": test}
-        with evaluating(model):
-            found = {split: task.evaluate(model, batches) for split, batches in splits.items()}
-        return {f"{split}/{name}": v for split, means in found.items() for name, v in means.items()}
-
-    status, step = "failed", 0
-    try:
-        with (
-            RunLog(run_dir, tracker, task.altered) as log,
-            Progress(config.steps, every=config.eval_every, description=config.run_name) as bar,
-        ):
-            log.flush(0, 0.0, 0.0, evaluate())
-            pools = (to_device(pool, device) for pool in task.pools)
-            watch.start()
-            for batch in islice(selector.stream(pools), config.steps):
-                loss = update(model, task.loss_fn, batch, optimizer, config.optimizer, step)
-                lr = optimizer.param_groups[0]["lr"]
-                scheduler.step()
-                step += 1
-
-                wall_s = watch.stop()  # evaluation and logging are not counted
-                assert selector.last is not None
-                log.step(step, batch, loss, selector.last)
-                is_last = step == config.steps or wall_s >= (config.max_wall_s or math.inf)
-                if step % config.eval_every == 0 or is_last:
-                    log.flush(step, lr, wall_s, evaluate())
-                bar.update(step, log.summary())
-                if is_last:
-                    break
-                watch.start()
-        status = "finished"
-    finally:
-        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        # A failure to save must not hide the failure that ends the run.
-        with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
-            save(run_dir / "checkpoints" / "last.pt", step=step, selector=selector, **parts)
-        tracker.finish({"status": status, "steps": step})
+    run_dir = config.run_dir
+    with lock(run_dir), stop_request() as stop:
+        saved = open_run_dir(config)
+        if saved is None and is_finished(run_dir):
+            return run_dir
+        run = _Run(config, task, saved)
+        status = "failed"
+        try:
+            status = run.loop(stop)
+        except FloatingPointError:
+            with contextlib.suppress(OSError):  # which must not hide why the run ends
+                run.save()
+            raise
+        finally:
+            run.log.close()
+            run.tracker.finish({"status": status, "steps": run.step})
     return run_dir
+
+
+class _Run:
+    """The parts of a run and its loop; all that changes is in `state_dict`."""
+
+    def __init__(self, config: RunConfig, task: Task, saved: dict[str, Any] | None) -> None:
+        self.config, self.task, self.step = config, task, 0
+        self.device = resolve_device(config.device)
+        self.model = task.model.to(self.device)
+        self.target = [to_device(batch, self.device) for batch in task.target]
+        self.test = [to_device(batch, self.device) for batch in task.test]
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)
+        self.selector = Selector(
+            self.model,
+            self.optimizer,
+            task.loss_fn,
+            self.target,
+            lr_scheduler=self.scheduler,
+            max_grad_norm=config.optimizer.max_grad_norm,
+            seed=config.seed,
+            **config.select.model_dump(),
+        )
+        self.pools = PoolSource(task.pools, self.device, config.select.horizon)
+        self.watch = Stopwatch()
+        self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
+        self.tracker = _tracker(config, saved)
+        self.log = RunLog(config.run_dir, self.tracker, task.altered)
+        if saved is not None:
+            self.load_state_dict(saved)
+
+    def loop(self, stop: StopRequest) -> str:
+        """Train to the end of the run, or until a stop is requested; how it ended."""
+        config = self.config
+        if self.step == 0:
+            self.log.flush(0, 0.0, 0.0, self.evaluate())
+        remaining = config.steps - self.step
+        with Progress(config.steps, every=config.eval_every, description=config.run_name) as bar:
+            self.watch.start()
+            for batch in islice(self.selector.stream(self.pools), remaining):
+                args = self.model, self.task.loss_fn, batch, self.optimizer
+                loss = update(*args, config.optimizer.max_grad_norm, self.step)
+                lr = self.optimizer.param_groups[0]["lr"]
+                self.scheduler.step()
+                self.step += 1
+
+                wall_s = self.watch.stop()  # evaluation, logging and saving are not counted
+                assert self.selector.last is not None
+                self.log.step(self.step, batch, loss, self.selector.last)
+                is_last = self.step == config.steps or wall_s >= (config.max_wall_s or math.inf)
+                if self.step % config.eval_every == 0 or is_last:
+                    self.log.flush(self.step, lr, wall_s, self.evaluate())
+                if self.step % config.checkpoint_every == 0 or is_last or stop.name:
+                    self.save()
+                bar.update(self.step, self.log.summary())
+                if is_last:
+                    return "finished"
+                if stop.name:
+                    return f"stopped by {stop.name}"
+                self.watch.start()
+        return "finished"  # the pools have come to their end
+
+    def evaluate(self) -> dict[str, float]:
+        """Means over the target and the test set, by metric name."""
+        found: dict[str, float] = {}
+        with evaluating(self.model):
+            for split, batches in (("target", self.target), ("test", self.test)):
+                means = self.task.evaluate(self.model, batches)
+                found |= {f"{split}/{name}": value for name, value in means.items()}
+        return found
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless there is one."""
+        if not self.checkpoints.has(self.step):
+            self.checkpoints.save(self.step, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "selector": self.selector.state_dict(with_peeked=False),
+            "pools": self.pools.state_dict(self.selector.num_peeked),
+            "log": self.log.state_dict(),
+            "tracker": self.tracker.state_dict(),
+            "wall_s": self.watch.seconds,
+            "generators": generator_states(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.watch.seconds = state["step"], state["wall_s"]
+        for name in ("model", "optimizer", "scheduler", "selector", "pools", "log"):
+            getattr(self, name).load_state_dict(state[name])
+        restore_generators(state["generators"])
 
 
 def update(
@@ -138,7 +200,7 @@ def update(
     loss_fn: LossFn,
     batch: Batch,
     optimizer: Optimizer,
-    config: OptimizerConfig,
+    max_grad_norm: float | None,
     step: int,
 ) -> float:
     """One optimizer step on a batch; its mean loss.
@@ -158,8 +220,8 @@ def update(
             f"optimizer step {step} on {describe(batch, everyone)}; lower optimizer.lr or set "
             "optimizer.max_grad_norm"
         )
-    if config.max_grad_norm is not None:
-        nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norm)
+    if max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
     optimizer.step()
     return loss.item()
 
@@ -191,7 +253,7 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> 
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Any:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, and back to the mode of before."""
     training = model.training
     model.eval()
@@ -200,37 +262,6 @@ def evaluating(model: nn.Module) -> Any:
             yield
     finally:
         model.train(training)
-
-
-def save(path: Path, **parts: Any) -> None:
-    """Write the state of each part, or the part itself where it has none, as one whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    states = {
-        name: part.state_dict() if hasattr(part, "state_dict") else part
-        for name, part in parts.items()
-    }
-    beside = path.with_suffix(".tmp")
-    torch.save(states, beside)
-    os.replace(beside, path)
-
-
-def open_run_dir(config: RunConfig) -> Path:
-    """A new run directory with the resolved configuration in it.
-
-    Raises:
-        RunError: it holds a run already, and `overwrite` is false.
-    """
-    run_dir = config.run_dir
-    if (run_dir / "metrics.jsonl").exists() or (run_dir / "config.yaml").exists():
-        if not config.overwrite:
-            raise RunError(
-                f"run directory must be new, got {run_dir}, which holds another run; choose "
-                "another name, or replace it with overwrite=true"
-            )
-        shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    return run_dir
 
 
 def resolve_device(name: str) -> torch.device:
@@ -251,9 +282,9 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _tracker(config: RunConfig, run_dir: Path) -> Tracker:
-    return Tracker(
-        run_dir,
+def _tracker(config: RunConfig, saved: dict[str, Any] | None) -> Tracker:
+    tracker = Tracker(
+        config.run_dir,
         config.model_dump(mode="json"),
         name=config.run_name,
         mode=config.track.wandb,
@@ -261,4 +292,8 @@ def _tracker(config: RunConfig, run_dir: Path) -> Tracker:
         group=config.track.group,
         job_type=config.track.job_type or config.select.strategy,
         tags=config.track.tags,
+        run_id=saved["tracker"]["run_id"] if saved else None,
     )
+    if saved:
+        tracker.load_state_dict(saved["tracker"])
+    return tracker

@@ -7,8 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from selectflow.batches import num_examples
 from selectflow.selector import Selection
@@ -19,7 +18,7 @@ class Stopwatch:
     """Seconds of training: runs between `start` and `stop`, any number of times."""
 
     def __init__(self) -> None:
-        self._total = 0.0
+        self.seconds = 0.0  # up to the last stop
         self._started: float | None = None
 
     def start(self) -> None:
@@ -29,9 +28,9 @@ class Stopwatch:
     def stop(self) -> float:
         """Stop counting; the seconds so far."""
         if self._started is not None:
-            self._total += time.perf_counter() - self._started
+            self.seconds += time.perf_counter() - self._started
             self._started = None
-        return self._total
+        return self.seconds
 
 
 class RunLog:
@@ -49,22 +48,14 @@ class RunLog:
 
     def __init__(self, run_dir: Path, tracker: Tracker, altered: frozenset[str]) -> None:
         self._tracker, self._altered = tracker, altered
-        self._ledger = (run_dir / "selection.jsonl").open("w", encoding="utf-8")
+        self._ledger = (run_dir / "selection.jsonl").open("a", encoding="utf-8")
         self._sums: dict[str, float] = defaultdict(float)
-        self._num_steps = self._num_kept = 0
-        self._samples_seen = self._samples_scored = 0
+        self._counts: dict[str, int] = defaultdict(int)
         self._select_s = self._wall_s_before = 0.0
         self._text: dict[str, float] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the ledger."""
         self._ledger.close()
 
     def step(self, step: int, batch: Mapping[str, Any], loss: float, selection: Selection) -> None:
@@ -78,10 +69,10 @@ class RunLog:
         self._sums["select/kept_altered"] += (
             sum(key in self._altered for key in batch["key"]) / kept
         )
-        self._num_steps += 1
-        self._samples_seen += kept
+        self._counts["steps"] += 1
+        self._counts["seen"] += kept
         if selection.losses is not None:
-            self._samples_scored += size
+            self._counts["scored"] += size
         self._select_s += selection.seconds
         self._write_selection(step, selection)
 
@@ -94,19 +85,38 @@ class RunLog:
             wall_s: seconds of training so far: data, selection and updates.
             evaluation: metrics by name, as "test/accuracy".
         """
-        metrics = {name: total / self._num_steps for name, total in self._sums.items()}
-        if self._num_steps:
+        num_steps = self._counts["steps"]  # since the last flush
+        metrics = {name: total / num_steps for name, total in self._sums.items()}
+        if num_steps:
             metrics |= {
                 "train/lr": lr,
-                "data/samples_seen": self._samples_seen,
-                "data/samples_scored": self._samples_scored,
+                "data/samples_seen": self._counts["seen"],
+                "data/samples_scored": self._counts["scored"],
                 "perf/select_s": self._select_s,
-                "perf/step_s": (wall_s - self._wall_s_before) / self._num_steps,
+                "perf/step_s": (wall_s - self._wall_s_before) / num_steps,
             }
         self._tracker.log(step, metrics | {"perf/wall_s": wall_s} | dict(evaluation))
         self._sums.clear()
-        self._num_steps, self._wall_s_before = 0, wall_s
+        self._counts["steps"], self._wall_s_before = 0, wall_s
         self._text = metrics | dict(evaluation)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next lines depend on, and how long the ledger is."""
+        self._ledger.flush()
+        return {
+            "sums": dict(self._sums),
+            "counts": dict(self._counts),
+            "select_s": self._select_s,
+            "wall_s_before": self._wall_s_before,
+            "ledger_bytes": self._ledger.tell(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after `state_dict`; later lines of the ledger are cut off."""
+        self._sums.update(state["sums"])
+        self._counts.update(state["counts"])
+        self._select_s, self._wall_s_before = state["select_s"], state["wall_s_before"]
+        self._ledger.truncate(state["ledger_bytes"])
 
     def summary(self) -> str:
         """The last flush in a few words, for a progress line."""

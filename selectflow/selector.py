@@ -311,11 +311,18 @@ class Selector:
 
     # --- state ----------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    @property
+    def num_peeked(self) -> int:
+        """Pools that were drawn from the stream and not yet handed out."""
+        return len(self._peeked)
+
+    def state_dict(self, *, with_peeked: bool = True) -> dict[str, Any]:
         """All that the next selections depend on; `torch.save` it with model and optimizer.
 
-        Pools that were peeked at and not yet handed out are part of it, so the source of pools
-        is resumed after the last one it gave.
+        Args:
+            with_peeked: whether the pools that were peeked at and not yet handed out are part of
+                it. The source of pools is then resumed after the last one it gave; without them,
+                `num_peeked` pools earlier.
         """
         return {
             "options": self._options,
@@ -326,7 +333,7 @@ class Selector:
             "ahead": self._ahead and _plain(self._ahead),
             "decided": dict(self._derivatives.decided),
             "target_position": self._target.position,
-            "peeked": list(self._peeked),
+            "peeked": list(self._peeked) if with_peeked else [],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

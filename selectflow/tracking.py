@@ -88,6 +88,16 @@ class Tracker:
         finite = {key: value for key, value in record.items() if value is not None}
         self._to_wandb(lambda run: run.log(finite))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The W&B run and how long metrics.jsonl is."""
+        size = self._metrics.stat().st_size if self._metrics.exists() else 0
+        return {"run_id": self.run_id, "metrics_bytes": size, "last": dict(self._last)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after `state_dict`; later lines of metrics.jsonl are cut off."""
+        os.truncate(self._metrics, state["metrics_bytes"])
+        self._last = dict(state["last"])
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json and close W&B.
 

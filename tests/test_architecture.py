@@ -44,9 +44,11 @@ MAY_IMPORT = {
     "tracking": set(),
     "data": {"data"},
     "checkpoints": {"batches"},
+    "run_dir": {"checkpoints", "config"},
     "run_log": {"batches", "selector", "tracking"},
     "run": {
-        "batches", "checkpoints", "config", "derivatives", "run_log", "selector", "tracking",
+        "batches", "checkpoints", "config", "derivatives", "run_dir", "run_log",
+        "selector", "tracking",
     },
     "report": {"report", "yaml_io"},
     "cli": {"audit_config", "audit_report", "config", "data", "report"},

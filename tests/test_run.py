@@ -72,8 +72,7 @@ def test_the_run_directory(digits, tmp_path):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 7)
     assert summary["test/loss"] == last["test/loss"]
-    saved = torch.load(run_dir / "checkpoints" / "last.pt")
-    assert set(saved) == {"step", "model", "optimizer", "scheduler", "selector"}
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000007.pt"]
 
 
 def test_the_ledger_holds_every_decision(digits, tmp_path):
@@ -137,7 +136,7 @@ def test_a_nan_names_step_and_samples_and_keeps_the_weights_before(digits, tmp_p
         train(config(tmp_path, select={"strategy": strategy}), made)
     summary = json.loads((tmp_path / "trial" / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("failed", 4)
-    saved = torch.load(tmp_path / "trial" / "checkpoints" / "last.pt")
+    saved = torch.load(tmp_path / "trial" / "checkpoints" / "step-00000004.pt")
     assert all(value.isfinite().all() for value in saved["model"].values())
     assert len(read_lines(tmp_path / "trial" / "selection.jsonl")) == 4
 

@@ -1,0 +1,142 @@
+"""A run that is killed and resumed equals one that was not, bit for bit."""
+
+import json
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from test_run import config, digits, read_lines, task
+
+from selectflow.checkpoints import Checkpoints
+from selectflow.run import RunError, train
+from selectflow.run_dir import lock
+
+__all__ = ["digits"]  # the fixture
+
+OPTIONS = {"steps": 24, "checkpoint_every": 4, "eval_every": 5, "resume": "auto"}
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing of ours runs after it."""
+
+
+def killed_at(step, made):
+    """The task, whose loss raises `Killed` in the training step number `step` from here."""
+    calls = 0
+
+    def loss_fn(model, batch):
+        nonlocal calls
+        if torch.is_grad_enabled() and model.training and len(batch["key"]) == 8:
+            calls += 1
+            if calls == step:
+                raise Killed
+        return made.loss_fn(model, batch)
+
+    return type(made)(**{**vars(made), "loss_fn": loss_fn})
+
+
+def outcome(run_dir):
+    """All that a run must reproduce: weights, metrics without times, and the ledger."""
+    newest = Checkpoints(run_dir / "checkpoints").newest()
+    metrics = [
+        {key: value for key, value in line.items() if not key.startswith("perf/")}
+        for line in read_lines(run_dir / "metrics.jsonl")
+    ]
+    return newest["model"], newest["optimizer"], metrics, (run_dir / "selection.jsonl").read_text()
+
+
+def assert_same(first, second):
+    assert first[2:] == second[2:]
+    assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
+    for index, state in first[1]["state"].items():
+        assert all(torch.equal(state[name], second[1]["state"][index][name]) for name in state)
+
+
+@pytest.mark.parametrize("select", [{}, {"horizon": 3, "interval": 2}, {"strategy": "uniform"}])
+@pytest.mark.parametrize("at", [1, 4, 5, 11, 24])
+def test_a_killed_run_resumes_to_the_same_end(digits, tmp_path, select, at):
+    train(config(tmp_path, name="whole", select=select, **OPTIONS), task(digits))
+    killed = config(tmp_path, name="killed", select=select, **OPTIONS)
+    with pytest.raises(Killed):
+        train(killed, killed_at(at, task(digits)))
+    train(killed, task(digits))
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(digits, tmp_path):
+    whole, killed = (config(tmp_path, name=name, **OPTIONS) for name in ("whole", "killed"))
+    train(whole, task(digits))
+    with pytest.raises(Killed):
+        train(killed, killed_at(15, task(digits)))
+    paths = Checkpoints(tmp_path / "killed" / "checkpoints").paths()
+    assert [path.name for path in paths] == ["step-00000008.pt", "step-00000012.pt"]
+    paths[-1].write_bytes(paths[-1].read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match=r"step-00000012.pt is damaged and is passed over"):
+        train(killed, task(digits))
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_stops(digits, tmp_path, number):
+    whole, stopped = (config(tmp_path, name=name, **OPTIONS) for name in ("whole", "stopped"))
+    train(whole, task(digits))
+    made, calls = task(digits), []
+
+    def loss_fn(model, batch):
+        calls.append(None)
+        if len(calls) == 30:
+            os.kill(os.getpid(), number)
+        return made.loss_fn(model, batch)
+
+    train(stopped, type(made)(**{**vars(made), "loss_fn": loss_fn}))
+    summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert summary["status"] == f"stopped by {number.name}"
+    assert 0 < summary["steps"] < 24
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(stopped, task(digits))
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "stopped"))
+
+
+def test_a_finished_run_is_left_as_it_is(digits, tmp_path):
+    options = config(tmp_path, **OPTIONS)
+    run_dir = train(options, task(digits))
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    train(options, killed_at(1, task(digits)))
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_another_configuration_is_refused_with_the_difference(digits, tmp_path):
+    train(config(tmp_path, **OPTIONS), task(digits))
+    other = config(tmp_path, **OPTIONS | {"steps": 25})
+    with pytest.raises(RunError, match="own configuration, got steps: 24 there, 25 here"):
+        train(other, task(digits))
+
+
+def test_one_process_at_a_time(digits, tmp_path):
+    options = config(tmp_path, **OPTIONS)
+    with lock(options.run_dir), pytest.raises(RunError, match="another is at work"):
+        train(options, task(digits))
+    train(options, task(digits))
+
+
+def test_a_run_outside_of_the_main_thread_needs_no_signals(digits, tmp_path):
+    thread = threading.Thread(target=train, args=(config(tmp_path, **OPTIONS), task(digits)))
+    thread.start()
+    thread.join()
+    assert json.loads((tmp_path / "trial" / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named_and_costs_no_other(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, {"step": 1})
+
+    class Unwritable:
+        def __reduce__(self):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"step-00000002.pt cannot be written: .*No space left"):
+        checkpoints.save(2, {"step": Unwritable()})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
+    assert checkpoints.newest() == {"step": 1}
