@@ -175,6 +175,11 @@ class Derivatives:
         self.chunk_size = chunk_size
         self.method = method
         self.decided: dict[str, str] = {}
+        self._unchecked: set[str] = set()
+
+    def recheck(self) -> None:
+        """Let the next use of each form check again that it is right."""
+        self._unchecked = set(self.decided)
 
     # --- the quantities -------------------------------------------------------------------
 
@@ -352,12 +357,15 @@ class Derivatives:
     def _decide(self, use: str, params: Params, direction: Params, batch: Batch) -> str:
         if self.method != "auto":
             return self.method
-        if use not in self.decided:
+        if use not in self.decided or use in self._unchecked:
             if _has_queries(params, direction):
                 direction = next(_split(direction))
             few = take(batch, slice(0, min(_NUM_CHECKED, self.chunk_size or _NUM_CHECKED)))
-            self.decided[use], why = self._compare(use, params, direction, few)
-            _log.info("derivatives of %s: %s (%s)", use, self.decided[use], why)
+            form, why = self._compare(use, params, direction, few)
+            if form != self.decided.get(use):
+                _log.info("derivatives of %s: %s (%s)", use, form, why)
+            self.decided[use] = form
+            self._unchecked.discard(use)
         return self.decided[use]
 
     def _compare(
@@ -370,8 +378,9 @@ class Derivatives:
             reference, against = flat("exact", 1.0), "the exact form"
         except (RuntimeError, NotImplementedError) as error:  # no forward mode for some operator
             reference, against = flat("central", 0.5), "half the step"
-            reason = str(error).strip().splitlines()[0]
-            _log.info("no forward-mode derivative of this model (%s)", reason)
+            if use not in self.decided:
+                reason = str(error).strip().splitlines()[0]
+                _log.info("no forward-mode derivative of this model (%s)", reason)
         scale = reference.norm()
         apart = float((central - reference).norm() / scale) if scale > 0 else 0.0
         agrees = apart <= _TOLERANCE[use]

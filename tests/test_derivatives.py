@@ -166,6 +166,8 @@ def test_auto_takes_central_differences_where_they_agree(caplog):
         derivatives.along(params, direction, batch)
         derivatives.along(params, direction, batch)
         derivatives.hessian_product(params, direction, batch)
+        derivatives.recheck()
+        derivatives.along(params, direction, batch)
     assert derivatives.decided == {"losses": "central", "gradients": "central"}
     assert len([r for r in caplog.records if "derivatives of losses: central" in r.message]) == 1
 
