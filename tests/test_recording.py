@@ -151,6 +151,13 @@ def test_random_training_is_refused_and_rounding_is_not(dtype):
         60, trajectory.replay(30, 60, trajectory.state(30)), trajectory.state(30)
     )
 
+    # steps below the resolution of the parameters leave nothing but rounding
+    model, _, batches = setting(dtype=dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    trajectory = record(model, optimizer, image_loss, batches, spacing=6)
+    start = trajectory.state(6)
+    trajectory.check_replay(12, trajectory.replay(6, 12, start), start)
+
     model, optimizer, batches = setting(dtype=dtype)
     with pytest.raises(RuntimeError, match=r"not deterministic .*fix the randomness per example"):
         record(model, optimizer, noisy, batches, spacing=3)
