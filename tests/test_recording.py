@@ -151,16 +151,27 @@ def test_random_training_is_refused_and_rounding_is_not(dtype):
         60, trajectory.replay(30, 60, trajectory.state(30)), trajectory.state(30)
     )
 
-    # steps below the resolution of the parameters leave nothing but rounding
-    model, _, batches = setting(dtype=dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    trajectory = record(model, optimizer, image_loss, batches, spacing=6)
-    start = trajectory.state(6)
-    trajectory.check_replay(12, trajectory.replay(6, 12, start), start)
-
     model, optimizer, batches = setting(dtype=dtype)
     with pytest.raises(RuntimeError, match=r"not deterministic .*fix the randomness per example"):
         record(model, optimizer, noisy, batches, spacing=3)
+
+
+def test_the_resolution_of_the_parameters_is_no_drift():
+    """At a small lr a bfloat16 parameter moves by its last digit or not at all."""
+    model, _, batches = setting(dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    trajectory = record(model, optimizer, image_loss, batches, spacing=6)
+    start, end = trajectory.state(6), trajectory.state(12)
+    last_digit = torch.finfo(torch.bfloat16).eps
+
+    def nudged(by):
+        params = end.params.map(lambda x: torch.where(x > 0, x * (1 + by), x))
+        return end._replace(params=params)
+
+    assert (nudged(last_digit).params - end.params).norm() > (end.params - start.params).norm()
+    trajectory.check_replay(12, nudged(last_digit), start)
+    with pytest.raises(RuntimeError, match="not deterministic"):
+        trajectory.check_replay(12, nudged(4 * last_digit), start)
 
 
 @contextmanager
