@@ -131,8 +131,9 @@ class Trajectory:
             return
         recorded = self.snapshots.state(index).params
         apart, way = (replayed.params - recorded).norm(), (recorded - start.params).norm()
-        limit = max(_DRIFT[tensor.dtype] for tensor in recorded.values())
-        if not apart <= limit * way:
+        dtype = next(iter(recorded.values())).dtype
+        rounding = torch.finfo(dtype).eps * recorded.norm()
+        if not apart <= _DRIFT[dtype] * way + rounding:
             raise RuntimeError(
                 f"a replay must arrive at the recorded state, got one that is {apart:.2g} away "
                 f"after a way of {way:.2g}, before step {self.first_step + index}; the training "

@@ -156,6 +156,24 @@ def test_random_training_is_refused_and_rounding_is_not(dtype):
         record(model, optimizer, noisy, batches, spacing=3)
 
 
+def test_the_resolution_of_the_parameters_is_no_drift():
+    """At a small lr a bfloat16 parameter moves by its last digit or not at all."""
+    model, _, batches = setting(dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    trajectory = record(model, optimizer, image_loss, batches, spacing=6)
+    start, end = trajectory.state(6), trajectory.state(12)
+    last_digit = torch.finfo(torch.bfloat16).eps
+
+    def nudged(by):
+        params = end.params.map(lambda x: torch.where(x > 0, x * (1 + by), x))
+        return end._replace(params=params)
+
+    assert (nudged(last_digit).params - end.params).norm() > (end.params - start.params).norm()
+    trajectory.check_replay(12, nudged(last_digit), start)
+    with pytest.raises(RuntimeError, match="not deterministic"):
+        trajectory.check_replay(12, nudged(4 * last_digit), start)
+
+
 @contextmanager
 def file_size_limit(num_bytes):
     """Writes beyond `num_bytes` of one file fail, as on a full disk."""
