@@ -2,8 +2,9 @@
 
 from selectflow.data.digits import make_digits
 from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, write_manifest
-from selectflow.data.shards import read_split, write_split
-from selectflow.data.stream import PoolStream, read_batches, read_metadata
+from selectflow.data.shards import write_split
+from selectflow.data.splits import read_batches, read_metadata, read_split
+from selectflow.data.stream import PoolStream
 
 __all__ = [
     "DataError",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from selectflow.data.fields import Sample
 from selectflow.data.manifest import (
     MANIFEST_NAME,
     DataError,
@@ -14,7 +15,7 @@ from selectflow.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from selectflow.data.shards import Sample, write_split
+from selectflow.data.shards import write_split
 
 _NUM_CLASSES = 10
 _NUM_TARGET = 200

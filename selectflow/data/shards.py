@@ -1,54 +1,22 @@
-"""Samples to WebDataset tar shards and back, reproducible byte for byte and without pickle."""
+"""Samples to WebDataset tar shards, reproducible byte for byte and without pickle."""
 
 import hashlib
 import io
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from webdataset import TarWriter
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from selectflow.data.manifest import DataError, Shard, atomic_file, read_manifest
-
-Sample = dict[str, Any]
+from selectflow.data.fields import CODECS, Sample
+from selectflow.data.manifest import DataError, Shard, atomic_file
 
 # A dot would end the key, a leading "__" marks a member that webdataset skips, and the tar format
 # has room for 100 characters of name and extension.
 _KEY = re.compile(r"(?!__)(?=.{1,90}\Z)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 _SPLIT = re.compile(r"[A-Za-z0-9_-]+")
-
-
-def _encode_npy(value: Any) -> bytes:
-    file = io.BytesIO()
-    np.lib.format.write_array(file, np.asarray(value), allow_pickle=False)
-    return file.getvalue()
-
-
-def _decode_npy(data: bytes) -> Any:
-    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-
-
-def _encode_cls(value: Any) -> bytes:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError("not an integer")
-    return str(int(value)).encode()
-
-
-def _encode_json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, allow_nan=False).encode()
-
-
-# extension -> (value to bytes, bytes to value); a new kind of field is one line here
-_CODECS: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
-    "npy": (_encode_npy, _decode_npy),
-    "cls": (_encode_cls, int),
-    "json": (_encode_json, json.loads),
-}
 
 
 def write_split(
@@ -87,28 +55,6 @@ def write_split(
     return shards
 
 
-def read_split(root: str | Path, split: str) -> Iterator[Sample]:
-    """Read the samples of one split in stored order.
-
-    A shard is checked against the manifest before its first sample is handed out.
-
-    Args:
-        root: Dataset directory.
-        split: Name of the split.
-
-    Yields:
-        `{"__key__": str}` and the decoded fields: "npy" an array, "cls" an int, "json" a dict.
-
-    Raises:
-        DataError: No manifest or no such split; a shard that is missing, truncated or altered; a
-            sample without a field, or with one that cannot be decoded. Names shard and key.
-    """
-    manifest = read_manifest(root)
-    for shard in manifest.shards(split):
-        for sample in _read_shard(Path(root), shard, manifest.fields):
-            yield _decode(sample, shard.name, manifest.fields)
-
-
 def _encode(samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     fields: set[str] | None = None
@@ -124,9 +70,9 @@ def _encode(samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
         seen.add(key)
         values = {field: value for field, value in sample.items() if field != "__key__"}
         fields = fields or set(values)
-        if not values or values.keys() != fields or not fields <= _CODECS.keys():
+        if not values or values.keys() != fields or not fields <= CODECS.keys():
             raise DataError(
-                f"fields must be the same for all samples and out of {sorted(_CODECS)}, "
+                f"fields must be the same for all samples and out of {sorted(CODECS)}, "
                 f"got {sorted(values)} for key {key!r}; add the missing or rename the unknown"
             )
         yield {"__key__": key} | {f: _encode_field(key, f, v) for f, v in values.items()}
@@ -134,7 +80,7 @@ def _encode(samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
 
 def _encode_field(key: str, field: str, value: Any) -> bytes:
     try:
-        return _CODECS[field][0](value)
+        return CODECS[field][0](value)
     except (TypeError, ValueError) as error:
         raise DataError(
             f"field {field!r} of key {key!r} must be storable without pickle, "
@@ -151,47 +97,3 @@ def _write_shard(path: Path, samples: list[dict[str, Any]]) -> Shard:
     with atomic_file(path) as file:
         file.write(data)
     return Shard(path.name, len(samples), len(data), hashlib.sha256(data).hexdigest())
-
-
-def _read_shard(root: Path, shard: Shard, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    try:
-        data = (root / shard.name).read_bytes()
-    except FileNotFoundError:
-        raise _damaged(shard.name, "be present", "no such file") from None
-    # The stages of webdataset that take an open file: its own opener also runs `pipe:` commands.
-    members = tar_file_expander([{"url": shard.name, "stream": io.BytesIO(data)}])
-    try:
-        samples = list(group_by_keys(members))
-    except Exception as error:  # damaged bytes: tarfile documents no closed list of errors
-        got = f"{len(data)} bytes and {type(error).__name__}: {error.args[0]}"
-        raise _damaged(shard.name, f"be a tar file of {shard.bytes} bytes", got) from error
-    # From the most telling to the most general, since one cut can violate all three.
-    for sample in samples:
-        if missing := [field for field in fields if field not in sample]:
-            rule = f"hold the fields {list(fields)} of key {sample['__key__']!r}"
-            raise _damaged(shard.name, rule, f"none of {missing}")
-    if len(samples) != shard.count:
-        raise _damaged(shard.name, f"hold {shard.count} samples", f"{len(samples)}")
-    if (digest := hashlib.sha256(data).hexdigest()) != shard.sha256:
-        rule = f"have {shard.bytes} bytes and sha256 {shard.sha256}"
-        raise _damaged(shard.name, rule, f"{len(data)} bytes and {digest}")
-    return samples
-
-
-def _decode(sample: dict[str, Any], shard: str, fields: tuple[str, ...]) -> Sample:
-    key = sample["__key__"]
-    decoded: Sample = {"__key__": key}
-    for field in fields:
-        try:
-            decoded[field] = _CODECS[field][1](sample[field])
-        except (ValueError, EOFError, KeyError) as error:
-            rule = f"hold a field {field!r} of key {key!r} that can be decoded"
-            raise _damaged(shard, rule, f"{type(error).__name__}: {error}") from error
-    return decoded
-
-
-def _damaged(shard: str, rule: str, got: str) -> DataError:
-    return DataError(
-        f"shard {shard} must {rule}, got {got}; "
-        "restore the file, or delete the directory and write the dataset again"
-    )

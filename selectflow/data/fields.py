@@ -1,0 +1,57 @@
+"""The fields of a sample: from a value to the bytes of a tar member and back, without pickle."""
+
+import io
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+Sample = dict[str, Any]
+"""`{"__key__": str}` and the values of the fields, by extension."""
+
+
+def _encode_npy(value: Any) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.asarray(value), allow_pickle=False)
+    return file.getvalue()
+
+
+def _decode_npy(data: bytes) -> Any:
+    if data[:8] != b"\x93NUMPY\x01\x00":  # later versions are for headers above 64 KiB
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    start = 10 + int.from_bytes(data[8:10], "little")
+    dtype, shape, order = _npy_header(data[:start])
+    # a copy, since a tensor must be writable
+    flat = np.frombuffer(data, dtype, offset=start).copy()
+    return flat.reshape(shape, order=order)
+
+
+@lru_cache(maxsize=64)
+def _npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Any]:
+    # the samples of a dataset share their header, whose parsing costs more than the array
+    file = io.BytesIO(header)
+    np.lib.format.read_magic(file)
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects, which only pickle can hold")
+    return dtype, shape, "F" if is_fortran else "C"
+
+
+def _encode_cls(value: Any) -> bytes:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError("not an integer")
+    return str(int(value)).encode()
+
+
+def _encode_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, allow_nan=False).encode()
+
+
+# extension -> (value to bytes, bytes to value); a new kind of field is one line here
+CODECS: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
+    "npy": (_encode_npy, _decode_npy),
+    "cls": (_encode_cls, int),
+    "json": (_encode_json, json.loads),
+}

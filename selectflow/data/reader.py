@@ -1,0 +1,204 @@
+"""Samples read from shards at any row, each shard checked before its first sample is used."""
+
+import hashlib
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import FileIO
+from typing import NamedTuple
+
+import numpy as np
+
+from selectflow.data.catalog import Catalog, Entry, Ints
+from selectflow.data.fields import CODECS, Sample
+from selectflow.data.manifest import DataError
+from selectflow.data.tar_index import Member, list_members
+
+# WebDataset's rules: the extension starts at the first dot of the file name, `__name__` is metadata
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
+_META = re.compile(r"__[^/]*__($|/)")
+
+
+class Fault(NamedTuple):
+    """A sample that cannot be read.
+
+    Attributes:
+        shard: name of its shard.
+        row: its number in the catalog.
+        message: what is wrong, where, and what to do.
+    """
+
+    shard: str
+    row: int
+    message: str
+
+
+class ShardReader:
+    """Reads samples by row. Holds the indexes of the shards used last, and no open files.
+
+    Args:
+        catalog: the shards.
+        fields: extensions to decode; None: all.
+        capacity: samples in the shards whose index is held, beyond the shard in use.
+    """
+
+    def __init__(
+        self, catalog: Catalog, fields: Iterable[str] | None = None, capacity: int = 0
+    ) -> None:
+        self._catalog, self._capacity, self._held = catalog, capacity, 0
+        self._fields = None if fields is None else frozenset(fields)
+        self._opened: OrderedDict[int, _Opened | DataError] = OrderedDict()
+
+    def read(self, rows: Ints) -> tuple[list[Sample], list[Fault]]:
+        """The samples at `rows`, in that order, without those that cannot be read."""
+        shards, places = self._catalog.locate(rows)
+        found: dict[int, Sample] = {}
+        faults: list[Fault] = []
+        for shard in dict.fromkeys(shards.tolist()):  # each file is opened once
+            at = np.flatnonzero(shards == shard)
+            for position, item in zip(at.tolist(), self._read(shard, places[at]), strict=True):
+                if isinstance(item, DataError):
+                    name = self._catalog.entries[shard].shard.name
+                    faults.append(Fault(name, int(rows[position]), str(item)))
+                else:
+                    found[position] = item
+        return [found[position] for position in sorted(found)], faults
+
+    def _read(self, index: int, places: Ints) -> Iterator[Sample | DataError]:
+        opened = self._open(index)
+        try:
+            if isinstance(opened, DataError):
+                raise opened
+            with opened.file() as file:
+                for place in places.tolist():
+                    yield opened.sample(file, place, self._fields)
+        except DataError as error:
+            yield from [error] * len(places)
+
+    def _open(self, index: int) -> "_Opened | DataError":
+        if index in self._opened:
+            self._opened.move_to_end(index)
+            return self._opened[index]
+        entry = self._catalog.entries[index]
+        try:
+            self._opened[index] = _Opened(entry)
+        except DataError as error:
+            self._opened[index] = error
+        self._held += entry.shard.count
+        while len(self._opened) > 1 and self._held > self._capacity + entry.shard.count:
+            oldest, _ = self._opened.popitem(last=False)
+            self._held -= int(self._catalog.counts[oldest])
+        return self._opened[index]
+
+
+@dataclass(frozen=True)
+class _Record:
+    key: str
+    members: dict[str, Member]
+
+
+class _Opened:
+    """A shard that was found to be what the manifest says, and where its samples lie."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        with _open_file(entry) as file:
+            self._signature = _signature(file)
+            self._records = _index(entry, file)
+
+    def file(self) -> FileIO:
+        """The file, opened.
+
+        Raises:
+            DataError: it is gone, or another than the one that was checked.
+        """
+        file = _open_file(self._entry)
+        if _signature(file) != self._signature:
+            file.close()
+            raise damaged(self._entry.shard.name, "stay as it is while it is read", "a change")
+        return file
+
+    def sample(self, file: FileIO, place: int, fields: frozenset[str] | None) -> Sample | DataError:
+        record = self._records[place]
+        sample: Sample = {"__key__": self._entry.prefix + record.key}
+        for field in self._entry.fields:
+            if fields is not None and field not in fields:
+                continue
+            member = record.members[field]
+            try:
+                data = os.pread(file.fileno(), member.size, member.offset)
+                sample[field] = CODECS[field][1](data)
+            except Exception as error:  # decoders document no closed list of errors
+                rule = f"hold a field {field!r} of key {record.key!r} that can be decoded"
+                return damaged(self._entry.shard.name, rule, f"{type(error).__name__}: {error}")
+        return sample
+
+
+def damaged(shard: str, rule: str, got: str) -> DataError:
+    """The error of a shard that breaks a rule."""
+    return DataError(
+        f"shard {shard} must {rule}, got {got}; "
+        "restore the file, or delete the directory and write the dataset again"
+    )
+
+
+def _open_file(entry: Entry) -> FileIO:
+    try:
+        return entry.path.open("rb", buffering=0)
+    except FileNotFoundError:
+        raise damaged(entry.shard.name, "be present", "no such file") from None
+    except OSError as error:
+        raise damaged(entry.shard.name, "be readable", f"{error.strerror}") from error
+
+
+def _signature(file: FileIO) -> tuple[int, ...]:
+    stat = os.fstat(file.fileno())
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _index(entry: Entry, file: FileIO) -> list[_Record]:
+    """The records of a shard.
+
+    Raises:
+        DataError: the shard is not what the manifest says. The checksum comes last, since it
+            cannot tell what is wrong.
+    """
+    shard = entry.shard
+    try:
+        records = _group(list_members(file))
+    except ValueError as error:
+        raise damaged(shard.name, f"be a tar file of {shard.bytes} bytes", f"{error}") from error
+    for record in records:
+        if missing := [field for field in entry.fields if field not in record.members]:
+            rule = f"hold the fields {list(entry.fields)} of key {record.key!r}"
+            raise damaged(shard.name, rule, f"none of {missing}")
+    if len(records) != shard.count:
+        raise damaged(shard.name, f"hold {shard.count} samples", f"{len(records)}")
+    file.seek(0)
+    if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != shard.sha256:
+        rule = f"have {shard.bytes} bytes and sha256 {shard.sha256}"
+        raise damaged(shard.name, rule, f"{os.fstat(file.fileno()).st_size} bytes and {digest}")
+    return records
+
+
+def _group(members: list[Member]) -> list[_Record]:
+    """Consecutive members of one key as records.
+
+    Raises:
+        ValueError: a member comes twice, or a key comes again after another one.
+    """
+    records: dict[str, _Record] = {}
+    last = ""
+    for member in members:
+        match = _NAME.fullmatch(member.name)
+        if not match or _META.match(member.name):
+            continue
+        key, extension = match[1], match[2].lower()
+        record = records.setdefault(key, _Record(key, {}))
+        if extension in record.members or (record.members and key != last):
+            raise ValueError(f"member {member.name!r} of a key that came before")
+        record.members[extension] = member
+        last = key
+    return list(records.values())
