@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 Sample = dict[str, Any]
 """`{"__key__": str}` and the values of the fields, by extension."""
@@ -49,9 +50,33 @@ def _encode_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, allow_nan=False).encode()
 
 
+def _encode_png(value: Any) -> bytes:
+    pixels = np.asarray(value)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
+        raise TypeError("not uint8 of shape (1 or 3, height, width)")
+    file = io.BytesIO()
+    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _decode_image(data: bytes) -> Any:
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+
+def _encoded(value: Any) -> bytes:
+    if not isinstance(value, bytes):
+        raise TypeError("not the bytes of an encoded image")
+    return value
+
+
 # extension -> (value to bytes, bytes to value); a new kind of field is one line here
 CODECS: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
     "npy": (_encode_npy, _decode_npy),
     "cls": (_encode_cls, int),
     "json": (_encode_json, json.loads),
+    "png": (_encode_png, _decode_image),
+    "jpg": (_encoded, _decode_image),
+    "txt": (str.encode, bytes.decode),
 }

@@ -146,6 +146,9 @@ class Order:
 
     def take(self, count: int) -> Ints:
         """The next `count` rows, shape (count,)."""
+        if len(self._lanes) == 1:
+            self._drawn += count
+            return self._lanes[0].take(count)
         sources = self._sources(count)
         self._drawn += count
         rows = np.empty(count, np.int64)
@@ -176,8 +179,6 @@ class Order:
         self._drawn = position["drawn"]
 
     def _sources(self, count: int) -> Ints:
-        if self._shares is None:
-            return np.zeros(count, np.int64)
         parts, start, end = [], self._drawn, self._drawn + count
         while start < end:
             block, at = divmod(start, _MIX_BLOCK)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,11 +71,16 @@ class ShardReader:
         try:
             if isinstance(opened, DataError):
                 raise opened
-            with opened.file() as file:
-                for place in places.tolist():
-                    yield opened.sample(file, place, self._fields)
+            file = opened.file()
         except DataError as error:
             yield from [error] * len(places)
+            return
+        with file:
+            for place in places.tolist():
+                try:
+                    yield opened.sample(file, place, self._fields)
+                except DataError as error:
+                    yield error
 
     def _open(self, index: int) -> "_Opened | DataError":
         if index in self._opened:
@@ -120,20 +125,28 @@ class _Opened:
             raise damaged(self._entry.shard.name, "stay as it is while it is read", "a change")
         return file
 
-    def sample(self, file: FileIO, place: int, fields: frozenset[str] | None) -> Sample | DataError:
+    def sample(self, file: FileIO, place: int, fields: frozenset[str] | None) -> Sample:
+        """One sample.
+
+        Raises:
+            DataError: it lacks a field, or one cannot be decoded.
+        """
         record = self._records[place]
+        _check_fields(self._entry, record)
         sample: Sample = {"__key__": self._entry.prefix + record.key}
         for field in self._entry.fields:
-            if fields is not None and field not in fields:
-                continue
-            member = record.members[field]
-            try:
-                data = os.pread(file.fileno(), member.size, member.offset)
-                sample[field] = CODECS[field][1](data)
-            except Exception as error:  # decoders document no closed list of errors
-                rule = f"hold a field {field!r} of key {record.key!r} that can be decoded"
-                return damaged(self._entry.shard.name, rule, f"{type(error).__name__}: {error}")
+            if fields is None or field in fields:
+                sample[field] = self._decode(file, record, field)
         return sample
+
+    def _decode(self, file: FileIO, record: _Record, field: str) -> Any:
+        member = record.members[field]
+        try:
+            return CODECS[field][1](os.pread(file.fileno(), member.size, member.offset))
+        except Exception as error:  # decoders document no closed list of errors
+            rule = f"hold a field {field!r} of key {record.key!r} that can be decoded"
+            got = f"{type(error).__name__}: {error}"
+            raise damaged(self._entry.shard.name, rule, got) from error
 
 
 def damaged(shard: str, rule: str, got: str) -> DataError:
@@ -162,25 +175,31 @@ def _index(entry: Entry, file: FileIO) -> list[_Record]:
     """The records of a shard.
 
     Raises:
-        DataError: the shard is not what the manifest says. The checksum comes last, since it
-            cannot tell what is wrong.
+        DataError: the shard is not what the manifest says. A wrong checksum is reported last,
+            since it cannot tell what is wrong.
     """
     shard = entry.shard
     try:
         records = _group(list_members(file))
     except ValueError as error:
         raise damaged(shard.name, f"be a tar file of {shard.bytes} bytes", f"{error}") from error
-    for record in records:
-        if missing := [field for field in entry.fields if field not in record.members]:
-            rule = f"hold the fields {list(entry.fields)} of key {record.key!r}"
-            raise damaged(shard.name, rule, f"none of {missing}")
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != shard.sha256:
+        for record in records:
+            _check_fields(entry, record)
     if len(records) != shard.count:
         raise damaged(shard.name, f"hold {shard.count} samples", f"{len(records)}")
-    file.seek(0)
-    if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != shard.sha256:
+    if digest != shard.sha256:
         rule = f"have {shard.bytes} bytes and sha256 {shard.sha256}"
         raise damaged(shard.name, rule, f"{os.fstat(file.fileno()).st_size} bytes and {digest}")
     return records
+
+
+def _check_fields(entry: Entry, record: _Record) -> None:
+    if missing := [field for field in entry.fields if field not in record.members]:
+        rule = f"hold the fields {list(entry.fields)} of key {record.key!r}"
+        raise damaged(entry.shard.name, rule, f"none of {missing}")
 
 
 def _group(members: list[Member]) -> list[_Record]:

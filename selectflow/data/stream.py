@@ -1,5 +1,6 @@
 """Candidate pools for training, in an order that can be resumed."""
 
+import logging
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,8 @@ from selectflow.data.fields import Sample
 from selectflow.data.manifest import DataError
 from selectflow.data.order import Order, Shuffle
 from selectflow.data.reader import Fault, ShardReader
+
+_log = logging.getLogger(__name__)
 
 _Read = tuple[Batch | DataError, list[Fault]]  # a pool, and its samples that cannot be read
 
@@ -120,8 +123,8 @@ class PoolStream(IterableDataset[Batch]):
         """The next pool.
 
         Returns:
-            "image" float32 (P, ...) and "label" int64 (P,), or "tokens" int64 (P, ...); "key" list
-            of P strings.
+            "image" float32 (P, ...) and "label" int64 (P,), or "tokens" int64 (P, ...), or "text"
+            list of P strings; "key" list of P strings. Images stored as bytes are in [0, 1].
 
         Raises:
             DataError: More samples than `max_errors` cannot be read; names shard and key.
@@ -206,6 +209,8 @@ class PoolStream(IterableDataset[Batch]):
 
     def _count(self, faults: list[Fault]) -> None:
         for fault in faults:
+            if fault.row not in self._faults:
+                _log.warning("unreadable sample: %s", fault.message)
             self._faults[fault.row] = fault.shard
             if len(self._faults) > self._max_errors:
                 raise DataError(
