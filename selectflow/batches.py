@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 Batch = Any
@@ -27,6 +28,8 @@ def num_examples(batch: Batch) -> int:
     Raises:
         ValueError: no tensor, a tensor without dimensions, or tensors that disagree.
     """
+    if isinstance(batch, Tensor) and batch.ndim:
+        return len(batch)
     sizes = {
         path: len(leaf) if leaf.ndim else None
         for path, leaf in _leaves(batch)
@@ -45,6 +48,8 @@ def num_examples(batch: Batch) -> int:
 
 def take(batch: Batch, index: Tensor | slice) -> Batch:
     """The examples at `index` (1-d int64 tensor, or a slice), in that order, as the same type."""
+    if isinstance(batch, Tensor):
+        return batch[index.to(batch.device) if isinstance(index, Tensor) else index]
     size = num_examples(batch)
 
     def pick(leaf: Any) -> Any:
@@ -59,9 +64,14 @@ def take(batch: Batch, index: Tensor | slice) -> Batch:
     return _map(pick, batch)
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; without a copy where they are there already."""
+    return _map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
 def chunks(batch: Batch, size: int | None) -> Iterator[Batch]:
     """Consecutive parts of at most `size` examples; None: the batch itself."""
-    total = num_examples(batch)
+    total = 0 if size is None else num_examples(batch)
     if size is None or total <= size:
         yield batch
         return
@@ -80,6 +90,8 @@ def describe(batch: Batch, index: Tensor) -> str:
 
 
 def _is_leaf(node: Any) -> bool:
+    if isinstance(node, Tensor | np.ndarray | str | int):  # most nodes, and the quickest test
+        return True
     if isinstance(node, list):  # a list of tensors is a batch, a list of keys is one leaf
         return not any(isinstance(item, Tensor | np.ndarray) for item in node)
     is_record = dataclasses.is_dataclass(node) and not isinstance(node, type)

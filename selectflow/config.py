@@ -45,8 +45,8 @@ Keep = Annotated[
 RunName = Annotated[
     str,
     _must_be(
-        "a directory name of letters, digits, '.', '_' and '-'",
-        _matches(r"[A-Za-z0-9][A-Za-z0-9._-]*"),
+        "a directory name of letters, digits, '.', '_' and '-'; {seed} stands for the seed",
+        _matches(r"[A-Za-z0-9](\{seed\}|[A-Za-z0-9._-])*"),
     ),
 ]
 Device = Annotated[
@@ -173,7 +173,9 @@ class TrackConfig(_Section):
 class RunConfig(_Section):
     """One training run with data selection."""
 
-    name: RunName = Field(description="name of the run, and of its directory under root")
+    name: RunName = Field(
+        description="name of the run, and of its directory under root; {seed} is filled in"
+    )
     root: Directory = Field(
         default=Path("runs"), description="directory that holds the run directories"
     )
@@ -202,9 +204,14 @@ class RunConfig(_Section):
     track: TrackConfig = TrackConfig()
 
     @property
+    def run_name(self) -> str:
+        """The name with the seed filled in."""
+        return self.name.replace("{seed}", str(self.seed))
+
+    @property
     def run_dir(self) -> Path:
-        """The directory of this run, root/name."""
-        return self.root / self.name
+        """The directory of this run, root/run_name."""
+        return self.root / self.run_name
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

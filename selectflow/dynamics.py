@@ -34,7 +34,6 @@ import torch
 
 from selectflow.params import Params, merge
 
-
 SILENT_RMS = 1e-8  # a gradient of this root mean square is float32 rounding, not a signal
 
 

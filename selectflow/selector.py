@@ -39,6 +39,7 @@ class Selection:
     """What was kept of one pool, and why.
 
     Attributes:
+        pool: the candidates, as given.
         indices: positions kept in the pool, best first, shape (B,), int64, on the CPU.
         scores: score of every candidate, shape (P,), on the CPU; larger is kept first. For
             `influence`: target loss per unit of example weight, positive = it helps.
@@ -52,6 +53,7 @@ class Selection:
         seconds: seconds of the whole selection, look-ahead included.
     """
 
+    pool: Batch
     indices: Tensor
     scores: Tensor
     losses: Tensor | None
@@ -202,6 +204,7 @@ class Selector:
         indices = scores.argsort(descending=True, stable=True)[:num_kept]
         ahead = self._ahead
         self.last = Selection(
+            pool=pool,
             indices=indices,
             scores=scores,
             losses=None if scoring.losses is None else scoring.losses.cpu(),
@@ -250,27 +253,26 @@ class Selector:
 
     # --- looking ahead --------------------------------------------------------------------
 
-    def _sensitivity(self, step: int, pool: Batch, upcoming: Iterable[Batch]) -> Params:
-        """Gamma for the update after `step`, from a new look-ahead where one is due."""
-        age = step - self._refreshed_at
-        if self._ahead is None or not 0 <= age < self._interval:
-            self._refresh(step, [pool, *islice(upcoming, max(0, self._horizon - 1))])
-            age = 0
+    def _is_due(self, step: int) -> bool:
+        return self._ahead is None or not 0 <= step - self._refreshed_at < self._interval
+
+    def _sensitivity(self, step: int) -> Params:
+        """Gamma for the update after `step`; beyond the last horizon, the last one there is."""
         assert self._ahead is not None
         gammas = self._ahead.sensitivities
-        return gammas[min(age, len(gammas) - 1)]
+        return gammas[min(step - self._refreshed_at, len(gammas) - 1)]
 
     def _refresh(self, step: int, pools: list[Batch]) -> None:
+        """Look ahead over `pools`, the present one first."""
         if self._num_lookaheads % _RECHECK_EVERY == 0:
             self._derivatives.decided.clear()
-        with self._objective.scoring():
-            target = self._target.next()
-            state = self._optimizer.state()
-            updates = self._optimizer.updates(max(1, min(self._horizon, len(pools))))
-            if self._horizon == 0:
-                self._ahead = immediate(self._derivatives, updates[0], state, target)
-            else:
-                self._ahead = self._look_ahead(state, updates, pools, target)
+        target = self._target.next()
+        state = self._optimizer.state()
+        updates = self._optimizer.updates(max(1, min(self._horizon, len(pools))))
+        if self._horizon == 0:
+            self._ahead = immediate(self._derivatives, updates[0], state, target)
+        else:
+            self._ahead = self._look_ahead(state, updates, pools, target)
         self._refreshed_at = step
         self._num_lookaheads += 1
 
@@ -361,11 +363,17 @@ class _Scoring:
         return self.losses
 
     def read_influence(self) -> Tensor:
-        selector, began = self._selector, time.perf_counter()
-        gamma = selector._sensitivity(self.step, self.pool, self._upcoming)
-        self.lookahead_s = time.perf_counter() - began
+        selector = self._selector
+        is_due = selector._is_due(self.step)
+        # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
+        peeked = list(islice(self._upcoming, max(0, selector._horizon - 1))) if is_due else []
         with selector._objective.scoring():
+            if is_due:
+                began = time.perf_counter()
+                selector._refresh(self.step, [self.pool, *peeked])
+                self.lookahead_s = time.perf_counter() - began
             params = selector._optimizer.params().detach()
+            gamma = selector._sensitivity(self.step)
             self.losses, slopes = selector._derivatives.along(params, gamma, self.pool)
         return -slopes
 

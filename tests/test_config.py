@@ -42,7 +42,8 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
     )
     assert sorted(problems(path, "seed=true", "eval_every", "shedule.name=cosine")) == sorted(
         [
-            "name must be a directory name of letters, digits, '.', '_' and '-', got 'a/b'",
+            "name must be a directory name of letters, digits, '.', '_' and '-'; "
+            "{seed} stands for the seed, got 'a/b'",
             "steps must be an integer, got '800'",
             "seed must be an integer, got True",
             "horizon must be a known key, got 2; did you mean select.horizon?",
@@ -161,7 +162,7 @@ def test_digits_directory_says_what_is_in_it(tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_says_how_to_run_it(path):
     config = load(path, ["seed=1"])
-    assert config.name == path.stem
+    assert config.run_name == f"{path.stem}-s1"
     assert f"python trainers/vision.py configs/{path.name}" in path.read_text()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from selectflow.dynamics import Adjoint, AdamW, SGD, State, Update
+from selectflow.dynamics import SGD, AdamW, Adjoint, State, Update
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
 

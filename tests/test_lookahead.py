@@ -86,7 +86,7 @@ def test_later_sensitivities_are_those_of_the_shorter_window():
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
 def test_horizon_zero_is_the_preconditioned_target_gradient(problem):
     """Moving along an example's preconditioned gradient changes the target loss as predicted."""
-    model, optimizer, batches, target, reader, derivatives = setting(problem)
+    model, _, batches, target, reader, derivatives = setting(problem)
     state, update = reader.state(), reader.updates(1)[0]
     gamma = immediate(derivatives, update, state, target).sensitivities[0]
     rule, delta = update.rules[0], 1e-4
@@ -166,7 +166,7 @@ def test_capacity_counts_states_and_refuses_too_little():
     state = reader.state()
     bytes_each = 4 * state.params.num_bytes()  # theta, m, v and the gradient
     assert sweep_capacity(state, 8, 10.5 * bytes_each / 2**30) == 10
-    with pytest.raises(ValueError, match="memory_gib must be at least .* for a horizon of 8"):
+    with pytest.raises(ValueError, match=r"memory_gib must be at least .* for a horizon of 8"):
         look_ahead(
             window(reader, derivatives, batches), state, target, memory_gib=bytes_each / 2**30
         )

@@ -100,7 +100,7 @@ def test_groups_at_their_ends_at_equal_steps_and_at_equal_time(four_runs):
     comparison = summarize(four_runs)
     influence, uniform = comparison.rows
     assert (influence.label, uniform.label) == ("influence H=1 K=1", "uniform")
-    assert (comparison.step, comparison.wall_s) == (30, 6.0)
+    assert comparison.step == 30
     assert (influence.num_runs, uniform.num_runs) == (2, 2)
     # Two values differ by d: their sample standard deviation is d / sqrt(2).
     expected = {
@@ -108,7 +108,6 @@ def test_groups_at_their_ends_at_equal_steps_and_at_equal_time(four_runs):
         "wall_s": (6.0, 6.5),
         "accuracy": (0.85, 0.9),
         "accuracy_at_step": (0.85, 0.4),
-        "accuracy_at_wall_s": (0.85, 0.9),
         "kept_altered": (0.2, 0.375),
         "select_share": (0.25, 0.25),
     }
@@ -117,7 +116,10 @@ def test_groups_at_their_ends_at_equal_steps_and_at_equal_time(four_runs):
         assert found == pytest.approx(means), name
     assert influence.accuracy.sd == pytest.approx(0.1 / math.sqrt(2))
     assert uniform.accuracy_at_step.sd == pytest.approx(0.2 / math.sqrt(2))
-    assert uniform.accuracy_at_wall_s.sd == pytest.approx(0.2 / math.sqrt(2))
+    # Both influence runs end at 6 s, when the uniform runs had reached 0.8 and 1.0.
+    assert influence.uniform_in_same_time.mean == pytest.approx(0.9)
+    assert influence.uniform_in_same_time.sd == pytest.approx(0.2 / math.sqrt(2))
+    assert uniform.uniform_in_same_time is None
 
 
 def test_labels_say_what_decides_the_result():
@@ -166,14 +168,14 @@ def test_runs_of_different_tasks_are_refused_with_the_difference(tmp_path):
 
 
 def test_a_group_is_blank_where_one_of_its_runs_has_no_value(tmp_path):
-    make_run(tmp_path / "a", [0.5, 0.6], seed=0, step_s=1.0)
+    make_run(tmp_path / "a", [0.5, 0.6], seed=0, step_s=0.3)
     make_run(tmp_path / "b", [0.7, 0.8], seed=1, step_s=0.5)
-    make_run(tmp_path / "c", [0.7], strategy="uniform", step_s=0.6)
-    rows = summarize([load_run(tmp_path / name) for name in "abc"]).rows
-    # At 6 s, b has been evaluated after 5 s, but a only after 10 s.
-    assert rows[0].accuracy_at_wall_s is None
-    assert rows[0].accuracy_at_step.mean == pytest.approx(0.6)
-    assert rows[1].accuracy_at_wall_s.mean == 0.7
+    make_run(tmp_path / "c", [0.1, 0.2], strategy="uniform", seed=0, step_s=0.4)
+    make_run(tmp_path / "d", [0.3, 0.4], strategy="uniform", seed=1, step_s=0.4)
+    rows = summarize([load_run(tmp_path / name) for name in "acd"]).rows
+    assert rows[0].uniform_in_same_time.mean == 0.1  # at 6 s: evaluated after 4 s and after 8 s
+    # b ends at 10 s, but uniform with its seed was stopped at 8 s.
+    assert summarize([load_run(tmp_path / n) for n in "abcd"]).rows[0].uniform_in_same_time is None
 
 
 def test_a_mean_line_interpolates_over_the_range_that_all_runs_cover():
@@ -233,14 +235,13 @@ def test_compare_prints_the_table_and_writes_csv_and_picture(tmp_path, four_runs
     text = capsys.readouterr().out
     rows = [" ".join(line.split()) for line in text.splitlines() if "±" in line]
     assert rows[:2] == [
-        "influence H=1 K=1 2 30 6.0 85.0 ± 7.1 85.0 ± 7.1 85.0 ± 7.1 20.0 ± 0.0 25 ± 0",
-        "uniform 2 65 6.5 90.0 ± 14.1 40.0 ± 14.1 90.0 ± 14.1 37.5 ± 3.5 25 ± 0",
+        "influence H=1 K=1 2 30 6.0 85.0 ± 7.1 85.0 ± 7.1 90.0 ± 14.1 20.0 ± 0.0 25 ± 0",
+        "uniform 2 65 6.5 90.0 ± 14.1 40.0 ± 14.1 - 37.5 ± 3.5 25 ± 0",
     ]
     with (out / "compare.csv").open() as file:
         rows = {row["group"]: row for row in csv.DictReader(file)}
     assert float(rows["uniform"]["accuracy_at_step_mean"]) == pytest.approx(0.4)
     assert float(rows["uniform"]["accuracy_at_step_sd"]) == pytest.approx(0.2 / math.sqrt(2))
-    assert float(rows["uniform"]["common_wall_s"]) == 6.0
     # Blue and vermilion lines, drawn: colours that are in the picture and not only in the legend.
     picture = (imread(out / "compare.png")[..., :3] * 255).round().astype(int)
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):

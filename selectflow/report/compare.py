@@ -55,18 +55,17 @@ class Row:
     wall_s: Stat | None
     accuracy: Stat | None  # at the end of each run
     accuracy_at_step: Stat | None
-    accuracy_at_wall_s: Stat | None
+    uniform_in_same_time: Stat | None  # uniform with the same seed, when each run ended
     kept_altered: Stat | None  # mean over the run
     select_share: Stat | None  # of perf/wall_s
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All groups, and the step and the second at which they are compared."""
+    """All groups, and the step at which they are compared."""
 
     rows: list[Row]
     step: float | None
-    wall_s: float | None
 
 
 def series(run: Run, metric: str, over: str = STEP) -> Points:
@@ -176,7 +175,7 @@ def _check_task(runs: Sequence[Run], configs: Mapping[int, Mapping[str, Any]]) -
 def _check_seeds(name: str, members: Sequence[Run]) -> None:
     seen: dict[tuple[Any, Any], Run] = {}
     for run in members:
-        seed = (run.config.get("seed"), run.config.get("data", {}).get("seed"))
+        seed = _seed(run)
         if seed in seen:
             raise ReportError(
                 f"runs of one group must differ in their seeds, got seed {seed[0]} twice in "
@@ -186,50 +185,64 @@ def _check_seeds(name: str, members: Sequence[Run]) -> None:
 
 
 def summarize(runs: Sequence[Run]) -> Comparison:
-    """The groups at their ends, at equal steps and at equal wall-clock.
+    """The groups at their ends, at equal steps, and against uniform at equal wall-clock.
 
     Args:
         runs: runs of one task.
 
     Returns:
-        One row per group. Equal steps: the smallest last step of all runs. Equal wall-clock: the
-        smallest last perf/wall_s; a group that was run for longer is read off at that second.
+        One row per group. Equal steps: the smallest last step of all runs. Equal wall-clock: what
+        the uniform run of the same seed had reached at the second at which a run ended; None
+        unless there is one for every seed that was run for so long.
 
     Raises:
         ReportError: see `groups`.
     """
     found = groups(runs)
-    step, wall_s = _common_end(runs, STEP), _common_end(runs, WALL)
-    rows = [_row(name, members, step, wall_s) for name, members in found.items()]
-    return Comparison(rows, step, wall_s)
+    step = _common_last_step(runs)
+    baselines = {_seed(run): run for run in runs if label(run) == "uniform"}
+    rows = [_row(name, members, step, baselines) for name, members in found.items()]
+    return Comparison(rows, step)
 
 
-def _common_end(runs: Sequence[Run], over: str) -> float | None:
-    ends = [value_at(run, over, None) for run in runs]
+def _seed(run: Run) -> tuple[Any, Any]:
+    return run.config.get("seed"), run.config.get("data", {}).get("seed")
+
+
+def _common_last_step(runs: Sequence[Run]) -> float | None:
+    ends = [value_at(run, STEP, None) for run in runs]
     known = [end for end in ends if end is not None]
     return min(known) if len(known) == len(runs) else None
 
 
-def _row(name: str, members: Sequence[Run], step: float | None, wall_s: float | None) -> Row:
+def _row(
+    name: str, members: Sequence[Run], step: float | None, baselines: Mapping[Any, Run]
+) -> Row:
     def end(metric: str) -> Stat | None:
         return stat([value_at(run, metric, None) for run in members])
 
-    def at(where: float | None, over: str) -> Stat | None:
-        if where is None:
-            return None
-        return stat([value_at(run, ACCURACY, where, over) for run in members])
-
+    at_step = [None if step is None else value_at(run, ACCURACY, step) for run in members]
     return Row(
         label=name,
         num_runs=len(members),
         steps=end(STEP),
         wall_s=end(WALL),
         accuracy=end(ACCURACY),
-        accuracy_at_step=at(step, STEP),
-        accuracy_at_wall_s=at(wall_s, WALL),
+        accuracy_at_step=stat(at_step),
+        uniform_in_same_time=stat([_in_same_time(run, baselines) for run in members]),
         kept_altered=stat([_mean(series(run, KEPT_ALTERED)) for run in members]),
         select_share=stat([_select_share(run) for run in members]),
     )
+
+
+def _in_same_time(run: Run, baselines: Mapping[Any, Run]) -> float | None:
+    baseline, end = baselines.get(_seed(run)), value_at(run, WALL, None)
+    if baseline is None or baseline is run or end is None:
+        return None
+    longest = value_at(baseline, WALL, None)
+    if longest is None or longest < end:
+        return None  # uniform may have gone on to something better or worse
+    return value_at(baseline, ACCURACY, end, WALL)
 
 
 def _mean(points: Points) -> float | None:

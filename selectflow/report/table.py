@@ -14,7 +14,7 @@ _STATS = (
     "wall_s",
     "accuracy",
     "accuracy_at_step",
-    "accuracy_at_wall_s",
+    "uniform_in_same_time",
     "kept_altered",
     "select_share",
 )
@@ -30,7 +30,6 @@ def to_table(comparison: Comparison) -> Table:
         One line per group, mean ± sample standard deviation over seeds; "-" where not recorded.
     """
     at_step = "equal\nsteps" if comparison.step is None else f"at step\n{comparison.step:.0f}"
-    at_wall = "equal\ntime" if comparison.wall_s is None else f"at\n{comparison.wall_s:.1f} s"
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -45,7 +44,7 @@ def to_table(comparison: Comparison) -> Table:
         "training\ns",
         "accuracy\nat the end",
         f"accuracy\n{at_step}",
-        f"accuracy\n{at_wall}",
+        "uniform in\nsame time",
         "altered\namong kept",
         "time for\nselection",
     ):
@@ -56,7 +55,7 @@ def to_table(comparison: Comparison) -> Table:
 
 
 def _cells(row: Row) -> list[str]:
-    shares = (row.accuracy, row.accuracy_at_step, row.accuracy_at_wall_s, row.kept_altered)
+    shares = (row.accuracy, row.accuracy_at_step, row.uniform_in_same_time, row.kept_altered)
     return [
         row.label,
         str(row.num_runs),
@@ -95,8 +94,8 @@ def write_csv(comparison: Comparison, path: Path) -> None:
     names = [f"{name}_{part}" for name in _STATS for part in ("mean", "sd")]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["group", "num_runs", "common_step", "common_wall_s", *names])
+        writer.writerow(["group", "num_runs", "common_step", *names])
         for row in comparison.rows:
             stats = [getattr(row, name) for name in _STATS]
             values = [value for s in stats for value in ((s.mean, s.sd) if s else (None, None))]
-            writer.writerow([row.label, row.num_runs, comparison.step, comparison.wall_s, *values])
+            writer.writerow([row.label, row.num_runs, comparison.step, *values])

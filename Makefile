@@ -1,0 +1,45 @@
+# Two commands are enough: `make demo` and `make test`. Each builds .venv on its first use.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+SEEDS ?= 0 1 2
+
+.PHONY: demo test test-slow lint format bench clean
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# Digits with 40% wrong labels: trained on what comes, and on what is kept; a table and a chart.
+demo: $(READY)
+	for seed in $(SEEDS); do for run in uniform online; do \
+	  $(BIN)/python trainers/vision.py configs/digits_$$run.yaml \
+	    seed=$$seed data.seed=$$seed overwrite=true || exit 1; \
+	done; done
+	$(BIN)/selectflow compare $(foreach seed,$(SEEDS),runs/digits_uniform-s$(seed) \
+	  runs/digits_online-s$(seed)) --out runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# What takes minutes: the slow tests, among them the demo's claims over five seeds.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Cost of a step and its parts, and the digits study, each printing the figures of the README.
+bench: $(READY)
+	$(BIN)/python tests/benchmarks/step_cost.py
+	$(BIN)/python tests/benchmarks/digits_study.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

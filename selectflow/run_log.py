@@ -1,0 +1,127 @@
+"""What a run measures while it trains: metrics by step, the selection ledger and the clock."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from selectflow.batches import num_examples
+from selectflow.selector import Selection
+from selectflow.tracking import Tracker
+
+
+class Stopwatch:
+    """Seconds of training: runs between `start` and `stop`, any number of times."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Go on counting."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> float:
+        """Stop counting; the seconds so far."""
+        if self._started is not None:
+            self._total += time.perf_counter() - self._started
+            self._started = None
+        return self._total
+
+
+class RunLog:
+    """Collects what each step did, and hands means over a stretch of steps to the tracker.
+
+    Every pool and batch of a run is a mapping with a list "key" of sample ids. Each step adds a
+    line to `selection.jsonl`: `{"step", "horizon", "key", "score", "kept"}`, the last three with
+    an entry per candidate.
+
+    Args:
+        run_dir: where the ledger is written.
+        tracker: takes the metrics.
+        altered: ids of the samples whose label was altered, to report how many are kept.
+    """
+
+    def __init__(self, run_dir: Path, tracker: Tracker, altered: frozenset[str]) -> None:
+        self._tracker, self._altered = tracker, altered
+        self._ledger = (run_dir / "selection.jsonl").open("w", encoding="utf-8")
+        self._sums: dict[str, float] = defaultdict(float)
+        self._num_steps = self._num_kept = 0
+        self._samples_seen = self._samples_scored = 0
+        self._select_s = self._wall_s_before = 0.0
+        self._text: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ledger.close()
+
+    def step(self, step: int, batch: Mapping[str, Any], loss: float, selection: Selection) -> None:
+        """Record one optimizer step: the batch trained on, its mean loss, and its selection."""
+        size, kept = num_examples(selection.pool), num_examples(batch)
+        self._sums["train/loss"] += loss
+        self._sums["select/score_mean"] += float(selection.scores[selection.indices].mean())
+        self._sums["select/kept_fraction"] += kept / size
+        if selection.horizon is not None:
+            self._sums["select/horizon"] += selection.horizon
+        self._sums["select/kept_altered"] += (
+            sum(key in self._altered for key in batch["key"]) / kept
+        )
+        self._num_steps += 1
+        self._samples_seen += kept
+        if selection.losses is not None:
+            self._samples_scored += size
+        self._select_s += selection.seconds
+        self._write_selection(step, selection)
+
+    def flush(self, step: int, lr: float, wall_s: float, evaluation: Mapping[str, float]) -> None:
+        """Send the means since the last flush, and an evaluation, to the tracker.
+
+        Args:
+            step: optimizer steps done.
+            lr: the learning rate of the last one.
+            wall_s: seconds of training so far: data, selection and updates.
+            evaluation: metrics by name, as "test/accuracy".
+        """
+        metrics = {name: total / self._num_steps for name, total in self._sums.items()}
+        if self._num_steps:
+            metrics |= {
+                "train/lr": lr,
+                "data/samples_seen": self._samples_seen,
+                "data/samples_scored": self._samples_scored,
+                "perf/select_s": self._select_s,
+                "perf/step_s": (wall_s - self._wall_s_before) / self._num_steps,
+            }
+        self._tracker.log(step, metrics | {"perf/wall_s": wall_s} | dict(evaluation))
+        self._sums.clear()
+        self._num_steps, self._wall_s_before = 0, wall_s
+        self._text = metrics | dict(evaluation)
+
+    def summary(self) -> str:
+        """The last flush in a few words, for a progress line."""
+        shown = {
+            "loss": "train/loss",
+            "accuracy": "test/accuracy",
+            "altered": "select/kept_altered",
+        }
+        parts = [f"{k} {self._text[name]:.3f}" for k, name in shown.items() if name in self._text]
+        return "  ".join(parts)
+
+    def _write_selection(self, step: int, selection: Selection) -> None:
+        kept = [False] * len(selection.scores)
+        for index in selection.indices.tolist():
+            kept[index] = True
+        scores = [float(f"{score:.6g}") for score in selection.scores.tolist()]
+        record = {"step": step, "horizon": selection.horizon, "key": selection.pool["key"]}
+        self._ledger.write(json.dumps(record | {"score": scores, "kept": kept}) + "\n")

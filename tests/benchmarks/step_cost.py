@@ -1,0 +1,235 @@
+"""What selection costs: milliseconds and peak memory of its parts, as ratios to a plain step.
+
+    python tests/benchmarks/step_cost.py [mlp] [gpt2] [--rounds 5] [--threads 1]
+
+A plain step trains on 16 examples. Every variant is timed once in each round, in turn, so that a
+drifting machine slows all alike; the table shows the median and the range over the rounds of the
+ratio to the plain step of the same round. Memory is the growth of the process's peak over what it
+held before, each variant in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from selectflow import Selector
+
+KEEP, POOL, TARGET = 16, 32, 16
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with fused causal attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        n, length, width = x.shape
+        heads = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(n, length, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class GPT2(nn.Module):
+    """6 layers, 6 heads, 384 wide, vocabulary 8192, tied head, 128 tokens: 13.8M parameters."""
+
+    def __init__(self, vocabulary=8192, width=384, heads=6, layers=6, context=128):
+        super().__init__()
+        self.embed, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        for weight in (self.embed.weight, self.position.weight):
+            nn.init.normal_(weight, std=0.02)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def gpt2():
+    def loss_fn(model, tokens):
+        logits = model(tokens[:, :-1])
+        return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+
+    # Zipf-like tokens with structure to learn: each is a function of the one before, or random.
+    def batch(num):
+        tokens = (8192 ** torch.rand(num, 129)).long().clamp(max=8191)
+        for position in range(1, 129):
+            copied = torch.rand(num) < 0.5
+            following = (tokens[:, position - 1] * 31 + 7) % 8192
+            tokens[:, position] = torch.where(copied, following, tokens[:, position])
+        return tokens
+
+    return GPT2(), loss_fn, batch, 3e-4
+
+
+def mlp():
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
+        nn.Linear(128, 10),
+    )  # fmt: skip
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    def batch(num):
+        labels = torch.randint(10, (num,))
+        return torch.randn(num, 1, 8, 8) + torch.linspace(-1, 1, 10)[
+            labels, None, None, None
+        ], labels
+
+    return model, loss_fn, batch, 3e-3
+
+
+MODELS = {"mlp": mlp, "gpt2": gpt2}
+# name -> options of the selector (None: a plain step), steps of one round by model
+VARIANTS: dict[str, tuple[dict | None, dict[str, int]]] = {
+    "plain step on 16": (None, {"mlp": 200, "gpt2": 4}),
+    "keep 16 of 32, H=0, every step": ({"horizon": 0}, {"mlp": 100, "gpt2": 4}),
+    "keep 16 of 32, H=0, every 8": ({"horizon": 0, "interval": 8}, {"mlp": 160, "gpt2": 8}),
+    "keep 16 of 32, H=1, every step": ({"horizon": 1}, {"mlp": 100, "gpt2": 3}),
+    "keep 16 of 32, H=1, every 8": ({"horizon": 1, "interval": 8}, {"mlp": 160, "gpt2": 8}),
+    "keep 16 of 32, H=4, every step": ({"horizon": 4}, {"mlp": 40, "gpt2": 1}),
+    "exact derivatives, H=0, every step": (
+        {"horizon": 0, "derivative": "exact"}, {"mlp": 100, "gpt2": 2}),
+}  # fmt: skip
+
+
+def build(name: str, options: dict | None) -> Callable[[int], dict[str, float]]:
+    """A function that makes so many training steps and returns milliseconds a step, by part."""
+    torch.manual_seed(0)
+    model, loss_fn, batch, lr = MODELS[name]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    pools = cycle([batch(KEEP if options is None else POOL) for _ in range(8)])
+    batches, selector = pools, None
+    if options is not None:
+        target = [batch(TARGET) for _ in range(4)]
+        selector = Selector(model, optimizer, loss_fn, target, KEEP, **options)
+        batches = selector.stream(pools)
+
+    def steps(num: int) -> dict[str, float]:
+        spent: dict[str, float] = defaultdict(float)
+        began = time.perf_counter()
+        for _ in range(num):
+            loss = loss_fn(model, next(batches)).mean()
+            if selector is not None:
+                spent["look-ahead"] += selector.last.lookahead_s
+                spent["scoring"] += selector.last.seconds - selector.last.lookahead_s
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        spent["step"] = time.perf_counter() - began
+        return {part: seconds / num * 1e3 for part, seconds in spent.items()}
+
+    return steps
+
+
+def peak_kib() -> int:
+    """Peak resident memory of this process (Linux)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+
+
+def peak_growth_gib(name: str, variant: str, threads: int) -> float:
+    """Peak resident memory of four steps over the memory before the model existed, in GiB."""
+    torch.set_num_threads(threads)
+    warm = torch.nn.Linear(4, 4)  # libraries load before the measurement begins
+    warm(torch.ones(1, 4)).sum().backward()
+    torch.func.jvp(lambda x: x.sin(), (torch.ones(1),), (torch.ones(1),))
+    gc.collect()
+    before = peak_kib()
+    build(name, VARIANTS[variant][0])(4)
+    return (peak_kib() - before) / 2**20
+
+
+def time_variants(name: str, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Milliseconds a step of each variant and its parts, one figure a round."""
+    steppers = {variant: build(name, options) for variant, (options, _) in VARIANTS.items()}
+    for stepper in steppers.values():
+        stepper(1)
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    for _ in range(rounds):
+        for variant, stepper in steppers.items():
+            found[variant].append(stepper(VARIANTS[variant][1][name]))
+    return found
+
+
+def print_row(label: str, times: list[float], plain: list[float], peak: str = "") -> None:
+    ratios = [time / base for time, base in zip(times, plain, strict=True)]
+    spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
+    median = statistics.median
+    print(f"{label:38}{median(times):9.2f}{median(ratios):8.2f}{spread:>14}{peak}", flush=True)
+
+
+def agreement(name: str) -> None:
+    """How well the scores in use rank a pool, against exact derivatives, after some training."""
+    torch.manual_seed(0)
+    model, loss_fn, batch, lr = MODELS[name]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    pools, target = [batch(POOL) for _ in range(12)], [batch(TARGET)]
+    ranks = []
+    for pool in pools:
+        scores = []
+        for derivative in ("auto", "exact"):
+            selector = Selector(
+                model, optimizer, loss_fn, target, KEEP, horizon=0, derivative=derivative
+            )
+            kept = selector.select(pool)
+            scores.append(selector.last.scores.argsort().argsort().double())
+        ranks.append(float(torch.corrcoef(torch.stack(scores))[0, 1]))
+        loss_fn(model, kept).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"rank correlation of scores with exact derivatives: mean {statistics.mean(ranks):.5f}, "
+          f"least {min(ranks):.5f}")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="|".join(MODELS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for name in args.models:
+        found = time_variants(name, args.rounds)
+        plain = [parts["step"] for parts in found["plain step on 16"]]
+        print(f"\n{name}, {args.threads} thread(s), {args.rounds} rounds")
+        print(f"{'':38}{'ms/step':>9}{'ratio':>8}{'range':>14}{'peak GiB':>10}{'ratio':>7}")
+        base = None
+        for variant, rows in found.items():
+            with multiprocessing.get_context("spawn").Pool(1) as process:
+                peak = process.apply(peak_growth_gib, (name, variant, args.threads))
+            base = base or peak
+            shown = f"{peak:10.3f}{peak / base:7.2f}"
+            print_row(variant, [parts["step"] for parts in rows], plain, shown)
+            if variant.endswith("every step"):
+                for part in ("look-ahead", "scoring"):
+                    print_row(f"    {part}", [parts[part] for parts in rows], plain)
+        agreement(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Who may import whom, and that importing selectflow stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "selectflow"
+
+# module -> the modules of selectflow that it may import; packages stand for all inside them
+MAY_IMPORT = {
+    "params": set(),
+    "batches": set(),
+    "dynamics": {"params"},
+    "optimizers": {"dynamics", "params"},
+    "derivatives": {"batches", "params"},
+    "lookahead": {"batches", "derivatives", "dynamics", "params"},
+    "strategies": {"batches"},
+    "selector": {
+        "batches", "derivatives", "dynamics", "lookahead", "optimizers", "params", "strategies",
+    },
+    "config_errors": set(),
+    "yaml_io": {"config_errors"},
+    "config": {"config_errors", "yaml_io"},
+    "tracking": set(),
+    "data": {"data"},
+    "run_log": {"batches", "selector", "tracking"},
+    "run": {"batches", "config", "derivatives", "run_log", "selector", "tracking"},
+    "report": {"report", "yaml_io"},
+    "cli": {"config", "data", "report"},
+    "__main__": {"cli"},
+    "__init__": {"selector", "strategies"},
+}  # fmt: skip
+ONLY_IN = {"webdataset": {"data/shards.py"}, "wandb": {"tracking.py"}}
+
+
+def imported(path):
+    """Names of all modules that a file imports, at any depth."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_layers(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("selectflow.")}
+    assert used <= MAY_IMPORT[own], f"{own} must not import {used - MAY_IMPORT[own]}"
+
+
+def test_webdataset_and_wandb_are_imported_in_one_place_each():
+    for library, places in ONLY_IN.items():
+        found = {
+            str(path.relative_to(PACKAGE))
+            for path in FILES
+            if library in {name.split(".")[0] for name in imported(path)}
+        }
+        assert found == places
+
+
+def test_trainers_are_never_imported():
+    for path in [*FILES, *(ROOT / "trainers").glob("*.py")]:
+        assert not any(name.split(".")[0] == "trainers" for name in imported(path))
+
+
+def test_importing_selectflow_is_light():
+    """Neither the data and tracking libraries nor heavy integrations come with the import."""
+    heavy = "wandb webdataset torchvision matplotlib transformers peft lightning optuna sklearn"
+    code = f"import sys, selectflow; print([m for m in {heavy.split()} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,212 @@
+"""Configuration in, run directory out: what is in it, that it repeats, and what it refuses."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from selectflow.config import RunConfig, ScheduleConfig
+from selectflow.data import PoolStream, make_digits, read_batches, read_metadata
+from selectflow.run import RunError, Task, build_schedule, resolve_device, train
+from selectflow.run_log import Stopwatch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("digits")
+    make_digits(root, label_noise=0.4)
+    return root
+
+
+def loss_fn(model, batch):
+    return F.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
+
+
+def evaluate(model, batches):
+    return {"loss": sum(float(loss_fn(model, b).sum()) for b in batches)}
+
+
+def task(root, pools=None):
+    torch.manual_seed(0)
+    metadata = read_metadata(root, "train")
+    return Task(
+        model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+        loss_fn=loss_fn,
+        evaluate=evaluate,
+        pools=pools or PoolStream(root, pool=32, seed=0),
+        target=read_batches(root, "target", 200),
+        test=read_batches(root, "test", 400),
+        altered=frozenset(key for key, made in metadata.items() if made["altered"]),
+    )
+
+
+def config(tmp_path, **options):
+    values = {"name": "trial", "root": tmp_path, "steps": 7, "eval_every": 3, "device": "cpu"}
+    select = {"keep": 8} | options.pop("select", {})
+    return RunConfig.model_validate(values | {"select": select} | options)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_run_directory(digits, tmp_path):
+    run_dir = train(config(tmp_path, name="trial-{seed}", seed=5), task(digits))
+    assert run_dir == tmp_path / "trial-5"
+    metrics = read_lines(run_dir / "metrics.jsonl")
+    assert [line["train/step"] for line in metrics] == [0, 3, 6, 7]
+    last = metrics[-1]
+    assert last["data/samples_seen"] == 7 * 8
+    assert last["data/samples_scored"] == 7 * 32
+    assert last["select/horizon"] == 1
+    assert last["select/kept_fraction"] == 0.25
+    assert 0 < last["perf/select_s"] < last["perf/wall_s"]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("finished", 7)
+    assert summary["test/loss"] == last["test/loss"]
+    saved = torch.load(run_dir / "checkpoints" / "last.pt")
+    assert set(saved) == {"step", "model", "optimizer", "scheduler", "selector"}
+
+
+def test_the_ledger_holds_every_decision(digits, tmp_path):
+    made = task(digits)
+    run_dir = train(config(tmp_path), made)
+    lines = read_lines(run_dir / "selection.jsonl")
+    pools = PoolStream(digits, pool=32, seed=0)
+    for line, pool in zip(lines, pools, strict=False):
+        assert line["key"] == pool["key"]
+        kept = [score for score, kept in zip(line["score"], line["kept"], strict=True) if kept]
+        assert len(kept) == 8
+        assert min(kept) >= sorted(line["score"], reverse=True)[7]
+    metrics = read_lines(run_dir / "metrics.jsonl")
+    first = [
+        key
+        for line in lines[:3]
+        for key, kept in zip(line["key"], line["kept"], strict=True)
+        if kept
+    ]
+    share = sum(key in made.altered for key in first) / len(first)
+    assert metrics[1]["select/kept_altered"] == pytest.approx(share)
+
+
+def test_the_same_configuration_gives_the_same_run(digits, tmp_path):
+    weights = []
+    for name in ("a", "b"):
+        made = task(digits)
+        train(config(tmp_path, name=name, select={"horizon": 2, "interval": 2}), made)
+        weights.append([p.detach().clone() for p in made.model.parameters()])
+    assert all(map(torch.equal, *weights))
+    ledgers = [(tmp_path / name / "selection.jsonl").read_text() for name in ("a", "b")]
+    assert ledgers[0] == ledgers[1]
+
+
+def test_a_full_run_directory_is_refused(digits, tmp_path):
+    train(config(tmp_path), task(digits))
+    with pytest.raises(RunError, match=r"trial, which holds another run; .*overwrite=true"):
+        train(config(tmp_path), task(digits))
+    train(config(tmp_path, overwrite=True, steps=2), task(digits))
+    assert len(read_lines(tmp_path / "trial" / "selection.jsonl")) == 2
+
+
+def test_a_wall_clock_limit_ends_the_run_early(digits, tmp_path):
+    run_dir = train(config(tmp_path, steps=100_000, max_wall_s=0.05), task(digits))
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["steps"] < 1000
+    assert summary["perf/wall_s"] >= 0.05
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "influence"])
+def test_a_nan_names_step_and_samples_and_keeps_the_weights_before(digits, tmp_path, strategy):
+    def pools():
+        for index, pool in enumerate(PoolStream(digits, pool=8, seed=0)):
+            if index == 4:
+                pool["image"][3] = math.nan
+            yield pool
+
+    made = task(digits, pools())
+    with pytest.raises(FloatingPointError, match=r"must be finite.*step 4.*digit-|step 4.*digit-"):
+        train(config(tmp_path, select={"strategy": strategy}), made)
+    summary = json.loads((tmp_path / "trial" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("failed", 4)
+    saved = torch.load(tmp_path / "trial" / "checkpoints" / "last.pt")
+    assert all(value.isfinite().all() for value in saved["model"].values())
+    assert len(read_lines(tmp_path / "trial" / "selection.jsonl")) == 4
+
+
+def test_an_unknown_device_is_named():
+    with pytest.raises(RunError, match="device must be usable, got 'cuda:7'"):
+        resolve_device("cuda:7")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 1, 1, 1, 1]),
+        ({"name": "linear", "final": 0.2}, [1, 0.8, 0.6, 0.4, 0.2]),
+        ({"name": "cosine"}, [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0]),
+        ({"name": "linear", "warmup_steps": 2}, [1 / 3, 2 / 3, 1, 0.5, 0]),
+    ],
+)
+def test_schedules(options, expected):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = build_schedule(optimizer, ScheduleConfig(**options), 5)
+    found = []
+    for _ in range(5):
+        found.append(optimizer.param_groups[0]["lr"] / 2)
+        optimizer.step()
+        scheduler.step()
+    assert found == pytest.approx(expected)
+
+
+def test_the_stopwatch_counts_only_between_start_and_stop(monkeypatch):
+    times = iter([10.0, 12.0, 20.0, 20.5])
+    monkeypatch.setattr("selectflow.run_log.time.perf_counter", lambda: next(times))
+    watch = Stopwatch()
+    watch.start()
+    assert watch.stop() == 2.0
+    watch.start()
+    assert watch.stop() == watch.stop() == 2.5
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn", "resnet18"])
+def test_the_vision_trainer(model, tmp_path):
+    done = run_trainer(
+        tmp_path, "configs/digits_online.yaml", f"model.name={model}", "steps=2",
+        "data.pool=12", "select.keep=4", "track.wandb=disabled",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs" / "digits_online-s0" / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert 0 <= summary["test/accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["configs/digits_online.yaml", "select.horizn=2"], "select.horizon"),
+        (["configs/none.yaml"], "none.yaml"),
+        (["configs/digits_online.yaml", "data.name=shards", "data.root=nowhere"], "nowhere"),
+    ],
+)
+def test_the_trainer_answers_bad_input_in_one_message(arguments, message, tmp_path):
+    done = run_trainer(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def run_trainer(tmp_path, path, *overrides):
+    command = [sys.executable, "-W", "ignore", str(ROOT / "trainers/vision.py"), str(ROOT / path)]
+    return subprocess.run(
+        [*command, *overrides], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
