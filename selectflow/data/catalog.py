@@ -22,12 +22,14 @@ class Entry:
         path: the file.
         shard: what it holds, by the manifest.
         fields: extensions of every sample.
+        pack: samples of a record.
         prefix: put before each key, to tell sources apart.
     """
 
     path: Path
     shard: Shard
     fields: tuple[str, ...]
+    pack: int = 1
     prefix: str = ""
 
 
@@ -80,7 +82,7 @@ def open_catalog(source: str | Path | Mapping[str, str | Path], split: str) -> C
 def _entries(root: str | Path, split: str, prefix: str) -> tuple[list[Entry], list[int], str]:
     manifest = read_manifest(root)
     entries = [
-        Entry(Path(root, shard.name), shard, manifest.fields, prefix)
+        Entry(Path(root, shard.name), shard, manifest.fields, manifest.pack, prefix)
         for shard in manifest.shards(split)
     ]
     return entries, [len(entries)], manifest.fingerprint()

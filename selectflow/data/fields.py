@@ -2,9 +2,9 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -79,4 +79,37 @@ CODECS: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
     "png": (_encode_png, _decode_image),
     "jpg": (_encoded, _decode_image),
     "txt": (str.encode, bytes.decode),
+}
+
+
+def _encode_stack(values: list[Any]) -> bytes:
+    if len({np.asarray(value).shape for value in values}) > 1:
+        raise ValueError("arrays of several shapes cannot be packed")
+    return _encode_npy(np.stack(values))
+
+
+def _encode_labels(values: list[Any]) -> bytes:
+    for value in values:
+        _encode_cls(value)
+    return _encode_npy(np.array(values, dtype=np.int64))
+
+
+def _decode_labels(data: bytes) -> Any:
+    return _decode_npy(data).tolist()
+
+
+class Packed(NamedTuple):
+    """How one field of several samples is stored as one member of their record."""
+
+    extension: str
+    encode: Callable[[list[Any]], bytes]
+    decode: Callable[[bytes], Sequence[Any]]
+
+
+# by the field of a sample; encoded images gain nothing from packing
+PACKED = {
+    "npy": Packed("npy", _encode_stack, _decode_npy),
+    "cls": Packed("cls.npy", _encode_labels, _decode_labels),
+    "json": Packed("json", _encode_json, json.loads),
+    "txt": Packed("txt.json", _encode_json, json.loads),
 }

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selectflow.data.catalog import Catalog, Entry, Ints
-from selectflow.data.fields import CODECS, Sample
+from selectflow.data.fields import CODECS, PACKED, Sample
 from selectflow.data.manifest import DataError
 from selectflow.data.tar_index import Member, list_members
 
@@ -109,6 +109,7 @@ class _Opened:
 
     def __init__(self, entry: Entry) -> None:
         self._entry = entry
+        self._columns: dict[tuple[int, str], Sequence[Any]] = {}  # decoded fields of packed records
         with _open_file(entry) as file:
             self._signature = _signature(file)
             self._records = _index(entry, file)
@@ -126,23 +127,41 @@ class _Opened:
         return file
 
     def sample(self, file: FileIO, place: int, fields: frozenset[str] | None) -> Sample:
-        """One sample.
+        """The sample at `place` of the shard.
 
         Raises:
             DataError: it lacks a field, or one cannot be decoded.
         """
-        record = self._records[place]
-        _check_fields(self._entry, record)
-        sample: Sample = {"__key__": self._entry.prefix + record.key}
-        for field in self._entry.fields:
-            if fields is None or field in fields:
-                sample[field] = self._decode(file, record, field)
-        return sample
+        entry = self._entry
+        index, row = divmod(place, entry.pack)
+        record = self._records[index]
+        _check_fields(entry, record)
+        wanted = [field for field in entry.fields if fields is None or field in fields]
+        if entry.pack == 1:
+            values = {
+                field: self._decode(file, record, field, CODECS[field][1]) for field in wanted
+            }
+            return {"__key__": entry.prefix + record.key} | values
+        values = {field: self._column(file, index, field)[row] for field in wanted}
+        shard = entry.shard.name.removesuffix(".tar")
+        return {"__key__": f"{entry.prefix}{shard}/{record.key}/{row}"} | values
 
-    def _decode(self, file: FileIO, record: _Record, field: str) -> Any:
-        member = record.members[field]
+    def _column(self, file: FileIO, index: int, field: str) -> Sequence[Any]:
+        if (index, field) not in self._columns:
+            record, pack = self._records[index], self._entry.pack
+            column = self._decode(file, record, field, PACKED[field].decode)
+            if len(column) != (size := min(pack, self._entry.shard.count - index * pack)):
+                rule = f"hold {size} samples in field {field!r} of key {record.key!r}"
+                raise damaged(self._entry.shard.name, rule, f"{len(column)}")
+            self._columns[index, field] = column
+        return self._columns[index, field]
+
+    def _decode(
+        self, file: FileIO, record: _Record, field: str, decode: Callable[[bytes], Any]
+    ) -> Any:
+        member = record.members[_extension(self._entry, field)]
         try:
-            return CODECS[field][1](os.pread(file.fileno(), member.size, member.offset))
+            return decode(os.pread(file.fileno(), member.size, member.offset))
         except Exception as error:  # decoders document no closed list of errors
             rule = f"hold a field {field!r} of key {record.key!r} that can be decoded"
             got = f"{type(error).__name__}: {error}"
@@ -188,8 +207,9 @@ def _index(entry: Entry, file: FileIO) -> list[_Record]:
     if digest != shard.sha256:
         for record in records:
             _check_fields(entry, record)
-    if len(records) != shard.count:
-        raise damaged(shard.name, f"hold {shard.count} samples", f"{len(records)}")
+    if len(records) != (count := -(-shard.count // entry.pack)):
+        kind = "samples" if entry.pack == 1 else "records"
+        raise damaged(shard.name, f"hold {count} {kind}", f"{len(records)}")
     if digest != shard.sha256:
         rule = f"have {shard.bytes} bytes and sha256 {shard.sha256}"
         raise damaged(shard.name, rule, f"{os.fstat(file.fileno()).st_size} bytes and {digest}")
@@ -197,9 +217,14 @@ def _index(entry: Entry, file: FileIO) -> list[_Record]:
 
 
 def _check_fields(entry: Entry, record: _Record) -> None:
-    if missing := [field for field in entry.fields if field not in record.members]:
-        rule = f"hold the fields {list(entry.fields)} of key {record.key!r}"
+    wanted = [_extension(entry, field) for field in entry.fields]
+    if missing := [extension for extension in wanted if extension not in record.members]:
+        rule = f"hold the fields {wanted} of key {record.key!r}"
         raise damaged(entry.shard.name, rule, f"none of {missing}")
+
+
+def _extension(entry: Entry, field: str) -> str:
+    return field if entry.pack == 1 else PACKED[field].extension
 
 
 def _group(members: list[Member]) -> list[_Record]:
