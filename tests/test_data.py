@@ -169,7 +169,7 @@ def test_duplicate_keys_are_refused_across_shards_and_nothing_half_written_is_le
     [
         ([], "must be at least 1, got 0"),
         ([{"__key__": "a"}], r"got \[\] for key 'a'"),
-        ([sample("a", pickle=b"")], r"out of \['cls', 'jpg', .*\]"),
+        ([sample("a", pickle=b"")], r"out of \['cls', .*\], got .*'pickle'"),
         ([sample("a"), {"__key__": "b", "cls": 1}], r"got \['cls'\] for key 'b'"),
         ([sample("a", npy=np.array([None]))], "'npy' of key 'a' must be storable without pickle"),
         ([sample("a", cls=1.5)], "'cls' of key 'a'"),

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from selectflow.data.manifest import DataError, Shard, read_manifest
+from selectflow.data.manifest import DataError, Shard
+from selectflow.data.remote import Cache, is_remote
 
 Ints = npt.NDArray[np.int64]
 
@@ -19,35 +20,52 @@ class Entry:
     """One shard and how to read it.
 
     Attributes:
-        path: the file.
-        shard: what it holds, by the manifest.
+        url: a local path, a URL, or "pipe:" and a command.
+        name: what messages call it.
+        shard: what it holds.
         fields: extensions of every sample.
         pack: samples of a record.
         prefix: put before each key, to tell sources apart.
+        cache: where a remote shard is kept.
     """
 
-    path: Path
+    url: str
+    name: str
     shard: Shard
     fields: tuple[str, ...]
-    pack: int = 1
-    prefix: str = ""
+    pack: int
+    prefix: str
+    cache: Cache
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shard has to be fetched."""
+        return is_remote(self.url)
+
+    def path(self) -> Path:
+        """The local file, fetched if need be.
+
+        Raises:
+            DataError: it cannot be fetched.
+        """
+        return self.cache.fetch(self.url) if self.is_remote else Path(self.url)
 
 
 class Catalog:
     """Shards of one or more sources; row i is the i-th sample of all of them in stored order.
 
     Args:
-        entries: the shards, at least one.
-        lanes: number of shards of each source.
-        fingerprint: digest of the manifests they come from.
+        sources: the shards of each source, at least one each.
+        fingerprint: digest of what they hold.
     """
 
-    def __init__(self, entries: Sequence[Entry], lanes: Sequence[int], fingerprint: str) -> None:
-        self.entries, self.lanes, self.fingerprint = tuple(entries), tuple(lanes), fingerprint
-        self.counts: Ints = np.array([entry.shard.count for entry in entries], dtype=np.int64)
+    def __init__(self, sources: Sequence[Sequence[Entry]], fingerprint: str) -> None:
+        self.entries = tuple(entry for entries in sources for entry in entries)
+        self.lanes, self.fingerprint = tuple(map(len, sources)), fingerprint
+        self.counts: Ints = np.array([entry.shard.count for entry in self.entries], dtype=np.int64)
         self._ends = self.counts.cumsum()
         self.num_samples = int(self._ends[-1])
-        self.num_bytes = sum(entry.shard.bytes for entry in entries)
+        self.num_bytes = sum(entry.shard.bytes for entry in self.entries)
 
     def locate(self, rows: Ints) -> tuple[Ints, Ints]:
         """Index of the shard of each row, and the row's place inside that shard."""
@@ -55,34 +73,16 @@ class Catalog:
         return shards, rows - (self._ends - self.counts)[shards]
 
 
-def open_catalog(source: str | Path | Mapping[str, str | Path], split: str) -> Catalog:
-    """The shards of one split.
-
-    Args:
-        source: a dataset directory, or several by name; keys then start with "<name>/".
-        split: name of the split in each of them.
-
-    Raises:
-        DataError: no source, or one without a manifest or without that split.
-    """
-    if not isinstance(source, Mapping):
-        return Catalog(*_entries(source, split, ""))
-    if not source:
-        raise DataError("source must name at least one dataset, got {}; add one")
-    entries: list[Entry] = []
-    lanes, prints = [], {}
-    for name, root in source.items():
-        found, (count,), prints[name] = _entries(root, split, f"{name}/")
-        entries += found
-        lanes.append(count)
-    digest = hashlib.sha256(json.dumps(prints).encode()).hexdigest()
-    return Catalog(entries, lanes, digest)
+def damaged(name: str, rule: str, got: str) -> DataError:
+    """The error of a shard that breaks a rule."""
+    fix = "restore the file, or write the dataset again"
+    return DataError(f"shard {name} must {rule}, got {got}; {fix}")
 
 
-def _entries(root: str | Path, split: str, prefix: str) -> tuple[list[Entry], list[int], str]:
-    manifest = read_manifest(root)
-    entries = [
-        Entry(Path(root, shard.name), shard, manifest.fields, manifest.pack, prefix)
-        for shard in manifest.shards(split)
-    ]
-    return entries, [len(entries)], manifest.fingerprint()
+def digest_of(value: object) -> str:
+    """Hex digest of plain values."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+Source = str | Path | Sequence[str | Path]
+Sources = Source | Mapping[str, Source]

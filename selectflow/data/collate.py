@@ -10,7 +10,7 @@ from selectflow.data.manifest import DataError
 
 Batch = dict[str, Any]
 
-_ARRAYS = ("npy", "png", "jpg")
+_ARRAYS = ("npy", "png", "jpg", "jpeg")
 FIELDS = (*_ARRAYS, "cls", "txt")
 """The extensions that a batch is made of; the others are for reports."""
 

@@ -78,6 +78,7 @@ CODECS: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
     "json": (_encode_json, json.loads),
     "png": (_encode_png, _decode_image),
     "jpg": (_encoded, _decode_image),
+    "jpeg": (_encoded, _decode_image),
     "txt": (str.encode, bytes.decode),
 }
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from selectflow.data.catalog import open_catalog
 from selectflow.data.fields import Sample
 from selectflow.data.manifest import DataError, read_manifest
 from selectflow.data.reader import Fault, ShardReader
+from selectflow.data.sources import open_catalog
 from selectflow.data.splits import read_split
 
 _CHUNK = 256  # samples decoded at once

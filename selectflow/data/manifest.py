@@ -121,11 +121,24 @@ def read_manifest(root: str | Path) -> Manifest:
             f"root must be a dataset directory with a {MANIFEST_NAME}, got {str(root)!r}; "
             "write the dataset there first, or correct the path"
         ) from None
+    return parse_manifest(text, str(path))
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """The manifest in a file's contents.
+
+    Args:
+        text: The contents.
+        where: The file, for messages.
+
+    Raises:
+        DataError: It is malformed or of another version.
+    """
     try:
         return _from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} must be a manifest of version {MANIFEST_VERSION}, "
+            f"{where} must be a manifest of version {MANIFEST_VERSION}, "
             f"got {type(error).__name__}: {error}; delete the directory and write the dataset again"
         ) from error
 

@@ -2,23 +2,17 @@
 
 import hashlib
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from io import FileIO
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from selectflow.data.catalog import Catalog, Entry, Ints
+from selectflow.data.catalog import Catalog, Entry, Ints, damaged
 from selectflow.data.fields import CODECS, PACKED, Sample
 from selectflow.data.manifest import DataError
-from selectflow.data.tar_index import Member, list_members
-
-# WebDataset's rules: the extension starts at the first dot of the file name, `__name__` is metadata
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
-_META = re.compile(r"__[^/]*__($|/)")
+from selectflow.data.tar_index import Record, list_records
 
 
 class Fault(NamedTuple):
@@ -60,18 +54,15 @@ class ShardReader:
             at = np.flatnonzero(shards == shard)
             for position, item in zip(at.tolist(), self._read(shard, places[at]), strict=True):
                 if isinstance(item, DataError):
-                    name = self._catalog.entries[shard].shard.name
+                    name = self._catalog.entries[shard].name
                     faults.append(Fault(name, int(rows[position]), str(item)))
                 else:
                     found[position] = item
         return [found[position] for position in sorted(found)], faults
 
     def _read(self, index: int, places: Ints) -> Iterator[Sample | DataError]:
-        opened = self._open(index)
         try:
-            if isinstance(opened, DataError):
-                raise opened
-            file = opened.file()
+            opened, file = self._open_file(index)
         except DataError as error:
             yield from [error] * len(places)
             return
@@ -81,6 +72,17 @@ class ShardReader:
                     yield opened.sample(file, place, self._fields)
                 except DataError as error:
                     yield error
+
+    def _open_file(self, index: int) -> "tuple[_Opened, FileIO]":
+        opened = self._open(index)
+        if isinstance(opened, DataError):
+            raise opened
+        file = opened.file()
+        if file is None:  # fetched again since, so checked again
+            del self._opened[index]
+            self._held -= int(self._catalog.counts[index])
+            return self._open_file(index)
+        return opened, file
 
     def _open(self, index: int) -> "_Opened | DataError":
         if index in self._opened:
@@ -98,12 +100,6 @@ class ShardReader:
         return self._opened[index]
 
 
-@dataclass(frozen=True)
-class _Record:
-    key: str
-    members: dict[str, Member]
-
-
 class _Opened:
     """A shard that was found to be what the manifest says, and where its samples lie."""
 
@@ -111,20 +107,33 @@ class _Opened:
         self._entry = entry
         self._columns: dict[tuple[int, str], Sequence[Any]] = {}  # decoded fields of packed records
         with _open_file(entry) as file:
-            self._signature = _signature(file)
-            self._records = _index(entry, file)
+            try:
+                self._check(file)
+                return
+            except DataError:
+                if not entry.is_remote:
+                    raise
+        entry.cache.forget(entry.url)  # a damaged copy: once more from where it comes
+        with _open_file(entry) as file:
+            self._check(file)
 
-    def file(self) -> FileIO:
-        """The file, opened.
+    def _check(self, file: FileIO) -> None:
+        self._signature = _signature(file)
+        self._records = _index(self._entry, file)
+
+    def file(self) -> FileIO | None:
+        """The file, opened; None for another copy of a remote one than was checked.
 
         Raises:
             DataError: it is gone, or another than the one that was checked.
         """
         file = _open_file(self._entry)
-        if _signature(file) != self._signature:
-            file.close()
-            raise damaged(self._entry.shard.name, "stay as it is while it is read", "a change")
-        return file
+        if _signature(file) == self._signature:
+            return file
+        file.close()
+        if self._entry.is_remote:
+            return None
+        raise damaged(self._entry.name, "stay as it is while it is read", "a change")
 
     def sample(self, file: FileIO, place: int, fields: frozenset[str] | None) -> Sample:
         """The sample at `place` of the shard.
@@ -152,12 +161,12 @@ class _Opened:
             column = self._decode(file, record, field, PACKED[field].decode)
             if len(column) != (size := min(pack, self._entry.shard.count - index * pack)):
                 rule = f"hold {size} samples in field {field!r} of key {record.key!r}"
-                raise damaged(self._entry.shard.name, rule, f"{len(column)}")
+                raise damaged(self._entry.name, rule, f"{len(column)}")
             self._columns[index, field] = column
         return self._columns[index, field]
 
     def _decode(
-        self, file: FileIO, record: _Record, field: str, decode: Callable[[bytes], Any]
+        self, file: FileIO, record: Record, field: str, decode: Callable[[bytes], Any]
     ) -> Any:
         member = record.members[_extension(self._entry, field)]
         try:
@@ -165,24 +174,16 @@ class _Opened:
         except Exception as error:  # decoders document no closed list of errors
             rule = f"hold a field {field!r} of key {record.key!r} that can be decoded"
             got = f"{type(error).__name__}: {error}"
-            raise damaged(self._entry.shard.name, rule, got) from error
-
-
-def damaged(shard: str, rule: str, got: str) -> DataError:
-    """The error of a shard that breaks a rule."""
-    return DataError(
-        f"shard {shard} must {rule}, got {got}; "
-        "restore the file, or delete the directory and write the dataset again"
-    )
+            raise damaged(self._entry.name, rule, got) from error
 
 
 def _open_file(entry: Entry) -> FileIO:
     try:
-        return entry.path.open("rb", buffering=0)
+        return entry.path().open("rb", buffering=0)
     except FileNotFoundError:
-        raise damaged(entry.shard.name, "be present", "no such file") from None
+        raise damaged(entry.name, "be present", "no such file") from None
     except OSError as error:
-        raise damaged(entry.shard.name, "be readable", f"{error.strerror}") from error
+        raise damaged(entry.name, "be readable", f"{error.strerror}") from error
 
 
 def _signature(file: FileIO) -> tuple[int, ...]:
@@ -190,7 +191,7 @@ def _signature(file: FileIO) -> tuple[int, ...]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _index(entry: Entry, file: FileIO) -> list[_Record]:
+def _index(entry: Entry, file: FileIO) -> list[Record]:
     """The records of a shard.
 
     Raises:
@@ -199,9 +200,9 @@ def _index(entry: Entry, file: FileIO) -> list[_Record]:
     """
     shard = entry.shard
     try:
-        records = _group(list_members(file))
+        records = list_records(file)
     except ValueError as error:
-        raise damaged(shard.name, f"be a tar file of {shard.bytes} bytes", f"{error}") from error
+        raise damaged(entry.name, f"be a tar file of {shard.bytes} bytes", f"{error}") from error
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != shard.sha256:
@@ -209,40 +210,19 @@ def _index(entry: Entry, file: FileIO) -> list[_Record]:
             _check_fields(entry, record)
     if len(records) != (count := -(-shard.count // entry.pack)):
         kind = "samples" if entry.pack == 1 else "records"
-        raise damaged(shard.name, f"hold {count} {kind}", f"{len(records)}")
+        raise damaged(entry.name, f"hold {count} {kind}", f"{len(records)}")
     if digest != shard.sha256:
         rule = f"have {shard.bytes} bytes and sha256 {shard.sha256}"
-        raise damaged(shard.name, rule, f"{os.fstat(file.fileno()).st_size} bytes and {digest}")
+        raise damaged(entry.name, rule, f"{os.fstat(file.fileno()).st_size} bytes and {digest}")
     return records
 
 
-def _check_fields(entry: Entry, record: _Record) -> None:
+def _check_fields(entry: Entry, record: Record) -> None:
     wanted = [_extension(entry, field) for field in entry.fields]
     if missing := [extension for extension in wanted if extension not in record.members]:
         rule = f"hold the fields {wanted} of key {record.key!r}"
-        raise damaged(entry.shard.name, rule, f"none of {missing}")
+        raise damaged(entry.name, rule, f"none of {missing}")
 
 
 def _extension(entry: Entry, field: str) -> str:
     return field if entry.pack == 1 else PACKED[field].extension
-
-
-def _group(members: list[Member]) -> list[_Record]:
-    """Consecutive members of one key as records.
-
-    Raises:
-        ValueError: a member comes twice, or a key comes again after another one.
-    """
-    records: dict[str, _Record] = {}
-    last = ""
-    for member in members:
-        match = _NAME.fullmatch(member.name)
-        if not match or _META.match(member.name):
-            continue
-        key, extension = match[1], match[2].lower()
-        record = records.setdefault(key, _Record(key, {}))
-        if extension in record.members or (record.members and key != last):
-            raise ValueError(f"member {member.name!r} of a key that came before")
-        record.members[extension] = member
-        last = key
-    return list(records.values())

@@ -5,19 +5,20 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from selectflow.data.catalog import Ints, open_catalog
+from selectflow.data.catalog import Ints, Sources
 from selectflow.data.collate import FIELDS, Batch, collate, finish, num_bytes, pick
 from selectflow.data.fields import Sample
 from selectflow.data.manifest import DataError
 from selectflow.data.order import Order, Shuffle
 from selectflow.data.reader import Fault, ShardReader
+from selectflow.data.remote import Cache
+from selectflow.data.sources import open_catalog
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +37,10 @@ class PoolStream(IterableDataset[Batch]):
     index_select. Others are read from their shards as they are needed.
 
     Args:
-        source: Dataset directory, or several by name; keys then start with "<name>/".
-        split: Name of the split, in each of them.
+        source: Dataset directory or its manifest, folder of shards, brace pattern or list of
+            shards, local or remote; or several of these by name, whose keys then start with
+            "<name>/".
+        split: Name of the split, in each of them; unused where shards are listed.
         pool: Examples in each pool of each rank, P >= 1.
         seed: Seed of the order, >= 0.
         shuffle: False gives stored order in every epoch.
@@ -52,6 +55,7 @@ class PoolStream(IterableDataset[Batch]):
         memory_gib: Limit for decoded data to be held in memory, in GiB, >= 0.
         max_errors: Samples that may be unreadable before the stream raises, >= 0. A pool lacks
             those that are.
+        cache: Where remote shards are kept; None: the default `Cache`.
 
     Raises:
         DataError: An argument is out of its range, or the split cannot be read.
@@ -59,7 +63,7 @@ class PoolStream(IterableDataset[Batch]):
 
     def __init__(
         self,
-        source: str | Path | Mapping[str, str | Path],
+        source: Sources,
         split: str = "train",
         *,
         pool: int,
@@ -73,6 +77,7 @@ class PoolStream(IterableDataset[Batch]):
         num_workers: int = 0,
         memory_gib: float = 1.0,
         max_errors: int = 0,
+        cache: Cache | None = None,
     ) -> None:
         _check_range("pool", pool, 1, "it is the number of candidates")
         _check_range("seed", seed, 0, "numpy takes no negative seeds")
@@ -84,7 +89,7 @@ class PoolStream(IterableDataset[Batch]):
             raise DataError(f"rank must be in [0, {world_size}), got {rank}; check world_size")
         self._pool, self._rank, self._world_size = pool, rank, world_size
         self._num_workers, self._max_errors = num_workers, max_errors
-        self._catalog = open_catalog(source, split)
+        self._catalog = open_catalog(source, split, cache)
         self._options = Shuffle(seed, shuffle, buffer, resample)
         self._weights = _shares(weights, source)
         # everything that the order depends on, besides the position
@@ -282,9 +287,7 @@ def _check_range(name: str, value: float, least: int, hint: str) -> None:
         raise DataError(f"{name} must be >= {least}, got {value}; {hint}")
 
 
-def _shares(
-    weights: Mapping[str, float] | None, source: str | Path | Mapping[str, str | Path]
-) -> list[float] | None:
+def _shares(weights: Mapping[str, float] | None, source: Sources) -> list[float] | None:
     if weights is None:
         return None
     names = list(source) if isinstance(source, Mapping) else []

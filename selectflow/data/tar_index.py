@@ -15,6 +15,11 @@ _PAX_KEY = re.compile(rb"\d+ ([^=\n]+)=")
 _HARMLESS = {b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"}
 
 
+# WebDataset's rules: the extension starts at the first dot of the file name, `__name__` is metadata
+_SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
+_META = re.compile(r"__[^/]*__($|/)")
+
+
 class Member(NamedTuple):
     """A regular file in a tar file.
 
@@ -27,6 +32,39 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
+
+
+class Record(NamedTuple):
+    """Consecutive members of one key.
+
+    Attributes:
+        key: name of the members up to the first dot.
+        members: by what follows it, in lower case.
+    """
+
+    key: str
+    members: dict[str, Member]
+
+
+def list_records(file: FileIO) -> list[Record]:
+    """The records in a tar file, in stored order; see `list_members`.
+
+    Raises:
+        ValueError: the file is damaged, a member comes twice, or a key again after another one.
+    """
+    records: dict[str, Record] = {}
+    last = ""
+    for member in list_members(file):
+        match = _SAMPLE.fullmatch(member.name)
+        if not match or _META.match(member.name):
+            continue
+        key, extension = match[1], match[2].lower()
+        record = records.setdefault(key, Record(key, {}))
+        if extension in record.members or (record.members and key != last):
+            raise ValueError(f"member {member.name!r} of a key that came before")
+        record.members[extension] = member
+        last = key
+    return list(records.values())
 
 
 def list_members(file: FileIO) -> list[Member]:
