@@ -68,10 +68,13 @@ def finish(batch: Batch) -> Batch:
 
 
 def _typed(name: str, leaf: torch.Tensor, is_pinned: bool) -> torch.Tensor:
-    if name == "image":
-        leaf = leaf.float() / 255 if leaf.dtype == torch.uint8 else leaf.float()
-    elif not leaf.is_floating_point():
-        leaf = leaf.long()
+    if name != "image":
+        leaf = leaf if leaf.is_floating_point() else leaf.long()
+    elif leaf.dtype == torch.uint8:
+        # by numpy: torch would use all threads, which wait for each other on a busy machine
+        leaf = torch.from_numpy(np.divide(leaf.numpy(), np.float32(255), dtype=np.float32))
+    else:
+        leaf = leaf.float()
     return leaf.pin_memory() if is_pinned else leaf
 
 

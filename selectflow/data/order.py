@@ -25,7 +25,7 @@ class Shuffle:
 
     seed: int
     shuffle: bool = True
-    buffer: int = 16384
+    buffer: int = 4096
     resample: bool = False
 
 

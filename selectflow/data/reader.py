@@ -69,7 +69,7 @@ class ShardReader:
         with file:
             for place in places.tolist():
                 try:
-                    yield opened.sample(file, place, self._fields)
+                    yield opened.sample(file, place)
                 except DataError as error:
                     yield error
 
@@ -90,7 +90,7 @@ class ShardReader:
             return self._opened[index]
         entry = self._catalog.entries[index]
         try:
-            self._opened[index] = _Opened(entry)
+            self._opened[index] = _Opened(entry, self._fields)
         except DataError as error:
             self._opened[index] = error
         self._held += entry.shard.count
@@ -103,8 +103,10 @@ class ShardReader:
 class _Opened:
     """A shard that was found to be what the manifest says, and where its samples lie."""
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: Entry, fields: frozenset[str] | None) -> None:
         self._entry = entry
+        self._stem = entry.shard.name.removesuffix(".tar")
+        self._fields = [f for f in entry.fields if fields is None or f in fields]
         self._columns: dict[tuple[int, str], Sequence[Any]] = {}  # decoded fields of packed records
         with _open_file(entry) as file:
             try:
@@ -135,25 +137,24 @@ class _Opened:
             return None
         raise damaged(self._entry.name, "stay as it is while it is read", "a change")
 
-    def sample(self, file: FileIO, place: int, fields: frozenset[str] | None) -> Sample:
+    def sample(self, file: FileIO, place: int) -> Sample:
         """The sample at `place` of the shard.
 
         Raises:
             DataError: it lacks a field, or one cannot be decoded.
         """
-        entry = self._entry
-        index, row = divmod(place, entry.pack)
-        record = self._records[index]
-        _check_fields(entry, record)
-        wanted = [field for field in entry.fields if fields is None or field in fields]
-        if entry.pack == 1:
-            values = {
-                field: self._decode(file, record, field, CODECS[field][1]) for field in wanted
-            }
-            return {"__key__": entry.prefix + record.key} | values
-        values = {field: self._column(file, index, field)[row] for field in wanted}
-        shard = entry.shard.name.removesuffix(".tar")
-        return {"__key__": f"{entry.prefix}{shard}/{record.key}/{row}"} | values
+        pack, prefix = self._entry.pack, self._entry.prefix
+        if pack == 1:
+            record = self._records[place]
+            sample: Sample = {"__key__": prefix + record.key}
+            for field in self._fields:
+                sample[field] = self._decode(file, record, field, CODECS[field][1])
+            return sample
+        index, row = divmod(place, pack)
+        sample = {"__key__": f"{prefix}{self._stem}/{self._records[index].key}/{row}"}
+        for field in self._fields:
+            sample[field] = self._column(file, index, field)[row]
+        return sample
 
     def _column(self, file: FileIO, index: int, field: str) -> Sequence[Any]:
         if (index, field) not in self._columns:
@@ -168,7 +169,9 @@ class _Opened:
     def _decode(
         self, file: FileIO, record: Record, field: str, decode: Callable[[bytes], Any]
     ) -> Any:
-        member = record.members[_extension(self._entry, field)]
+        member = record.members.get(_extension(self._entry, field))
+        if member is None:
+            raise _missing(self._entry, record)
         try:
             return decode(os.pread(file.fileno(), member.size, member.offset))
         except Exception as error:  # decoders document no closed list of errors
@@ -207,7 +210,8 @@ def _index(entry: Entry, file: FileIO) -> list[Record]:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != shard.sha256:
         for record in records:
-            _check_fields(entry, record)
+            if any(_extension(entry, field) not in record.members for field in entry.fields):
+                raise _missing(entry, record)
     if len(records) != (count := -(-shard.count // entry.pack)):
         kind = "samples" if entry.pack == 1 else "records"
         raise damaged(entry.name, f"hold {count} {kind}", f"{len(records)}")
@@ -217,11 +221,10 @@ def _index(entry: Entry, file: FileIO) -> list[Record]:
     return records
 
 
-def _check_fields(entry: Entry, record: Record) -> None:
+def _missing(entry: Entry, record: Record) -> DataError:
     wanted = [_extension(entry, field) for field in entry.fields]
-    if missing := [extension for extension in wanted if extension not in record.members]:
-        rule = f"hold the fields {wanted} of key {record.key!r}"
-        raise damaged(entry.name, rule, f"none of {missing}")
+    rule = f"hold the fields {wanted} of key {record.key!r}"
+    return damaged(entry.name, rule, f"none of {[e for e in wanted if e not in record.members]}")
 
 
 def _extension(entry: Entry, field: str) -> str:

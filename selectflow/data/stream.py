@@ -69,7 +69,7 @@ class PoolStream(IterableDataset[Batch]):
         pool: int,
         seed: int,
         shuffle: bool = True,
-        buffer: int = 16384,
+        buffer: int = 4096,
         resample: bool = False,
         weights: Mapping[str, float] | None = None,
         rank: int = 0,
