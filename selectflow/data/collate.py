@@ -5,10 +5,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from selectflow.data.catalog import Ints
 from selectflow.data.fields import Sample
 from selectflow.data.manifest import DataError
 
 Batch = dict[str, Any]
+
+_PIPED = 1 << 20  # bytes
 
 _ARRAYS = ("npy", "png", "jpg", "jpeg")
 FIELDS = (*_ARRAYS, "cls", "txt")
@@ -23,8 +26,8 @@ def collate(samples: list[Sample]) -> Batch:
             image and its label, "npy" alone is a block of tokens, "txt" is text.
 
     Returns:
-        "image" (P, ...) in its stored type and "label" int64 (P,), or "tokens" (P, ...); "text"
-        and "key" lists of P strings.
+        Arrays: "image" (P, ...) in its stored type and "label" int64 (P,), or "tokens" (P, ...);
+        "text" and "key" lists of P strings. See `finish`.
 
     Raises:
         DataError: A sample without an array, or with one of another shape than the first.
@@ -33,12 +36,12 @@ def collate(samples: list[Sample]) -> Batch:
     batch: Batch = {}
     if field := next((field for field in _ARRAYS if field in first), None):
         name = "tokens" if field == "npy" and "cls" not in first else "image"
-        batch[name] = torch.from_numpy(np.stack(_alike(samples, field, name)))
+        batch[name] = np.stack(_alike(samples, field, name))
     elif "txt" not in first:
         got = sorted(first.keys() - {"__key__"})
         raise DataError(f"fields must include one of {[*_ARRAYS, 'txt']}, got {got}; add one")
     if "cls" in first:
-        batch["label"] = torch.tensor([s["cls"] for s in samples], dtype=torch.int64)
+        batch["label"] = np.array([s["cls"] for s in samples], dtype=np.int64)
     if "txt" in first:
         batch["text"] = [sample["txt"] for sample in samples]
     return batch | {"key": [sample["__key__"] for sample in samples]}
@@ -56,38 +59,49 @@ def _alike(samples: list[Sample], field: str, name: str) -> list[Any]:
 
 
 def finish(batch: Batch) -> Batch:
-    """The batch as a model takes it: images float32, those of bytes in [0, 1]; tokens int64.
+    """The batch as a model takes it: tensors; images float32, those of bytes in [0, 1]; int64 else.
 
     Where there is a GPU the tensors are page-locked.
     """
     is_gpu = torch.cuda.is_available()
     return {
-        name: _typed(name, leaf, is_gpu) if torch.is_tensor(leaf) else leaf
+        name: leaf if isinstance(leaf, list) else _typed(name, leaf, is_gpu)
         for name, leaf in batch.items()
     }
 
 
-def _typed(name: str, leaf: torch.Tensor, is_pinned: bool) -> torch.Tensor:
-    if name != "image":
-        leaf = leaf if leaf.is_floating_point() else leaf.long()
-    elif leaf.dtype == torch.uint8:
-        # by numpy: torch would use all threads, which wait for each other on a busy machine
-        leaf = torch.from_numpy(np.divide(leaf.numpy(), np.float32(255), dtype=np.float32))
-    else:
-        leaf = leaf.float()
-    return leaf.pin_memory() if is_pinned else leaf
+def _typed(name: str, leaf: Any, is_pinned: bool) -> torch.Tensor:
+    # By numpy: torch would use all threads, which wait for each other on a busy machine.
+    array = np.asarray(leaf)
+    if name == "image" and array.dtype == np.uint8:
+        array = np.divide(array, np.float32(255), dtype=np.float32)
+    elif name == "image" or array.dtype.kind not in "fc":
+        array = array.astype(np.float32 if name == "image" else np.int64, copy=False)
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if is_pinned else tensor
 
 
-def pick(batch: Batch, indices: torch.Tensor) -> Batch:
-    """The examples at `indices` (1-d int64), in that order."""
+def shared(batch: Batch) -> Batch:
+    """For another process: large arrays as tensors, which go through shared memory.
+
+    Small ones take half the time as arrays, through a pipe.
+    """
     return {
-        name: leaf.index_select(0, indices)
-        if torch.is_tensor(leaf)
-        else [leaf[i] for i in indices.tolist()]
+        name: torch.from_numpy(leaf)
+        if isinstance(leaf, np.ndarray) and leaf.nbytes > _PIPED
+        else leaf
+        for name, leaf in batch.items()
+    }
+
+
+def pick(batch: Batch, indices: Ints) -> Batch:
+    """The examples at `indices`, in that order."""
+    return {
+        name: [leaf[i] for i in indices] if isinstance(leaf, list) else leaf.take(indices, 0)
         for name, leaf in batch.items()
     }
 
 
 def num_bytes(batch: Batch) -> int:
-    """Bytes of the tensors of a batch."""
-    return sum(leaf.nbytes for leaf in batch.values() if torch.is_tensor(leaf))
+    """Bytes of the arrays of a batch."""
+    return sum(leaf.nbytes for leaf in batch.values() if isinstance(leaf, np.ndarray))

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from selectflow.data.catalog import Ints, Sources
-from selectflow.data.collate import FIELDS, Batch, collate, finish, num_bytes, pick
+from selectflow.data.collate import FIELDS, Batch, collate, finish, num_bytes, pick, shared
 from selectflow.data.fields import Sample
 from selectflow.data.manifest import DataError
 from selectflow.data.order import Order, Shuffle
@@ -198,7 +198,7 @@ class PoolStream(IterableDataset[Batch]):
         rows = _draw(order, self._drawn, self._pool, self._rank, self._world_size)
         if self._memory is not None:
             memory = self._memory
-            return ((pick(memory, torch.from_numpy(each)), []) for each in rows)
+            return ((pick(memory, each), []) for each in rows)
         read = partial(_read_pool, self._reader)
         if self._num_workers == 0 or get_worker_info():  # a worker cannot start workers
             return map(read, rows)
@@ -264,7 +264,8 @@ class _ByRows(Dataset[_Read]):
         self._read = read
 
     def __getitem__(self, rows: Ints) -> _Read:
-        return self._read(rows)
+        batch, faults = self._read(rows)
+        return (shared(batch) if isinstance(batch, dict) else batch), faults
 
 
 def _read_pool(reader: ShardReader, rows: Ints) -> _Read:
