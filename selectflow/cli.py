@@ -1,10 +1,11 @@
-"""The command line: `selectflow shards | compare | schema`."""
+"""The command line: `selectflow shards | compare | audit | schema`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from selectflow.audit_config import load_audit
 from selectflow.cli_shards import add_commands
 from selectflow.config import json_schema
 from selectflow.report.runs import Run, find_runs, load_run
@@ -39,6 +40,19 @@ def _finished(runs: list[Run]) -> list[Run]:
     return finished
 
 
+def _audit(args: argparse.Namespace) -> None:
+    from selectflow.audit_report import run_audit, write_audit  # noqa: PLC0415
+    from selectflow.report.audit import print_budget, write_pngs  # noqa: PLC0415
+
+    config = load_audit(args.config, args.overrides)
+    folder = config.root / config.name
+    audit = run_audit(config, lambda done: print(f"measured {done}", flush=True))
+    write_audit(audit, folder)
+    write_pngs(audit.results, audit.truth, audit.scores, folder)
+    print_budget(audit.results)
+    print(f"wrote {folder}")
+
+
 def _schema(args: argparse.Namespace) -> None:
     print(json_schema())
 
@@ -59,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
         help="where compare.csv and compare.png go (default: here)",
     )  # fmt: skip
     compare.set_defaults(command=_compare)
+
+    audit = commands.add_parser("audit", help="compare influence with leave-one-out retraining")
+    audit.add_argument("config", type=Path, metavar="CONFIG", help="YAML of an audit")
+    audit.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in seeds=1")
+    audit.set_defaults(command=_audit)
 
     schema = commands.add_parser("schema", help="JSON schema of a run's configuration")
     schema.set_defaults(command=_schema)

@@ -63,6 +63,7 @@ class Rule(Protocol):
         self, adjoint: Adjoint, state: State, after: State, grad: Params
     ) -> tuple[Params, Adjoint]: ...
     def immediate(self, state: State, grad: Params) -> Params: ...
+    def heard(self, gamma: Params, after: State) -> Params: ...
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,19 @@ class AdamW:
         itself gives the direction.
         """
         scale = -(1 - self.beta1) * self.lr / self.c1
-        seen = self.step - 1  # the updates that made exp_avg_sq
-        if not seen:
+        num = self.step - 1  # the updates that made exp_avg_sq
+        if not num:
             return scale * grad
-        root = state.exp_avg_sq.sqrt() / math.sqrt(1 - self.beta2**seen)
-        known = root.map(lambda r: (r > SILENT_RMS).to(r.dtype))
-        return grad / (root + self.eps) * known * scale
+        q = state.exp_avg_sq.sqrt() / math.sqrt(1 - self.beta2**num) + self.eps
+        return scale * self._heard(grad / q, state.exp_avg_sq, num)
+
+    def heard(self, gamma: Params, after: State) -> Params:
+        return self._heard(gamma, after.exp_avg_sq, self.step)
+
+    def _heard(self, gamma: Params, exp_avg_sq: Params, num: int) -> Params:
+        """0 where the second moment after `num` updates is silent."""
+        silent = SILENT_RMS**2 * (1 - self.beta2**num)
+        return gamma * exp_avg_sq.map(lambda v: (v > silent).to(v.dtype))
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,10 @@ class SGD:
         """Sensitivity at horizon 0: the gradient itself, scaled by this update's reach."""
         zeros = Adjoint(grad, *(part.zeros_like() for part in state[1:]))
         return self.adjoint(zeros, state, state, grad)[0]
+
+    def heard(self, gamma: Params, after: State) -> Params:
+        del after  # nothing is divided by a second moment
+        return gamma
 
 
 @dataclass(frozen=True)
@@ -246,6 +258,22 @@ class Update:
         """Sensitivity at horizon 0: target gradient `grad` through the present preconditioner."""
         parts = zip(self.rules, self._split(state), self._split_params(grad), strict=True)
         return merge(rule.immediate(part, g) for rule, part, g in parts)
+
+    def heard(self, gamma: Params, after: State) -> Params:
+        """Gamma for scoring examples that the update has not seen: 0 where it heard nothing.
+
+        At an entry whose second moment is 0, d theta' / d g is lr / eps, true only for |g| << eps.
+        A new example with a real gradient there would be scored by that alone.
+
+        Args:
+            gamma: sensitivity of this update.
+            after: the state after it.
+
+        Returns:
+            gamma, with 0 where the root of the second moment is below `SILENT_RMS`.
+        """
+        parts = zip(self.rules, self._split_params(gamma), self._split(after), strict=True)
+        return merge(rule.heard(part, state) for rule, part, state in parts)
 
     def _split(self, state: State) -> Iterator[State]:
         for fields in zip(*(self._split_params(field) for field in state), strict=True):

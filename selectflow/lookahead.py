@@ -30,14 +30,35 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
+class Visit:
+    """What a sweep knows when it has passed one update.
+
+    Attributes:
+        index: of the update.
+        gamma: its sensitivity, d target / d (batch gradient).
+        state: before it.
+        grad: the batch gradient it was made with.
+        after: state after it.
+        adjoint: d target / d `after`.
+    """
+
+    index: int
+    gamma: Params
+    state: State
+    grad: Params
+    after: State
+    adjoint: Adjoint
+
+
+@dataclass(frozen=True)
 class LookAhead:
     """What one look-ahead found.
 
     Attributes:
         horizon: H, updates simulated.
         target_loss: mean loss of the target batch after them.
-        sensitivities: gamma of updates 0, 1, ... of the window, as many as were asked for.
-            Units: target loss per unit of gradient.
+        sensitivities: gamma of updates 0, 1, ... of the window, as many as were asked for, for
+            scoring new examples (`Update.heard`). Units: target loss per unit of gradient.
     """
 
     horizon: int
@@ -55,12 +76,17 @@ class Window:
         nominal: the batch of each; asked once, so that a rerun meets the same batch.
         curvature: the matrix that stands for the Hessian of the batch loss: "exact", "fisher"
             (empirical Fisher) or "none" (zero).
+        assumed: updates that the sweep takes for the real ones; None: the real ones. Another
+            optimizer here gives the influence of whoever mistakes the one for the other.
+        first: the update at which sweeps end; nothing before it needs the adjoint.
     """
 
     derivatives: Derivatives
     updates: Sequence[Update]
     nominal: Nominal
     curvature: Curvature = "exact"
+    assumed: Sequence[Update] | None = None
+    first: int = 0
     _batches: dict[int, Batch] = field(default_factory=dict)
 
     def batch(self, index: int, state: State) -> Batch:
@@ -76,9 +102,10 @@ class Window:
     def pull_back(
         self, index: int, adjoint: Adjoint, state: State, after: State, grad: Params
     ) -> tuple[Params, Adjoint]:
-        """Sensitivity of update `index`, and the adjoint before it."""
-        gamma, before = self.updates[index].adjoint(adjoint, state, after, grad)
-        if self.curvature == "none" or index == 0:  # nothing before the window needs `a`
+        """Sensitivity of update `index`, and the adjoint before it; queries may lead both."""
+        update = (self.assumed or self.updates)[index]
+        gamma, before = update.adjoint(adjoint, state, after, grad)
+        if self.curvature == "none" or index == self.first:  # nothing before it needs `a`
             return gamma, before
         batch = self.batch(index, state)
         product = self.derivatives.hessian_product
@@ -120,10 +147,11 @@ def look_ahead(
         target_loss, grad = window.derivatives.gradient(end.params, target)
         return Adjoint(grad, end.exp_avg.zeros_like(), end.exp_avg_sq.zeros_like())
 
-    def keep(index: int, gamma: Params) -> None:
-        if index < num_sensitivities:
-            _check_finite(gamma, index)
-            gammas[index] = gamma
+    def keep(visit: Visit) -> None:
+        if visit.index < num_sensitivities:
+            gamma = window.updates[visit.index].heard(visit.gamma, visit.after)
+            _check_finite(gamma, visit.index)
+            gammas[visit.index] = gamma
 
     horizon = len(window.updates)
     capacity = sweep_capacity(state, horizon, memory_gib)
@@ -159,25 +187,35 @@ def sweep(
     window: Window,
     state: State,
     read_end: Callable[[State], Adjoint],
-    emit: Callable[[int, Params], None],
+    emit: Callable[[Visit], None],
     capacity: int,
-) -> None:
+    *,
+    start: int = 0,
+    stop: int | None = None,
+) -> Adjoint:
     """Roll the window out, then sweep back over it in bounded memory.
 
     Args:
         window: H >= 1 updates.
-        state: the state before the first.
-        read_end: state after the last -> adjoint there; called once.
-        emit: called with (index, gamma) of each update, from the last to the first.
+        state: the state before update `start`.
+        read_end: state after the last -> adjoint there, of one target or, with a leading
+            dimension, of several; called once.
+        emit: called at each update, from the last to the first.
         capacity: states that may be kept at once beside `state`, as `sweep_capacity` gives it.
+        start: the first update of the stretch to sweep.
+        stop: the update after its last; None: the window's end.
+
+    Returns:
+        The adjoint before update `start`; at the window's `first` without its curvature term.
     """
-    _Sweep(window, emit).run(0, len(window.updates), state, read_end, capacity)
+    stop = len(window.updates) if stop is None else stop
+    return _Sweep(window, emit).run(start, stop, state, read_end, capacity)
 
 
 @dataclass(frozen=True)
 class _Sweep:
     window: Window
-    emit: Callable[[int, Params], None]
+    emit: Callable[[Visit], None]
 
     def run(
         self,
@@ -215,9 +253,9 @@ class _Sweep:
         """The sweep itself, over updates whose states are all at hand; uses them up."""
         for index in reversed(range(stop - len(points), stop)):
             before, grad = points.pop(), grads.pop()
-            gamma, adjoint = self.window.pull_back(index, adjoint, before, end, grad)
-            self.emit(index, gamma)
-            end = before
+            gamma, earlier = self.window.pull_back(index, adjoint, before, end, grad)
+            self.emit(Visit(index, gamma, before, grad, end, adjoint))
+            end, adjoint = before, earlier
         return adjoint
 
 

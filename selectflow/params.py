@@ -88,4 +88,7 @@ class Params(dict[str, Tensor]):
 
 def merge(parts: Iterable[Params]) -> Params:
     """Parts with disjoint names as one."""
+    parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
     return Params((name, tensor) for part in parts for name, tensor in part.items())

@@ -217,6 +217,14 @@ class Selector:
         )
         return take(pool, indices)
 
+    @property
+    def forms(self) -> dict[str, str]:
+        """Which form, "exact" or "central", the derivatives of losses and of gradients have.
+
+        With `derivative="auto"` each is decided at its first use, and checked again now and then.
+        """
+        return dict(self._derivatives.decided)
+
     def _scores(self, scoring: _Scoring, size: int) -> Tensor:
         candidates = Candidates(
             scoring.pool, size, scoring.read_losses, scoring.read_influence, self._generator
@@ -264,8 +272,9 @@ class Selector:
 
     def _refresh(self, step: int, pools: list[Batch]) -> None:
         """Look ahead over `pools`, the present one first."""
+        self._ahead = None  # its memory is of use now; should this fail, the next call looks ahead
         if self._num_lookaheads % _RECHECK_EVERY == 0:
-            self._derivatives.decided.clear()
+            self._derivatives.recheck()
         target = self._target.next()
         state = self._optimizer.state()
         updates = self._optimizer.updates(max(1, min(self._horizon, len(pools))))

@@ -57,11 +57,24 @@ def clone(model, optimizer):
     return model_copy, optimizer_copy
 
 
-def rerun(model, optimizer, loss_fn, batches, target, *, lrs=None, clip_scales=None, weights=()):
+def rerun(
+    model,
+    optimizer,
+    loss_fn,
+    batches,
+    target,
+    *,
+    lrs=None,
+    clip_scales=None,
+    max_grad_norm=None,
+    weights=(),
+    reduce=torch.mean,
+):
     """Target loss after really training copies on `batches` with `torch.optim`.
 
     lrs: learning rate of each step, else the optimizer's. clip_scales: factor on each step's
     gradient. weights: (step, example, extra) adds `extra` to the example's weight 1/B.
+    reduce: of the target's per-example losses.
     """
     model, optimizer = clone(model, optimizer)
     for step, batch in enumerate(batches):
@@ -79,9 +92,20 @@ def rerun(model, optimizer, loss_fn, batches, target, *, lrs=None, clip_scales=N
             for param in model.parameters():
                 if param.grad is not None:
                     param.grad.mul_(clip_scales[step])
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
     with torch.no_grad():
-        return float(loss_fn(model, target).mean())
+        found = reduce(loss_fn(model, target))
+        return found.item() if found.ndim == 0 else found
+
+
+def removal(step, position, size, share=1.0):
+    """Weights that take `share` of one example out of a batch and give it to the others."""
+    return [
+        (step, index, share * (-1 / size if index == position else 1 / (size - 1) - 1 / size))
+        for index in range(size)
+    ]
 
 
 def weight_derivative(model, optimizer, loss_fn, batches, target, step, index, delta=1e-4, **how):

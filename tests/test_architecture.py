@@ -22,16 +22,35 @@ MAY_IMPORT = {
     "selector": {
         "batches", "derivatives", "dynamics", "lookahead", "optimizers", "params", "strategies",
     },
+    "snapshots": {"dynamics", "params"},
+    "trajectory": {"batches", "derivatives", "dynamics", "lookahead", "snapshots"},
+    "recording": {
+        "batches", "derivatives", "dynamics", "optimizers", "snapshots", "trajectory",
+    },
+    "tangents": {"batches", "derivatives", "dynamics", "params"},
+    "reruns": {"batches", "derivatives", "dynamics", "params", "tangents", "trajectory"},
+    "assumptions": {"dynamics"},
+    "audit": {
+        "assumptions", "batches", "derivatives", "dynamics", "lookahead", "params", "recording",
+        "reruns", "trajectory",
+    },
+    "sparse": {"derivatives", "dynamics", "lookahead", "params", "trajectory"},
+    "audit_config": {"config_errors", "yaml_io"},
+    "audit_settings": {"audit_config", "batches", "recording", "trajectory"},
+    "audit_report": {"audit", "audit_config", "audit_settings", "sparse", "trajectory"},
     "config_errors": set(),
     "yaml_io": {"config_errors"},
     "config": {"config_errors", "yaml_io"},
     "tracking": set(),
     "data": {"data"},
+    "checkpoints": {"batches"},
     "run_log": {"batches", "selector", "tracking"},
-    "run": {"batches", "config", "derivatives", "run_log", "selector", "tracking"},
+    "run": {
+        "batches", "checkpoints", "config", "derivatives", "run_log", "selector", "tracking",
+    },
     "report": {"report", "yaml_io"},
     "cli_shards": {"data"},
-    "cli": {"cli_shards", "config", "report"},
+    "cli": {"audit_config", "audit_report", "cli_shards", "config", "report"},
     "__main__": {"cli"},
     "__init__": {"selector", "strategies"},
 }  # fmt: skip
@@ -74,7 +93,10 @@ def test_trainers_are_never_imported():
 
 def test_importing_selectflow_is_light():
     """Neither the data and tracking libraries nor heavy integrations come with the import."""
-    heavy = "wandb webdataset torchvision matplotlib transformers peft lightning optuna sklearn"
+    heavy = (
+        "wandb webdataset torchvision matplotlib transformers peft lightning optuna sklearn "
+        "safetensors"
+    )
     code = f"import sys, selectflow; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True

@@ -166,6 +166,8 @@ def test_auto_takes_central_differences_where_they_agree(caplog):
         derivatives.along(params, direction, batch)
         derivatives.along(params, direction, batch)
         derivatives.hessian_product(params, direction, batch)
+        derivatives.recheck()
+        derivatives.along(params, direction, batch)
     assert derivatives.decided == {"losses": "central", "gradients": "central"}
     assert len([r for r in caplog.records if "derivatives of losses: central" in r.message]) == 1
 
@@ -264,3 +266,24 @@ def test_wrappers_are_looked_through():
     model = nn.Linear(2, 2)
     assert unwrap(nn.DataParallel(model)) is model
     assert unwrap(torch.compile(model)) is model
+
+
+@pytest.mark.parametrize("method", ["exact", "central"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+def test_several_directions_at_once_equal_one_at_a_time(problem, method):
+    model, params, _, batch = setting(problem, num=7)
+    directions = params.map(lambda x: torch.randn(3, *x.shape, dtype=x.dtype))
+    derivatives = derive(problem, model, method, 4)
+    losses, slopes_at_once = derivatives.along(params, directions, batch)
+    assert losses.shape == (7,)
+    products = [
+        getattr(derivatives, f"{name}_product")(params, directions, batch)
+        for name in ("hessian", "fisher")
+    ]
+    for query in range(3):
+        one = directions.map(lambda x, query=query: x[query])
+        assert relative(slopes_at_once[query], derivatives.along(params, one, batch)[1]) < 1e-11
+        for found, name in zip(products, ("hessian", "fisher"), strict=True):
+            expected = getattr(derivatives, f"{name}_product")(params, one, batch)
+            gap = found.map(lambda x, query=query: x[query]) - expected
+            assert gap.norm() < 1e-9 * expected.norm()

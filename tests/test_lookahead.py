@@ -152,9 +152,11 @@ def test_bounded_memory_gives_the_same_sensitivities(capacity):
         return Adjoint(grad, grad.zeros_like(), grad.zeros_like())
 
     found = {}
-    sweep(
-        window(reader, derivatives, batches), reader.state(), read_end, found.__setitem__, capacity
-    )
+
+    def keep(visit):
+        found[visit.index] = visit.gamma
+
+    sweep(window(reader, derivatives, batches), reader.state(), read_end, keep, capacity)
     assert list(found) == list(reversed(range(13)))
     for index, gamma in found.items():
         assert (gamma - full.sensitivities[index]).norm() == 0
@@ -195,6 +197,35 @@ def test_curvature_none_and_fisher_replace_the_hessian():
         gap = gammas[curvature][0] - gammas["none"][0] - bent
         assert gap.norm() < 1e-9 * bent.norm()
     assert (gammas["exact"][0] - gammas["fisher"][0]).norm() > 1e-3 * gammas["exact"][0].norm()
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_an_input_that_was_never_on_does_not_drown_the_others(horizon):
+    """Its exact sensitivity is 1 / eps; a pool in which it is on is scored by the rest."""
+    problem = PROBLEMS[0]
+    model, make = problem.make(torch.float32)
+
+    def dead(num):
+        batch = make(num)
+        batch["image"][:, 0, 0, 0] = 0
+        return batch
+
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    for _ in range(5):
+        optimizer.zero_grad()
+        problem.loss_fn(model, dead(6)).mean().backward()
+        optimizer.step()
+    reader = OptimizerReader(model, optimizer)
+    derivatives = Derivatives(Objective(model, problem.loss_fn), "exact")
+    batches = [dead(6) for _ in range(horizon)]
+    found = look_ahead(window(reader, derivatives, batches), reader.state(), make(10))
+    gamma = found.sensitivities[0]
+    assert gamma["1.weight"][:, 0].abs().max() == 0
+    assert gamma["1.weight"][:, 1].abs().max() > 0
+    params, pool = reader.state().params, make(32)
+    central = Derivatives(Objective(model, problem.loss_fn), "central")
+    exact, close = (d.along(params, gamma, pool)[1] for d in (derivatives, central))
+    assert (exact - close).norm() < 0.01 * exact.norm()
 
 
 def test_a_diverging_rollout_is_named():

@@ -257,7 +257,7 @@ def test_an_unfinished_run_does_not_shorten_the_others(tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"left out, unfinished at step 10 of 100: {tmp_path / 'crashed'}" in text
     row = next(line for line in text.splitlines() if "influence" in line)
-    assert row.split()[-8:] == ["1", "20", "2.0", "60.0", "60.0", "60.0", "15.0", "25"]
+    assert row.split()[-8:] == ["1", "20", "2.0", "60.0", "60.0", "-", "15.0", "25"]
     assert compare(tmp_path / "crashed", "--out", tmp_path) == 0
     assert "no run has finished yet" in capsys.readouterr().out
 

@@ -7,6 +7,7 @@ The configuration says everything; `selectflow schema` lists what it can say.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -109,6 +110,8 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("selectflow").setLevel(logging.INFO)
     try:
         config = load(arguments[0], arguments[1:])
         if config.num_threads is not None:

@@ -10,14 +10,17 @@ the others took. Finished runs are not repeated. One `selectflow compare` table 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 from selectflow.cli import main as selectflow
 
 ROOT = Path(__file__).parents[2]
+TRAIN = runpy.run_path(str(ROOT / "trainers" / "vision.py"))["main"]  # executed, once for all runs
 SETTINGS = {
     "noise 40%, lr 3e-3": {"data.label_noise": 0.4, "optimizer.lr": 3e-3},
     "noise 40%, lr 1e-3": {"data.label_noise": 0.4, "optimizer.lr": 1e-3},
@@ -43,9 +46,11 @@ def run(root: Path, name: str, seed: int, options: dict[str, object]) -> None:
         "root": root, "name": name, "seed": seed, "data.seed": seed, "overwrite": "true",
         "track.wandb": "disabled", "num_threads": 1,
     }  # fmt: skip
-    command = [sys.executable, "-W", "ignore", str(ROOT / "trainers" / "vision.py"), str(config)]
     overrides = [f"{key}={value}" for key, value in options.items()]
-    subprocess.run([*command, *overrides], check=True, stdout=subprocess.DEVNULL)
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = TRAIN([str(config), *overrides])
+    if status != 0:
+        sys.exit(status)
 
 
 def main() -> None:

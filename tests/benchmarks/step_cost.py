@@ -28,6 +28,7 @@ from torch import nn
 from selectflow import Selector
 
 KEEP, POOL, TARGET = 16, 32, 16
+CHUNK = {"mlp": None, "gpt2": 8}  # scoring holds fewer activations at once than the training step
 
 
 class Block(nn.Module):
@@ -126,6 +127,7 @@ def build(name: str, options: dict | None) -> Callable[[int], dict[str, float]]:
     batches, selector = pools, None
     if options is not None:
         target = [batch(TARGET) for _ in range(4)]
+        options = {"chunk_size": CHUNK[name]} | options
         selector = Selector(model, optimizer, loss_fn, target, KEEP, **options)
         batches = selector.stream(pools)
 

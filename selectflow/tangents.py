@@ -1,0 +1,222 @@
+"""First and second tangents of a run as example weights move: what removing an example changes.
+
+Let the weights of a batch be w(alpha) = w0 + alpha dw. Every quantity x of the run is then a curve
+x(alpha) with value x, first tangent x1 = dx / dalpha and second tangent x2 = d2x / dalpha2 at 0.
+Differentiating AdamW's lines (`dynamics`) twice gives, for k = 0, 1, 2,
+
+    m_k'     = beta1 m_k + (1 - beta1) g_k
+    v1'      = beta2 v1 + 2 (1 - beta2) g g1
+    v2'      = beta2 v2 + 2 (1 - beta2) (g1^2 + g g2)
+    r        = sqrt(v'),  r1 = v1' / 2r,  r2 = (v2' / 2 - r1^2) / r     0 where v' = 0
+    u        = m' / q,  u1 = (m1' - u q1) / q,  u2 = (m2' - 2 u1 q1 - u q2) / q
+    theta_k' = (1 - lr wd) theta_k - (lr / c1) u_k
+
+with q = r / sqrt(c2) + eps, q_k = r_k / sqrt(c2). The tangents of g come from the model, by two
+nested forward-mode derivatives. As in the adjoint, the factor of gradient clipping is constant.
+A target loss phi(alpha) then changes, for alpha from 0 to 1, by phi1 + phi2 / 2 up to third order.
+Values have no leading dimension, tangents have one: a row for every direction dw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from selectflow.batches import Batch
+from selectflow.derivatives import Objective, plain_attention
+from selectflow.dynamics import SGD, AdamW, Rule, State, Update
+from selectflow.params import Params, merge
+
+_Found = TypeVar("_Found")
+
+
+class Motion(NamedTuple):
+    """A state and its tangents in alpha."""
+
+    value: State
+    first: State
+    second: State
+
+    @classmethod
+    def at_rest(cls, state: State, num: int) -> Motion:
+        """`state`, which `num` directions have not moved yet."""
+        still = State(*(part.map(lambda x: x.new_zeros(num, *x.shape)) for part in state))
+        return cls(state, still, still)
+
+    @property
+    def params(self) -> tuple[Params, Params, Params]:
+        """Parameters and their tangents."""
+        return self.value.params, self.first.params, self.second.params
+
+
+Grads = tuple[Params, Params, Params]
+"""A batch gradient and its tangents."""
+
+
+def advance(
+    update: Update, objective: Objective, motion: Motion, batch: Batch, turn: Tensor
+) -> Motion:
+    """The motion after one update on a batch whose weights turn from 1/B each.
+
+    Args:
+        update: the update.
+        objective: the training loss.
+        motion: before it, M rows of tangents.
+        batch: B examples.
+        turn: dw, shape (M, B); zeros where nothing is removed from this batch.
+
+    Returns:
+        The motion after it.
+    """
+    grads = _gradient_tangents(objective, motion, batch, turn)
+    scale = update.clip_scale(grads[0])
+    if scale != 1.0:
+        grads = (scale * grads[0], scale * grads[1], scale * grads[2])
+    parts = [
+        _advance_rule(rule, _pick(rule, motion), _pick_grads(rule, grads)) for rule in update.rules
+    ]
+    return Motion(
+        *(
+            State(*(merge(fields) for fields in zip(*states, strict=True)))
+            for states in zip(*parts, strict=True)
+        )
+    )
+
+
+def loss_tangents(objective: Objective, motion: Motion, batch: Batch) -> tuple[Tensor, Tensor]:
+    """First and second derivatives in alpha of each example's loss, both of shape (M, N)."""
+    params, first, second = motion.params
+
+    def along(first: dict[str, Tensor], second: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        def losses(alpha: Tensor) -> Tensor:
+            return objective.call(_curve(params, first, second, alpha), batch)
+
+        return _taylor(losses, params)[1:]
+
+    with plain_attention(), _PlainLayerNorm():
+        found: tuple[Tensor, Tensor] = torch.func.vmap(along)(dict(first), dict(second))
+    return found
+
+
+def _gradient_tangents(objective: Objective, motion: Motion, batch: Batch, turn: Tensor) -> Grads:
+    params, first, second = motion.params
+    size = turn.shape[1]
+
+    def along(
+        first: dict[str, Tensor], second: dict[str, Tensor], turn: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        def gradient(alpha: Tensor) -> dict[str, Tensor]:
+            def loss(at: dict[str, Tensor]) -> Tensor:
+                return (objective.call(at, batch) * (1 / size + alpha * turn)).sum()
+
+            found: dict[str, Tensor] = torch.func.grad(loss)(_curve(params, first, second, alpha))
+            return found
+
+        return _taylor(gradient, params)
+
+    with plain_attention(), _PlainLayerNorm():
+        rows = torch.func.vmap(along)(dict(first), dict(second), turn)
+    value, first, second = (Params(row).detach() for row in rows)
+    return value.map(lambda x: x[0]), first, second
+
+
+def _curve(
+    value: Params, first: dict[str, Tensor], second: dict[str, Tensor], alpha: Tensor
+) -> dict[str, Tensor]:
+    return {
+        name: value[name] + alpha * first[name] + alpha * alpha / 2 * second[name] for name in value
+    }
+
+
+def _taylor(function: Callable[[Tensor], _Found], params: Params) -> tuple[_Found, _Found, _Found]:
+    """Value, first and second derivative of a function of alpha at 0."""
+    zero = next(iter(params.values())).new_zeros(())
+    one = torch.ones_like(zero)
+
+    def slope(alpha: Tensor) -> tuple[_Found, _Found]:
+        value, first = torch.func.jvp(function, (alpha,), (one,))[:2]
+        return first, value
+
+    (first, value), (second, _) = torch.func.jvp(slope, (zero,), (one,))[:2]
+    return value, first, second
+
+
+class _PlainLayerNorm(TorchFunctionMode):
+    """Layer norm by its formula: torch's own second forward derivative is wrong (issue 196700)."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.layer_norm:
+            func = _layer_norm
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims = [-1 - axis for axis in range(len(normalized_shape))]
+    centred = input - input.mean(dims, keepdim=True)
+    found = centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
+    found = found if weight is None else found * weight
+    return found if bias is None else found + bias
+
+
+def _pick(rule: Rule, motion: Motion) -> Motion:
+    def part(state: State) -> State:
+        return State(*(params.pick(rule.names) if params else params for params in state))
+
+    return Motion(*map(part, motion))
+
+
+def _pick_grads(rule: Rule, grads: Grads) -> Grads:
+    value, first, second = (grad.pick(rule.names) for grad in grads)
+    return value, first, second
+
+
+def _advance_rule(rule: Rule, motion: Motion, grads: Grads) -> Motion:
+    if isinstance(rule, SGD):  # linear: every tangent is updated as the value is
+        return Motion(*(rule.advance(state, g) for state, g in zip(motion, grads, strict=True)))
+    assert isinstance(rule, AdamW)
+    if not rule.decoupled and rule.weight_decay:
+        value, first, second = (
+            g.add(params, rule.weight_decay) for g, params in zip(grads, motion.params, strict=True)
+        )
+        grads = (value, first, second)
+    return _advance_adamw(rule, motion, grads)
+
+
+def _advance_adamw(rule: AdamW, motion: Motion, grads: Grads) -> Motion:
+    g, g1, g2 = grads
+    m, m1, m2 = (
+        (rule.beta1 * state.exp_avg).add(grad, 1 - rule.beta1)
+        for state, grad in zip(motion, grads, strict=True)
+    )
+    new = 1 - rule.beta2
+    v, v1, v2 = (rule.beta2 * state.exp_avg_sq for state in motion)
+    v, v1, v2 = v.add(g * g, new), v1.add(g1 * g, 2 * new), v2.add(g1 * g1 + g2 * g, 2 * new)
+    r = v.sqrt()
+    inverse = r.map(lambda x: torch.where(x > 0, 1 / x, 0.0))
+    r1 = v1 * inverse * 0.5
+    r2 = (0.5 * v2 - r1 * r1) * inverse
+    root = math.sqrt(rule.c2)
+    q, q1, q2 = r / root + rule.eps, r1 / root, r2 / root
+    u = m / q
+    u1 = (m1 - q1 * u) / q
+    u2 = (m2 - 2 * (u1 * q1) - q2 * u) / q
+    scale = -rule.lr / rule.c1
+    theta, theta1, theta2 = (
+        (rule.decay * params).add(move, scale)
+        for params, move in zip(motion.params, (u, u1, u2), strict=True)
+    )
+    return Motion(State(theta, m, v), State(theta1, m1, v1), State(theta2, m2, v2))

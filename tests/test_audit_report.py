@@ -1,0 +1,145 @@
+"""The error budget: its arithmetic, its configuration, and the command that makes it."""
+
+import csv
+import json
+import math
+
+import pytest
+import scipy.stats
+import torch
+
+from selectflow.audit import influence, leave_one_out
+from selectflow.audit_config import AuditConfig, load_audit
+from selectflow.audit_report import spearman
+from selectflow.audit_settings import Setting
+from selectflow.cli import main
+from selectflow.config_errors import ConfigError
+from selectflow.sparse import SparseTrajectory
+
+SMALL = AuditConfig(
+    name="small",
+    activation="gelu",
+    hidden=(8,),
+    seeds=2,
+    lrs=(1e-3,),
+    horizons=(2,),
+    steps=12,
+    batch=8,
+    num_queries=6,
+    num_pairs=24,
+)
+
+
+def test_spearman_is_that_of_scipy():
+    torch.manual_seed(0)
+    scores = torch.randn(40, 3)
+    truth = (scores + torch.randn(40, 3)).round()  # with ties
+    expected = [scipy.stats.spearmanr(scores[:, q], truth[:, q]).statistic for q in range(3)]
+    assert spearman(scores, truth) == pytest.approx(sum(expected) / 3, rel=1e-12)
+
+
+def test_faithful_influence_ranks_as_retraining_does_and_sgd_does_not():
+    """A smooth model: what exact misses is its own update's nonlinearity, sgd misses more."""
+    trajectory, queries = Setting(SMALL, 0).record(1e-3), Setting(SMALL, 0).queries()
+    pairs = [(step, position) for step in range(2, 12) for position in range(8)]
+    truth = leave_one_out(trajectory, queries, pairs)
+
+    def rank(**options):
+        return spearman(influence(trajectory, queries, pairs, **options), truth)
+
+    assert rank(own_update="exact") > 0.99
+    assert rank() > 0.95
+    assert rank(method="sgd") < 0.93
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_precisions_train_the_same_model_on_the_same_data(model):
+    config = SMALL.model_copy(update={"model": model})
+    exact = Setting(config, 1).record(1e-3).state(12).params
+    single = Setting(config, 1, torch.float32).record(1e-3).state(12).params
+    assert max(float((exact[n] - single[n]).abs().max()) for n in exact) < 1e-5
+    other = Setting(config, 2).record(1e-3).state(12).params
+    assert max(float((exact[n] - other[n]).abs().max()) for n in exact) > 1e-2
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_sparse_states_are_exact_at_snapshots_and_guessed_between(hold):
+    setting = Setting(SMALL, 0)
+    dense, sparse = setting.record(1e-3), SparseTrajectory.of(setting.record(1e-3, 4), hold)
+    for index in range(13):
+        guess, state = sparse.guess(index), dense.state(index)
+        gap = (guess.params - state.params).norm()
+        assert gap < 1e-12 if index % 4 == 0 else 0 < gap < 0.1
+        if hold:
+            held = dense.state(index - index % 4)
+            assert (guess.exp_avg - held.exp_avg).norm() < 1e-12
+    middle = (dense.state(4).params + dense.state(8).params) / 2
+    assert (sparse.guess(6).params - middle).norm() < 1e-12
+    pairs, queries = [(5, 0), (9, 3)], setting.queries()
+    exact, guessed = influence(dense, queries, pairs), influence(sparse, queries, pairs)
+    assert (exact - guessed).norm() / exact.norm() > 1e-3
+
+
+def test_the_command_writes_the_budget(tmp_path, capsys):
+    path = tmp_path / "audit.yaml"
+    path.write_text("name: trial\nactivation: gelu\nhidden: [8]\nlrs: [1e-3]\nhorizons: [2]\n")
+    small = ["steps=8", "batch=8", "num_queries=4", "num_pairs=12", "seeds=2"]
+    assert main(["audit", str(path), *small, f"root={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert "adamw/exact" in printed
+    assert "measured lr 0.001, seed 1" in printed
+    folder = tmp_path / "trial"
+    content = json.loads((folder / "audit.json").read_text())
+    assert content["config"]["steps"] == 8
+    rows = content["results"]
+    with (folder / "audit.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    at = {(row["row"], row["horizon"], row["seed"]): row for row in rows}
+    assert {row["level"] for row in rows} == {"cost", "config", "algorithm", "system"}
+    assert at["training", "inf", 0]["spearman"] is None
+    for seed in (0, 1):
+        assert at["float32", "inf", seed]["spearman"] == pytest.approx(
+            at["adamw/exact", "inf", seed]["spearman"], abs=0.05
+        )
+        ours, sgd = at["adamw/exact", 2, seed], at["sgd", 2, seed]
+        assert ours["relative_error"] < sgd["relative_error"]
+    assert (folder / "scatter.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "spearman.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_everything_wrong_in_a_configuration_is_reported(tmp_path):
+    path = tmp_path / "audit.yaml"
+    path.write_text("name: trial\nmodel: mpl\nseed: 3\nlrs: []\n")
+    with pytest.raises(ConfigError) as caught:
+        load_audit(path, ["batch=1", "spcing=2"])
+    message = str(caught.value)
+    for line in (
+        "model must be one of mlp, cnn, got 'mpl'; did you mean mlp?",
+        "seed must be a known key, got 3; did you mean seeds?",
+        "spcing must be a known key, got '2'; did you mean spacing?",
+        "batch must be greater than or equal to 2, got 1",
+        "lrs must be",
+    ):
+        assert line in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["steps=60"], r"num_queries \+ steps \* batch must be <= 1797.* got 1950"),
+        (["steps=8"], r"horizons must be <= steps \(8\), got 16"),
+    ],
+)
+def test_fields_that_disagree(tmp_path, overrides, message):
+    path = tmp_path / "audit.yaml"
+    path.write_text("name: trial\n")
+    with pytest.raises(ConfigError, match=message):
+        load_audit(path, overrides)
+
+
+@pytest.mark.parametrize("name", ["audit_mlp", "audit_cnn"])
+def test_shipped_configurations_load(name, request):
+    config = load_audit(request.config.rootpath / "configs" / f"{name}.yaml")
+    assert config.name == name
+    assert config.seeds >= 3
+    assert math.inf not in config.horizons
