@@ -6,17 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selectflow.audit_config import load_audit
+from selectflow.cli_shards import add_commands
 from selectflow.config import json_schema
 from selectflow.report.runs import Run, find_runs, load_run
 
 # A command imports what it alone needs when it runs, so that the others start quickly.
-
-
-def _make_digits(args: argparse.Namespace) -> None:
-    from selectflow.data import make_digits  # noqa: PLC0415
-
-    make_digits(args.root, label_noise=args.label_noise, seed=args.seed, per_shard=args.per_shard)
-    print(f"wrote {args.root}")
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -69,21 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    shards = commands.add_parser("shards", help="write WebDataset shards")
-    kinds = shards.add_subparsers(required=True, metavar="COMMAND")
-    make = kinds.add_parser("make", help="write a built-in dataset")
-    datasets = make.add_subparsers(required=True, metavar="DATASET")
-    digits = datasets.add_parser("digits", help="scikit-learn's 8x8 handwritten digits")
-    digits.add_argument("--root", type=Path, required=True, metavar="DIR", help="where to write")
-    digits.add_argument(
-        "--label-noise", type=float, default=0.0, metavar="SHARE",
-        help="share of training labels to replace by a wrong one, in [0, 1) (default 0)",
-    )  # fmt: skip
-    digits.add_argument("--seed", type=int, default=0, metavar="N", help="which labels (default 0)")
-    digits.add_argument(
-        "--per-shard", type=int, default=256, metavar="N", help="samples of a shard (default 256)"
-    )
-    digits.set_defaults(command=_make_digits)
+    shards = commands.add_parser("shards", help="write, check and look at WebDataset shards")
+    add_commands(shards)
 
     compare = commands.add_parser("compare", help="table and chart of several runs")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="run directory or glob of them")

@@ -1,20 +1,34 @@
 """WebDataset shards: written, read back, streamed as pools; built-in datasets."""
 
+from selectflow.data.build import Layout
 from selectflow.data.digits import make_digits
+from selectflow.data.images import make_folder, make_torchvision
+from selectflow.data.inspect import contact_sheet, head, verify
 from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, write_manifest
-from selectflow.data.shards import read_split, write_split
-from selectflow.data.stream import PoolStream, read_batches, read_metadata
+from selectflow.data.remote import Cache
+from selectflow.data.shards import write_split
+from selectflow.data.source_text import make_code
+from selectflow.data.splits import read_batches, read_metadata, read_split
+from selectflow.data.stream import PoolStream
 
 __all__ = [
+    "Cache",
     "DataError",
+    "Layout",
     "Manifest",
     "PoolStream",
     "Shard",
+    "contact_sheet",
+    "head",
+    "make_code",
     "make_digits",
+    "make_folder",
+    "make_torchvision",
     "read_batches",
     "read_manifest",
     "read_metadata",
     "read_split",
+    "verify",
     "write_manifest",
     "write_split",
 ]

@@ -50,6 +50,8 @@ class Manifest:
         fields: Extensions that every sample has, such as "npy" and "cls".
         options: The builder's options, its own name under "name".
         seed: Seed of the builder.
+        pack: Samples in each record of a shard but the last, >= 1; above 1 a sample's key is
+            "<shard>/<record>/<row>".
         version: Version of this format.
     """
 
@@ -57,7 +59,12 @@ class Manifest:
     fields: tuple[str, ...]
     options: dict[str, Any]
     seed: int
+    pack: int = 1
     version: int = MANIFEST_VERSION
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pack, int) or self.pack < 1:
+            raise DataError(f"pack must be an integer >= 1, got {self.pack!r}")
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """Shards of one split.
@@ -69,6 +76,14 @@ class Manifest:
             held = sorted(name for name, shards in self.splits.items() if shards)
             raise DataError(f"split must be one of {held}, got {split!r}; rename it")
         return self.splits[split]
+
+    def num_samples(self, split: str) -> int:
+        """Number of samples of one split.
+
+        Raises:
+            DataError: The split is not in the manifest.
+        """
+        return sum(shard.count for shard in self.shards(split))
 
     def fingerprint(self) -> str:
         """Hex digest of the manifest: equal if and only if samples, order and options are equal."""
@@ -106,11 +121,24 @@ def read_manifest(root: str | Path) -> Manifest:
             f"root must be a dataset directory with a {MANIFEST_NAME}, got {str(root)!r}; "
             "write the dataset there first, or correct the path"
         ) from None
+    return parse_manifest(text, str(path))
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """The manifest in a file's contents.
+
+    Args:
+        text: The contents.
+        where: The file, for messages.
+
+    Raises:
+        DataError: It is malformed or of another version.
+    """
     try:
         return _from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} must be a manifest of version {MANIFEST_VERSION}, "
+            f"{where} must be a manifest of version {MANIFEST_VERSION}, "
             f"got {type(error).__name__}: {error}; delete the directory and write the dataset again"
         ) from error
 
@@ -151,4 +179,5 @@ def _from_json(text: bytes) -> Manifest:
         fields=tuple(raw["fields"]),
         options=dict(raw["options"]),
         seed=int(raw["seed"]),
+        pack=raw.get("pack", 1),
     )

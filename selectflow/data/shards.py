@@ -1,21 +1,17 @@
-"""Samples to WebDataset tar shards and back, reproducible byte for byte and without pickle."""
+"""Samples to WebDataset tar shards, reproducible byte for byte and without pickle."""
 
 import hashlib
 import io
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from webdataset import TarWriter
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from selectflow.data.manifest import DataError, Shard, atomic_file, read_manifest
-
-Sample = dict[str, Any]
+from selectflow.data.fields import CODECS, PACKED, Sample
+from selectflow.data.manifest import DataError, Shard, atomic_file
 
 # A dot would end the key, a leading "__" marks a member that webdataset skips, and the tar format
 # has room for 100 characters of name and extension.
@@ -23,36 +19,20 @@ _KEY = re.compile(r"(?!__)(?=.{1,90}\Z)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 _SPLIT = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def _encode_npy(value: Any) -> bytes:
-    file = io.BytesIO()
-    np.lib.format.write_array(file, np.asarray(value), allow_pickle=False)
-    return file.getvalue()
-
-
-def _decode_npy(data: bytes) -> Any:
-    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-
-
-def _encode_cls(value: Any) -> bytes:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError("not an integer")
-    return str(int(value)).encode()
-
-
-def _encode_json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, allow_nan=False).encode()
-
-
-# extension -> (value to bytes, bytes to value); a new kind of field is one line here
-_CODECS: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
-    "npy": (_encode_npy, _decode_npy),
-    "cls": (_encode_cls, int),
-    "json": (_encode_json, json.loads),
-}
+class _Record(NamedTuple):
+    key: str
+    members: dict[str, bytes]
+    num_samples: int
 
 
 def write_split(
-    root: str | Path, split: str, samples: Iterable[Sample], per_shard: int
+    root: str | Path,
+    split: str,
+    samples: Iterable[Sample],
+    per_shard: int,
+    *,
+    pack: int = 1,
+    max_bytes: int | None = None,
 ) -> list[Shard]:
     """Write one split as shards `{split}-%06d.tar`, each of which appears only once it is whole.
 
@@ -61,55 +41,55 @@ def write_split(
     Args:
         root: Dataset directory, made if missing.
         split: Name of the split: letters, digits, "_" and "-".
-        samples: Each `{"__key__": str}` and the same fields, out of "npy" (array), "cls" (int)
-            and "json" (what JSON can hold).
-        per_shard: Samples in each shard but the last, >= 1.
+        samples: Each `{"__key__": str}` and the same fields: "npy" (array), "cls" (int), "json"
+            (what JSON can hold), "txt" (str), "png" (uint8 of shape (1 or 3, height, width)),
+            "jpg" (the bytes of a file).
+        per_shard: Samples that close a shard, >= 1; a record is never divided.
+        pack: Samples of a record, >= 1. Above 1 each field of a record is one member, and the
+            key of a sample is "<shard>/<record>/<row>".
+        max_bytes: Bytes of contents that close a shard, >= 1; None: no limit.
 
     Returns:
         The shards written, in order.
 
     Raises:
         DataError: No samples; a key that is empty, has a dot or a stray "/", or came before; a
-            field that is unknown, not in every sample, or not of its type.
+            field that is unknown, not in every sample, not of its type, or cannot be packed.
     """
     if not _SPLIT.fullmatch(split):
         raise DataError(f"split must be letters, digits, _ and -, got {split!r}; rename it")
-    if per_shard < 1:
-        raise DataError(f"per_shard must be >= 1, got {per_shard}; 256 suits small samples")
+    for name, value in {"per_shard": per_shard, "pack": pack, "max_bytes": max_bytes}.items():
+        if value is not None and value < 1:
+            raise DataError(f"{name} must be >= 1, got {value}; leave it out for the default")
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
-    encoded = _encode(samples)
     shards: list[Shard] = []
-    while chunk := list(islice(encoded, per_shard)):
+    records = _pack(_checked(samples, pack), pack) if pack > 1 else map(_alone, _checked(samples))
+    for chunk in _chunks(records, per_shard, max_bytes):
         shards.append(_write_shard(root / f"{split}-{len(shards):06d}.tar", chunk))
     if not shards:
         raise DataError(f"samples of split {split!r} must be at least 1, got 0; check the source")
     return shards
 
 
-def read_split(root: str | Path, split: str) -> Iterator[Sample]:
-    """Read the samples of one split in stored order.
-
-    A shard is checked against the manifest before its first sample is handed out.
-
-    Args:
-        root: Dataset directory.
-        split: Name of the split.
-
-    Yields:
-        `{"__key__": str}` and the decoded fields: "npy" an array, "cls" an int, "json" a dict.
-
-    Raises:
-        DataError: No manifest or no such split; a shard that is missing, truncated or altered; a
-            sample without a field, or with one that cannot be decoded. Names shard and key.
-    """
-    manifest = read_manifest(root)
-    for shard in manifest.shards(split):
-        for sample in _read_shard(Path(root), shard, manifest.fields):
-            yield _decode(sample, shard.name, manifest.fields)
+def _chunks(
+    records: Iterable[_Record], per_shard: int, max_bytes: int | None
+) -> Iterator[list[_Record]]:
+    chunk: list[_Record] = []
+    count = size = 0
+    for record in records:
+        chunk.append(record)
+        count += record.num_samples
+        size += sum(map(len, record.members.values()))
+        if count >= per_shard or (max_bytes and size >= max_bytes):
+            yield chunk
+            chunk, count, size = [], 0, 0
+    if chunk:
+        yield chunk
 
 
-def _encode(samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
+def _checked(samples: Iterable[Sample], pack: int = 1) -> Iterator[Sample]:
+    known = CODECS.keys() if pack == 1 else PACKED.keys()
     seen: set[str] = set()
     fields: set[str] | None = None
     for sample in samples:
@@ -122,19 +102,39 @@ def _encode(samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
         if key in seen:
             raise DataError(f"__key__ must be unique in its split, got {key!r} twice; rename one")
         seen.add(key)
-        values = {field: value for field, value in sample.items() if field != "__key__"}
-        fields = fields or set(values)
-        if not values or values.keys() != fields or not fields <= _CODECS.keys():
+        given = sample.keys() - {"__key__"}
+        fields = fields or given
+        if not given or given != fields or not fields <= known:
+            packed = " that can be packed" if pack > 1 else ""
             raise DataError(
-                f"fields must be the same for all samples and out of {sorted(_CODECS)}, "
-                f"got {sorted(values)} for key {key!r}; add the missing or rename the unknown"
+                f"fields must be the same for all samples and out of {sorted(known)}{packed}, "
+                f"got {sorted(given)} for key {key!r}; add the missing or rename the unknown"
             )
-        yield {"__key__": key} | {f: _encode_field(key, f, v) for f, v in values.items()}
+        yield sample
 
 
-def _encode_field(key: str, field: str, value: Any) -> bytes:
+def _alone(sample: Sample) -> _Record:
+    key = sample["__key__"]
+    fields = sorted(sample.keys() - {"__key__"})
+    return _Record(key, {f: _encode(key, f, CODECS[f][0], sample[f]) for f in fields}, 1)
+
+
+def _pack(samples: Iterator[Sample], pack: int) -> Iterator[_Record]:
+    index = 0
+    while chunk := list(islice(samples, pack)):
+        first, last = chunk[0]["__key__"], chunk[-1]["__key__"]
+        keys = first if len(chunk) == 1 else f"{first} to {last}"
+        members = {
+            PACKED[f].extension: _encode(keys, f, PACKED[f].encode, [s[f] for s in chunk])
+            for f in sorted(chunk[0].keys() - {"__key__"})
+        }
+        yield _Record(f"{index:06d}", members, len(chunk))
+        index += 1
+
+
+def _encode(key: str, field: str, encode: Callable[[Any], bytes], value: Any) -> bytes:
     try:
-        return _CODECS[field][0](value)
+        return encode(value)
     except (TypeError, ValueError) as error:
         raise DataError(
             f"field {field!r} of key {key!r} must be storable without pickle, "
@@ -142,56 +142,14 @@ def _encode_field(key: str, field: str, value: Any) -> bytes:
         ) from error
 
 
-def _write_shard(path: Path, samples: list[dict[str, Any]]) -> Shard:
+def _write_shard(path: Path, records: list[_Record]) -> Shard:
     tar = io.BytesIO()
-    with TarWriter(tar, encoder=False, user="", group="", mtime=0.0) as writer:
-        for sample in samples:
-            writer.write(sample)
+    # mtime as an int: a float takes an extended header, two blocks for every member
+    with TarWriter(tar, encoder=False, user="", group="", mtime=0) as writer:
+        for record in records:
+            writer.write({"__key__": record.key} | record.members)
     data = tar.getvalue()
     with atomic_file(path) as file:
         file.write(data)
-    return Shard(path.name, len(samples), len(data), hashlib.sha256(data).hexdigest())
-
-
-def _read_shard(root: Path, shard: Shard, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    try:
-        data = (root / shard.name).read_bytes()
-    except FileNotFoundError:
-        raise _damaged(shard.name, "be present", "no such file") from None
-    # The stages of webdataset that take an open file: its own opener also runs `pipe:` commands.
-    members = tar_file_expander([{"url": shard.name, "stream": io.BytesIO(data)}])
-    try:
-        samples = list(group_by_keys(members))
-    except Exception as error:  # damaged bytes: tarfile documents no closed list of errors
-        got = f"{len(data)} bytes and {type(error).__name__}: {error.args[0]}"
-        raise _damaged(shard.name, f"be a tar file of {shard.bytes} bytes", got) from error
-    # From the most telling to the most general, since one cut can violate all three.
-    for sample in samples:
-        if missing := [field for field in fields if field not in sample]:
-            rule = f"hold the fields {list(fields)} of key {sample['__key__']!r}"
-            raise _damaged(shard.name, rule, f"none of {missing}")
-    if len(samples) != shard.count:
-        raise _damaged(shard.name, f"hold {shard.count} samples", f"{len(samples)}")
-    if (digest := hashlib.sha256(data).hexdigest()) != shard.sha256:
-        rule = f"have {shard.bytes} bytes and sha256 {shard.sha256}"
-        raise _damaged(shard.name, rule, f"{len(data)} bytes and {digest}")
-    return samples
-
-
-def _decode(sample: dict[str, Any], shard: str, fields: tuple[str, ...]) -> Sample:
-    key = sample["__key__"]
-    decoded: Sample = {"__key__": key}
-    for field in fields:
-        try:
-            decoded[field] = _CODECS[field][1](sample[field])
-        except (ValueError, EOFError, KeyError) as error:
-            rule = f"hold a field {field!r} of key {key!r} that can be decoded"
-            raise _damaged(shard, rule, f"{type(error).__name__}: {error}") from error
-    return decoded
-
-
-def _damaged(shard: str, rule: str, got: str) -> DataError:
-    return DataError(
-        f"shard {shard} must {rule}, got {got}; "
-        "restore the file, or delete the directory and write the dataset again"
-    )
+    count = sum(record.num_samples for record in records)
+    return Shard(path.name, count, len(data), hashlib.sha256(data).hexdigest())

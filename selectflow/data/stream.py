@@ -1,31 +1,61 @@
-"""Pools for training in an order that can be resumed, and whole splits for evaluation."""
+"""Candidate pools for training, in an order that can be resumed."""
 
-from pathlib import Path
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from selectflow.data.manifest import DataError, read_manifest
-from selectflow.data.shards import Sample, read_split
+from selectflow.data.catalog import Ints, Sources
+from selectflow.data.collate import FIELDS, Batch, collate, finish, num_bytes, pick, shared
+from selectflow.data.fields import Sample
+from selectflow.data.manifest import DataError
+from selectflow.data.order import Order, Shuffle
+from selectflow.data.reader import Fault, ShardReader
+from selectflow.data.remote import Cache
+from selectflow.data.sources import open_catalog
 
-Batch = dict[str, Any]
+_log = logging.getLogger(__name__)
+
+_Read = tuple[Batch | DataError, list[Fault]]  # a pool, and its samples that cannot be read
 
 
-class PoolStream:
-    """An endless sequence of candidate pools from one split.
+class PoolStream(IterableDataset[Batch]):
+    """An endless sequence of candidate pools.
 
-    The order of an epoch is a function of (seed, epoch) alone and holds each sample exactly once.
-    Epochs are joined without a gap, so that every pool is full; one pool may span several epochs.
-    Samples are decoded once, when the stream is made, and held in memory as stacked tensors: a
-    pool is one index_select.
+    The order is a function of the options below and of the dataset alone: not of the number of
+    workers, nor of the pool size or number of ranks, which only cut it into pieces. Each epoch
+    holds every sample once. Epochs are joined without a gap, so that every pool is full and all
+    ranks take as many steps as they like; one pool may span several epochs.
+
+    Data that fit `memory_gib` are decoded once and held as stacked tensors; a pool is then one
+    index_select. Others are read from their shards as they are needed.
 
     Args:
-        root: Dataset directory.
-        split: Name of the split.
-        pool: Examples in each pool, P >= 1.
+        source: Dataset directory or its manifest, folder of shards, brace pattern or list of
+            shards, local or remote; or several of these by name, whose keys then start with
+            "<name>/".
+        split: Name of the split, in each of them; unused where shards are listed.
+        pool: Examples in each pool of each rank, P >= 1.
         seed: Seed of the order, >= 0.
         shuffle: False gives stored order in every epoch.
+        buffer: Samples that are shuffled together, >= 1. The shards of an epoch are shuffled, then
+            the samples of consecutive shards in groups of this size.
+        resample: True draws the shards of an epoch with replacement.
+        weights: Share of each source, by name, on any positive scale; a source that ends starts
+            its next epoch. None: an epoch holds every sample of all sources once.
+        rank: This process, in [0, world_size): it gets every world_size-th pool.
+        world_size: Processes that share the stream, >= 1.
+        num_workers: Processes that read and decode, >= 0; unused for data in memory.
+        memory_gib: Limit for decoded data to be held in memory, in GiB, >= 0.
+        max_errors: Samples that may be unreadable before the stream raises, >= 0. A pool lacks
+            those that are.
+        cache: Where remote shards are kept; None: the default `Cache`.
 
     Raises:
         DataError: An argument is out of its range, or the split cannot be read.
@@ -33,28 +63,62 @@ class PoolStream:
 
     def __init__(
         self,
-        root: str | Path,
+        source: Sources,
         split: str = "train",
         *,
         pool: int,
         seed: int,
         shuffle: bool = True,
+        buffer: int = 4096,
+        resample: bool = False,
+        weights: Mapping[str, float] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        memory_gib: float = 1.0,
+        max_errors: int = 0,
+        cache: Cache | None = None,
     ) -> None:
-        if pool < 1:
-            raise DataError(f"pool must be >= 1, got {pool}; it is the number of candidates")
-        if seed < 0:
-            raise DataError(f"seed must be >= 0, got {seed}; numpy takes no negative seeds")
-        self._pool, self._seed, self._shuffle = pool, seed, shuffle
-        # everything that the order depends on, besides epoch and position
+        _check_range("pool", pool, 1, "it is the number of candidates")
+        _check_range("seed", seed, 0, "numpy takes no negative seeds")
+        _check_range("buffer", buffer, 1, "use shuffle=False for the stored order")
+        _check_range("num_workers", num_workers, 0, "0 reads in this process")
+        _check_range("memory_gib", memory_gib, 0, "0 holds nothing in memory")
+        _check_range("max_errors", max_errors, 0, "0 stops at the first")
+        if not 0 <= rank < world_size:
+            raise DataError(f"rank must be in [0, {world_size}), got {rank}; check world_size")
+        self._pool, self._rank, self._world_size = pool, rank, world_size
+        self._num_workers, self._max_errors = num_workers, max_errors
+        self._catalog = open_catalog(source, split, cache)
+        self._options = Shuffle(seed, shuffle, buffer, resample)
+        self._weights = _shares(weights, source)
+        # everything that the order depends on, besides the position
         self._identity = {
-            "fingerprint": read_manifest(root).fingerprint(),
+            "fingerprint": self._catalog.fingerprint,
             "split": split,
             "seed": seed,
             "shuffle": shuffle,
+            "buffer": buffer,
+            "resample": resample,
+            "weights": self._weights,
         }
-        self._samples = _collate(list(read_split(root, split)))
-        self._num_samples = len(self._samples["key"])
-        self._start_epoch(0)
+        capacity = 2 * (buffer + int(self._catalog.counts.max()))  # two groups: see Lane
+        lanes = len(self._weights or [1])
+        self._reader = ShardReader(self._catalog, FIELDS, capacity * lanes)
+        self._faults: dict[int, str] = {}  # row -> shard
+        self._position = self._new_order().position()
+        self._batches: Iterator[_Read] | None = None
+        self._memory = self._load(memory_gib)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the split, of all sources."""
+        return self._catalog.num_samples
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """Unreadable samples met so far, by shard."""
+        return dict(Counter(self._faults.values()))
 
     def __iter__(self) -> Self:
         """The stream itself: iteration goes on after the last pool handed out."""
@@ -64,27 +128,37 @@ class PoolStream:
         """The next pool.
 
         Returns:
-            "image" float32 (P, ...), "label" int64 (P,), "key" list of P strings.
+            "image" float32 (P, ...) and "label" int64 (P,), or "tokens" int64 (P, ...), or "text"
+            list of P strings; "key" list of P strings. Images stored as bytes are in [0, 1].
+
+        Raises:
+            DataError: More samples than `max_errors` cannot be read; names shard and key.
         """
-        parts: list[torch.Tensor] = []
-        missing = self._pool
-        while missing:
-            part = self._order[self._position : self._position + missing]
-            parts.append(part)
-            missing -= len(part)
-            self._position += len(part)
-            if self._position == self._num_samples:
-                self._start_epoch(self._epoch + 1)
-        return _index(self._samples, torch.cat(parts))
+        if self._batches is None:
+            self._batches = self._start()
+        batch, faults = next(self._batches)
+        position = self._drawn.popleft()
+        try:
+            self._count(faults)
+            if isinstance(batch, DataError):
+                raise batch
+        except DataError:
+            self._batches = None  # stay at the last pool handed out
+            raise
+        self._position = position
+        return finish(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is: after the last pool handed out.
+        """Where the stream is: after the last pool handed out. The same on every rank.
 
         Returns:
-            "epoch", "position" (samples of that epoch already handed out), and what the order
-            depends on: "fingerprint", "split", "seed", "shuffle". The pool size is free to change.
+            "epoch" and "position" (samples of that epoch handed out to all ranks) of each lane,
+            "drawn" (samples of the whole stream), "errors" (shards of the unreadable rows), and
+            what the order depends on. Pool size and numbers of ranks and workers are free to
+            change.
         """
-        return self._identity | {"epoch": self._epoch, "position": self._position}
+        faults = {str(row): shard for row, shard in self._faults.items()}
+        return self._identity | self._position | {"errors": faults}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where another stream of the same dataset and order was.
@@ -93,8 +167,8 @@ class PoolStream:
             state: What `state_dict` returned.
 
         Raises:
-            DataError: The state is of another dataset, split, seed or shuffle, is incomplete, or
-                lies outside the epoch; the stream then stays where it was.
+            DataError: The state is of another dataset or order, is incomplete, or lies outside
+                the epoch; the stream then stays where it was.
         """
         for name, value in self._identity.items():
             if state.get(name) != value:
@@ -102,84 +176,125 @@ class PoolStream:
                     f"{name} must be {value!r} as in this stream, got {state.get(name)!r} in the "
                     "state; resume with the dataset and options of the run that wrote the state"
                 )
-        epoch, position = state.get("epoch", -1), state.get("position", -1)
-        if epoch < 0 or not 0 <= position < self._num_samples:
+        order = self._new_order()
+        try:
+            order.seek(state)
+            faults = {int(row): str(shard) for row, shard in state["errors"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"epoch must be >= 0 and position in [0, {self._num_samples}), "
-                f"got {epoch} and {position}; pass what state_dict returned"
-            )
-        self._start_epoch(epoch)
-        self._position = position
+                f"state must be of a stream like this: {error}; pass what state_dict returned"
+            ) from error
+        self._position, self._faults, self._batches = order.position(), faults, None
 
-    def _start_epoch(self, epoch: int) -> None:
-        self._epoch, self._position = epoch, 0
-        self._order = torch.arange(self._num_samples)
-        if self._shuffle:
-            seeds = np.random.SeedSequence([self._seed, epoch])
-            permutation = np.random.default_rng(seeds).permutation(self._num_samples)
-            self._order = torch.from_numpy(permutation)
+    def _new_order(self) -> Order:
+        catalog = self._catalog
+        return Order(catalog.counts, catalog.lanes, self._options, self._weights)
+
+    def _start(self) -> Iterator[_Read]:
+        """The pools after the present position, and in `_drawn` the position after each."""
+        order = self._new_order()
+        order.seek(self._position)
+        self._drawn: deque[dict[str, Any]] = deque()
+        rows = _draw(order, self._drawn, self._pool, self._rank, self._world_size)
+        if self._memory is not None:
+            memory = self._memory
+            return ((pick(memory, each), []) for each in rows)
+        read = partial(_read_pool, self._reader)
+        if self._num_workers == 0 or get_worker_info():  # a worker cannot start workers
+            return map(read, rows)
+        loader = DataLoader(
+            _ByRows(read),
+            batch_size=None,
+            sampler=rows,
+            num_workers=self._num_workers,
+            collate_fn=_unchanged,
+            generator=torch.Generator(),  # else it would draw from the generator of the training
+        )
+        return iter(loader)
+
+    def _count(self, faults: list[Fault]) -> None:
+        for fault in faults:
+            if fault.row not in self._faults:
+                _log.warning("unreadable sample: %s", fault.message)
+            self._faults[fault.row] = fault.shard
+            if len(self._faults) > self._max_errors:
+                raise DataError(
+                    f"{fault.message} (unreadable samples so far: {self.errors}; "
+                    f"max_errors is {self._max_errors})"
+                )
+
+    def _load(self, memory_gib: float) -> Batch | None:
+        """All samples, if they are readable and fit."""
+        limit = memory_gib * 2**30
+        if self._catalog.num_bytes > 4 * limit:  # far from fitting, even as uncompressed arrays
+            return None
+        first, faults = self._reader.read(np.arange(1))
+        if not faults and num_bytes(collate(first)) * self.num_samples > limit:
+            return None
+        samples: list[Sample] = []
+        ends = self._catalog.counts.cumsum()
+        for rows in np.split(np.arange(self.num_samples), ends[:-1]):
+            found, faults = self._reader.read(rows)
+            if faults and self._max_errors:
+                return None  # each is then counted when it is its turn
+            self._count(faults)
+            samples += found
+        return collate(samples)
 
 
-def read_batches(root: str | Path, split: str, batch_size: int) -> list[Batch]:
-    """A split in stored order, such as the target or the test set.
+def _draw(
+    order: Order, drawn: deque[dict[str, Any]], pool: int, rank: int, world_size: int
+) -> Iterator[Ints]:
+    """The rows of each pool of this process, and in `drawn` the position after it.
 
-    Args:
-        root: Dataset directory.
-        split: Name of the split.
-        batch_size: Examples in each batch but the last, >= 1.
-
-    Returns:
-        Batches in the format of `PoolStream`.
-
-    Raises:
-        DataError: batch_size is below 1, or the split cannot be read.
+    No method: in a reference cycle a DataLoader is collected late, and takes seconds to stop.
     """
-    if batch_size < 1:
-        raise DataError(f"batch_size must be >= 1, got {batch_size}; 256 suits small samples")
-    samples = _collate(list(read_split(root, split)))
-    num_samples = len(samples["key"])
-    return [
-        _index(samples, torch.arange(start, min(start + batch_size, num_samples)))
-        for start in range(0, num_samples, batch_size)
-    ]
+    worker = get_worker_info()  # of a DataLoader around the stream
+    share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
+    while True:
+        rows = order.take(shares * world_size * pool)
+        drawn.append(order.position())
+        yield rows.reshape(shares, world_size, pool)[share, rank]
 
 
-def read_metadata(root: str | Path, split: str) -> dict[str, dict[str, Any]]:
-    """What the writer recorded about each sample; for reports, never for selection.
+class _ByRows(Dataset[_Read]):
+    """What a DataLoader's worker runs."""
 
-    Args:
-        root: Dataset directory.
-        split: Name of the split.
+    def __init__(self, read: Callable[[Ints], _Read]) -> None:
+        self._read = read
 
-    Returns:
-        Sample key -> its json; empty for a sample without one.
-
-    Raises:
-        DataError: The split cannot be read.
-    """
-    return {sample["__key__"]: sample.get("json", {}) for sample in read_split(root, split)}
+    def __getitem__(self, rows: Ints) -> _Read:
+        batch, faults = self._read(rows)
+        return (shared(batch) if isinstance(batch, dict) else batch), faults
 
 
-def _collate(samples: list[Sample]) -> Batch:
-    # the one place that knows what the fields mean: (npy, cls) are an image and its label
-    for sample in samples:
-        if "npy" not in sample or "cls" not in sample:
-            got = sorted(sample.keys() - {"__key__"})
-            raise DataError(f"fields must include cls and npy, got {got}; write them as images")
-        if sample["npy"].shape != samples[0]["npy"].shape:
-            raise DataError(
-                f"image of key {sample['__key__']!r} must be of shape {samples[0]['npy'].shape} "
-                f"like the first, got {sample['npy'].shape}; write all images at one size"
-            )
-    return {
-        "image": torch.from_numpy(np.stack([sample["npy"] for sample in samples])).float(),
-        "label": torch.tensor([sample["cls"] for sample in samples], dtype=torch.int64),
-        "key": [sample["__key__"] for sample in samples],
-    }
+def _read_pool(reader: ShardReader, rows: Ints) -> _Read:
+    samples, faults = reader.read(rows)
+    if not samples:
+        rule = f"a pool must hold a readable sample, got {len(rows)} that are not"
+        return DataError(f"{rule}; the first: {faults[0].message}"), faults
+    try:
+        return collate(samples), faults
+    except DataError as error:  # returned, since a DataLoader would wrap it in a traceback
+        return error, faults
 
 
-def _index(samples: Batch, indices: torch.Tensor) -> Batch:
-    return {
-        name: leaf[indices] if torch.is_tensor(leaf) else [leaf[i] for i in indices.tolist()]
-        for name, leaf in samples.items()
-    }
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _check_range(name: str, value: float, least: int, hint: str) -> None:
+    if not value >= least:
+        raise DataError(f"{name} must be >= {least}, got {value}; {hint}")
+
+
+def _shares(weights: Mapping[str, float] | None, source: Sources) -> list[float] | None:
+    if weights is None:
+        return None
+    names = list(source) if isinstance(source, Mapping) else []
+    if set(weights) != set(names) or not all(0 < weights[name] < math.inf for name in names):
+        raise DataError(
+            f"weights must be a positive number for each of the sources {names}, "
+            f"got {dict(weights)}; leave it out for one epoch over all of them"
+        )
+    return [float(weights[name]) for name in names]

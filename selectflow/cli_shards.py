@@ -1,0 +1,145 @@
+"""The command line: `selectflow shards make | verify | ls | head`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+# A command imports what it alone needs when it runs, so that the others start quickly.
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add the commands of `selectflow shards` to its parser."""
+    kinds = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_make(kinds)
+    verify = kinds.add_parser("verify", help="read and decode every sample")
+    verify.set_defaults(command=_verify)
+    ls = kinds.add_parser("ls", help="splits, their sizes and how they were made")
+    ls.set_defaults(command=_ls)
+    head = kinds.add_parser("head", help="the first samples of a split")
+    head.add_argument("--split", default="train", help="name of the split (default train)")
+    head.add_argument("--count", type=int, default=16, metavar="N", help="samples (default 16)")
+    head.add_argument(
+        "--image", type=Path, metavar="PNG", help="save the images there as one contact sheet"
+    )
+    head.set_defaults(command=_head)
+    for command in (verify, ls, head):
+        command.add_argument("root", metavar="DIR", help="dataset directory")
+
+
+def _add_make(kinds: Any) -> None:
+    make = kinds.add_parser("make", help="write a dataset")
+    make.add_argument(
+        "dataset", metavar="DATASET", type=_dataset,
+        help="digits; code: the standard library's text; torchvision:NAME, as torchvision:CIFAR10; "
+        "folder:PATH, images as PATH/<class>/<name>.png",
+    )  # fmt: skip
+    make.add_argument("--root", type=Path, required=True, metavar="DIR", help="where to write")
+    make.add_argument("--seed", type=int, default=0, metavar="N", help="of random choices")
+    for name, kind, metavar, text in (
+        ("label-noise", float, "SHARE", "share of training labels made wrong, in [0, 1] (images)"),
+        ("target", int, "N", "samples of the target set"),
+        ("test", int, "N", "samples of the test set (folder, code)"),
+        ("size", int, "PIXELS", "height and width of the images (folder)"),
+        ("block", int, "BYTES", "length of a block of text (code)"),
+        ("per-shard", int, "N", "samples of a shard (default 256)"),
+        ("max-bytes", int, "N", "bytes of contents that close a shard"),
+        ("pack", int, "N", "samples of a record, for small ones (default 1)"),
+    ):
+        make.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    make.set_defaults(command=_make)
+
+
+# option of the command line -> argument of the function, for each dataset
+_NOISE = {"label_noise": "label_noise"}
+_OPTIONS = {
+    "digits": _NOISE,
+    "code": {"target": "num_target", "test": "num_test", "block": "block"},
+    "torchvision": _NOISE | {"target": "num_target"},
+    "folder": _NOISE | {"target": "num_target", "test": "num_test", "size": "size"},
+}
+_LAYOUT = ("per_shard", "max_bytes", "pack")
+
+
+def _dataset(text: str) -> tuple[str, str]:
+    kind, colon, argument = text.partition(":")
+    if (
+        kind not in _OPTIONS
+        or bool(argument) != (kind in ("torchvision", "folder"))
+        or (colon and not argument)
+    ):
+        raise argparse.ArgumentTypeError(
+            f"must be digits, code, torchvision:NAME or folder:PATH, got {text!r}"
+        )
+    return kind, argument
+
+
+def _make(args: argparse.Namespace) -> None:
+    from selectflow import data  # noqa: PLC0415
+
+    kind, argument = args.dataset
+    names = _OPTIONS[kind]
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for name in {name for options in _OPTIONS.values() for name in options} - names.keys():
+        if name in given:
+            raise data.DataError(
+                f"--{name.replace('_', '-')} must be left out for {kind}, got {given[name]}; "
+                f"it takes {', '.join('--' + name.replace('_', '-') for name in names)}"
+            )
+    options = {names[name]: given[name] for name in names if name in given} | {"seed": args.seed}
+    layout = {name: given[name] for name in _LAYOUT if name in given}
+    if kind == "digits":
+        manifest = data.make_digits(args.root, **options, **layout)
+    elif kind == "code":
+        manifest = data.make_code(args.root, **options, layout=data.Layout(**layout))
+    elif kind == "torchvision":
+        manifest = data.make_torchvision(
+            args.root, argument, **options, layout=data.Layout(**layout)
+        )
+    else:
+        manifest = data.make_folder(args.root, argument, **options, layout=data.Layout(**layout))
+    sizes = (f"{split} {manifest.num_samples(split)}" for split in manifest.splits)
+    print(f"wrote {args.root}: {', '.join(sizes)}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from selectflow.data import DataError, verify  # noqa: PLC0415
+
+    faults = verify(args.root)
+    for fault in faults:
+        print(fault.message)
+    if faults:
+        shards = sorted({fault.shard for fault in faults})
+        raise DataError(f"{len(faults)} faults in {len(shards)} shards: {', '.join(shards)}")
+    print(f"{args.root}: every sample can be read")
+
+
+def _ls(args: argparse.Namespace) -> None:
+    from selectflow.data import read_manifest  # noqa: PLC0415
+
+    manifest = read_manifest(args.root)
+    print(f"{'split':12} {'shards':>8} {'samples':>10} {'MiB':>10}")
+    for split, shards in manifest.splits.items():
+        size = sum(shard.bytes for shard in shards) / 2**20
+        print(f"{split:12} {len(shards):8} {manifest.num_samples(split):10} {size:10.2f}")
+    print(f"fields: {', '.join(manifest.fields)}; samples of a record: {manifest.pack}")
+    options = (f"{name}={value}" for name, value in manifest.options.items())
+    print(f"made from: {' '.join(options)} seed={manifest.seed}")
+
+
+def _head(args: argparse.Namespace) -> None:
+    from selectflow.data import contact_sheet, head  # noqa: PLC0415
+
+    samples = head(args.root, args.split, args.count)
+    for sample in samples:
+        values = {name: value for name, value in sample.items() if name != "__key__"}
+        print(sample["__key__"], *(f"{name}={_short(value)}" for name, value in values.items()))
+    if args.image:
+        contact_sheet(samples, args.image)
+        print(f"wrote {args.image}")
+
+
+def _short(value: Any) -> str:
+    if hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

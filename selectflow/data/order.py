@@ -1,0 +1,194 @@
+"""The order of the samples, a pure function of seed, epoch and position."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from selectflow.data.catalog import Ints
+
+_MIX_BLOCK = 4096  # choices of a source that are drawn at once
+_MIX = 2**31  # keeps their random numbers apart from those of the lanes
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """How an epoch is ordered.
+
+    Attributes:
+        seed: of the order, >= 0.
+        shuffle: False keeps the stored order.
+        buffer: samples shuffled together, >= 1; at least one shard.
+        resample: draw the shards of an epoch with replacement.
+    """
+
+    seed: int
+    shuffle: bool = True
+    buffer: int = 4096
+    resample: bool = False
+
+
+class Lane:
+    """The endless order of one source: epochs without a gap between them.
+
+    The shards of an epoch are permuted and cut into groups of at least `buffer` samples; the rows
+    of a group are permuted. So a row's place depends on no state but (epoch, position), and at
+    most two groups of shards are in use at once.
+
+    Args:
+        index: number of the source, which sets its random numbers apart.
+        first: row of its first sample.
+        counts: samples of each shard.
+        options: how to shuffle.
+    """
+
+    def __init__(self, index: int, first: int, counts: Ints, options: Shuffle) -> None:
+        self._index, self._counts, self._options = index, counts, options
+        self._starts = first + counts.cumsum() - counts
+        self.seek(0, 0)
+
+    def seek(self, epoch: int, position: int) -> None:
+        """Go to where `position` samples of the epoch have been taken.
+
+        Raises:
+            ValueError: epoch below 0, or a position that the epoch does not have.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch must be >= 0, got {epoch}")
+        shards = self._shard_order(epoch)
+        ends = self._counts[shards].cumsum()
+        if not 0 <= position < ends[-1]:
+            raise ValueError(f"position must be in [0, {ends[-1]}), got {position}")
+        self.epoch, self._shards, self._ends = epoch, shards, ends
+        self._enter_group(position)
+
+    def take(self, count: int) -> Ints:
+        """The next `count` rows."""
+        parts = []
+        while count:
+            part = self._rows[self._at : self._at + count]
+            parts.append(part)
+            count -= len(part)
+            self._at += len(part)
+            if self._at == len(self._rows):
+                self._leave_group()
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    @property
+    def position(self) -> int:
+        """Samples of the epoch that have been taken."""
+        return self._group_start + self._at
+
+    def _leave_group(self) -> None:
+        end = self._group_start + len(self._rows)
+        if end == self._ends[-1]:
+            self.seek(self.epoch + 1, 0)
+        else:
+            self._enter_group(end)
+
+    def _enter_group(self, position: int) -> None:
+        """Lay out the rows of the group that holds `position`."""
+        # A group ends with the first shard that fills it, so groups are found from the front.
+        first = start = 0
+        while True:
+            full = start + self._options.buffer
+            last = min(int(self._ends.searchsorted(full)), len(self._ends) - 1)
+            if position < self._ends[last]:
+                break
+            first, start = last + 1, int(self._ends[last])
+        shards = self._shards[first : last + 1]
+        rows = np.concatenate(
+            [np.arange(self._starts[s], self._starts[s] + self._counts[s]) for s in shards]
+        )
+        if self._options.shuffle:
+            rows = self._random(self.epoch, 1 + first).permutation(rows)
+        self._rows, self._group_start, self._at = rows, start, position - start
+
+    def _shard_order(self, epoch: int) -> Ints:
+        count = len(self._counts)
+        if self._options.resample:
+            return self._random(epoch, 0).integers(count, size=count)
+        if self._options.shuffle:
+            return self._random(epoch, 0).permutation(count)
+        return np.arange(count)
+
+    def _random(self, *what: int) -> np.random.Generator:
+        return np.random.default_rng([self._options.seed, self._index, *what])
+
+
+class Order:
+    """The rows of a stream: one lane, or several mixed at random by weight.
+
+    Args:
+        counts: samples of each shard of all sources.
+        lanes: number of shards of each source.
+        options: how to shuffle.
+        weights: share of each source in the stream, any positive scale; None: all sources are one
+            lane, so that an epoch holds every sample of all of them once.
+    """
+
+    def __init__(
+        self,
+        counts: Ints,
+        lanes: Sequence[int],
+        options: Shuffle,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self._seed, self._drawn, self._block = options.seed, 0, (-1, np.empty(0, np.int64))
+        self._shares = None if weights is None else np.array(weights) / np.sum(weights)
+        ends = np.cumsum(lanes if weights is not None else [len(counts)])
+        firsts = np.concatenate([[0], counts.cumsum()])
+        self._lanes = [
+            Lane(index, int(firsts[start]), counts[start:end], options)
+            for index, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+        ]
+
+    def take(self, count: int) -> Ints:
+        """The next `count` rows, shape (count,)."""
+        if len(self._lanes) == 1:
+            self._drawn += count
+            return self._lanes[0].take(count)
+        sources = self._sources(count)
+        self._drawn += count
+        rows = np.empty(count, np.int64)
+        for index, lane in enumerate(self._lanes):
+            chosen = sources == index
+            rows[chosen] = lane.take(int(chosen.sum()))
+        return rows
+
+    def position(self) -> dict[str, Any]:
+        """Where the order is: samples drawn, and epoch and position of each lane."""
+        return {
+            "drawn": self._drawn,
+            "epoch": [lane.epoch for lane in self._lanes],
+            "position": [lane.position for lane in self._lanes],
+        }
+
+    def seek(self, position: dict[str, Any]) -> None:
+        """Go to a position.
+
+        Raises:
+            ValueError: it lies outside an epoch, or is of another number of lanes.
+        """
+        if len(position["epoch"]) != len(self._lanes):
+            raise ValueError(f"epoch must have {len(self._lanes)} items, got {position['epoch']}")
+        cursors = zip(self._lanes, position["epoch"], position["position"], strict=True)
+        for lane, epoch, place in cursors:
+            lane.seek(epoch, place)
+        self._drawn = position["drawn"]
+
+    def _sources(self, count: int) -> Ints:
+        parts, start, end = [], self._drawn, self._drawn + count
+        while start < end:
+            block, at = divmod(start, _MIX_BLOCK)
+            parts.append(self._choices(block)[at : at + end - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
+
+    def _choices(self, block: int) -> Ints:
+        if self._block[0] != block:
+            random = np.random.default_rng([self._seed, _MIX, block])
+            size = len(self._lanes)
+            self._block = (block, random.choice(size, size=_MIX_BLOCK, p=self._shares))
+        return self._block[1]

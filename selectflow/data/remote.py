@@ -1,0 +1,138 @@
+"""Shards from elsewhere, kept on the local disk whole."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from selectflow.data.manifest import DataError, atomic_file
+
+_PIPE = "pipe:"
+
+
+def is_remote(url: str) -> bool:
+    """Whether a shard has to be fetched before it can be read."""
+    return "://" in url or url.startswith(_PIPE)
+
+
+def _default_directory() -> Path:
+    return Path(os.environ.get("SELECTFLOW_CACHE", "~/.cache/selectflow")).expanduser()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where fetched shards are kept, and how they are fetched.
+
+    Several processes may share a directory: a file appears only once it is whole. Those used
+    longest ago are removed first.
+
+    Args:
+        directory: made if missing; by default $SELECTFLOW_CACHE, else ~/.cache/selectflow.
+        max_gib: size above which shards are removed, in GiB, > 0; let it hold twice the shards
+            that are shuffled together.
+        attempts: times a shard is tried, >= 1.
+        backoff_s: seconds before the second attempt, doubled before each further one, >= 0.
+        allow_pipe: True runs the shell command of a `pipe:` source.
+
+    Raises:
+        DataError: an argument out of its range.
+    """
+
+    directory: Path = field(default_factory=_default_directory)
+    max_gib: float = 20.0
+    attempts: int = 4
+    backoff_s: float = 0.5
+    allow_pipe: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.max_gib > 0 and self.attempts >= 1 and self.backoff_s >= 0):
+            raise DataError(
+                "max_gib must be > 0, attempts >= 1 and backoff_s >= 0, "
+                f"got {self.max_gib}, {self.attempts} and {self.backoff_s}; see Cache"
+            )
+
+    def fetch(self, url: str) -> Path:
+        """The local copy of a shard, fetched if there is none.
+
+        Raises:
+            DataError: it cannot be fetched, after all attempts; or is a `pipe:` that is not
+                allowed. Names the shard.
+        """
+        path = self._path(url)
+        if is_new := not path.exists():
+            self._fetch(url, path)
+        # used now; the time of change stays, by which a reader knows what it has checked
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+        if is_new:
+            self._shrink()
+        return path
+
+    def forget(self, url: str) -> None:
+        """Remove the local copy of a shard, as one that is damaged."""
+        self._path(url).unlink(missing_ok=True)
+
+    def _path(self, url: str) -> Path:
+        digest = hashlib.sha256(url.encode()).hexdigest()
+        return self.directory / f"{digest[:40]}.shard"
+
+    def _fetch(self, url: str, path: Path) -> None:
+        if url.startswith(_PIPE) and not self.allow_pipe:
+            raise DataError(
+                f"source must not run commands, got {url!r}; allow them by Cache(allow_pipe=True)"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, self.attempts + 1):
+            try:
+                with atomic_file(path) as file, _open(url) as stream:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+                return
+            except ImportError as error:
+                raise DataError(
+                    f"shard {url} must be of a file system that is installed, got {error}; "
+                    "pip install 'selectflow[remote]'"
+                ) from error
+            except Exception as error:  # each file system has errors of its own
+                if attempt == self.attempts or isinstance(error, FileNotFoundError):
+                    raise DataError(
+                        f"shard {url} must be readable, got {type(error).__name__}: {error} in "
+                        f"attempt {attempt}; check the address and the connection"
+                    ) from error
+                time.sleep(self.backoff_s * 2 ** (attempt - 1))
+
+    def _shrink(self) -> None:
+        (_, used, _), *others = sorted(_shards(self.directory), reverse=True)
+        for _, size, path in others:
+            used += size
+            if used > self.max_gib * 2**30:
+                path.unlink(missing_ok=True)
+
+
+def _shards(directory: Path) -> Iterator[tuple[float, int, Path]]:
+    for path in directory.glob("*.shard"):
+        try:
+            stat = path.stat()
+        except FileNotFoundError:  # removed by another process
+            continue
+        yield stat.st_atime, stat.st_size, path
+
+
+@contextmanager
+def _open(url: str) -> Iterator[IO[bytes]]:
+    if not url.startswith(_PIPE):
+        import fsspec  # noqa: PLC0415 - only remote data need it
+
+        with fsspec.open(url, "rb") as stream:
+            yield stream
+        return
+    command = url.removeprefix(_PIPE)
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield process.stdout
+    if process.returncode:
+        raise OSError(f"exit status {process.returncode}")

@@ -1,0 +1,94 @@
+"""Whole splits in stored order: for evaluation, for reports, and sample by sample."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from selectflow.data.catalog import Catalog, Sources
+from selectflow.data.collate import FIELDS, Batch, collate, finish
+from selectflow.data.fields import Sample
+from selectflow.data.manifest import DataError
+from selectflow.data.reader import ShardReader
+from selectflow.data.remote import Cache
+from selectflow.data.sources import open_catalog
+
+_CHUNK = 256  # samples decoded at once
+
+
+def read_split(root: Sources, split: str, *, cache: Cache | None = None) -> Iterator[Sample]:
+    """Read the samples of one split in stored order.
+
+    A shard is checked against the manifest before its first sample is handed out.
+
+    Args:
+        root: Dataset directory, or any other source of `PoolStream`.
+        split: Name of the split.
+        cache: Where remote shards are kept.
+
+    Yields:
+        `{"__key__": str}` and the decoded fields: "npy" an array, "cls" an int, "json" a dict.
+
+    Raises:
+        DataError: No manifest or no such split; a shard that is missing, truncated or altered; a
+            sample without a field, or with one that cannot be decoded. Names shard and key.
+    """
+    yield from _read(open_catalog(root, split, cache))
+
+
+def _read(catalog: Catalog, fields: Iterable[str] | None = None) -> Iterator[Sample]:
+    """All samples in stored order; as `read_split`."""
+    reader = ShardReader(catalog, fields)
+    for start in range(0, catalog.num_samples, _CHUNK):
+        rows = np.arange(start, min(start + _CHUNK, catalog.num_samples))
+        samples, faults = reader.read(rows)
+        if faults:
+            raise DataError(faults[0].message)
+        yield from samples
+
+
+def read_batches(
+    root: Sources, split: str, batch_size: int, *, cache: Cache | None = None
+) -> list[Batch]:
+    """A split in stored order, such as the target or the test set.
+
+    Args:
+        root: Dataset directory, or any other source of `PoolStream`.
+        split: Name of the split.
+        batch_size: Examples in each batch but the last, >= 1.
+        cache: Where remote shards are kept.
+
+    Returns:
+        Batches in the format of `PoolStream`.
+
+    Raises:
+        DataError: batch_size is below 1, or the split cannot be read.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size must be >= 1, got {batch_size}; 256 suits small samples")
+    samples = _read(open_catalog(root, split, cache), FIELDS)
+    batches = []
+    while batch := list(islice(samples, batch_size)):
+        batches.append(finish(collate(batch)))
+    return batches
+
+
+def read_metadata(
+    root: Sources, split: str, *, cache: Cache | None = None
+) -> dict[str, dict[str, Any]]:
+    """What the writer recorded about each sample; for reports, never for selection.
+
+    Args:
+        root: Dataset directory, or any other source of `PoolStream`.
+        split: Name of the split.
+        cache: Where remote shards are kept.
+
+    Returns:
+        Sample key -> its json; empty for a sample without one.
+
+    Raises:
+        DataError: The split cannot be read.
+    """
+    samples = _read(open_catalog(root, split, cache), ("json",))
+    return {sample["__key__"]: sample.get("json", {}) for sample in samples}

@@ -1,0 +1,253 @@
+"""What a user may name as data: folders, patterns, lists, and shards that come over a network."""
+
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+
+import fsspec
+import pytest
+from datasets import edit_shard, keys_of, make_small
+
+from selectflow.data import Cache, DataError, PoolStream, read_batches, read_split, sources
+
+KEYS = [f"s{i}" for i in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path_factory, monkeypatch):
+    path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SELECTFLOW_CACHE", str(path))
+    return path
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """The small dataset on fsspec's in-memory file system, with the local one under tmp_path."""
+    make_small(tmp_path)
+    files = fsspec.filesystem("memory")
+    for path in tmp_path.iterdir():
+        files.pipe_file(f"/bucket/{path.name}", path.read_bytes())
+    yield files
+    files.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A loopback HTTP server over tmp_path; `failures` requests of shards are answered by 503."""
+    make_small(tmp_path)
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            self.server.requests.append(self.path)
+            if self.path.endswith(".tar") and self.server.failures > 0:
+                self.server.failures -= 1
+                self.send_error(503)
+            else:
+                super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)) as http:
+        http.failures, http.requests = 0, []
+        http.url = f"http://127.0.0.1:{http.server_port}"
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield http
+        http.shutdown()
+        thread.join()
+
+
+def stored(source, **options):
+    return [each["__key__"] for each in read_split(source, "train", **options)]
+
+
+# local
+
+
+def test_every_way_to_name_the_shards_gives_the_same_samples(tmp_path):
+    make_small(tmp_path)
+    pattern = f"{tmp_path}/train-{{000000..000002}}.tar"
+    listed = [f"{tmp_path}/train-00000{i}.tar" for i in range(3)]
+    for source in (
+        tmp_path, f"{tmp_path}/manifest.json", f"file://{tmp_path}", pattern, listed, [pattern],
+    ):  # fmt: skip
+        assert stored(source) == KEYS, source
+    expected = keys_of(islice(PoolStream(tmp_path, pool=4, seed=2, buffer=5), 9))
+    (tmp_path / "manifest.json").unlink()
+    for source in (tmp_path, pattern, listed):
+        stream = PoolStream(source, pool=4, seed=2, buffer=5)
+        assert keys_of(islice(stream, 9)) == expected, source
+    assert stored(listed[2]) == ["s8", "s9"]
+
+
+def test_shards_without_a_manifest_are_described_once(tmp_path, monkeypatch):
+    make_small(tmp_path)
+    pattern = f"{tmp_path}/train-{{000000..000002}}.tar"
+    state = PoolStream(pattern, pool=4, seed=0).state_dict()
+    described = []
+    real = sources._scan
+    monkeypatch.setattr(sources, "_scan", lambda url, *a: described.append(url) or real(url, *a))
+    PoolStream(pattern, pool=4, seed=0).load_state_dict(state)
+    assert described == []
+    edit_shard(tmp_path, "train-000001.tar", lambda members: members[:6])
+    changed = PoolStream(pattern, pool=4, seed=0)
+    assert described == [f"{tmp_path}/train-000001.tar"]
+    assert changed.num_samples == 8
+    with pytest.raises(DataError, match="fingerprint must be"):
+        changed.load_state_dict(state)
+
+
+def test_fields_that_are_not_known_are_left_alone(tmp_path):
+    make_small(tmp_path)
+    name = "train-000000.tar"
+
+    def rename(members):
+        for info, data in members:
+            info.name = info.name.replace(".json", ".other.bin")
+            yield info, data
+
+    edit_shard(tmp_path, name, rename)
+    first = next(iter(read_split(str(tmp_path / name), "train")))
+    assert sorted(first) == ["__key__", "cls", "npy"]
+
+
+def test_a_cut_shard_without_a_manifest_is_named(tmp_path):
+    make_small(tmp_path)
+    path = tmp_path / "train-000001.tar"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"train-000001\.tar must be a whole tar file, got 3000 b"):
+        stored([path])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({}, "source must name at least one dataset"),
+        ([], "source must hold samples"),
+        ("nowhere", "root must be a dataset directory"),
+        ("nowhere/a.tar", r"nowhere/a\.tar must be present and readable, got No such file"),
+        ("gone-{0..2}.tar", r"gone-0\.tar must be present"),
+    ],
+)
+def test_sources_with_nothing_in_them_are_refused(source, message):
+    with pytest.raises(DataError, match=message):
+        PoolStream(source, pool=1, seed=0)
+
+
+# remote
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "memory://bucket",
+        "memory://bucket/manifest.json",
+        "memory://bucket/train-{000000..000002}.tar",
+    ],
+)
+def test_remote_shards_are_fetched_once_and_kept(memory, tmp_path, source):
+    expected = keys_of(islice(PoolStream(tmp_path, pool=4, seed=2, buffer=5), 9))
+    options = {"pool": 4, "seed": 2, "buffer": 5, "memory_gib": 0}
+    assert keys_of(islice(PoolStream(source, **options), 9)) == expected
+    for index in range(3):
+        memory.rm(f"/bucket/train-{index:06d}.tar")
+    assert keys_of(islice(PoolStream(source, **options), 9)) == expected
+    assert len(read_batches(source, "train", 4)) == 3
+
+
+def test_a_damaged_copy_is_fetched_again(memory, directory):
+    assert stored("memory://bucket") == KEYS
+    for path in directory.glob("*.shard"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert stored("memory://bucket") == KEYS
+    memory.pipe_file("/bucket/train-000001.tar", b"damaged at its origin")
+    for path in directory.glob("*.shard"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"memory://bucket/train-000001\.tar must be a tar file"):
+        stored("memory://bucket")
+
+
+def test_the_cache_keeps_its_size_and_the_order_is_kept(memory, tmp_path, directory):
+    size = max(path.stat().st_size for path in tmp_path.glob("*.tar"))
+    cache = Cache(directory, max_gib=1.5 * size / 2**30)
+    stream = PoolStream("memory://bucket", pool=4, seed=0, memory_gib=0, cache=cache)
+    expected = PoolStream(tmp_path, pool=4, seed=0)
+    for one, other in islice(zip(stream, expected, strict=True), 20):
+        assert one["key"] == other["key"]
+        assert sum(path.stat().st_size for path in directory.glob("*.shard")) <= 1.5 * size
+
+
+def test_a_transfer_that_breaks_leaves_nothing_and_is_tried_again(memory, directory, monkeypatch):
+    breaks = [2]
+    real = fsspec.implementations.memory.MemoryFile.read
+
+    def read(file, *args):
+        if breaks[0] and b"ustar" in (data := real(file, *args)):
+            breaks[0] -= 1
+            assert len(list(directory.glob(".*.tmp"))) == 1
+            raise OSError("connection lost")
+        return data if breaks[0] else real(file, *args)
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFile, "read", read)
+    cache = Cache(directory, backoff_s=0)
+    assert stored("memory://bucket", cache=cache) == KEYS
+    assert breaks == [0]
+    assert not list(directory.glob(".*"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_over_http(server, tmp_path, num_workers):
+    stream = PoolStream(server.url, pool=4, seed=0, memory_gib=0, num_workers=num_workers)
+    expected = PoolStream(tmp_path, pool=4, seed=0)
+    assert keys_of(islice(stream, 10)) == keys_of(islice(expected, 10))
+
+
+def test_a_server_that_recovers_is_waited_for(server, directory):
+    server.failures = 3
+    assert stored(server.url, cache=Cache(directory, attempts=4, backoff_s=0.01)) == KEYS
+
+
+def test_a_server_that_stays_broken_is_named(server, directory):
+    server.failures = 100
+    cache = Cache(directory, attempts=3, backoff_s=0.01)
+    with pytest.raises(DataError, match=rf"{server.url}/train-000000\.tar .* in attempt 3"):
+        stored(server.url, cache=cache)
+    server.failures = 3  # all attempts for the first shard
+    tolerant = PoolStream(server.url, pool=10, seed=0, cache=cache, max_errors=4)
+    assert sorted(next(tolerant)["key"]) == KEYS[4:]
+    assert tolerant.errors == {f"{server.url}/train-000000.tar": 4}
+
+
+def test_a_missing_object_is_not_asked_for_again(server, directory, tmp_path):
+    (tmp_path / "train-000000.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000000\.tar must be readable, got FileNotFound"):
+        stored(f"{server.url}/train-000000.tar", cache=Cache(directory))
+    assert server.requests.count("/train-000000.tar") <= 1
+
+
+# commands
+
+
+def test_commands_run_only_where_they_are_allowed(tmp_path, directory):
+    make_small(tmp_path)
+    source = f"pipe:cat {tmp_path}/train-{{000000..000002}}.tar"
+    with pytest.raises(
+        DataError, match=r"source must not run commands, got 'pipe:cat .*allow_pipe"
+    ):
+        stored(source)
+    assert stored(source, cache=Cache(directory, allow_pipe=True)) == KEYS
+
+
+def test_a_command_that_fails_is_named(tmp_path, directory):
+    cache = Cache(directory, allow_pipe=True, attempts=2, backoff_s=0)
+    with pytest.raises(DataError, match=r"shard pipe:exit 3 must be readable, .* exit status 3 in"):
+        stored("pipe:exit 3", cache=cache)
+    assert not list(directory.iterdir())
+
+
+@pytest.mark.parametrize("option", [{"max_gib": 0}, {"attempts": 0}, {"backoff_s": -1}])
+def test_cache_options_out_of_range_are_refused(option):
+    with pytest.raises(DataError, match=r"max_gib must be > 0, attempts >= 1 and backoff_s >= 0"):
+        Cache(**option)

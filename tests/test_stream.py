@@ -1,0 +1,288 @@
+"""Pool streams: their order, and that it can be resumed."""
+
+import json
+import resource
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import keys_of, make_small, sample
+
+from selectflow.data import (
+    DataError,
+    Manifest,
+    PoolStream,
+    read_batches,
+    write_manifest,
+    write_split,
+)
+
+# held in memory, read here, read by worker processes: the same pools in all four
+MODES = [
+    {"memory_gib": 1},
+    {"memory_gib": 0},
+    {"memory_gib": 0, "num_workers": 1},
+    {"memory_gib": 0, "num_workers": 2},
+]
+
+
+def slow_order(counts, seed, buffer, epoch):
+    """Rows of one epoch: shards permuted, cut into groups of >= buffer rows, these permuted."""
+    firsts = np.cumsum([0, *counts])
+    shards = np.random.default_rng([seed, 0, epoch, 0]).permutation(len(counts))
+    rows, group, first = [], [], 0
+    for place, shard in enumerate(shards):
+        group.extend(range(firsts[shard], firsts[shard + 1]))
+        if len(group) >= buffer or place == len(shards) - 1:
+            rows.extend(np.random.default_rng([seed, 0, epoch, 1 + first]).permutation(group))
+            group, first = [], place + 1
+    return rows
+
+
+@pytest.mark.parametrize("buffer", [1, 5, 100])
+@pytest.mark.parametrize("pool", [1, 3, 10, 23])
+def test_every_epoch_holds_each_sample_once_and_every_pool_is_full(tmp_path, pool, buffer):
+    make_small(tmp_path)
+    pools = list(islice(PoolStream(tmp_path, pool=pool, seed=0, buffer=buffer), 10 * pool))
+    assert all(len(each["key"]) == len(each["label"]) == pool for each in pools)
+    keys = keys_of(pools)
+    epochs = [tuple(keys[start : start + 10]) for start in range(0, len(keys), 10)]
+    assert all(sorted(epoch) == [f"s{i}" for i in range(10)] for epoch in epochs)
+    if buffer == 100:  # a small one has few orders
+        assert len(set(epochs)) == len(epochs)
+
+
+def test_image_label_and_key_of_a_pool_belong_together(tmp_path):
+    make_small(tmp_path)
+    for pool in islice(PoolStream(tmp_path, pool=7, seed=1), 5):
+        assert (pool["image"].dtype, pool["label"].dtype) == (torch.float32, torch.int64)
+        assert pool["image"].shape == (7, 1, 8, 8)
+        assert [f"s{label}" for label in pool["label"].tolist()] == pool["key"]
+        assert (pool["image"] == pool["label"][:, None, None, None]).all()
+
+
+def test_order_is_a_function_of_seed_and_epoch_alone(tmp_path):
+    make_small(tmp_path)
+
+    def order(pool, seed, count=30):
+        stream = PoolStream(tmp_path, pool=pool, seed=seed)
+        return keys_of(islice(stream, count // pool))
+
+    torch.manual_seed(123)
+    first = order(5, seed=0)
+    torch.manual_seed(456)
+    assert first == order(5, seed=0) == order(2, seed=0) == order(30, seed=0)
+    assert first != order(5, seed=1)
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("buffer", [1, 5, 6, 1000])
+def test_order_equals_the_slow_one_in_every_mode(tmp_path, options, buffer):
+    make_small(tmp_path, count=22)
+    stream = PoolStream(tmp_path, pool=4, seed=3, buffer=buffer, **options)
+    expected = [f"s{i}" for epoch in range(3) for i in slow_order([4] * 5 + [2], 3, buffer, epoch)]
+    pools = list(islice(stream, 16))
+    assert keys_of(pools) == expected[:64]
+    for pool in pools:
+        assert [f"s{label}" for label in pool["label"].tolist()] == pool["key"]
+        assert (pool["image"] == pool["label"][:, None, None, None]).all()
+
+
+def test_without_shuffle_the_order_is_the_stored_one(tmp_path):
+    make_small(tmp_path)
+    stream = PoolStream(tmp_path, pool=4, seed=0, shuffle=False)
+    assert keys_of(islice(stream, 5)) == [f"s{i}" for i in range(10)] * 2
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("done", [0, 1, 5, 17])
+def test_resume_hands_out_the_identical_remaining_pools(tmp_path, done, options):
+    make_small(tmp_path)
+    whole = PoolStream(tmp_path, pool=3, seed=4, buffer=5, **options)
+    for _ in islice(whole, done):
+        pass
+    state = json.loads(json.dumps(whole.state_dict()))
+    resumed = PoolStream(tmp_path, pool=3, seed=4, buffer=5, **options)
+    next(resumed)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    for expected, got in zip(islice(whole, 12), islice(resumed, 12), strict=True):
+        assert expected["key"] == got["key"]
+        assert torch.equal(expected["image"], got["image"])
+        assert torch.equal(expected["label"], got["label"])
+
+
+def test_a_second_iter_goes_on_where_the_first_stopped(tmp_path):
+    make_small(tmp_path)
+    stream = PoolStream(tmp_path, pool=3, seed=0)
+    parts = [pool for _ in range(3) for pool in islice(iter(stream), 4)]
+    assert keys_of(parts) == keys_of(islice(PoolStream(tmp_path, pool=3, seed=0), 12))
+
+
+def test_state_is_refused_by_another_dataset_or_order(tmp_path):
+    both = make_small(tmp_path / "a")
+    write_manifest(
+        tmp_path / "a", replace(both, splits=both.splits | {"other": both.splits["train"]})
+    )
+    make_small(tmp_path / "b", first=1)
+    state = PoolStream(tmp_path / "a", pool=2, seed=0).state_dict()
+    refused = {
+        "fingerprint": PoolStream(tmp_path / "b", pool=2, seed=0),
+        "seed": PoolStream(tmp_path / "a", pool=2, seed=1),
+        "shuffle": PoolStream(tmp_path / "a", pool=2, seed=0, shuffle=False),
+        "buffer": PoolStream(tmp_path / "a", pool=2, seed=0, buffer=7),
+        "resample": PoolStream(tmp_path / "a", pool=2, seed=0, resample=True),
+        "split": PoolStream(tmp_path / "a", "other", pool=2, seed=0),
+    }
+    for name, stream in refused.items():
+        next(stream)
+        before = stream.state_dict()
+        with pytest.raises(DataError, match=f"{name} must be .* in the state; resume with"):
+            stream.load_state_dict(state)
+        assert stream.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position": [10]}, r"position must be in \[0, 10\), got 10"),
+        ({"position": [-1]}, r"position must be in \[0, 10\), got -1"),
+        ({"epoch": [-1]}, "epoch must be >= 0, got -1"),
+        ({"epoch": [0, 0]}, "epoch must have 1 items"),
+        ({"epoch": 3}, "state must be of a stream like this"),
+        ({"errors": None}, "state must be of a stream like this"),
+    ],
+)
+def test_state_outside_the_epoch_is_refused_and_changes_nothing(tmp_path, change, message):
+    make_small(tmp_path)
+    stream = PoolStream(tmp_path, pool=2, seed=0)
+    next(stream)
+    before = stream.state_dict()
+    with pytest.raises(DataError, match=message):
+        stream.load_state_dict(before | change)
+    assert stream.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"pool": 0}, "pool must be >= 1, got 0"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
+        ({"buffer": 0}, "buffer must be >= 1"),
+        ({"num_workers": -1}, "num_workers must be >= 0"),
+        ({"memory_gib": float("nan")}, "memory_gib must be >= 0, got nan"),
+        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, 2\), got 2"),
+        ({"weights": {"a": 1}}, r"weights must be .* of the sources \[\], got {'a': 1}"),
+    ],
+)
+def test_stream_options_out_of_range_are_refused(tmp_path, option, message):
+    make_small(tmp_path)
+    with pytest.raises(DataError, match=message):
+        PoolStream(tmp_path, **({"pool": 1, "seed": 0} | option))
+
+
+# reading
+
+
+def test_resume_in_the_middle_of_many_shards_reads_only_what_it_needs(tmp_path, monkeypatch):
+    make_small(tmp_path, count=1000, per_shard=1)
+    stream = PoolStream(tmp_path, pool=1, seed=0, buffer=20, memory_gib=0)
+    for _ in islice(stream, 500):
+        pass
+    expected, state = next(stream)["key"], stream.state_dict()
+    opened = []
+    real = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *a, **k: opened.append(path) or real(path, *a, **k)
+    )
+    resumed = PoolStream(tmp_path, pool=1, seed=0, buffer=20, memory_gib=0)
+    began = time.perf_counter()
+    resumed.load_state_dict(state | {"position": [500], "drawn": 500})
+    assert next(resumed)["key"] == expected
+    assert time.perf_counter() - began < 2
+    assert len(set(opened)) <= 2  # the first shard, for the size of a sample, and the pool's
+
+
+def test_the_reader_holds_no_more_indexes_than_two_groups_of_shards(tmp_path):
+    make_small(tmp_path, count=200, per_shard=5)
+    stream = PoolStream(tmp_path, pool=3, seed=0, buffer=20, memory_gib=0)
+    opened = []
+    for _ in islice(stream, 200):
+        reader = stream._reader
+        opened.append(sum(5 for _ in reader._opened))
+    assert 20 <= max(opened) <= 2 * (20 + 5) + 5
+
+
+def test_data_in_memory_are_read_once(tmp_path):
+    make_small(tmp_path)
+    stream = PoolStream(tmp_path, pool=3, seed=0)
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()
+    assert len(keys_of(islice(stream, 20))) == 60
+
+
+def test_a_shard_that_changes_while_it_is_read_is_refused(tmp_path):
+    make_small(tmp_path)
+    stream = PoolStream(tmp_path, pool=10, seed=0, memory_gib=0)
+    next(stream)
+    path = tmp_path / "train-000001.tar"
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=r"train-000001\.tar must stay as it is while it is read"):
+        next(stream)
+
+
+@pytest.mark.parametrize("options", MODES[1:])
+def test_unreadable_samples_stop_the_stream_beyond_the_budget_and_are_counted(tmp_path, options):
+    make_small(tmp_path, count=40)
+    (tmp_path / "train-000003.tar").unlink()  # 4 samples
+
+    def drain(max_errors):
+        stream = PoolStream(tmp_path, pool=8, seed=0, max_errors=max_errors, **options)
+        return stream, keys_of(islice(stream, 15))
+
+    stream, keys = drain(4)
+    whole = [f"s{i}" for epoch in range(3) for i in slow_order([4] * 10, 0, 4096, epoch)]
+    assert keys == [key for key in whole if key not in {"s12", "s13", "s14", "s15"}]
+    assert stream.errors == {"train-000003.tar": 4}
+    resumed = PoolStream(tmp_path, pool=8, seed=0, max_errors=4, **options)
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert resumed.errors == stream.errors
+    with pytest.raises(DataError, match=r"train-000003\.tar must be present, .*max_errors is 3"):
+        drain(3)
+
+
+def test_tokens_are_int64(tmp_path):
+    rows = [{"__key__": f"t{i}", "npy": np.arange(8, dtype=np.uint16) + i} for i in range(4)]
+    shards = write_split(tmp_path, "train", rows, 2)
+    write_manifest(tmp_path, Manifest({"train": tuple(shards)}, ("npy",), {}, 0))
+    for batch in [next(PoolStream(tmp_path, pool=4, seed=0)), *read_batches(tmp_path, "train", 4)]:
+        assert batch["tokens"].dtype == torch.int64
+        for key, tokens in zip(batch["key"], batch["tokens"].tolist(), strict=True):
+            assert tokens == list(range(int(key[1:]), int(key[1:]) + 8))
+
+
+def test_images_of_several_sizes_and_splits_without_images_are_refused(tmp_path):
+    shards = write_split(tmp_path, "train", [sample("a"), sample("b", npy=np.zeros((1, 4, 4)))], 4)
+    write_manifest(tmp_path, Manifest({"train": tuple(shards)}, ("cls", "npy"), {}, 0))
+    with pytest.raises(DataError, match=r"image of key 'b' must be of shape \(1, 8, 8\)"):
+        PoolStream(tmp_path, pool=1, seed=0)
+    write_manifest(tmp_path, Manifest({"train": tuple(shards)}, ("cls",), {}, 0))
+    with pytest.raises(DataError, match=r"fields must include one of .*'txt'\], got \['cls'\]"):
+        PoolStream(tmp_path, pool=1, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_gib", [0, 1])
+def test_memory_is_flat_over_ten_thousand_pools(tmp_path, memory_gib):
+    make_small(tmp_path, count=2000, per_shard=20)
+    stream = PoolStream(tmp_path, pool=64, seed=0, buffer=200, memory_gib=memory_gib)
+    for _ in islice(stream, 1000):
+        pass
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in islice(stream, 10_000):
+        pass
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
