@@ -1,6 +1,7 @@
 """Online data selection for PyTorch by look-ahead AdamW-influence."""
 
-from selectflow.selector import Selection, Selector
+from selectflow.selection import Selection
+from selectflow.selector import Selector
 from selectflow.strategies import Candidates, Strategy
 
 __version__ = "0.1.0"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,41 @@ def describe(batch: Batch, index: Tensor) -> str:
             if isinstance(keys, list) and len(keys) == num_examples(batch):
                 return "keys " + ", ".join(str(keys[i]) for i in index[:8].tolist())
     return "positions " + ", ".join(str(i) for i in index[:8].tolist())
+
+
+class Cycle:
+    """The target's batches, again and again, with a position that can be restored.
+
+    Args:
+        batches: any iterable; one that ends for good, such as a generator, is kept as a list.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        if iter(batches) is batches:  # a generator ends once and for all
+            batches = list(batches)
+        self._batches = batches
+        self._iterator: Iterator[Batch] = iter(())
+        self.position = 0  # batches handed out of the present round
+
+    def next(self) -> Batch:
+        """The next batch; after the last, the first again.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for batch in islice(self._iterator, 1):
+            self.position += 1
+            return batch
+        self._iterator, self.position = iter(self._batches), 0
+        for batch in islice(self._iterator, 1):
+            self.position = 1
+            return batch
+        raise ValueError("target must yield at least one batch, got none; pass a list of batches")
+
+    def seek(self, position: int) -> None:
+        """Go to where `position` batches of a round have been handed out."""
+        self._iterator = islice(iter(self._batches), position, None)
+        self.position = position
 
 
 def _is_leaf(node: Any) -> bool:

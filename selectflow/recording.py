@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from selectflow.batches import Batch
-from selectflow.derivatives import Derivatives, LossFn, Objective, check_finite
+from selectflow.derivatives import Derivatives
 from selectflow.dynamics import SGD, AdamW, Rule, Update
+from selectflow.objective import LossFn, Objective, check_finite
 from selectflow.optimizers import OptimizerReader
 from selectflow.snapshots import Snapshots, write_whole
 from selectflow.trajectory import Trajectory

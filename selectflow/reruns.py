@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from selectflow.batches import Batch, num_examples
-from selectflow.derivatives import Objective, plain_attention
+from selectflow.derivatives import plain_attention
 from selectflow.dynamics import State, Update
+from selectflow.objective import Objective
 from selectflow.params import Params
 from selectflow.tangents import Motion, advance, loss_tangents
 from selectflow.trajectory import Trajectory

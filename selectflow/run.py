@@ -29,7 +29,7 @@ from selectflow.checkpoints import (
     stop_request,
 )
 from selectflow.config import OptimizerConfig, RunConfig, ScheduleConfig
-from selectflow.derivatives import LossFn
+from selectflow.objective import LossFn
 from selectflow.run_dir import RunError, is_finished, lock, open_run_dir
 from selectflow.run_log import RunLog, Stopwatch
 from selectflow.selector import Selector

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from selectflow.batches import num_examples
-from selectflow.selector import Selection
+from selectflow.selection import Selection
 from selectflow.tracking import Tracker
 
 

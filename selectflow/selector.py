@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
@@ -14,55 +13,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from selectflow.batches import Batch, num_examples, take
-from selectflow.derivatives import (
-    Curvature,
-    Derivatives,
-    LossFn,
-    Method,
-    Objective,
-    check_finite,
-)
+from selectflow.batches import Batch, Cycle, num_examples, take
+from selectflow.derivatives import Curvature, Derivatives, Method
 from selectflow.dynamics import State, Update
 from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
+from selectflow.objective import LossFn, Objective, check_finite
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
+from selectflow.selection import Selection
 from selectflow.strategies import Candidates, Strategy, resolve
 
 NominalChoice = Literal["random", "policy"]
 
 _RECHECK_EVERY = 100  # look-aheads between two checks that central differences still agree
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What was kept of one pool, and why.
-
-    Attributes:
-        pool: the candidates, as given.
-        indices: positions kept in the pool, best first, shape (B,), int64, on the CPU.
-        scores: score of every candidate, shape (P,), on the CPU; larger is kept first. For
-            `influence`: target loss per unit of example weight, positive = it helps.
-        losses: loss of every candidate at the present parameters, shape (P,), on the CPU; None
-            where the strategy did not need it.
-        step: optimizer updates made before this batch is trained on.
-        horizon: updates that the sensitivity in use looked ahead; None without a look-ahead.
-        age: optimizer updates since that look-ahead.
-        target_loss: mean target loss at the end of its rollout; None without one.
-        lookahead_s: seconds of the look-ahead made for this pool, 0 where none was due.
-        seconds: seconds of the whole selection, look-ahead included.
-    """
-
-    pool: Batch
-    indices: Tensor
-    scores: Tensor
-    losses: Tensor | None
-    step: int
-    horizon: int | None
-    age: int
-    target_loss: float | None
-    lookahead_s: float
-    seconds: float
 
 
 class Selector:
@@ -132,7 +95,7 @@ class Selector:
         self._optimizer = OptimizerReader(
             self._objective.model, optimizer, lr_scheduler, max_grad_norm
         )
-        self._target = _Cycle(target)
+        self._target = Cycle(target)
         self._strategy = resolve(strategy)
         self._keep, self._horizon, self._interval = keep, horizon, interval
         self._curvature, self._nominal, self._memory_gib = curvature, nominal, memory_gib
@@ -392,31 +355,6 @@ class _Scoring:
             gamma = selector._sensitivity(self.step)
             self.losses, slopes = selector._derivatives.along(params, gamma, self.pool)
         return -slopes
-
-
-class _Cycle:
-    """Target batches, again and again, with a position that can be restored."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        if iter(batches) is batches:  # a generator ends once and for all
-            batches = list(batches)
-        self._batches = batches
-        self._iterator: Iterator[Batch] = iter(())
-        self.position = 0  # batches handed out of the present round
-
-    def next(self) -> Batch:
-        for batch in islice(self._iterator, 1):
-            self.position += 1
-            return batch
-        self._iterator, self.position = iter(self._batches), 0
-        for batch in islice(self._iterator, 1):
-            self.position = 1
-            return batch
-        raise ValueError("target must yield at least one batch, got none; pass a list of batches")
-
-    def seek(self, position: int) -> None:
-        self._iterator = islice(iter(self._batches), position, None)
-        self.position = position
 
 
 def _plain(ahead: LookAhead) -> dict[str, Any]:

@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from selectflow.batches import Batch
-from selectflow.derivatives import Objective, plain_attention
+from selectflow.derivatives import plain_attention
 from selectflow.dynamics import SGD, AdamW, Rule, State, Update
+from selectflow.objective import Objective
 from selectflow.params import Params, merge
 
 _Found = TypeVar("_Found")

@@ -16,19 +16,21 @@ MAY_IMPORT = {
     "batches": set(),
     "dynamics": {"params"},
     "optimizers": {"dynamics", "params"},
-    "derivatives": {"batches", "params"},
+    "objective": {"batches"},
+    "derivatives": {"objective", "batches", "params"},
     "lookahead": {"batches", "derivatives", "dynamics", "params"},
     "strategies": {"batches"},
+    "selection": {"batches"},
     "selector": {
-        "batches", "derivatives", "dynamics", "lookahead", "optimizers", "params", "strategies",
+        "selection", "objective", "batches", "derivatives", "dynamics", "lookahead", "optimizers", "params", "strategies",
     },
     "snapshots": {"dynamics", "params"},
     "trajectory": {"batches", "derivatives", "dynamics", "lookahead", "snapshots"},
     "recording": {
-        "batches", "derivatives", "dynamics", "optimizers", "snapshots", "trajectory",
+        "objective", "batches", "derivatives", "dynamics", "optimizers", "snapshots", "trajectory",
     },
-    "tangents": {"batches", "derivatives", "dynamics", "params"},
-    "reruns": {"batches", "derivatives", "dynamics", "params", "tangents", "trajectory"},
+    "tangents": {"objective", "batches", "derivatives", "dynamics", "params"},
+    "reruns": {"objective", "batches", "derivatives", "dynamics", "params", "tangents", "trajectory"},
     "assumptions": {"dynamics"},
     "audit": {
         "assumptions", "batches", "derivatives", "dynamics", "lookahead", "params", "recording",
@@ -45,16 +47,16 @@ MAY_IMPORT = {
     "data": {"data"},
     "checkpoints": {"batches"},
     "run_dir": {"checkpoints", "config"},
-    "run_log": {"batches", "selector", "tracking"},
+    "run_log": {"batches", "selection", "tracking"},
     "run": {
-        "batches", "checkpoints", "config", "derivatives", "run_dir", "run_log",
+        "objective", "batches", "checkpoints", "config", "derivatives", "run_dir", "run_log",
         "selector", "tracking",
     },
     "report": {"report", "yaml_io"},
     "cli_shards": {"data"},
     "cli": {"audit_config", "audit_report", "cli_shards", "config", "report"},
     "__main__": {"cli"},
-    "__init__": {"selector", "strategies"},
+    "__init__": {"selection", "selector", "strategies"},
 }  # fmt: skip
 ONLY_IN = {"webdataset": {"data/shards.py"}, "wandb": {"tracking.py"}}
 

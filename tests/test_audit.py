@@ -9,8 +9,9 @@ from reference import clone, removal, rerun
 from torch import nn
 
 from selectflow.audit import METHODS, influence, leave_one_out, record
-from selectflow.derivatives import Derivatives, Objective
+from selectflow.derivatives import Derivatives
 from selectflow.lookahead import Window, look_ahead
+from selectflow.objective import Objective
 from selectflow.optimizers import OptimizerReader
 from selectflow.reruns import Removal, expand
 

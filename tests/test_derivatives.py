@@ -9,7 +9,8 @@ from problems import PROBLEMS, image_loss, images
 from reference import per_example_gradients, slopes
 from torch import nn
 
-from selectflow.derivatives import Derivatives, Objective, unwrap
+from selectflow.derivatives import Derivatives
+from selectflow.objective import Objective, unwrap
 from selectflow.params import Params
 
 IDS = [problem.name for problem in PROBLEMS]

@@ -5,7 +5,7 @@ import torch
 from problems import PROBLEMS
 from reference import inner, per_example_gradients, rerun, weight_derivative
 
-from selectflow.derivatives import Derivatives, Objective
+from selectflow.derivatives import Derivatives
 from selectflow.dynamics import SILENT_RMS, Adjoint
 from selectflow.lookahead import (
     Window,
@@ -14,6 +14,7 @@ from selectflow.lookahead import (
     sweep,
     sweep_capacity,
 )
+from selectflow.objective import Objective
 from selectflow.optimizers import OptimizerReader
 
 IDS = [problem.name for problem in PROBLEMS]
