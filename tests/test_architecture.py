@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "strategies": {"batches"},
     "selection": {"batches"},
     "selector": {
-        "selection", "objective", "batches", "derivatives", "dynamics", "lookahead", "optimizers", "params", "strategies",
+        "batches", "derivatives", "dynamics", "lookahead", "objective", "optimizers", "params",
+        "selection", "strategies",
     },
     "snapshots": {"dynamics", "params"},
     "trajectory": {"batches", "derivatives", "dynamics", "lookahead", "snapshots"},
@@ -30,7 +31,9 @@ MAY_IMPORT = {
         "objective", "batches", "derivatives", "dynamics", "optimizers", "snapshots", "trajectory",
     },
     "tangents": {"objective", "batches", "derivatives", "dynamics", "params"},
-    "reruns": {"objective", "batches", "derivatives", "dynamics", "params", "tangents", "trajectory"},
+    "reruns": {
+        "batches", "derivatives", "dynamics", "objective", "params", "tangents", "trajectory",
+    },
     "assumptions": {"dynamics"},
     "audit": {
         "assumptions", "batches", "derivatives", "dynamics", "lookahead", "params", "recording",
