@@ -111,6 +111,11 @@ class PoolSource:
             self._before.append(self._position())
         return to_device(next(self._iterator), self._device)
 
+    @property
+    def num_errors(self) -> int:
+        """Samples that could not be read so far, as the pools count them."""
+        return sum(getattr(self._pools, "errors", {}).values())
+
     def state_dict(self, num_peeked: int) -> Any:
         """The position before the last `num_peeked` pools; None where the pools have none."""
         if not self._has_state:

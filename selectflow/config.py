@@ -76,6 +76,16 @@ class DataConfig(_Section):
         default=0, ge=0, description="seed of the written shards: which labels are altered"
     )
     pool: Count = Field(default=64, description="P: candidate examples of one optimizer step")
+    num_workers: int = Field(
+        default=0, ge=0, description="processes that read and decode; 0: the training process"
+    )
+    buffer: Count = Field(default=4096, description="samples that are shuffled together")
+    memory_gib: float = Field(
+        default=1.0, ge=0, description="decoded data up to this size, in GiB, are held in memory"
+    )
+    max_errors: int = Field(
+        default=0, ge=0, description="unreadable samples before the run stops; 0: the first does"
+    )
     target_batch: Count = Field(default=200, description="examples of one batch of the target set")
 
     @property

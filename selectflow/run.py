@@ -161,13 +161,13 @@ class _Run:
         return "finished"  # the pools have come to their end
 
     def evaluate(self) -> dict[str, float]:
-        """Means over the target and the test set, by metric name."""
+        """Means over the target and the test set, by metric name, and the data's errors."""
         found: dict[str, float] = {}
         with evaluating(self.model):
             for split, batches in (("target", self.target), ("test", self.test)):
                 means = self.task.evaluate(self.model, batches)
                 found |= {f"{split}/{name}": value for name, value in means.items()}
-        return found
+        return found | {"data/errors": self.pools.num_errors}
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one."""
