@@ -110,8 +110,7 @@ VARIANTS: dict[str, tuple[dict | None, dict[str, int]]] = {
     "plain step on 16": (None, {"mlp": 200, "gpt2": 4}),
     "keep 16 of 32, H=0, every step": ({"horizon": 0}, {"mlp": 100, "gpt2": 4}),
     "keep 16 of 32, H=0, every 8": ({"horizon": 0, "interval": 8}, {"mlp": 160, "gpt2": 8}),
-    "keep 16 of 32, H=1, every step": ({"horizon": 1}, {"mlp": 100, "gpt2": 3}),
-    "keep 16 of 32, H=1, every 8": ({"horizon": 1, "interval": 8}, {"mlp": 160, "gpt2": 8}),
+    "keep 16 of 32, H=1, every step": ({"horizon": 1}, {"mlp": 100, "gpt2": 2}),
     "keep 16 of 32, H=4, every step": ({"horizon": 4}, {"mlp": 40, "gpt2": 1}),
     "exact derivatives, H=0, every step": (
         {"horizon": 0, "derivative": "exact"}, {"mlp": 100, "gpt2": 2}),
@@ -178,11 +177,21 @@ def time_variants(name: str, rounds: int) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-def print_row(label: str, times: list[float], plain: list[float], peak: str = "") -> None:
+def print_memory(name: str, threads: int) -> None:
+    base = None
+    print(f"{'peak memory':38}{'GiB':>9}{'ratio':>8}")
+    for variant in VARIANTS:
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            peak = process.apply(peak_growth_gib, (name, variant, threads))
+        base = base or peak
+        print(f"{variant:38}{peak:9.3f}{peak / base:8.2f}", flush=True)
+
+
+def print_row(label: str, times: list[float], plain: list[float]) -> None:
     ratios = [time / base for time, base in zip(times, plain, strict=True)]
     spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
     median = statistics.median
-    print(f"{label:38}{median(times):9.2f}{median(ratios):8.2f}{spread:>14}{peak}", flush=True)
+    print(f"{label:38}{median(times):9.2f}{median(ratios):8.2f}{spread:>14}", flush=True)
 
 
 def agreement(name: str) -> None:
@@ -219,18 +228,14 @@ def main() -> None:
         found = time_variants(name, args.rounds)
         plain = [parts["step"] for parts in found["plain step on 16"]]
         print(f"\n{name}, {args.threads} thread(s), {args.rounds} rounds")
-        print(f"{'':38}{'ms/step':>9}{'ratio':>8}{'range':>14}{'peak GiB':>10}{'ratio':>7}")
-        base = None
+        print(f"{'':38}{'ms/step':>9}{'ratio':>8}{'range':>14}")
         for variant, rows in found.items():
-            with multiprocessing.get_context("spawn").Pool(1) as process:
-                peak = process.apply(peak_growth_gib, (name, variant, args.threads))
-            base = base or peak
-            shown = f"{peak:10.3f}{peak / base:7.2f}"
-            print_row(variant, [parts["step"] for parts in rows], plain, shown)
+            print_row(variant, [parts["step"] for parts in rows], plain)
             if variant.endswith("every step"):
                 for part in ("look-ahead", "scoring"):
                     print_row(f"    {part}", [parts[part] for parts in rows], plain)
         agreement(name)
+        print_memory(name, args.threads)
 
 
 if __name__ == "__main__":
