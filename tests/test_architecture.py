@@ -39,6 +39,10 @@ MAY_IMPORT = {
         "assumptions", "batches", "derivatives", "dynamics", "lookahead", "params", "recording",
         "reruns", "trajectory",
     },
+    "offline": {
+        "batches", "data", "derivatives", "dynamics", "lookahead", "params", "snapshots",
+        "trajectory",
+    },
     "sparse": {"derivatives", "dynamics", "lookahead", "params", "trajectory"},
     "audit_config": {"config_errors", "yaml_io"},
     "audit_settings": {"audit_config", "batches", "recording", "trajectory"},
@@ -102,7 +106,7 @@ def test_importing_selectflow_is_light():
     """Neither the data and tracking libraries nor heavy integrations come with the import."""
     heavy = (
         "wandb webdataset torchvision matplotlib transformers peft lightning optuna sklearn "
-        "safetensors"
+        "safetensors pyarrow"
     )
     code = f"import sys, selectflow; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run(
