@@ -1,25 +1,28 @@
 """A configuration becomes a run directory: the training loop.
 
 `runs/<name>/` holds `config.yaml` (resolved), `metrics.jsonl`, `selection.jsonl`,
-`checkpoints/step-*.pt` and `summary.json`.
+`checkpoints/step-*.pt` and `summary.json`; after offline selection also the score file,
+`selected/` (shards) and `offline.json` (what selecting took).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 import math
+import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from selectflow.batches import Batch, describe, num_examples, to_device
+from selectflow.batches import Batch, chunks, num_examples, to_device
 from selectflow.checkpoints import (
     Checkpoints,
     PoolSource,
@@ -28,12 +31,18 @@ from selectflow.checkpoints import (
     restore_generators,
     stop_request,
 )
-from selectflow.config import OptimizerConfig, RunConfig, ScheduleConfig
+from selectflow.config import RunConfig
+from selectflow.data import PoolStream, Sources
+from selectflow.derivatives import Derivatives
 from selectflow.objective import LossFn
+from selectflow.offline import score_samples, write_selected
+from selectflow.recording import record
 from selectflow.run_dir import RunError, is_finished, lock, open_run_dir
 from selectflow.run_log import RunLog, Stopwatch
+from selectflow.selection import num_kept
 from selectflow.selector import Selector
 from selectflow.tracking import Progress, Tracker
+from selectflow.training import build_optimizer, build_schedule, update
 
 __all__ = ["RunError", "Task", "train"]
 
@@ -51,6 +60,8 @@ class Task:
         test: batches that only evaluation sees.
         altered: ids of training samples with an altered label. For reports: selection never
             sees them.
+        source: the dataset whose split "train" the pools come from, as `PoolStream` takes it;
+            offline selection reads the kept samples there.
     """
 
     model: nn.Module
@@ -60,6 +71,7 @@ class Task:
     target: Sequence[Batch]
     test: Sequence[Batch]
     altered: frozenset[str] = frozenset()
+    source: Sources | None = None
 
 
 def train(config: RunConfig, task: Task) -> Path:
@@ -68,6 +80,9 @@ def train(config: RunConfig, task: Task) -> Path:
     With `resume: auto` a run that was killed goes on from its newest checkpoint, and gives the
     same samples, scores, losses and weights as one that was not. SIGTERM and Ctrl-C let the
     running step end, save, and stop.
+
+    With `select.horizon: .inf` a copy of the model is first trained on everything, and only the
+    samples that helped most are trained on; the clock starts with the seconds that this took.
 
     Args:
         config: the run.
@@ -82,12 +97,20 @@ def train(config: RunConfig, task: Task) -> Path:
             before that step, in the newest checkpoint.
     """
     run_dir = config.run_dir
-    with lock(run_dir), stop_request() as stop:
-        saved = open_run_dir(config)
+    with lock(run_dir):
+        saved, upfront_s = open_run_dir(config), 0.0
         if saved is None and is_finished(run_dir):
             return run_dir
-        run = _Run(config, task, saved)
-        status = "failed"
+        if config.select.is_offline:  # a signal ends it at once: there is nothing to save yet
+            task, upfront_s = _select_offline(config, task)
+        _train(_Run(config, task, saved, upfront_s))
+    return run_dir
+
+
+def _train(run: _Run) -> None:
+    """Run the loop; the log, the tracker and, after a bad loss, the weights are kept."""
+    status = "failed"
+    with stop_request() as stop:
         try:
             status = run.loop(stop)
         except FloatingPointError:
@@ -96,21 +119,92 @@ def train(config: RunConfig, task: Task) -> Path:
             raise
         finally:
             run.log.close()
-            run.tracker.finish({"status": status, "steps": run.step})
-    return run_dir
+            upfront = {"perf/upfront_s": run.upfront_s} if run.config.select.is_offline else {}
+            run.tracker.finish({"status": status, "steps": run.step} | upfront)
+
+
+def _select_offline(config: RunConfig, task: Task) -> tuple[Task, float]:
+    """The task on what offline selection keeps of its samples, and the seconds that took.
+
+    What an earlier process selected in this run directory is used again.
+    """
+    if task.source is None:
+        raise RunError(
+            "source of the task must be the dataset of its pools when select.horizon is .inf, "
+            "got None; pass the directory that PoolStream reads"
+        )
+    report, root = config.run_dir / "offline.json", config.run_dir / "selected"
+    if not report.exists():  # written last
+        shutil.rmtree(root, ignore_errors=True)
+        report.write_text(json.dumps(_select(config, task, task.source), indent=2) + "\n", "utf-8")
+    found = json.loads(report.read_text("utf-8"))
+    pools = PoolStream(
+        root,
+        pool=found["batch_size"],
+        seed=config.seed,
+        **config.data.model_dump(include={"buffer", "num_workers", "memory_gib", "max_errors"}),
+    )
+    return replace(task, pools=pools), found["upfront_s"]
+
+
+def _select(config: RunConfig, task: Task, source: Sources) -> dict[str, float]:
+    """Record, sweep, rank, write; what was found and how long it took."""
+    began, device, select = time.perf_counter(), resolve_device(config.device), config.select
+    num_steps = select.record_steps or config.steps
+    model = copy.deepcopy(task.model).to(device)  # the task's own stays at its start
+    optimizer = build_optimizer(model, config.optimizer)
+    trajectory = record(
+        model,
+        optimizer,
+        task.loss_fn,
+        islice(_whole_pools(config, task, device), num_steps),
+        build_schedule(optimizer, config.schedule, num_steps),
+        config.optimizer.max_grad_norm,
+        limit_gib=select.memory_gib,
+    )
+    objective = trajectory.derivatives.objective
+    derivatives = Derivatives(objective, select.derivative, select.chunk_size)
+    recorded_s = time.perf_counter() - began
+    scores = score_samples(
+        replace(trajectory, derivatives=derivatives),
+        [to_device(batch, device) for batch in task.target],
+        curvature=select.curvature,
+        memory_gib=select.memory_gib,
+    )
+    scored_s = time.perf_counter() - began
+    write_selected(config.run_dir, scores, select.keep_samples, source, config.seed)
+    return {
+        "record_steps": len(trajectory),
+        "batch_size": num_examples(trajectory.batches[0]),
+        "samples_scored": len(scores.keys),
+        "samples_kept": len(scores.top(select.keep_samples)),
+        "record_s": recorded_s,
+        "sweep_s": scored_s - recorded_s,
+        "upfront_s": time.perf_counter() - began,
+    }
+
+
+def _whole_pools(config: RunConfig, task: Task, device: torch.device) -> Iterator[Batch]:
+    """All examples of the pools as they come, in batches of the size that a selection keeps."""
+    for pool in task.pools:
+        size = num_kept(config.select.keep, num_examples(pool))
+        yield from chunks(to_device(pool, device), size)
 
 
 class _Run:
     """The parts of a run and its loop; all that changes is in `state_dict`."""
 
-    def __init__(self, config: RunConfig, task: Task, saved: dict[str, Any] | None) -> None:
-        self.config, self.task, self.step = config, task, 0
+    def __init__(
+        self, config: RunConfig, task: Task, saved: dict[str, Any] | None, upfront_s: float
+    ) -> None:
+        self.config, self.task, self.step, self.upfront_s = config, task, 0, upfront_s
         self.device = resolve_device(config.device)
         self.model = task.model.to(self.device)
         self.target = [to_device(batch, self.device) for batch in task.target]
         self.test = [to_device(batch, self.device) for batch in task.test]
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)
+        options = config.select.selector_options()
         self.selector = Selector(
             self.model,
             self.optimizer,
@@ -119,13 +213,13 @@ class _Run:
             lr_scheduler=self.scheduler,
             max_grad_norm=config.optimizer.max_grad_norm,
             seed=config.seed,
-            **config.select.model_dump(),
+            **options,
         )
-        self.pools = PoolSource(task.pools, self.device, config.select.horizon)
-        self.watch = Stopwatch()
+        self.pools = PoolSource(task.pools, self.device, options["horizon"])
+        self.watch = Stopwatch(upfront_s)
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
         self.tracker = _tracker(config, saved)
-        self.log = RunLog(config.run_dir, self.tracker, task.altered)
+        self.log = RunLog(config.run_dir, self.tracker, task.altered, upfront_s)
         if saved is not None:
             self.load_state_dict(saved)
 
@@ -133,7 +227,7 @@ class _Run:
         """Train to the end of the run, or until a stop is requested; how it ended."""
         config = self.config
         if self.step == 0:
-            self.log.flush(0, 0.0, 0.0, self.evaluate())
+            self.log.flush(0, 0.0, self.upfront_s, self.evaluate())
         remaining = config.steps - self.step
         with Progress(config.steps, every=config.eval_every, description=config.run_name) as bar:
             self.watch.start()
@@ -193,63 +287,6 @@ class _Run:
         for name in ("model", "optimizer", "scheduler", "selector", "pools", "log"):
             getattr(self, name).load_state_dict(state[name])
         restore_generators(state["generators"])
-
-
-def update(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batch: Batch,
-    optimizer: Optimizer,
-    max_grad_norm: float | None,
-    step: int,
-) -> float:
-    """One optimizer step on a batch; its mean loss.
-
-    Raises:
-        FloatingPointError: the loss or the gradient is not finite; nothing was changed.
-    """
-    loss = loss_fn(model, batch).mean()
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads)
-    if not (loss.isfinite() and norm.isfinite()):
-        everyone = torch.arange(num_examples(batch))
-        raise FloatingPointError(
-            f"loss and gradient must be finite, got {loss.item()} and norm {norm.item()} at "
-            f"optimizer step {step} on {describe(batch, everyone)}; lower optimizer.lr or set "
-            "optimizer.max_grad_norm"
-        )
-    if max_grad_norm is not None:
-        nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
-    optimizer.step()
-    return loss.item()
-
-
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The configured optimizer over the parameters that require a gradient."""
-    params = [param for param in model.parameters() if param.requires_grad]
-    decay = config.weight_decay
-    if config.name == "sgd":
-        return torch.optim.SGD(params, config.lr, config.momentum, weight_decay=decay)
-    return torch.optim.AdamW(params, config.lr, config.betas, config.eps, decay)
-
-
-def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> LambdaLR:
-    """The configured schedule, stepped after every optimizer step."""
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / (config.warmup_steps + 1)
-        if config.name == "constant":
-            return 1.0
-        # the last of the steps has the share `final`
-        done = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
-        left = 1 - min(done, 1.0)
-        shape = left if config.name == "linear" else (1 - math.cos(math.pi * left)) / 2
-        return config.final + (1 - config.final) * shape
-
-    return LambdaLR(optimizer, factor)
 
 
 @contextlib.contextmanager

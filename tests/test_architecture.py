@@ -55,9 +55,10 @@ MAY_IMPORT = {
     "checkpoints": {"batches"},
     "run_dir": {"checkpoints", "config"},
     "run_log": {"batches", "selection", "tracking"},
+    "training": {"batches", "config", "objective"},
     "run": {
-        "objective", "batches", "checkpoints", "config", "derivatives", "run_dir", "run_log",
-        "selector", "tracking",
+        "batches", "checkpoints", "config", "data", "derivatives", "objective", "offline",
+        "recording", "run_dir", "run_log", "selection", "selector", "tracking", "training",
     },
     "report": {"report", "yaml_io"},
     "cli_shards": {"data"},
