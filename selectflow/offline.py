@@ -20,11 +20,11 @@ from torch import Tensor
 
 from selectflow.batches import Batch, num_examples
 from selectflow.data import Sources, write_subset
+from selectflow.data.manifest import atomic_file
 from selectflow.derivatives import Curvature
 from selectflow.dynamics import Adjoint
 from selectflow.lookahead import Visit
 from selectflow.params import Params
-from selectflow.snapshots import write_whole
 from selectflow.trajectory import Trajectory
 
 
@@ -166,7 +166,8 @@ def write_scores(folder: str | Path, scores: SampleScores, kept: Iterable[str]) 
         path, content = Path(folder, "scores.parquet"), _parquet(columns)
     else:
         path, content = Path(folder, "scores.csv"), _csv(columns)
-    write_whole(path, content)
+    with atomic_file(path) as file:
+        file.write(content)
     return path
 
 

@@ -8,13 +8,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
 import math
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selectflow.batches import Batch, chunks, num_examples, to_device
+from selectflow.batches import to_device
 from selectflow.checkpoints import (
     Checkpoints,
     PoolSource,
@@ -32,46 +27,15 @@ from selectflow.checkpoints import (
     stop_request,
 )
 from selectflow.config import RunConfig
-from selectflow.data import PoolStream, Sources
-from selectflow.derivatives import Derivatives
-from selectflow.objective import LossFn
-from selectflow.offline import score_samples, write_selected
-from selectflow.recording import record
+from selectflow.offline_run import select_offline
 from selectflow.run_dir import RunError, is_finished, lock, open_run_dir
 from selectflow.run_log import RunLog, Stopwatch
-from selectflow.selection import num_kept
 from selectflow.selector import Selector
+from selectflow.task import Task
 from selectflow.tracking import Progress, Tracker
-from selectflow.training import build_optimizer, build_schedule, update
+from selectflow.training import build_optimizer, build_schedule, resolve_device, update
 
-__all__ = ["RunError", "Task", "train"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained, on what, and how it is judged.
-
-    Attributes:
-        model: the module, initialised.
-        loss_fn: `loss_fn(model, batch)` -> per-example losses, shape (N,).
-        evaluate: `evaluate(model, batches)` -> means by name, such as loss and accuracy.
-        pools: the stream of candidate pools: mappings with a list "key" of sample ids.
-        target: batches that define the goal; never trained on.
-        test: batches that only evaluation sees.
-        altered: ids of training samples with an altered label. For reports: selection never
-            sees them.
-        source: the dataset whose split "train" the pools come from, as `PoolStream` takes it;
-            offline selection reads the kept samples there.
-    """
-
-    model: nn.Module
-    loss_fn: LossFn
-    evaluate: Callable[[nn.Module, Sequence[Batch]], dict[str, float]]
-    pools: Iterable[Batch]
-    target: Sequence[Batch]
-    test: Sequence[Batch]
-    altered: frozenset[str] = frozenset()
-    source: Sources | None = None
+__all__ = ["RunError", "Task", "resolve_device", "train"]
 
 
 def train(config: RunConfig, task: Task) -> Path:
@@ -102,7 +66,7 @@ def train(config: RunConfig, task: Task) -> Path:
         if saved is None and is_finished(run_dir):
             return run_dir
         if config.select.is_offline:  # a signal ends it at once: there is nothing to save yet
-            task, upfront_s = _select_offline(config, task)
+            task, upfront_s = select_offline(config, task)
         _train(_Run(config, task, saved, upfront_s))
     return run_dir
 
@@ -121,74 +85,6 @@ def _train(run: _Run) -> None:
             run.log.close()
             upfront = {"perf/upfront_s": run.upfront_s} if run.config.select.is_offline else {}
             run.tracker.finish({"status": status, "steps": run.step} | upfront)
-
-
-def _select_offline(config: RunConfig, task: Task) -> tuple[Task, float]:
-    """The task on what offline selection keeps of its samples, and the seconds that took.
-
-    What an earlier process selected in this run directory is used again.
-    """
-    if task.source is None:
-        raise RunError(
-            "source of the task must be the dataset of its pools when select.horizon is .inf, "
-            "got None; pass the directory that PoolStream reads"
-        )
-    report, root = config.run_dir / "offline.json", config.run_dir / "selected"
-    if not report.exists():  # written last
-        shutil.rmtree(root, ignore_errors=True)
-        report.write_text(json.dumps(_select(config, task, task.source), indent=2) + "\n", "utf-8")
-    found = json.loads(report.read_text("utf-8"))
-    pools = PoolStream(
-        root,
-        pool=found["batch_size"],
-        seed=config.seed,
-        **config.data.model_dump(include={"buffer", "num_workers", "memory_gib", "max_errors"}),
-    )
-    return replace(task, pools=pools), found["upfront_s"]
-
-
-def _select(config: RunConfig, task: Task, source: Sources) -> dict[str, float]:
-    """Record, sweep, rank, write; what was found and how long it took."""
-    began, device, select = time.perf_counter(), resolve_device(config.device), config.select
-    num_steps = select.record_steps or config.steps
-    model = copy.deepcopy(task.model).to(device)  # the task's own stays at its start
-    optimizer = build_optimizer(model, config.optimizer)
-    trajectory = record(
-        model,
-        optimizer,
-        task.loss_fn,
-        islice(_whole_pools(config, task, device), num_steps),
-        build_schedule(optimizer, config.schedule, num_steps),
-        config.optimizer.max_grad_norm,
-        limit_gib=select.memory_gib,
-    )
-    objective = trajectory.derivatives.objective
-    derivatives = Derivatives(objective, select.derivative, select.chunk_size)
-    recorded_s = time.perf_counter() - began
-    scores = score_samples(
-        replace(trajectory, derivatives=derivatives),
-        [to_device(batch, device) for batch in task.target],
-        curvature=select.curvature,
-        memory_gib=select.memory_gib,
-    )
-    scored_s = time.perf_counter() - began
-    write_selected(config.run_dir, scores, select.keep_samples, source, config.seed)
-    return {
-        "record_steps": len(trajectory),
-        "batch_size": num_examples(trajectory.batches[0]),
-        "samples_scored": len(scores.keys),
-        "samples_kept": len(scores.top(select.keep_samples)),
-        "record_s": recorded_s,
-        "sweep_s": scored_s - recorded_s,
-        "upfront_s": time.perf_counter() - began,
-    }
-
-
-def _whole_pools(config: RunConfig, task: Task, device: torch.device) -> Iterator[Batch]:
-    """All examples of the pools as they come, in batches of the size that a selection keeps."""
-    for pool in task.pools:
-        size = num_kept(config.select.keep, num_examples(pool))
-        yield from chunks(to_device(pool, device), size)
 
 
 class _Run:
@@ -299,24 +195,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The configured device; "auto" is an accelerator where there is one.
-
-    Raises:
-        RunError: the device is not there.
-    """
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    device = torch.device(name)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or ["it is not there"])[0]
-        raise RunError(f"device must be usable, got {name!r} ({reason}); use auto") from error
-    return device
 
 
 def _tracker(config: RunConfig, saved: dict[str, Any] | None) -> Tracker:

@@ -1,4 +1,4 @@
-"""One optimizer step, and the optimizer and schedule that a configuration names."""
+"""One optimizer step; the optimizer, schedule and device that a configuration names."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from selectflow.batches import Batch, describe, num_examples
 from selectflow.config import OptimizerConfig, ScheduleConfig
 from selectflow.objective import LossFn
+from selectflow.run_dir import RunError
 
 
 def update(
@@ -69,3 +70,21 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> 
         return config.final + (1 - config.final) * shape
 
     return LambdaLR(optimizer, factor)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The configured device; "auto" is an accelerator where there is one.
+
+    Raises:
+        RunError: the device is not there.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    device = torch.device(name)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or ["it is not there"])[0]
+        raise RunError(f"device must be usable, got {name!r} ({reason}); use auto") from error
+    return device

@@ -40,8 +40,7 @@ MAY_IMPORT = {
         "reruns", "trajectory",
     },
     "offline": {
-        "batches", "data", "derivatives", "dynamics", "lookahead", "params", "snapshots",
-        "trajectory",
+        "batches", "data", "derivatives", "dynamics", "lookahead", "params", "trajectory",
     },
     "sparse": {"derivatives", "dynamics", "lookahead", "params", "trajectory"},
     "audit_config": {"config_errors", "yaml_io"},
@@ -55,10 +54,15 @@ MAY_IMPORT = {
     "checkpoints": {"batches"},
     "run_dir": {"checkpoints", "config"},
     "run_log": {"batches", "selection", "tracking"},
-    "training": {"batches", "config", "objective"},
+    "task": {"batches", "data", "objective"},
+    "training": {"batches", "config", "objective", "run_dir"},
+    "offline_run": {
+        "batches", "config", "data", "derivatives", "offline", "recording", "run_dir",
+        "selection", "task", "training", "trajectory",
+    },
     "run": {
-        "batches", "checkpoints", "config", "data", "derivatives", "objective", "offline",
-        "recording", "run_dir", "run_log", "selection", "selector", "tracking", "training",
+        "batches", "checkpoints", "config", "offline_run", "run_dir", "run_log", "selector",
+        "task", "tracking", "training",
     },
     "report": {"report", "yaml_io"},
     "cli_shards": {"data"},
