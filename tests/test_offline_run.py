@@ -1,4 +1,4 @@
-"""A run with an infinite horizon: what it keeps, what it counts, and that it resumes as the same."""
+"""A run with an infinite horizon: what it keeps, what it counts, that it resumes as the same."""
 
 import json
 from dataclasses import replace
