@@ -38,9 +38,10 @@ def train():
 @pytest.mark.parametrize("horizon", [0, 1])
 def test_influence_beats_uniform_on_noised_digits_at_equal_steps(train, tmp_path, horizon):
     gains, altered = [], []
+    lookahead = {"select.horizon": horizon, "select.interval": 1}
     for seed in SEEDS:
         uniform = train(tmp_path, "digits_uniform", seed, steps=800)
-        chosen = train(tmp_path, "digits_online", seed, steps=800, **{"select.horizon": horizon})
+        chosen = train(tmp_path, "digits_online", seed, steps=800, **lookahead)
         gains.append(chosen["test/accuracy"] - uniform["test/accuracy"])
         ledger = (tmp_path / "run" / "selection.jsonl").read_text().splitlines()
         altered.append(kept_altered(tmp_path / f"data-{seed}", map(json.loads, ledger)))

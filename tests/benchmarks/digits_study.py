@@ -29,9 +29,9 @@ SETTINGS = {
 METHODS = {
     "uniform": {"config": "digits_uniform", "steps": 8000},
     "loss": {"select.strategy": "loss"},
-    "influence-h0": {"select.horizon": 0},
+    "influence-h0": {"select.horizon": 0, "select.interval": 1},
     "influence-h0-k4": {"select.horizon": 0, "select.interval": 4},
-    "influence-h1": {"select.horizon": 1},
+    "influence-h1": {"select.horizon": 1, "select.interval": 1},
     "influence-h4": {"select.horizon": 4, "select.interval": 4},
 }
 
