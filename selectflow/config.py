@@ -184,6 +184,12 @@ class SelectConfig(_Section):
     record_steps: Count | None = Field(
         default=None, description="optimizer steps of the recorded run (offline); null: steps"
     )
+    record_lr: float | None = Field(
+        default=None,
+        gt=0,
+        description="learning rate of the recorded run (offline): scores are the more faithful "
+        "the smaller it is; null: optimizer.lr",
+    )
     keep_samples: float = Field(
         default=0.5, gt=0, le=1, description="share of the recorded samples kept (offline)"
     )
@@ -195,7 +201,7 @@ class SelectConfig(_Section):
 
     def selector_options(self) -> dict[str, Any]:
         """Arguments of `Selector`; after offline selection it only passes pools on."""
-        options = self.model_dump(exclude={"record_steps", "keep_samples"})
+        options = self.model_dump(exclude={"record_steps", "record_lr", "keep_samples"})
         if self.is_offline:
             options |= {"strategy": "uniform", "horizon": 0, "keep": 1.0}
         return options

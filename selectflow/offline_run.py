@@ -93,7 +93,8 @@ def _record(config: RunConfig, task: Task) -> Trajectory:
     select, device = config.select, resolve_device(config.device)
     num_steps = select.record_steps or config.steps
     model = copy.deepcopy(task.model).to(device)
-    optimizer = build_optimizer(model, config.optimizer)
+    lr = select.record_lr or config.optimizer.lr
+    optimizer = build_optimizer(model, config.optimizer.model_copy(update={"lr": lr}))
     trajectory = record(
         model,
         optimizer,

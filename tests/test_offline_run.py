@@ -8,6 +8,7 @@ import torch
 from test_resume import OPTIONS, Killed, assert_same, killed_at, outcome
 from test_run import ROOT, config, digits, loss_fn, read_lines, run_trainer, task
 
+from selectflow.config import OptimizerConfig
 from selectflow.data import PoolStream, read_manifest, read_metadata, read_split
 from selectflow.offline import score_samples
 from selectflow.recording import record
@@ -16,7 +17,13 @@ from selectflow.training import build_optimizer
 
 __all__ = ["digits"]  # the fixture
 
-OFFLINE = {"horizon": float("inf"), "record_steps": 40, "keep_samples": 0.25, "derivative": "exact"}
+OFFLINE = {
+    "horizon": float("inf"),
+    "record_steps": 40,
+    "record_lr": 1e-3,
+    "keep_samples": 0.25,
+    "derivative": "exact",
+}
 
 
 def offline_task(root, pools=None):
@@ -35,7 +42,7 @@ def test_a_run_keeps_what_the_sweep_over_a_run_on_everything_ranks_best(digits, 
     options, made = offline_config(tmp_path), offline_task(digits)
     run_dir = train(options, made)
     by_hand, stream = task(digits), PoolStream(digits, pool=8, seed=0)  # pools of 32, cut into 8s
-    optimizer = build_optimizer(by_hand.model, options.optimizer)
+    optimizer = build_optimizer(by_hand.model, OptimizerConfig(lr=1e-3))
     batches = [next(stream) for _ in range(40)]
     scores = score_samples(record(by_hand.model, optimizer, loss_fn, batches), by_hand.target)
     assert len(scores.keys) == 320
@@ -125,4 +132,4 @@ def test_the_shipped_configuration_keeps_fewer_altered_labels_than_the_stream(tm
     run_dir = tmp_path / "runs/digits_offline-s0"
     kept = [sample["__key__"] for sample in read_split(run_dir / "selected", "train")]
     assert len(kept) == pytest.approx(1197 / 2, abs=1)
-    assert sum(key in altered for key in kept) / len(kept) < 0.35
+    assert sum(key in altered for key in kept) / len(kept) < 0.25
