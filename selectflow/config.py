@@ -182,7 +182,9 @@ class SelectConfig(_Section):
         "snapshots of the recorded run",
     )
     record_steps: Count | None = Field(
-        default=None, description="optimizer steps of the recorded run (offline); null: steps"
+        default=None,
+        description="optimizer steps of the recorded run (offline), whose batches are held in "
+        "memory; null: steps",
     )
     record_lr: float | None = Field(
         default=None,
