@@ -1,6 +1,7 @@
 """The configuration of a run: its fields, its ranges, and errors that name all that is wrong."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,11 @@ def _is_keep(value: object) -> bool:
     return is_count or (isinstance(value, float) and 0 < value <= 1)
 
 
+def _is_horizon(value: object) -> bool:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_count or value == math.inf
+
+
 def _matches(pattern: str) -> Callable[[object], object]:
     return lambda value: isinstance(value, str) and re.fullmatch(pattern, value)
 
@@ -41,6 +47,10 @@ Directory = Annotated[Path, Field(strict=False)]
 Keep = Annotated[
     Count | Annotated[float, Field(gt=0, le=1)],
     _must_be("a count (integer >= 1) or a fraction in (0, 1]", _is_keep),
+]
+Horizon = Annotated[
+    Annotated[int, Field(ge=0)] | Annotated[float, Field(allow_inf_nan=True)],
+    _must_be("an integer >= 0 or .inf", _is_horizon),
 ]
 RunName = Annotated[
     str,
@@ -146,8 +156,10 @@ class SelectConfig(_Section):
     keep: Keep = Field(
         default=16, description="B: examples kept of a pool, or the fraction of it kept"
     )
-    horizon: int = Field(
-        default=1, ge=0, description="H: optimizer updates from scoring to reading the target loss"
+    horizon: Horizon = Field(
+        default=1,
+        description="H: optimizer updates from scoring to reading the target loss; .inf: offline, "
+        "a run on everything is recorded first, and only its best samples are trained on",
     )
     interval: Count = Field(default=1, description="K: optimizer steps between two look-aheads")
     derivative: Literal["auto", "exact", "central"] = Field(
@@ -164,8 +176,37 @@ class SelectConfig(_Section):
         default=None, description="examples scored at once; null: the whole pool"
     )
     memory_gib: float = Field(
-        default=1.0, gt=0, description="memory for the look-ahead's states, in GiB"
+        default=1.0,
+        gt=0,
+        description="memory for the look-ahead's states, in GiB; offline, as much again for the "
+        "snapshots of the recorded run",
     )
+    record_steps: Count | None = Field(
+        default=None,
+        description="optimizer steps of the recorded run (offline), whose batches are held in "
+        "memory; null: steps",
+    )
+    record_lr: float | None = Field(
+        default=None,
+        gt=0,
+        description="learning rate of the recorded run (offline): scores are the more faithful "
+        "the smaller it is; null: optimizer.lr",
+    )
+    keep_samples: float = Field(
+        default=0.5, gt=0, le=1, description="share of the recorded samples kept (offline)"
+    )
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether samples are selected once, before the training run."""
+        return self.horizon == math.inf
+
+    def selector_options(self) -> dict[str, Any]:
+        """Arguments of `Selector`; after offline selection it only passes pools on."""
+        options = self.model_dump(exclude={"record_steps", "record_lr", "keep_samples"})
+        if self.is_offline:
+            options |= {"strategy": "uniform", "horizon": 0, "keep": 1.0}
+        return options
 
 
 class TrackConfig(_Section):
@@ -240,6 +281,12 @@ def _disagreements(values: Mapping[str, Any]) -> Iterator[str]:
     keep, pool = _get(values, "select", "keep"), _get(values, "data", "pool")
     if isinstance(keep, int) and isinstance(pool, int) and keep > pool:
         yield f"select.keep must be <= data.pool ({pool}), got {keep}; keep fewer or enlarge it"
+    horizon, strategy = _get(values, "select", "horizon"), _get(values, "select", "strategy")
+    if horizon == math.inf and strategy in ("uniform", "loss"):
+        yield (
+            f"select.strategy must be influence when select.horizon is .inf, got {strategy!r}; "
+            "give a finite horizon"
+        )
     if _get(values, "data", "name") == "shards" and _get(values, "data", "root") is None:
         yield "data.root must be a directory when data.name is 'shards', got None; set data.root"
 

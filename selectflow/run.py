@@ -1,25 +1,23 @@
 """A configuration becomes a run directory: the training loop.
 
 `runs/<name>/` holds `config.yaml` (resolved), `metrics.jsonl`, `selection.jsonl`,
-`checkpoints/step-*.pt` and `summary.json`.
+`checkpoints/step-*.pt` and `summary.json`; after offline selection also the score file,
+`selected/` (shards) and `offline.json` (what selecting took).
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from selectflow.batches import Batch, describe, num_examples, to_device
+from selectflow.batches import to_device
 from selectflow.checkpoints import (
     Checkpoints,
     PoolSource,
@@ -28,38 +26,16 @@ from selectflow.checkpoints import (
     restore_generators,
     stop_request,
 )
-from selectflow.config import OptimizerConfig, RunConfig, ScheduleConfig
-from selectflow.objective import LossFn
+from selectflow.config import RunConfig
+from selectflow.offline_run import select_offline
 from selectflow.run_dir import RunError, is_finished, lock, open_run_dir
 from selectflow.run_log import RunLog, Stopwatch
 from selectflow.selector import Selector
+from selectflow.task import Task
 from selectflow.tracking import Progress, Tracker
+from selectflow.training import build_optimizer, build_schedule, resolve_device, update
 
-__all__ = ["RunError", "Task", "train"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained, on what, and how it is judged.
-
-    Attributes:
-        model: the module, initialised.
-        loss_fn: `loss_fn(model, batch)` -> per-example losses, shape (N,).
-        evaluate: `evaluate(model, batches)` -> means by name, such as loss and accuracy.
-        pools: the stream of candidate pools: mappings with a list "key" of sample ids.
-        target: batches that define the goal; never trained on.
-        test: batches that only evaluation sees.
-        altered: ids of training samples with an altered label. For reports: selection never
-            sees them.
-    """
-
-    model: nn.Module
-    loss_fn: LossFn
-    evaluate: Callable[[nn.Module, Sequence[Batch]], dict[str, float]]
-    pools: Iterable[Batch]
-    target: Sequence[Batch]
-    test: Sequence[Batch]
-    altered: frozenset[str] = frozenset()
+__all__ = ["RunError", "Task", "resolve_device", "train"]
 
 
 def train(config: RunConfig, task: Task) -> Path:
@@ -68,6 +44,9 @@ def train(config: RunConfig, task: Task) -> Path:
     With `resume: auto` a run that was killed goes on from its newest checkpoint, and gives the
     same samples, scores, losses and weights as one that was not. SIGTERM and Ctrl-C let the
     running step end, save, and stop.
+
+    With `select.horizon: .inf` a copy of the model is first trained on everything, and only the
+    samples that helped most are trained on; the clock starts with the seconds that this took.
 
     Args:
         config: the run.
@@ -82,12 +61,20 @@ def train(config: RunConfig, task: Task) -> Path:
             before that step, in the newest checkpoint.
     """
     run_dir = config.run_dir
-    with lock(run_dir), stop_request() as stop:
-        saved = open_run_dir(config)
+    with lock(run_dir):
+        saved, upfront_s = open_run_dir(config), 0.0
         if saved is None and is_finished(run_dir):
             return run_dir
-        run = _Run(config, task, saved)
-        status = "failed"
+        if config.select.is_offline:  # a signal ends it at once: there is nothing to save yet
+            task, upfront_s = select_offline(config, task)
+        _train(_Run(config, task, saved, upfront_s))
+    return run_dir
+
+
+def _train(run: _Run) -> None:
+    """Run the loop; the log, the tracker and, after a bad loss, the weights are kept."""
+    status = "failed"
+    with stop_request() as stop:
         try:
             status = run.loop(stop)
         except FloatingPointError:
@@ -96,21 +83,24 @@ def train(config: RunConfig, task: Task) -> Path:
             raise
         finally:
             run.log.close()
-            run.tracker.finish({"status": status, "steps": run.step})
-    return run_dir
+            upfront = {"perf/upfront_s": run.upfront_s} if run.config.select.is_offline else {}
+            run.tracker.finish({"status": status, "steps": run.step} | upfront)
 
 
 class _Run:
     """The parts of a run and its loop; all that changes is in `state_dict`."""
 
-    def __init__(self, config: RunConfig, task: Task, saved: dict[str, Any] | None) -> None:
-        self.config, self.task, self.step = config, task, 0
+    def __init__(
+        self, config: RunConfig, task: Task, saved: dict[str, Any] | None, upfront_s: float
+    ) -> None:
+        self.config, self.task, self.step, self.upfront_s = config, task, 0, upfront_s
         self.device = resolve_device(config.device)
         self.model = task.model.to(self.device)
         self.target = [to_device(batch, self.device) for batch in task.target]
         self.test = [to_device(batch, self.device) for batch in task.test]
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)
+        options = config.select.selector_options()
         self.selector = Selector(
             self.model,
             self.optimizer,
@@ -119,13 +109,13 @@ class _Run:
             lr_scheduler=self.scheduler,
             max_grad_norm=config.optimizer.max_grad_norm,
             seed=config.seed,
-            **config.select.model_dump(),
+            **options,
         )
-        self.pools = PoolSource(task.pools, self.device, config.select.horizon)
-        self.watch = Stopwatch()
+        self.pools = PoolSource(task.pools, self.device, options["horizon"])
+        self.watch = Stopwatch(upfront_s)
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
         self.tracker = _tracker(config, saved)
-        self.log = RunLog(config.run_dir, self.tracker, task.altered)
+        self.log = RunLog(config.run_dir, self.tracker, task.altered, upfront_s)
         if saved is not None:
             self.load_state_dict(saved)
 
@@ -133,7 +123,7 @@ class _Run:
         """Train to the end of the run, or until a stop is requested; how it ended."""
         config = self.config
         if self.step == 0:
-            self.log.flush(0, 0.0, 0.0, self.evaluate())
+            self.log.flush(0, 0.0, self.upfront_s, self.evaluate())
         remaining = config.steps - self.step
         with Progress(config.steps, every=config.eval_every, description=config.run_name) as bar:
             self.watch.start()
@@ -195,63 +185,6 @@ class _Run:
         restore_generators(state["generators"])
 
 
-def update(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batch: Batch,
-    optimizer: Optimizer,
-    max_grad_norm: float | None,
-    step: int,
-) -> float:
-    """One optimizer step on a batch; its mean loss.
-
-    Raises:
-        FloatingPointError: the loss or the gradient is not finite; nothing was changed.
-    """
-    loss = loss_fn(model, batch).mean()
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads)
-    if not (loss.isfinite() and norm.isfinite()):
-        everyone = torch.arange(num_examples(batch))
-        raise FloatingPointError(
-            f"loss and gradient must be finite, got {loss.item()} and norm {norm.item()} at "
-            f"optimizer step {step} on {describe(batch, everyone)}; lower optimizer.lr or set "
-            "optimizer.max_grad_norm"
-        )
-    if max_grad_norm is not None:
-        nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
-    optimizer.step()
-    return loss.item()
-
-
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The configured optimizer over the parameters that require a gradient."""
-    params = [param for param in model.parameters() if param.requires_grad]
-    decay = config.weight_decay
-    if config.name == "sgd":
-        return torch.optim.SGD(params, config.lr, config.momentum, weight_decay=decay)
-    return torch.optim.AdamW(params, config.lr, config.betas, config.eps, decay)
-
-
-def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> LambdaLR:
-    """The configured schedule, stepped after every optimizer step."""
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / (config.warmup_steps + 1)
-        if config.name == "constant":
-            return 1.0
-        # the last of the steps has the share `final`
-        done = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
-        left = 1 - min(done, 1.0)
-        shape = left if config.name == "linear" else (1 - math.cos(math.pi * left)) / 2
-        return config.final + (1 - config.final) * shape
-
-    return LambdaLR(optimizer, factor)
-
-
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, and back to the mode of before."""
@@ -262,24 +195,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The configured device; "auto" is an accelerator where there is one.
-
-    Raises:
-        RunError: the device is not there.
-    """
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    device = torch.device(name)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or ["it is not there"])[0]
-        raise RunError(f"device must be usable, got {name!r} ({reason}); use auto") from error
-    return device
 
 
 def _tracker(config: RunConfig, saved: dict[str, Any] | None) -> Tracker:

@@ -17,8 +17,8 @@ from selectflow.tracking import Tracker
 class Stopwatch:
     """Seconds of training: runs between `start` and `stop`, any number of times."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0  # up to the last stop
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds  # up to the last stop
         self._started: float | None = None
 
     def start(self) -> None:
@@ -44,14 +44,17 @@ class RunLog:
         run_dir: where the ledger is written.
         tracker: takes the metrics.
         altered: ids of the samples whose label was altered, to report how many are kept.
+        upfront_s: seconds of selection before the first step.
     """
 
-    def __init__(self, run_dir: Path, tracker: Tracker, altered: frozenset[str]) -> None:
+    def __init__(
+        self, run_dir: Path, tracker: Tracker, altered: frozenset[str], upfront_s: float = 0.0
+    ) -> None:
         self._tracker, self._altered = tracker, altered
         self._ledger = (run_dir / "selection.jsonl").open("a", encoding="utf-8")
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
-        self._select_s = self._wall_s_before = 0.0
+        self._select_s = self._wall_s_before = upfront_s
         self._text: dict[str, float] = {}
 
     def close(self) -> None:

@@ -9,6 +9,25 @@ from torch import Tensor
 from selectflow.batches import Batch
 
 
+def num_kept(keep: int | float, size: int) -> int:
+    """How many examples of a pool are kept.
+
+    Args:
+        keep: a count, or a float in (0, 1]: a fraction of the pool, at least one example.
+        size: examples in the pool.
+
+    Raises:
+        ValueError: the pool is smaller than the count.
+    """
+    num = max(1, round(keep * size)) if isinstance(keep, float) else keep
+    if size < num:
+        raise ValueError(
+            f"a pool must hold at least keep = {num} examples, got {size}; "
+            "lower keep, give it as a fraction, or drop the last partial pool"
+        )
+    return num
+
+
 @dataclass(frozen=True)
 class Selection:
     """What was kept of one pool, and why.

@@ -20,7 +20,7 @@ from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
 from selectflow.objective import LossFn, Objective, check_finite
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
-from selectflow.selection import Selection
+from selectflow.selection import Selection, num_kept
 from selectflow.strategies import Candidates, Strategy, resolve
 
 NominalChoice = Literal["random", "policy"]
@@ -158,13 +158,13 @@ class Selector:
         """
         began = time.perf_counter()
         size = num_examples(pool)
-        num_kept = self._num_kept(size)
+        size_kept = num_kept(self._keep, size)
         scoring = _Scoring(self, pool, upcoming, self._optimizer.num_steps())
         try:
             scores = self._scores(scoring, size)
         except FloatingPointError as error:
             raise FloatingPointError(f"at optimizer step {scoring.step}: {error}") from error
-        indices = scores.argsort(descending=True, stable=True)[:num_kept]
+        indices = scores.argsort(descending=True, stable=True)[:size_kept]
         ahead = self._ahead
         self.last = Selection(
             pool=pool,
@@ -200,16 +200,6 @@ class Selector:
             )
         check_finite("scores", scores, scoring.pool)
         return scores
-
-    def _num_kept(self, size: int) -> int:
-        keep = self._keep
-        num = max(1, round(keep * size)) if isinstance(keep, float) else keep
-        if size < num:
-            raise ValueError(
-                f"a pool must hold at least keep = {num} examples, got {size}; "
-                "lower keep, give it as a fraction, or drop the last partial pool"
-            )
-        return num
 
     def _peek(self, source: Iterator[Batch]) -> Iterator[Batch]:
         """The pools to come, remembered for `stream` as they are drawn."""
@@ -254,14 +244,14 @@ class Selector:
         def random(index: int, _: State) -> Batch:
             size = num_examples(pools[index])
             order = torch.randperm(size, generator=self._generator)
-            return take(pools[index], order[: self._num_kept(size)])
+            return take(pools[index], order[: num_kept(self._keep, size)])
 
         def policy(index: int, state: State) -> Batch:
             # A sensitivity of its own for each simulated step: a stale one misleads.
             gamma = immediate(self._derivatives, updates[index], state, target).sensitivities[0]
             _, slopes = self._derivatives.along(state.params, gamma, pools[index])
             order = slopes.argsort(stable=True)
-            return take(pools[index], order[: self._num_kept(len(order))])
+            return take(pools[index], order[: num_kept(self._keep, len(order))])
 
         nominal = random if self._nominal == "random" else policy
         return look_ahead(

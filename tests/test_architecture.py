@@ -39,6 +39,9 @@ MAY_IMPORT = {
         "assumptions", "batches", "derivatives", "dynamics", "lookahead", "params", "recording",
         "reruns", "trajectory",
     },
+    "offline": {
+        "batches", "data", "derivatives", "dynamics", "lookahead", "params", "trajectory",
+    },
     "sparse": {"derivatives", "dynamics", "lookahead", "params", "trajectory"},
     "audit_config": {"config_errors", "yaml_io"},
     "audit_settings": {"audit_config", "batches", "recording", "trajectory"},
@@ -51,9 +54,15 @@ MAY_IMPORT = {
     "checkpoints": {"batches"},
     "run_dir": {"checkpoints", "config"},
     "run_log": {"batches", "selection", "tracking"},
+    "task": {"batches", "data", "objective"},
+    "training": {"batches", "config", "objective", "run_dir"},
+    "offline_run": {
+        "batches", "config", "data", "derivatives", "offline", "recording", "run_dir",
+        "selection", "task", "training", "trajectory",
+    },
     "run": {
-        "objective", "batches", "checkpoints", "config", "derivatives", "run_dir", "run_log",
-        "selector", "tracking",
+        "batches", "checkpoints", "config", "offline_run", "run_dir", "run_log", "selector",
+        "task", "tracking", "training",
     },
     "report": {"report", "yaml_io"},
     "cli_shards": {"data"},
@@ -102,7 +111,7 @@ def test_importing_selectflow_is_light():
     """Neither the data and tracking libraries nor heavy integrations come with the import."""
     heavy = (
         "wandb webdataset torchvision matplotlib transformers peft lightning optuna sklearn "
-        "safetensors"
+        "safetensors pyarrow"
     )
     code = f"import sys, selectflow; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run(

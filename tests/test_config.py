@@ -1,6 +1,7 @@
 """Configuration: what is accepted, what is refused, and that everything wrong is said at once."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -92,6 +93,26 @@ def test_keep_is_a_count_or_a_fraction_by_its_type(tmp_path, text, keep):
 def test_other_values_of_keep_are_refused_once(tmp_path, text):
     (line,) = problems(write(tmp_path, "name: a"), f"select.keep={text}")
     assert line.startswith("select.keep must be a count (integer >= 1) or a fraction in (0, 1]")
+
+
+@pytest.mark.parametrize("text", ["-1", "1.0", "-.inf", ".nan", "true", "'inf'", "null"])
+def test_a_horizon_is_a_count_or_infinite(tmp_path, text):
+    path = write(tmp_path, "name: a")
+    (line,) = problems(path, f"select.horizon={text}")
+    assert line.startswith("select.horizon must be an integer >= 0 or .inf, got ")
+    offline = load(path, ["select.horizon=.inf"])
+    assert (offline.select.horizon, offline.select.is_offline) == (math.inf, True)
+    assert load(write(tmp_path, to_yaml(offline))) == offline
+    assert problems(path, "select.horizon=.inf", "select.strategy=loss") == [
+        "select.strategy must be influence when select.horizon is .inf, got 'loss'; "
+        "give a finite horizon"
+    ]
+
+
+@pytest.mark.parametrize("text", ["0", "1.01", "-0.5", ".inf"])
+def test_the_share_of_kept_samples_is_in_its_range(tmp_path, text):
+    (line,) = problems(write(tmp_path, "name: a"), f"select.keep_samples={text}")
+    assert line.startswith("select.keep_samples must be ")
 
 
 def test_later_overrides_win_over_earlier_ones_and_over_the_file(tmp_path):

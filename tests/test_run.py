@@ -13,8 +13,9 @@ from torch import nn
 
 from selectflow.config import RunConfig, ScheduleConfig
 from selectflow.data import PoolStream, make_digits, read_batches, read_metadata
-from selectflow.run import RunError, Task, build_schedule, resolve_device, train
+from selectflow.run import RunError, Task, resolve_device, train
 from selectflow.run_log import Stopwatch
+from selectflow.training import build_schedule
 
 ROOT = Path(__file__).parents[1]
 

@@ -111,6 +111,7 @@ def build_task(config: RunConfig) -> Task:
         target=target,
         test=test,
         altered=frozenset(key for key, made in metadata.items() if made.get("altered")),
+        source=data.directory,
     )
 
 

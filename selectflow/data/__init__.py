@@ -1,6 +1,7 @@
 """WebDataset shards: written, read back, streamed as pools; built-in datasets."""
 
 from selectflow.data.build import Layout
+from selectflow.data.catalog import Sources
 from selectflow.data.digits import make_digits
 from selectflow.data.images import make_folder, make_torchvision
 from selectflow.data.inspect import contact_sheet, head, verify
@@ -10,6 +11,7 @@ from selectflow.data.shards import write_split
 from selectflow.data.source_text import make_code
 from selectflow.data.splits import read_batches, read_metadata, read_split
 from selectflow.data.stream import PoolStream
+from selectflow.data.subset import write_subset
 
 __all__ = [
     "Cache",
@@ -18,6 +20,7 @@ __all__ = [
     "Manifest",
     "PoolStream",
     "Shard",
+    "Sources",
     "contact_sheet",
     "head",
     "make_code",
@@ -31,4 +34,5 @@ __all__ = [
     "verify",
     "write_manifest",
     "write_split",
+    "write_subset",
 ]

@@ -1,0 +1,39 @@
+"""What a run trains, on what, and how it is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from selectflow.batches import Batch
+from selectflow.data import Sources
+from selectflow.objective import LossFn
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, and how it is judged.
+
+    Attributes:
+        model: the module, initialised.
+        loss_fn: `loss_fn(model, batch)` -> per-example losses, shape (N,).
+        evaluate: `evaluate(model, batches)` -> means by name, such as loss and accuracy.
+        pools: the stream of candidate pools: mappings with a list "key" of sample ids.
+        target: batches that define the goal; never trained on.
+        test: batches that only evaluation sees.
+        altered: ids of training samples with an altered label. For reports: selection never
+            sees them.
+        source: the dataset whose split "train" the pools come from, as `PoolStream` takes it;
+            offline selection reads the kept samples there.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    evaluate: Callable[[nn.Module, Sequence[Batch]], dict[str, float]]
+    pools: Iterable[Batch]
+    target: Sequence[Batch]
+    test: Sequence[Batch]
+    altered: frozenset[str] = frozenset()
+    source: Sources | None = None
