@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from selectflow.batches import Batch, describe, num_examples
-from selectflow.config import OptimizerConfig, ScheduleConfig
+from selectflow.config_sections import OptimizerConfig, ScheduleConfig
 from selectflow.objective import LossFn
 from selectflow.run_dir import RunError
 

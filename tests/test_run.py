@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selectflow.config import RunConfig, ScheduleConfig
+from selectflow.config import RunConfig
+from selectflow.config_sections import ScheduleConfig
 from selectflow.data import PoolStream, make_digits, read_batches, read_metadata
 from selectflow.run import RunError, Task, resolve_device, train
 from selectflow.run_log import Stopwatch

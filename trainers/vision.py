@@ -19,7 +19,8 @@ import torchvision
 from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
-from selectflow.config import ModelConfig, RunConfig, load
+from selectflow.config import RunConfig, load
+from selectflow.config_sections import ModelConfig
 from selectflow.data import PoolStream, make_digits, read_batches, read_metadata
 from selectflow.run import Task, train
 
