@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "derivatives": {"objective", "batches", "params"},
     "lookahead": {"batches", "derivatives", "dynamics", "params"},
     "strategies": {"batches"},
+    "language": {"batches"},
     "selection": {"batches"},
     "selector": {
         "batches", "derivatives", "dynamics", "lookahead", "objective", "optimizers", "params",
