@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "horizons": set(),
     "lookahead": {"batches", "derivatives", "dynamics", "params"},
     "strategies": {"batches"},
+    "language": {"batches"},
     "selection": {"batches"},
     "selector": {
         "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective", "optimizers",
