@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ def mlp(config: MLPModel) -> nn.Module:
     """Linear layers from 64 pixels to 10 classes."""
     widths = [64, *config.hidden]
     layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[config.activation]()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], 10))
 

@@ -13,9 +13,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from selectflow.audit_config import AuditConfig, Model
 from selectflow.audit_images import cnn, digits, image_loss, mlp
-from selectflow.audit_text import gpt2, llama, source_blocks, token_loss
+from selectflow.audit_text import gpt2, llama, source_blocks, with_lora
 from selectflow.batches import Batch, num_examples, take
 from selectflow.config_errors import ConfigError
+from selectflow.language import causal_lm_losses
 from selectflow.objective import LossFn
 from selectflow.recording import record
 from selectflow.trajectory import Trajectory
@@ -28,18 +29,20 @@ class Problem(NamedTuple):
         build: section of the configuration -> model with fresh weights.
         examples: section -> all examples there are, a mapping of tensors.
         loss_fn: per-example losses.
+        adapt: section, model -> what of it is recorded, made after the steps before the recording.
     """
 
     build: Callable[[Any], nn.Module]
     examples: Callable[[Any], Batch]
     loss_fn: LossFn
+    adapt: Callable[[Any, nn.Module], nn.Module] = lambda _, model: model
 
 
 PROBLEMS = {
     "mlp": Problem(mlp, lambda _: digits(), image_loss),
     "cnn": Problem(cnn, lambda _: digits(), image_loss),
-    "gpt2": Problem(gpt2, source_blocks, token_loss),
-    "llama": Problem(llama, source_blocks, token_loss),
+    "gpt2": Problem(gpt2, source_blocks, causal_lm_losses),
+    "llama": Problem(llama, source_blocks, causal_lm_losses, with_lora),
 }
 
 
@@ -70,9 +73,8 @@ class Setting:
         """
         config = self.config
         model = self.model().to(self._dtype)
-        optimizer = torch.optim.AdamW(
-            _trained(model).values(), lr, config.betas, config.eps, config.weight_decay
-        )
+        trained = [param for param in model.parameters() if param.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr, config.betas, config.eps, config.weight_decay)
         scheduler: LRScheduler | None = None
         if config.schedule == "cosine":
             scheduler = CosineAnnealingLR(optimizer, config.steps)
@@ -88,12 +90,12 @@ class Setting:
 
     def model(self) -> nn.Module:
         """The model in float32 where the recording begins."""
-        model = _fresh(self.config.model, self.seed)
-        if self.config.warm_steps:
-            trained = _trained(model)
-            for name, values in _warmed(self.config, self.seed).items():
-                trained[name].data.copy_(values)
-        return model
+        config = self.config
+        model = _fresh(config.model, self.seed)
+        if config.warm_steps:
+            model.load_state_dict(_warmed(config, self.seed))
+        torch.manual_seed(self.seed)
+        return PROBLEMS[config.model.kind].adapt(config.model, model)
 
     def batch(self, step: int) -> Batch:
         """The batch of one step."""
@@ -139,11 +141,11 @@ def _fresh(config: Model, seed: int) -> nn.Module:
 
 @lru_cache(maxsize=1)
 def _warmed(config: AuditConfig, seed: int) -> dict[str, Tensor]:
-    """Trained parameters after the steps before the recording, in float32."""
+    """State dict after the steps before the recording, in float32."""
     setting, model = Setting(config, seed, torch.float32), _fresh(config.model, seed)
-    trained, loss_fn = _trained(model), PROBLEMS[config.model.kind].loss_fn
+    loss_fn = PROBLEMS[config.model.kind].loss_fn
     optimizer = torch.optim.AdamW(
-        trained.values(), config.warm_lr, config.betas, config.eps, config.weight_decay
+        model.parameters(), config.warm_lr, config.betas, config.eps, config.weight_decay
     )
     model.train()
     for step in range(config.steps, config.steps + config.warm_steps):
@@ -151,8 +153,4 @@ def _warmed(config: AuditConfig, seed: int) -> dict[str, Tensor]:
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return {name: param.detach() for name, param in trained.items()}
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+    return model.state_dict()

@@ -7,11 +7,11 @@ rounding would be as large as the effect of one example.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selectflow.audit_config import GPT2Model, LlamaModel
@@ -23,7 +23,7 @@ from selectflow.data.source_text import python_sources
 _BYTES = {"vocab_size": 256, "bos_token_id": None, "eos_token_id": None}
 _GPT2: dict[str, dict[str, Any]] = {
     "small": {"n_embd": 32, "n_layer": 2, "n_head": 2, **_BYTES},
-    "124m": {},
+    "124m": {"n_positions": 1024},
 }
 _LLAMA: dict[str, dict[str, Any]] = {
     "small": {
@@ -65,13 +65,6 @@ def source_blocks(config: GPT2Model | LlamaModel) -> Batch:
     return {"input_ids": torch.cat(blocks).long()}
 
 
-def token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of the next token, mean over each block's tokens, shape (N,)."""
-    tokens = batch["input_ids"]
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
-
-
 def gpt2(config: GPT2Model) -> nn.Module:
     """GPT-2, every parameter trained, its output layer tied to the embedding.
 
@@ -82,17 +75,16 @@ def gpt2(config: GPT2Model) -> nn.Module:
 
     if config.pretrained is not None:
         return _pretrained(GPT2LMHeadModel.from_pretrained, config.pretrained)
-    shape = _GPT2[config.shape]
-    return GPT2LMHeadModel(GPT2Config(**{"n_positions": max(config.block, 1024), **shape}))
+    shape = {"n_positions": config.block} | _GPT2[config.shape]
+    return GPT2LMHeadModel(GPT2Config(**shape))
 
 
 def llama(config: LlamaModel) -> nn.Module:
-    """Llama with LoRA adapters on its linear layers; only they are trained.
+    """Llama without adapters.
 
     Raises:
         ConfigError: the pretrained weights cannot be loaded.
     """
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
     if config.pretrained is not None:
@@ -100,9 +92,18 @@ def llama(config: LlamaModel) -> nn.Module:
     else:
         model = LlamaForCausalLM(LlamaConfig(**_LLAMA[config.shape]))
     _norms_in_own_precision(model)
+    return model
+
+
+def with_lora(config: LlamaModel, model: nn.Module) -> nn.Module:
+    """The model with new adapters on all its projections; only they are trained."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+
     rank = config.lora_rank
     adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_PROJECTIONS)
-    adapted: nn.Module = get_peft_model(model, adapters)
+    with warnings.catch_warnings():  # peft asks transformers in words that it has deprecated
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        adapted: nn.Module = get_peft_model(model, adapters)
     return adapted
 
 

@@ -46,8 +46,16 @@ MAY_IMPORT = {
     },
     "sparse": {"derivatives", "dynamics", "lookahead", "params", "trajectory"},
     "audit_config": {"config_errors", "yaml_io"},
-    "audit_settings": {"audit_config", "batches", "recording", "trajectory"},
-    "audit_report": {"audit", "audit_config", "audit_settings", "sparse", "trajectory"},
+    "audit_images": {"audit_config", "batches"},
+    "audit_text": {"audit_config", "batches", "config_errors", "data"},
+    "audit_settings": {
+        "audit_config", "audit_images", "audit_text", "batches", "config_errors", "language",
+        "objective", "recording", "trajectory",
+    },
+    "audit_rows": {"audit", "audit_settings", "batches", "sparse", "trajectory"},
+    "audit_report": {
+        "audit_config", "audit_rows", "audit_settings", "config_errors", "data", "report",
+    },
     "config_errors": set(),
     "yaml_io": {"config_errors"},
     "config_sections": set(),
