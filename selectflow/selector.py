@@ -17,6 +17,7 @@ from selectflow.arguments import check_choice, check_keep, check_range
 from selectflow.batches import Batch, Cycle, num_examples, take
 from selectflow.derivatives import Curvature, Derivatives, Method
 from selectflow.dynamics import State, Update
+from selectflow.horizons import Horizon, as_horizon
 from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
 from selectflow.objective import LossFn, Objective, check_finite
 from selectflow.optimizers import OptimizerReader
@@ -43,8 +44,9 @@ class Selector:
         target: batches of clean examples that define the goal, iterated again and again, one
             for each look-ahead. Any re-iterable: a list, a DataLoader.
         keep: examples kept of each pool, at least 1; a float in (0, 1] is a fraction of it.
-        horizon: optimizer updates between scoring and reading the target loss, >= 0. At the end
-            of a stream the look-ahead is as long as the pools that are left.
+        horizon: optimizer updates between scoring and reading the target loss, >= 0, or what
+            decides it at each look-ahead, as a `HorizonSchedule`. At the end of a stream the
+            look-ahead is as long as the pools that are left.
         interval: optimizer steps between two look-aheads, >= 1. Steps between use the
             sensitivities that the last sweep left for them, beyond its horizon the last one.
         strategy: "uniform", "loss", "influence" or a function of `Candidates`.
@@ -76,7 +78,7 @@ class Selector:
         loss_fn: LossFn,
         target: Iterable[Batch],
         keep: int | float,
-        horizon: int = 1,
+        horizon: int | Horizon = 1,
         interval: int = 1,
         strategy: str | Strategy = "influence",
         derivative: Method = "auto",
@@ -90,7 +92,6 @@ class Selector:
         chunk_size: int | None = None,
         memory_gib: float = 1.0,
     ) -> None:
-        check_range("horizon", horizon, 0)
         check_range("interval", interval, 1)
         check_choice("curvature", curvature, ("exact", "fisher", "none"))
         check_choice("nominal", nominal, ("random", "policy"))
@@ -106,12 +107,12 @@ class Selector:
         self._scored_names()  # a pattern without a match is an error now, not at the first pool
         self._target = Cycle(target)
         self._strategy = resolve(strategy)
-        self._keep, self._horizon, self._interval = keep, horizon, interval
+        self._keep, self._horizon, self._interval = keep, as_horizon(horizon), interval
         self._curvature, self._nominal, self._memory_gib = curvature, nominal, memory_gib
         self._generator = torch.Generator().manual_seed(seed)
         self._options = {
             "keep": keep,
-            "horizon": horizon,
+            "horizon": horizon if isinstance(horizon, int) else repr(horizon),
             "interval": interval,
             "strategy": strategy if isinstance(strategy, str) else self._strategy.__name__,
             "derivative": derivative,
@@ -236,15 +237,15 @@ class Selector:
     def _scored_names(self) -> tuple[str, ...] | None:
         return scored_names(self._params, self._optimizer.params(), self._objective.model)
 
-    def _refresh(self, step: int, pools: list[Batch]) -> None:
-        """Look ahead over `pools`, the present one first."""
+    def _refresh(self, step: int, horizon: int, pools: list[Batch]) -> None:
+        """Look ahead over up to `horizon` of `pools`, the present one first."""
         self._ahead = None  # its memory is of use now; should this fail, the next call looks ahead
         if self._num_lookaheads % _RECHECK_EVERY == 0:
             self._derivatives.recheck()
         target = self._target.next()
         state = self._optimizer.state()
-        updates = self._optimizer.updates(max(1, min(self._horizon, len(pools))))
-        if self._horizon == 0:
+        updates = self._optimizer.updates(max(1, min(horizon, len(pools))))
+        if horizon == 0:
             names = self._scored_names()
             self._ahead = immediate(self._derivatives, updates[0], state, target, names)
         else:
@@ -355,11 +356,12 @@ class _Scoring:
         selector = self._selector
         is_due = selector._is_due(self.step)
         # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
-        peeked = list(islice(self._upcoming, max(0, selector._horizon - 1))) if is_due else []
+        horizon = selector._horizon.at(self.step) if is_due else 0
+        peeked = list(islice(self._upcoming, max(0, horizon - 1)))
         with selector._objective.scoring():
             if is_due:
                 began = time.perf_counter()
-                selector._refresh(self.step, [self.pool, *peeked])
+                selector._refresh(self.step, horizon, [self.pool, *peeked])
                 self.lookahead_s = time.perf_counter() - began
             params = selector._optimizer.params().detach()
             gamma = selector._sensitivity(self.step)

@@ -18,13 +18,14 @@ MAY_IMPORT = {
     "optimizers": {"dynamics", "params"},
     "objective": {"batches"},
     "derivatives": {"objective", "batches", "params"},
+    "horizons": set(),
     "lookahead": {"batches", "derivatives", "dynamics", "params"},
     "strategies": {"batches"},
     "language": {"batches"},
     "selection": {"batches"},
     "selector": {
-        "arguments", "batches", "derivatives", "dynamics", "lookahead", "objective", "optimizers",
-        "params", "scored_params", "selection", "strategies",
+        "arguments", "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective",
+        "optimizers", "params", "scored_params", "selection", "strategies",
     },
     "arguments": set(),
     "scored_params": set(),
@@ -72,7 +73,7 @@ MAY_IMPORT = {
     "cli_shards": {"data"},
     "cli": {"audit_config", "audit_report", "cli_shards", "config", "report"},
     "__main__": {"cli"},
-    "__init__": {"selection", "selector", "strategies"},
+    "__init__": {"horizons", "selection", "selector", "strategies"},
 }  # fmt: skip
 ONLY_IN = {"webdataset": {"data/shards.py"}, "wandb": {"tracking.py"}}
 
