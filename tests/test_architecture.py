@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "run_dir": {"checkpoints", "config"},
     "run_log": {"batches", "selection", "tracking"},
     "task": {"batches", "data", "objective"},
-    "training": {"batches", "config_sections", "objective", "run_dir"},
+    "training": {"batches", "config_sections", "horizons", "objective", "run_dir"},
     "offline_run": {
         "batches", "config", "data", "derivatives", "offline", "recording", "run_dir",
         "selection", "task", "training", "trajectory",
