@@ -238,6 +238,12 @@ class SelectConfig(Section):
     nominal: Literal["random", "policy"] = Field(
         default="random", description="which part of the peeked pools the look-ahead simulates"
     )
+    params: tuple[str, ...] | None = Field(
+        default=None,
+        strict=False,
+        description="patterns of the parameters that scores are taken over, '!' leaves out, as "
+        "['!*wte*']; null: all",
+    )
     chunk_size: Count | None = Field(
         default=None, description="examples scored at once; null: the whole pool"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from selectflow.arguments import check_choice, check_keep, check_range
 from selectflow.batches import Batch, Cycle, num_examples, take
 from selectflow.derivatives import Curvature, Derivatives, Method
 from selectflow.dynamics import State, Update
@@ -21,6 +22,7 @@ from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
 from selectflow.objective import LossFn, Objective, check_finite
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
+from selectflow.scored_params import scored_names
 from selectflow.selection import Selection, num_kept
 from selectflow.strategies import Candidates, Strategy, resolve
 
@@ -56,13 +58,17 @@ class Selector:
         seed: of the selector's own random numbers.
         nominal: which part of each pool the look-ahead simulates: a "random" one, or what the
             current "policy" would keep.
+        params: patterns of the names of the parameters that scores are taken over, as
+            `["transformer.h.*"]` or, to leave some out, `["!*.wte.*"]`; None: all that are trained.
+            The look-ahead still moves all: a score is exactly that part of the influence that an
+            example has through its gradient at these parameters. At H = 0 it is cheaper, too.
         chunk_size: examples to a pass when scoring and looking ahead; None: all at once.
         memory_gib: limit for the states a look-ahead keeps, in GiB; recomputes beyond it.
 
     Raises:
         TypeError: the optimizer or scheduler cannot be modelled.
-        ValueError: an argument out of its range; an optimizer with foreign parameters or state
-            on another device than the model.
+        ValueError: an argument out of its range, a pattern that matches nothing; an optimizer
+            with foreign parameters or state on another device than the model.
     """
 
     def __init__(
@@ -82,13 +88,14 @@ class Selector:
         seed: int = 0,
         *,
         nominal: NominalChoice = "random",
+        params: Sequence[str] | None = None,
         chunk_size: int | None = None,
         memory_gib: float = 1.0,
     ) -> None:
-        _check_range("interval", interval, 1)
-        _check_choice("curvature", curvature, ("exact", "fisher", "none"))
-        _check_choice("nominal", nominal, ("random", "policy"))
-        _check_keep(keep)
+        check_range("interval", interval, 1)
+        check_choice("curvature", curvature, ("exact", "fisher", "none"))
+        check_choice("nominal", nominal, ("random", "policy"))
+        check_keep(keep)
         if not memory_gib > 0:
             raise ValueError(f"memory_gib must be > 0, got {memory_gib}")
         self._objective = Objective(model, loss_fn)
@@ -96,6 +103,8 @@ class Selector:
         self._optimizer = OptimizerReader(
             self._objective.model, optimizer, lr_scheduler, max_grad_norm
         )
+        self._params = params
+        self._scored_names()  # a pattern without a match is an error now, not at the first pool
         self._target = Cycle(target)
         self._strategy = resolve(strategy)
         self._keep, self._horizon, self._interval = keep, as_horizon(horizon), interval
@@ -109,6 +118,7 @@ class Selector:
             "derivative": derivative,
             "curvature": curvature,
             "nominal": nominal,
+            "params": params if params is None else list(params),
             "seed": seed,
         }
         self._peeked: deque[Batch] = deque()
@@ -224,6 +234,9 @@ class Selector:
         gammas = self._ahead.sensitivities
         return gammas[min(step - self._refreshed_at, len(gammas) - 1)]
 
+    def _scored_names(self) -> tuple[str, ...] | None:
+        return scored_names(self._params, self._optimizer.params(), self._objective.model)
+
     def _refresh(self, step: int, horizon: int, pools: list[Batch]) -> None:
         """Look ahead over up to `horizon` of `pools`, the present one first."""
         self._ahead = None  # its memory is of use now; should this fail, the next call looks ahead
@@ -233,7 +246,8 @@ class Selector:
         state = self._optimizer.state()
         updates = self._optimizer.updates(max(1, min(horizon, len(pools))))
         if horizon == 0:
-            self._ahead = immediate(self._derivatives, updates[0], state, target)
+            names = self._scored_names()
+            self._ahead = immediate(self._derivatives, updates[0], state, target, names)
         else:
             self._ahead = self._look_ahead(state, updates, pools, target)
         self._refreshed_at = step
@@ -242,6 +256,8 @@ class Selector:
     def _look_ahead(
         self, state: State, updates: list[Update], pools: list[Batch], target: Batch
     ) -> LookAhead:
+        names = self._scored_names()
+
         def random(index: int, _: State) -> Batch:
             size = num_examples(pools[index])
             order = torch.randperm(size, generator=self._generator)
@@ -249,7 +265,8 @@ class Selector:
 
         def policy(index: int, state: State) -> Batch:
             # A sensitivity of its own for each simulated step: a stale one misleads.
-            gamma = immediate(self._derivatives, updates[index], state, target).sensitivities[0]
+            present = immediate(self._derivatives, updates[index], state, target, names)
+            gamma = present.sensitivities[0]
             _, slopes = self._derivatives.along(state.params, gamma, pools[index])
             order = slopes.argsort(stable=True)
             return take(pools[index], order[: num_kept(self._keep, len(order))])
@@ -261,6 +278,7 @@ class Selector:
             target,
             num_sensitivities=self._interval,
             memory_gib=self._memory_gib,
+            names=names,
         )
 
     # --- state ----------------------------------------------------------------------------
@@ -310,7 +328,9 @@ class Selector:
                 for name in differing
             )
             raise ValueError(f"selector options must be those of the saved state, got {listed}")
-        self._ahead = state["ahead"] and _restored(state["ahead"], self._optimizer.params())
+        params, names = self._optimizer.params(), self._scored_names()
+        params = params if names is None else params.pick(names)
+        self._ahead = state["ahead"] and _restored(state["ahead"], params)
         self._generator.set_state(state["generator"])
         self._optimizer.resume_at(state["num_steps"])
         self._refreshed_at = state["refreshed_at"]
@@ -374,20 +394,3 @@ def _restored(saved: dict[str, Any], params: Params) -> LookAhead:
             )
         gammas.append(Params((name, gamma[name].to(params[name])) for name in params))
     return LookAhead(saved["horizon"], saved["target_loss"], gammas)
-
-
-def _check_range(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def _check_keep(keep: int | float) -> None:
-    is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
-    is_fraction = isinstance(keep, float) and 0 < keep <= 1
-    if not (is_count or is_fraction):
-        raise ValueError(f"keep must be an integer >= 1 or a fraction in (0, 1], got {keep!r}")

@@ -24,9 +24,11 @@ MAY_IMPORT = {
     "language": {"batches"},
     "selection": {"batches"},
     "selector": {
-        "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective", "optimizers",
-        "params", "selection", "strategies",
+        "arguments", "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective",
+        "optimizers", "params", "scored_params", "selection", "strategies",
     },
+    "arguments": set(),
+    "scored_params": set(),
     "snapshots": {"dynamics", "params"},
     "trajectory": {"batches", "derivatives", "dynamics", "lookahead", "snapshots"},
     "recording": {
