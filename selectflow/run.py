@@ -34,7 +34,13 @@ from selectflow.run_log import RunLog, Stopwatch
 from selectflow.selector import Selector
 from selectflow.task import Task
 from selectflow.tracking import Progress, Tracker
-from selectflow.training import build_optimizer, build_schedule, resolve_device, update
+from selectflow.training import (
+    build_horizon,
+    build_optimizer,
+    build_schedule,
+    resolve_device,
+    update,
+)
 
 __all__ = ["RunError", "Task", "resolve_device", "train"]
 
@@ -101,7 +107,6 @@ class _Run:
         self.test = [to_device(batch, self.device) for batch in task.test]
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)
-        options = config.select.selector_options()
         self.selector = Selector(
             self.model,
             self.optimizer,
@@ -110,9 +115,10 @@ class _Run:
             lr_scheduler=self.scheduler,
             max_grad_norm=config.optimizer.max_grad_norm,
             seed=config.seed,
-            **options,
+            horizon=build_horizon(config.select, config.steps),
+            **config.select.selector_options(),
         )
-        self.pools = PoolSource(task.pools, self.device, options["horizon"])
+        self.pools = PoolSource(task.pools, self.device, self.selector.max_horizon)
         self.watch = Stopwatch(upfront_s)
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
         self.tracker = _tracker(config, saved)

@@ -18,13 +18,17 @@ MAY_IMPORT = {
     "optimizers": {"dynamics", "params"},
     "objective": {"batches"},
     "derivatives": {"objective", "batches", "params"},
+    "horizons": set(),
     "lookahead": {"batches", "derivatives", "dynamics", "params"},
     "strategies": {"batches"},
+    "language": {"batches"},
     "selection": {"batches"},
     "selector": {
-        "batches", "derivatives", "dynamics", "lookahead", "objective", "optimizers", "params",
-        "selection", "strategies",
+        "arguments", "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective",
+        "optimizers", "params", "scored_params", "selection", "strategies",
     },
+    "arguments": set(),
+    "scored_params": set(),
     "snapshots": {"dynamics", "params"},
     "trajectory": {"batches", "derivatives", "dynamics", "lookahead", "snapshots"},
     "recording": {
@@ -58,7 +62,7 @@ MAY_IMPORT = {
     "run_dir": {"checkpoints", "config", "ledger"},
     "run_log": {"batches", "ledger", "selection", "tracking"},
     "task": {"batches", "data", "objective"},
-    "training": {"batches", "config_sections", "objective", "run_dir"},
+    "training": {"batches", "config_sections", "horizons", "objective", "run_dir"},
     "offline_run": {
         "atomic", "batches", "config", "data", "derivatives", "offline", "recording", "run_dir",
         "selection", "task", "training", "trajectory",
@@ -71,7 +75,7 @@ MAY_IMPORT = {
     "cli_shards": {"data"},
     "cli": {"audit_config", "audit_report", "cli_shards", "config", "report"},
     "__main__": {"cli"},
-    "__init__": {"selection", "selector", "strategies"},
+    "__init__": {"horizons", "selection", "selector", "strategies"},
 }  # fmt: skip
 ONLY_IN = {"webdataset": {"data/shards.py"}, "wandb": {"tracking.py"}}
 

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from selectflow.config import RunConfig
-from selectflow.config_sections import ScheduleConfig
+from selectflow.config_sections import ScheduleConfig, SelectConfig
 from selectflow.data import PoolStream, make_digits, read_batches, read_metadata
+from selectflow.horizons import as_horizon
 from selectflow.ledger import read_ledger
 from selectflow.run import RunError, Task, resolve_device, train
 from selectflow.run_log import Stopwatch
-from selectflow.training import build_schedule
+from selectflow.training import build_horizon, build_schedule
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,6 +159,8 @@ def test_an_unknown_device_is_named():
         ({"name": "linear", "final": 0.2}, [1, 0.8, 0.6, 0.4, 0.2]),
         ({"name": "cosine"}, [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0]),
         ({"name": "linear", "warmup_steps": 2}, [1 / 3, 2 / 3, 1, 0.5, 0]),
+        ({"name": "step", "milestones": (2, 4), "factor": 0.5}, [1, 1, 0.5, 0.5, 0.25]),
+        ({"name": "step", "milestones": (1,), "warmup_steps": 2}, [1 / 3, 2 / 3, 0.1, 0.1, 0.1]),
     ],
 )
 def test_schedules(options, expected):
@@ -169,6 +172,29 @@ def test_schedules(options, expected):
         optimizer.step()
         scheduler.step()
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({}, [4, 4, 4, 4, 4]),
+        ({"name": "linear"}, [4, 3, 2, 1, 0]),
+        ({"name": "linear", "final": 2}, [4, 4, 3, 3, 2]),
+        ({"name": "step", "milestones": ((1, 2), (3, 0))}, [4, 2, 2, 0, 0]),
+    ],
+)
+def test_horizon_schedules(schedule, expected):
+    config = SelectConfig(horizon=4, horizon_schedule=schedule)
+    horizon = as_horizon(build_horizon(config, 5))
+    assert [horizon.at(step) for step in range(5)] == expected
+
+
+def test_the_horizon_of_a_run_follows_its_schedule(digits, tmp_path):
+    schedule = {"name": "step", "milestones": [[2, 3], [4, 1]]}
+    select = {"horizon": 0, "horizon_schedule": schedule}
+    train(config(tmp_path, select=select, eval_every=1), task(digits))
+    rows = read_lines(tmp_path / "trial" / "metrics.jsonl")[1:]
+    assert [row["select/horizon"] for row in rows] == [0, 0, 3, 3, 1, 1, 1]
 
 
 def test_the_stopwatch_counts_only_between_start_and_stop(monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import keys_of, make_small, sample
+from small_datasets import keys_of, make_small, sample
 
 from selectflow.data import (
     DataError,

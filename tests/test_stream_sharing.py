@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from datasets import keys_of, make_small
+from small_datasets import keys_of, make_small
 from torch.utils.data import DataLoader
 
 from selectflow.data import DataError, PoolStream
