@@ -291,6 +291,11 @@ class Selector:
     # --- state ----------------------------------------------------------------------------
 
     @property
+    def max_horizon(self) -> int:
+        """The largest horizon there will be: no more pools than that are peeked at."""
+        return self._horizon.largest
+
+    @property
     def num_peeked(self) -> int:
         """Pools that were drawn from the stream and not yet handed out."""
         return len(self._peeked)
