@@ -25,10 +25,12 @@ MAY_IMPORT = {
     "selection": {"batches"},
     "selector": {
         "arguments", "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective",
-        "lookahead_state", "optimizers", "params", "scored_params", "selection", "strategies",
+        "lookahead_state", "nominal", "optimizers", "params", "scored_params", "selection",
+        "strategies",
     },
     "arguments": set(),
     "lookahead_state": {"lookahead", "params"},
+    "nominal": {"batches", "derivatives", "dynamics", "lookahead", "selection"},
     "scored_params": set(),
     "snapshots": {"dynamics", "params"},
     "trajectory": {"batches", "derivatives", "dynamics", "lookahead", "snapshots"},
