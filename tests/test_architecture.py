@@ -31,6 +31,8 @@ MAY_IMPORT = {
         "objective", "batches", "derivatives", "dynamics", "optimizers", "snapshots", "trajectory",
     },
     "tangents": {"objective", "batches", "derivatives", "dynamics", "params"},
+    "perturbations": {"batches", "derivatives", "dynamics", "params", "tangents"},
+    "proxy": {"batches", "derivatives", "dynamics", "perturbations", "tangents"},
     "reruns": {
         "batches", "derivatives", "dynamics", "objective", "params", "tangents", "trajectory",
     },
