@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from selectflow.arguments import check_choice, check_keep, check_range
-from selectflow.batches import Batch, Cycle, num_examples, take
+from selectflow.batches import Batch, Cycle, num_examples, take, through
 from selectflow.derivatives import Curvature, Derivatives, Method
 from selectflow.dynamics import State, Update
 from selectflow.horizons import Horizon, as_horizon
 from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
+from selectflow.lookahead_state import plain, restored
 from selectflow.objective import LossFn, Objective, check_finite
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
@@ -62,6 +63,9 @@ class Selector:
             `["transformer.h.*"]` or, to leave some out, `["!*.wte.*"]`; None: all that are trained.
             The look-ahead still moves all: a score is exactly that part of the influence that an
             example has through its gradient at these parameters. At H = 0 it is cheaper, too.
+        score_view: makes of a batch of candidates or of the target what is scored in its stead,
+            such as the first tokens of each sequence (`selectflow.language.token_window`); the
+            look-ahead still trains on whole batches. None: the batch itself.
         chunk_size: examples to a pass when scoring and looking ahead; None: all at once.
         memory_gib: limit for the states a look-ahead keeps, in GiB; recomputes beyond it.
 
@@ -89,6 +93,7 @@ class Selector:
         *,
         nominal: NominalChoice = "random",
         params: Sequence[str] | None = None,
+        score_view: Callable[[Batch], Batch] | None = None,
         chunk_size: int | None = None,
         memory_gib: float = 1.0,
     ) -> None:
@@ -105,6 +110,7 @@ class Selector:
         )
         self._params = params
         self._scored_names()  # a pattern without a match is an error now, not at the first pool
+        self._score_view = score_view
         self._target = Cycle(target)
         self._strategy = resolve(strategy)
         self._keep, self._horizon, self._interval = keep, as_horizon(horizon), interval
@@ -242,7 +248,7 @@ class Selector:
         self._ahead = None  # its memory is of use now; should this fail, the next call looks ahead
         if self._num_lookaheads % _RECHECK_EVERY == 0:
             self._derivatives.recheck()
-        target = self._target.next()
+        target = through(self._score_view, self._target.next())
         state = self._optimizer.state()
         updates = self._optimizer.updates(max(1, min(horizon, len(pools))))
         if horizon == 0:
@@ -267,7 +273,8 @@ class Selector:
             # A sensitivity of its own for each simulated step: a stale one misleads.
             present = immediate(self._derivatives, updates[index], state, target, names)
             gamma = present.sensitivities[0]
-            _, slopes = self._derivatives.along(state.params, gamma, pools[index])
+            pool = through(self._score_view, pools[index])
+            _, slopes = self._derivatives.along(state.params, gamma, pool)
             order = slopes.argsort(stable=True)
             return take(pools[index], order[: num_kept(self._keep, len(order))])
 
@@ -307,7 +314,7 @@ class Selector:
             "num_steps": self._optimizer.num_steps(),
             "refreshed_at": self._refreshed_at,
             "num_lookaheads": self._num_lookaheads,
-            "ahead": self._ahead and _plain(self._ahead),
+            "ahead": self._ahead and plain(self._ahead),
             "decided": dict(self._derivatives.decided),
             "target_position": self._target.position,
             "peeked": list(self._peeked) if with_peeked else [],
@@ -330,7 +337,7 @@ class Selector:
             raise ValueError(f"selector options must be those of the saved state, got {listed}")
         params, names = self._optimizer.params(), self._scored_names()
         params = params if names is None else params.pick(names)
-        self._ahead = state["ahead"] and _restored(state["ahead"], params)
+        self._ahead = state["ahead"] and restored(state["ahead"], params)
         self._generator.set_state(state["generator"])
         self._optimizer.resume_at(state["num_steps"])
         self._refreshed_at = state["refreshed_at"]
@@ -345,6 +352,7 @@ class _Scoring:
 
     def __init__(self, selector: Selector, pool: Batch, upcoming: Iterable[Batch], step: int):
         self.pool, self.step = pool, step
+        self.seen = through(selector._score_view, pool)
         self.losses: Tensor | None = None
         self.lookahead_s = 0.0
         self._selector, self._upcoming = selector, upcoming
@@ -354,7 +362,7 @@ class _Scoring:
         if self.losses is None:
             with selector._objective.scoring():
                 params = selector._optimizer.params().detach()
-                self.losses = selector._derivatives.losses(params, self.pool)
+                self.losses = selector._derivatives.losses(params, self.seen)
         return self.losses
 
     def read_influence(self) -> Tensor:
@@ -370,27 +378,5 @@ class _Scoring:
                 self.lookahead_s = time.perf_counter() - began
             params = selector._optimizer.params().detach()
             gamma = selector._sensitivity(self.step)
-            self.losses, slopes = selector._derivatives.along(params, gamma, self.pool)
+            self.losses, slopes = selector._derivatives.along(params, gamma, self.seen)
         return -slopes
-
-
-def _plain(ahead: LookAhead) -> dict[str, Any]:
-    gammas = [dict(gamma) for gamma in ahead.sensitivities]
-    return {"horizon": ahead.horizon, "target_loss": ahead.target_loss, "sensitivities": gammas}
-
-
-def _restored(saved: dict[str, Any], params: Params) -> LookAhead:
-    gammas = []
-    for gamma in saved["sensitivities"]:
-        shapes = {name: tuple(tensor.shape) for name, tensor in gamma.items()}
-        expected = {name: tuple(tensor.shape) for name, tensor in params.items()}
-        if shapes != expected:
-            differing = sorted(
-                name for name in shapes | expected if shapes.get(name) != expected.get(name)
-            )
-            raise ValueError(
-                f"saved sensitivities must fit the trained parameters, got a difference in "
-                f"{', '.join(differing[:5])}; load the state of the same model"
-            )
-        gammas.append(Params((name, gamma[name].to(params[name])) for name in params))
-    return LookAhead(saved["horizon"], saved["target_loss"], gammas)

@@ -25,9 +25,10 @@ MAY_IMPORT = {
     "selection": {"batches"},
     "selector": {
         "arguments", "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective",
-        "optimizers", "params", "scored_params", "selection", "strategies",
+        "lookahead_state", "optimizers", "params", "scored_params", "selection", "strategies",
     },
     "arguments": set(),
+    "lookahead_state": {"lookahead", "params"},
     "scored_params": set(),
     "snapshots": {"dynamics", "params"},
     "trajectory": {"batches", "derivatives", "dynamics", "lookahead", "snapshots"},
