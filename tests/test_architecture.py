@@ -38,6 +38,8 @@ MAY_IMPORT = {
         "objective", "batches", "derivatives", "dynamics", "optimizers", "snapshots", "trajectory",
     },
     "tangents": {"objective", "batches", "derivatives", "dynamics", "params"},
+    "perturbations": {"batches", "derivatives", "dynamics", "params", "tangents"},
+    "proxy": {"batches", "derivatives", "dynamics", "perturbations", "tangents"},
     "reruns": {
         "batches", "derivatives", "dynamics", "objective", "params", "tangents", "trajectory",
     },
@@ -46,8 +48,9 @@ MAY_IMPORT = {
         "assumptions", "batches", "derivatives", "dynamics", "lookahead", "params", "recording",
         "reruns", "trajectory",
     },
+    "sample_scores": {"atomic", "data", "ledger"},
     "offline": {
-        "atomic", "batches", "data", "derivatives", "dynamics", "lookahead", "params", "trajectory",
+        "batches", "derivatives", "dynamics", "lookahead", "params", "sample_scores", "trajectory",
     },
     "sparse": {"derivatives", "dynamics", "lookahead", "params", "trajectory"},
     "audit_config": {"config_errors", "yaml_io"},
@@ -68,7 +71,7 @@ MAY_IMPORT = {
     "training": {"batches", "config_sections", "horizons", "objective", "run_dir"},
     "offline_run": {
         "atomic", "batches", "config", "data", "derivatives", "offline", "recording", "run_dir",
-        "selection", "task", "training", "trajectory",
+        "sample_scores", "selection", "task", "training", "trajectory",
     },
     "run": {
         "batches", "checkpoints", "config", "ledger", "offline_run", "run_dir", "run_log",
@@ -76,7 +79,8 @@ MAY_IMPORT = {
     },
     "report": {"report", "yaml_io"},
     "cli_shards": {"data"},
-    "cli": {"audit_config", "audit_report", "cli_shards", "config", "report"},
+    "cli_select": {"cli_shards", "config", "data", "ledger", "sample_scores"},
+    "cli": {"audit_config", "audit_report", "cli_select", "cli_shards", "config", "report"},
     "__main__": {"cli"},
     "__init__": {"horizons", "selection", "selector", "strategies"},
 }  # fmt: skip
