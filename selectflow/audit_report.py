@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selectflow.atomic import atomic_file
 from selectflow.audit_config import AuditConfig
 from selectflow.audit_rows import ROWS, Pairs, Recorded
 from selectflow.audit_settings import Setting
 from selectflow.config_errors import ConfigError
-from selectflow.data.manifest import atomic_file
 from selectflow.report.audit import write_scatter, write_spearman
 
 # What may differ between two starts of an audit: where it is, and which runs are asked for.

@@ -62,7 +62,7 @@ MAY_IMPORT = {
     },
     "audit_rows": {"audit", "audit_settings", "batches", "sparse", "trajectory"},
     "audit_report": {
-        "audit_config", "audit_rows", "audit_settings", "config_errors", "data", "report",
+        "atomic", "audit_config", "audit_rows", "audit_settings", "config_errors", "report",
     },
     "config_errors": set(),
     "yaml_io": {"config_errors"},
