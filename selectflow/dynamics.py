@@ -25,6 +25,7 @@ buffer. Adjoints may carry leading query dimensions; states and gradients never 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -210,6 +211,14 @@ class Update:
         if self.max_grad_norm is None:
             return 1.0
         return min(1.0, self.max_grad_norm / (grad.norm() + 1e-6))
+
+    def at_rate(self, factor: float) -> Update:
+        """The same update at `factor` times the learning rate; decoupled decay follows it."""
+        rules = []
+        for rule in self.rules:
+            assert isinstance(rule, AdamW | SGD)
+            rules.append(dataclasses.replace(rule, lr=factor * rule.lr))
+        return dataclasses.replace(self, rules=tuple(rules))
 
     def advance(self, state: State, grad: Params) -> State:
         """State after the update.

@@ -27,7 +27,7 @@ _RULES: dict[type[Optimizer], type[AdamW | SGD]] = {
 class OptimizerReader:
     """A view of a model and its optimizer as the vectors and updates of `dynamics`.
 
-    Holds references, changes nothing. Frozen parameters are no part of any vector; tied weights
+    Holds references, changes nothing but by `write`. Frozen parameters are no part of any vector; tied weights
     count once.
 
     Args:
@@ -64,6 +64,7 @@ class OptimizerReader:
         self._names = {id(param): name for name, param in model.named_parameters()}
         self._steps_seen = 0
         self._writes_seen: int | None = None
+        self.lr_multiplier = 1.0  # of every learning rate, as `RateControl` applies it
         if not self.params():
             raise ValueError("optimizer must train a parameter, got none with requires_grad=True")
 
@@ -115,14 +116,37 @@ class OptimizerReader:
         """
         if not isinstance(self._optimizer, torch.optim.SGD):
             return max((_num_updates(state) for state in self._optimizer.state.values()), default=0)
-        writes = sum(param._version for _, _, param in self._trained())
+        writes = self._num_writes()
         self._steps_seen += self._writes_seen is not None and writes != self._writes_seen
         self._writes_seen = writes
         return self._steps_seen
 
+    def _num_writes(self) -> int:
+        return sum(param._version for _, _, param in self._trained())
+
     def resume_at(self, num_steps: int) -> None:
         """Let `num_steps` count on from here, for optimizers without a count of their own."""
         self._steps_seen, self._writes_seen = num_steps, None
+
+    @torch.no_grad()
+    def write(self, state: State) -> None:
+        """Make `state` the live one: parameters and moments, in place; no step is counted.
+
+        Args:
+            state: of a replay of steps that the optimizer has really taken.
+        """
+        is_sgd = isinstance(self._optimizer, torch.optim.SGD)
+        self.num_steps()  # what was written before counts as it did
+        for _, name, param in self._trained():
+            live = self._optimizer.state.get(param, {})
+            param.copy_(state.params[name])
+            for key, part in (
+                ("momentum_buffer" if is_sgd else "exp_avg", state.exp_avg),
+                ("exp_avg_sq", state.exp_avg_sq),
+            ):
+                if name in part and live.get(key) is not None:
+                    live[key].copy_(part[name])
+        self._writes_seen = self._num_writes()
 
     def _trained(self) -> Iterator[tuple[int, str, Tensor]]:
         """(index of its group, name, parameter) of all that is trained."""
@@ -146,7 +170,7 @@ class OptimizerReader:
         return parts
 
     def _rule(self, group: dict[str, Any], names: tuple[str, ...], step: int) -> AdamW | SGD:
-        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+        lr, weight_decay = self.lr_multiplier * float(group["lr"]), float(group["weight_decay"])
         if _RULES[type(self._optimizer)] is SGD:
             momentum, dampening = float(group["momentum"]), float(group["dampening"])
             return SGD(names, step, lr, momentum, dampening, weight_decay, group["nesterov"])

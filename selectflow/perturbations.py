@@ -7,7 +7,6 @@ examples, and the rate, turn. `roll` really makes it, in part or whole.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from selectflow.batches import Batch, num_examples, take
 from selectflow.derivatives import Derivatives
-from selectflow.dynamics import SGD, AdamW, Rule, State, Update
+from selectflow.dynamics import State, Update
 from selectflow.params import Params
 from selectflow.tangents import Turn
 
@@ -180,12 +179,4 @@ def _gradient(
 
 
 def _with_lr(update: Update, turn: Turn, alpha: float) -> Update:
-    if turn.lr is None:
-        return update
-    factor = 1 + alpha * float(turn.lr[0])
-
-    def scaled(rule: Rule) -> Rule:
-        assert isinstance(rule, AdamW | SGD)
-        return dataclasses.replace(rule, lr=factor * rule.lr)
-
-    return dataclasses.replace(update, rules=tuple(map(scaled, update.rules)))
+    return update if turn.lr is None else update.at_rate(1 + alpha * float(turn.lr[0]))

@@ -162,6 +162,21 @@ class Proxy:
         """
         return tuple(map(relative_error, self.first, self.second, self.resolution))
 
+    @property
+    def trust_ratio(self) -> tuple[float, ...]:
+        """D_h / I_h, finite always; 1: first order is right, 0 or less: it has the wrong sign.
+
+        An I_h below the resolution counts as the resolution. A change that neither is predicted to
+        do anything nor does is predicted rightly.
+        """
+        return tuple(map(_trust_ratio, self.first, self.effect, self.resolution))
+
+
+def _trust_ratio(first: float, effect: float, resolution: float) -> float:
+    if max(abs(first), abs(effect)) <= resolution:
+        return 1.0
+    return effect / math.copysign(max(abs(first), resolution), first)
+
 
 def relative_error(first: float, second: float, resolution: float) -> float:
     """|Q| / max(|I|, resolution); 0 where Q = 0."""

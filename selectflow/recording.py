@@ -7,7 +7,6 @@ therefore the deterministic twin of the user's training.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -22,11 +21,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from selectflow.batches import Batch
 from selectflow.derivatives import Derivatives
-from selectflow.dynamics import SGD, AdamW, Rule, Update
+from selectflow.dynamics import Update
 from selectflow.objective import LossFn, Objective, check_finite
 from selectflow.optimizers import OptimizerReader
 from selectflow.snapshots import Snapshots, write_whole
 from selectflow.trajectory import Trajectory
+from selectflow.update_state import plain_update, restored_update
 
 FORMAT = 1  # raise it when replaying would give other states than the version that recorded
 
@@ -194,7 +194,7 @@ def reopen(
     return Trajectory(
         Derivatives(objective, "exact", chunk_size),
         batches,
-        [_update(**update) for update in manifest["updates"]],
+        [restored_update(update) for update in manifest["updates"]],
         snapshots,
         manifest["first_step"],
         manifest["losses"],
@@ -227,31 +227,8 @@ def _write_manifest(trajectory: Trajectory, folder: Path) -> None:
         "limit_gib": trajectory.snapshots.limit_gib,
         "spacing": trajectory.snapshots.spacing,
         "snapshots": trajectory.snapshots.indices,
-        "updates": [
-            {
-                "rules": [_plain(rule) for rule in update.rules],
-                "max_grad_norm": update.max_grad_norm,
-            }
-            for update in trajectory.updates
-        ],
+        "updates": [plain_update(update) for update in trajectory.updates],
         "losses": list(trajectory.losses),
         "seconds": trajectory.seconds,
     }
     write_whole(folder / "recording.json", json.dumps(manifest).encode())
-
-
-def _plain(rule: Rule) -> dict[str, Any]:
-    assert isinstance(rule, AdamW | SGD)
-    return {"rule": type(rule).__name__, **dataclasses.asdict(rule)}
-
-
-def _update(rules: list[dict[str, Any]], max_grad_norm: float | None) -> Update:
-    kinds: dict[str, type[AdamW | SGD]] = {"AdamW": AdamW, "SGD": SGD}
-    made = [
-        kinds[rule["rule"]](
-            **{key: value for key, value in rule.items() if key not in ("rule", "names")},
-            names=tuple(rule["names"]),
-        )
-        for rule in rules
-    ]
-    return Update(tuple(made), max_grad_norm)

@@ -1,0 +1,161 @@
+"""Horizon control: contests of two horizons from the live state, and what the controller makes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from selectflow.batches import Batch, num_examples
+from selectflow.controller import AutoHorizon, Decision, HorizonRule
+from selectflow.dynamics import State, Update
+from selectflow.optimizers import OptimizerReader
+from selectflow.perturbations import selection
+from selectflow.policy import Policy
+from selectflow.proxy import probe
+from selectflow.selection import num_kept
+
+
+class HorizonControl:
+    """Decides the horizon of each look-ahead from contests every so many steps.
+
+    Both policies of a contest start from the live state and meet the same pools to come, which are
+    peeked at and trained on later. The live model never moves.
+
+    Args:
+        settings: of the control.
+        policy: how examples are chosen.
+        optimizer: read for its state and the updates to come.
+        seed: of the nominal batches of contests.
+    """
+
+    def __init__(
+        self, settings: AutoHorizon, policy: Policy, optimizer: OptimizerReader, seed: int
+    ) -> None:
+        self._settings, self._policy, self._optimizer = settings, policy, optimizer
+        self._rule = HorizonRule(settings)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._next = settings.gap  # optimizer step of the next contest; moments are empty at first
+
+    @property
+    def largest(self) -> int:
+        """Updates whose pools are peeked at, at the most."""
+        longest = self._settings.largest
+        return self._num_steps(longest) + longest
+
+    def at(self, step: int) -> int:
+        """The present horizon."""
+        del step
+        return self._rule.horizon
+
+    def is_due(self, step: int) -> bool:
+        """Whether a contest is to be held now."""
+        return step >= self._next and len(self._settings.ladder) > 1
+
+    def num_updates(self) -> int:
+        """Updates whose pools the next contest needs."""
+        longer = max(self._rule.rival(), self._rule.horizon)
+        return self._num_steps(longer) + longer
+
+    def contest(self, step: int, pools: Sequence[Batch], target: Batch) -> Decision | None:
+        """Hold a contest and decide; None where the pools do not last for one.
+
+        Args:
+            step: optimizer updates made.
+            pools: the pools to come, the present one first.
+            target: batch whose mean loss is the target, as it is scored.
+        """
+        num_updates = self.num_updates()
+        if len(pools) < num_updates * self._policy.pools_per_update:
+            self._next = step + self._rule.gap  # near the end of the stream
+            return None
+        present, rival = self._rule.horizon, self._rule.rival()
+        longer = max(present, rival)
+        state, updates = self._optimizer.state(), self._optimizer.updates(num_updates)
+        losses, seconds = {}, {}
+        for horizon in sorted((present, rival)):
+            losses[horizon], seconds[horizon] = self._loss(
+                horizon, updates, state, pools, target, self._num_steps(longer)
+            )
+        measures = self._trust(longer, updates, state, pools, target) if longer else {}
+        decision = self._rule.decide(rival, losses, seconds, measures)
+        self._next = step + self._rule.gap
+        return decision
+
+    def _num_steps(self, longer: int) -> int:
+        return max(self._settings.contest_steps, longer)
+
+    def _loss(
+        self,
+        horizon: int,
+        updates: Sequence[Update],
+        state: State,
+        pools: Sequence[Batch],
+        target: Batch,
+        num_steps: int,
+    ) -> tuple[float, float]:
+        """Target loss after a policy's steps, infinite where they diverge; seconds of a step."""
+        try:
+            end, seconds = self._policy.roll(
+                horizon, updates, state, pools, target, self._generator, num_steps
+            )
+            losses = self._policy.derivatives.losses(end.params, target)
+        except FloatingPointError:
+            return math.inf, math.nan
+        return losses.mean().item(), seconds
+
+    def _trust(
+        self,
+        horizon: int,
+        updates: Sequence[Update],
+        state: State,
+        pools: Sequence[Batch],
+        target: Batch,
+    ) -> Mapping[str, float]:
+        """First and second order of the whole selection over a window of `horizon` updates.
+
+        With several pools to an update, the window is made from the first of each.
+        """
+        policy = self._policy
+        window = pools[: horizon * policy.pools_per_update : policy.pools_per_update]
+        try:
+            ahead = policy.look_ahead(
+                horizon, updates, state, pools, target, self._generator, num_sensitivities=horizon
+            )
+            selected = [
+                policy.positions(gamma, state, pool)
+                for gamma, pool in zip(ahead.sensitivities, window, strict=True)
+            ]
+            nominal = []
+            for pool in window:
+                size = num_examples(pool)
+                order = torch.randperm(size, generator=self._generator)
+                nominal.append(order[: num_kept(policy.keep, size)])
+            change = selection(window, nominal, [index.cpu() for index in selected])
+            found = probe(
+                policy.derivatives, updates[:horizon], state, change, target, horizons={horizon}
+            )
+        except FloatingPointError:
+            return {}
+        return {
+            "proxy_first_order": found.first[-1],
+            "proxy_second_order": found.second[-1],
+            "relative_error": found.relative_error[-1],
+            "trust_ratio": found.trust_ratio[-1],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later decisions depend on."""
+        return {
+            "rule": self._rule.state_dict(),
+            "generator": self._generator.get_state(),
+            "next": self._next,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self._rule.load_state_dict(state["rule"])
+        self._generator.set_state(state["generator"])
+        self._next = state["next"]

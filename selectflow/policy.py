@@ -1,0 +1,129 @@
+"""The selection policy: look ahead, score a pool, keep the best; and rolling it out in simulation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from selectflow.batches import Batch, MicroBatches, num_examples, take, through
+from selectflow.derivatives import Curvature, Derivatives
+from selectflow.dynamics import State, Update
+from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
+from selectflow.nominal import nominal_batches, policy_order, random_order
+from selectflow.params import Params
+from selectflow.selection import num_kept
+
+NominalChoice = Literal["random", "policy"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How examples are chosen; the arguments of `Selector` of the same names say more.
+
+    Attributes:
+        derivatives: of the training loss.
+        keep: examples kept of each pool.
+        interval: optimizer steps between two look-aheads.
+        curvature: Hessian of the look-ahead.
+        nominal: which part of each pool the look-ahead simulates.
+        pools_per_update: pools that make one optimizer step.
+        score_view: what is scored in a batch's stead.
+        memory_gib: limit for the states of a look-ahead.
+        names: gives the parameters that scores are taken over; None: all.
+    """
+
+    derivatives: Derivatives
+    keep: int | float
+    interval: int
+    curvature: Curvature
+    nominal: NominalChoice
+    pools_per_update: int
+    score_view: Callable[[Batch], Batch] | None
+    memory_gib: float
+    names: Callable[[], tuple[str, ...] | None]
+
+    def look_ahead(
+        self,
+        horizon: int,
+        updates: Sequence[Update],
+        state: State,
+        pools: Sequence[Batch],
+        target: Batch,
+        generator: torch.Generator,
+        num_sensitivities: int | None = None,
+    ) -> LookAhead:
+        """Sensitivities of the next updates, from `state`, over as many as `pools` last for.
+
+        Args:
+            horizon: H, >= 0.
+            updates: the next max(1, H) or more.
+            state: before the first.
+            pools: the pools to come, the present one first.
+            target: batch whose mean loss is the target, as it is scored.
+            generator: chooses the nominal batches.
+            num_sensitivities: how many at most; None: those until the next look-ahead.
+        """
+        names = self.names()
+        if horizon == 0:
+            return immediate(self.derivatives, updates[0], state, target, names)
+        num_updates = min(horizon, math.ceil(len(pools) / self.pools_per_update))
+        order = random_order(generator)
+        if self.nominal == "policy":
+            order = policy_order(self.derivatives, updates, target, names, self.score_view)
+        nominal = nominal_batches(pools, self.pools_per_update, self.keep, order)
+        return look_ahead(
+            Window(self.derivatives, updates[:num_updates], nominal, self.curvature),
+            state,
+            target,
+            num_sensitivities=num_sensitivities or self.interval,
+            memory_gib=self.memory_gib,
+            names=names,
+        )
+
+    def positions(self, gamma: Params, state: State, pool: Batch) -> Tensor:
+        """Positions that are kept of a pool, best first."""
+        _, slopes = self.derivatives.along(state.params, gamma, through(self.score_view, pool))
+        return slopes.argsort(stable=True)[: num_kept(self.keep, num_examples(pool))]
+
+    def roll(
+        self,
+        horizon: int,
+        updates: Sequence[Update],
+        state: State,
+        pools: Sequence[Batch],
+        target: Batch,
+        generator: torch.Generator,
+        num_steps: int,
+    ) -> tuple[State, float]:
+        """Select and train for `num_steps` steps in simulation.
+
+        Args:
+            horizon: H of its look-aheads.
+            updates: num_steps + H of them or more.
+            state: before the first; is not changed.
+            pools: as many as num_steps + H updates use; the last look-aheads take fewer.
+            target: as for `look_ahead`.
+            generator: chooses the nominal batches.
+            num_steps: >= 1.
+
+        Returns:
+            The state after the steps, and the mean seconds of one.
+        """
+        began, per = time.perf_counter(), self.pools_per_update
+        for step in range(num_steps):
+            at, left = updates[step:], pools[step * per :]
+            if step % self.interval == 0:
+                ahead = self.look_ahead(horizon, at, state, left, target, generator)
+            gammas = ahead.sensitivities
+            gamma = gammas[min(step % self.interval, len(gammas) - 1)]
+            kept = [take(pool, self.positions(gamma, state, pool)) for pool in left[:per]]
+            batch = kept[0] if len(kept) == 1 else MicroBatches(kept)
+            _, grad = self.derivatives.gradient(state.params, batch)
+            state = at[0].advance(state, grad)
+        return state, (time.perf_counter() - began) / num_steps
