@@ -71,6 +71,7 @@ MAY_IMPORT = {
     "tracking": set(),
     "atomic": set(),
     "ledger": {"atomic", "selection"},
+    "replay": {"batches", "ledger", "selection"},
     "data": {"atomic", "data"},
     "checkpoints": {"batches"},
     "run_dir": {"checkpoints", "config", "ledger"},
@@ -82,8 +83,8 @@ MAY_IMPORT = {
         "sample_scores", "selection", "task", "training", "trajectory",
     },
     "run": {
-        "batches", "checkpoints", "config", "ledger", "offline_run", "run_dir", "run_log",
-        "selector", "task", "tracking", "training",
+        "batches", "checkpoints", "config", "ledger", "offline_run", "replay", "run_dir",
+        "run_log", "selector", "task", "tracking", "training",
     },
     "report": {"report", "yaml_io"},
     "cli_shards": {"data"},
