@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "lookahead": {"batches", "derivatives", "dynamics", "params"},
     "strategies": {"batches"},
     "language": {"batches"},
+    "huggingface": {"atomic", "batches", "language", "objective", "selection", "selector"},
     "selection": {"batches"},
     "selector": {
         "arguments", "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective",
