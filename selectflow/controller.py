@@ -4,12 +4,13 @@ An adaptive integrator lets a local error estimate decide how far to step, and t
 that failed. Here two rules do so, each from what was measured by really rolling training out:
 
 *How far to look* (`HorizonRule`). Horizons compete. One that is longer than the present one may
-compete only where the error proxy (`proxy`) trusts first order: with I_h predicted and D_h real,
-the trust ratio D_h / I_h must be at least 1 - tolerance to grow, and 1 - 2 tolerance to stay; at 0
-or below nothing simulated is believed, and the horizon is 0. That long horizons fail by overshoot
-is what the ratio sees. Trust alone would pick horizons that buy nothing, so each contest rolls the
-policies of two horizons out over the same pools, and a longer one is kept only while it ends with
-the lower target loss, by more than the contests differ among themselves.
+only win where the error proxy (`proxy`) trusts first order: the relative error rho of the whole
+selection over its window must be below a tolerance to grow, below twice that to stay. Where the
+trust ratio D / I is 0 or below, nothing that was simulated is believed and the horizon is 0. Long
+horizons fail because many batches remove the same residual and together overshoot; that is what
+rho sees. Trust alone would pick horizons that buy nothing, so each contest rolls the policies of
+two horizons out over the same pools, and the longer wins only while it ends with the lower target
+loss, by more than the contests differ among themselves.
 
 *How far to step* (`RateRule`). The last window of steps is trained again at twice and at half the
 rate, on the batches that it was really trained on. A lower rate nearly always looks better over a
@@ -18,11 +19,12 @@ earn more than the window's whole progress before it is taken. With
 
     P = sum of (start - end)   G = sum of (end - end at half the rate)   U = the same at twice
 
-over the windows since the last change: double if U > max(G, 0), halve if G > max(P, 0). A turn back
-doubles the number of windows that the next change needs, so it cannot oscillate for long. A window
-in which the target loss rose by more than `rise` is a failed step: it is taken back, and replaced
-by its replay at a half or a quarter. The first window is a line search: there is no noise to average
-out yet, and the rate may be off by much.
+over the windows since the last change, each counting half of the one after it: double if
+U > max(G, 0), halve if G > max(P, 0). A turn back doubles the number of windows that the next
+change needs, so it cannot oscillate for long. A window in which the target loss rose by more than
+`rise` is a failed step: it is taken back, and replaced by its replay at a half or a quarter. The
+first window is a line search, since the rate may be off by much and there is no noise to average
+out yet; upwards only to twice.
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ class RateRule:
             end: target loss after it.
             replay: factor on the learning rate -> target loss after the window at that rate;
                 infinite where it diverges.
-            rising: the user's own schedule raises the rate, as in a warm-up: no reason to be faster.
+            rising: the user's own schedule raises the rate, as in a warm-up: faster is not tried.
 
         Returns:
             The decision, and whether the window is to be replaced by its replay at
@@ -156,12 +158,13 @@ class RateRule:
 
     def _search(self, at: Callable[[float], float]) -> tuple[float, bool, str]:
         best = 1.0
-        for step in (2.0, 0.5):
-            while at(best * step) < at(best):
-                best *= step
-            if best != 1.0:
-                return best, True, f"line search over the first window: x {best:g} was best"
-        return 1.0, False, "line search over the first window: the rate as it is was best"
+        while at(best / 2) < at(best):
+            best /= 2
+        if best == 1.0 and at(2.0) < at(1.0):
+            best = 2.0
+        if best == 1.0:
+            return 1.0, False, "line search over the first window: the rate as it is was best"
+        return best, True, f"line search over the first window: x {best:g} was best"
 
     def _take_back(
         self, start: float, end: float, at: Callable[[float], float]
@@ -181,7 +184,7 @@ class RateRule:
     ) -> tuple[float, bool, str]:
         slower, faster = (self._gain(end, at(factor)) for factor in (0.5, 2.0))
         gains = (self._gain(start, end), slower, faster)
-        self._sums = [total + gain for total, gain in zip(self._sums, gains, strict=True)]
+        self._sums = [total / 2 + gain for total, gain in zip(self._sums, gains, strict=True)]
         self._num += 1
         progress, slower, faster = self._sums
         numbers = f"progress {progress:.3g}, at half {slower:+.3g}, at twice {faster:+.3g}"
@@ -288,7 +291,7 @@ class HorizonRule:
         rival: int,
         losses: Mapping[int, float],
         seconds: Mapping[int, float],
-        trust: Mapping[int, float],
+        trust: Mapping[str, float],
     ) -> Decision:
         """What a contest says.
 
@@ -296,7 +299,8 @@ class HorizonRule:
             rival: the horizon that competed with the present one.
             losses: target loss at the end of the contest, by horizon; infinite where it diverged.
             seconds: cost of one selected step, by horizon.
-            trust: trust ratio D_h / I_h by horizon >= 1; a horizon that is missing is not trusted.
+            trust: the longer horizon's "relative_error" rho and "trust_ratio" D / I for the whole
+                selection of a window; without them it is not trusted.
         """
         before, mine = self.horizon, self.horizon
         shorter, longer = sorted((mine, rival))
@@ -304,19 +308,19 @@ class HorizonRule:
         leads = self._leads.setdefault(f"{shorter}-{longer}", [])
         leads.append(lead)
         del leads[:-8]  # the state of training moves on
-        ratio = trust.get(longer, -math.inf) if longer else 1.0
-        tolerance = self.settings.tolerance
-        needed = 1 - (2 * tolerance if longer == mine else tolerance)
+        ratio, off = trust.get("trust_ratio", math.nan), trust.get("relative_error", math.inf)
+        # hysteresis: to stay takes less trust than to grow
+        accepted = self.settings.tolerance * (2 if longer == mine else 1)
         mean, error = _mean_and_error(leads)
         cost = seconds[longer] / seconds[shorter] if seconds[shorter] > 0 else math.nan
         numbers = (
             f"H = {longer} leads H = {shorter} by {mean:+.2%} +- {error:.2%} over {len(leads)} "
-            f"contests at {cost:.2g} x the cost, trust ratio {ratio:.2f}"
+            f"contests at {cost:.2g} x the cost; trust ratio {ratio:.2f}, error {off:.2f}"
         )
         if ratio <= 0 and longer == mine:
             self.horizon, reason = 0, f"{numbers}: the prediction has the wrong sign"
-        elif ratio < needed:
-            self.horizon, reason = shorter, f"{numbers}: below {needed:.2f}, not trusted"
+        elif off > accepted:
+            self.horizon, reason = shorter, f"{numbers}: above {accepted:.2f}, not trusted"
         elif len(leads) < _LEAST_CONTESTS:
             reason = f"{numbers}: too few"
         elif mean > error:
@@ -329,7 +333,7 @@ class HorizonRule:
         moved = self.horizon != before
         self.gap = self.settings.gap if moved else min(2 * self.gap, self.settings.longest_gap)
         measures = {f"loss_at_{h}": loss for h, loss in losses.items()}
-        measures |= {f"trust_at_{h}": value for h, value in trust.items()}
+        measures |= dict(trust)
         return Decision("horizon", before, self.horizon, reason, measures)
 
     @staticmethod

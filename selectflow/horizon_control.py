@@ -1,4 +1,4 @@
-"""Horizon control: contests of two horizons from the live state, and what the controller makes of it."""
+"""Horizon control: contests of two horizons from the live state, for the controller to judge."""
 
 from __future__ import annotations
 

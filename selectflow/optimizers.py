@@ -27,8 +27,8 @@ _RULES: dict[type[Optimizer], type[AdamW | SGD]] = {
 class OptimizerReader:
     """A view of a model and its optimizer as the vectors and updates of `dynamics`.
 
-    Holds references, changes nothing but by `write`. Frozen parameters are no part of any vector; tied weights
-    count once.
+    Holds references, changes nothing but by `write`. Frozen parameters are no part of any vector;
+    tied weights count once.
 
     Args:
         model: names the parameters.
@@ -67,6 +67,11 @@ class OptimizerReader:
         self.lr_multiplier = 1.0  # of every learning rate, as `RateControl` applies it
         if not self.params():
             raise ValueError("optimizer must train a parameter, got none with requires_grad=True")
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer itself."""
+        return self._optimizer
 
     def params(self) -> Params:
         """The live parameters that the optimizer trains, by the model's names."""

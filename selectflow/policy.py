@@ -1,4 +1,4 @@
-"""The selection policy: look ahead, score a pool, keep the best; and rolling it out in simulation."""
+"""The selection policy: look ahead, score a pool, keep the best; and the same in simulation."""
 
 from __future__ import annotations
 

@@ -89,6 +89,7 @@ class RateControl:
         self._multiplier = _StepMultiplier(optimizer.optimizer)
         self._window: _Window | None = None
         self._next = 0  # optimizer step at which the next window opens
+        self._last_step = -1
         self._faithful: bool | None = None  # whether replays repeat the real training
 
     def before(self, step: int) -> tuple[Decision | None, bool]:
@@ -102,13 +103,12 @@ class RateControl:
         Returns:
             What was decided, if anything, and whether parameters and moments were replaced.
         """
+        if step == self._last_step:  # a further batch of the same step
+            return None, False
+        self._last_step, window = step, self._window
         decision, replaced = None, False
-        window = self._window
         if window is not None and step - window.first_step != len(window.updates):
-            if step - window.first_step == len(window.updates) - 1:
-                return None, False  # a further batch of the same step
             self._window = window = None  # steps were taken that were not selected for
-            self._next = step + self._rule.gap
         if window is not None and len(window.updates) == self._settings.window:
             decision, replaced = self._close(window)
             self._window, self._next = None, step + self._rule.gap
@@ -186,6 +186,7 @@ class RateControl:
         return {
             "rule": self._rule.state_dict(),
             "next": self._next,
+            "last_step": self._last_step,
             "faithful": self._faithful,
             "window": self._window and _plain_window(self._window),
         }
@@ -193,7 +194,8 @@ class RateControl:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._rule.load_state_dict(state["rule"])
-        self._next, self._faithful = state["next"], state["faithful"]
+        self._next, self._last_step = state["next"], state["last_step"]
+        self._faithful = state["faithful"]
         params = self._optimizer.params()
         self._window = state["window"] and _restored_window(state["window"], params)
         self._set(self._rule.multiplier)
@@ -219,7 +221,8 @@ class _StepMultiplier:
             optimizer.register_step_pre_hook(scale),
             optimizer.register_step_post_hook(restore),
         )
-        weakref.finalize(self, lambda: [hook.remove() for hook in hooks])
+        for hook in hooks:
+            weakref.finalize(self, hook.remove)
 
     def _scale(self, optimizer: Optimizer) -> None:
         self._restore(optimizer)  # after a step that raised

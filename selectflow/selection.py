@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from selectflow.batches import Batch
+from selectflow.controller import Decision
 
 
 def num_kept(keep: int | float, size: int) -> int:
@@ -44,7 +45,10 @@ class Selection:
         age: optimizer updates since that look-ahead.
         target_loss: mean target loss at the end of its rollout; None without one.
         lookahead_s: seconds of the look-ahead made for this pool, 0 where none was due.
-        seconds: seconds of the whole selection, look-ahead included.
+        seconds: seconds of the whole selection, look-ahead and control included.
+        control_s: seconds that the controller took.
+        lr_multiplier: of the learning rate of the user's schedule, in the step to come.
+        decisions: what the controller decided before this selection, with its reasons.
     """
 
     pool: Batch
@@ -57,3 +61,6 @@ class Selection:
     target_loss: float | None
     lookahead_s: float
     seconds: float
+    control_s: float = 0.0
+    lr_multiplier: float = 1.0
+    decisions: tuple[Decision, ...] = ()

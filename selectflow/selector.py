@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -16,20 +17,22 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from selectflow.arguments import check_choice, check_keep, check_range
 from selectflow.batches import Batch, Cycle, num_examples, take, through
+from selectflow.controller import AutoHorizon, AutoRate, Decision
 from selectflow.derivatives import Curvature, Derivatives, Method
-from selectflow.dynamics import State, Update
+from selectflow.horizon_control import HorizonControl
 from selectflow.horizons import Horizon, as_horizon
-from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
+from selectflow.lookahead import LookAhead
 from selectflow.lookahead_state import plain, restored
-from selectflow.nominal import nominal_batches, policy_order, random_order
 from selectflow.objective import LossFn, Objective, check_finite
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
+from selectflow.policy import NominalChoice, Policy
+from selectflow.rate_control import RateControl
 from selectflow.scored_params import scored_names
 from selectflow.selection import Selection, num_kept
 from selectflow.strategies import Candidates, Strategy, resolve
 
-NominalChoice = Literal["random", "policy"]
+_log = logging.getLogger(__name__)
 
 _RECHECK_EVERY = 100  # look-aheads between two checks that central differences still agree
 
@@ -38,7 +41,8 @@ class Selector:
     """Keeps, of every candidate pool, the examples whose training lowers the target loss most.
 
     The model, its optimizer, scheduler, gradients, buffers, mode and all random generators are
-    the same after a selection as before it, also when it raises.
+    the same after a selection as before it, also when it raises. `lr="auto"` alone changes what
+    the optimizer does.
 
     Args:
         model: the module that is trained. Parameters in float32 or float64.
@@ -48,8 +52,9 @@ class Selector:
             for each look-ahead. Any re-iterable: a list, a DataLoader.
         keep: examples kept of each pool, at least 1; a float in (0, 1] is a fraction of it.
         horizon: optimizer updates between scoring and reading the target loss, >= 0, or what
-            decides it at each look-ahead, as a `HorizonSchedule`. At the end of a stream the
-            look-ahead is as long as the pools that are left.
+            decides it at each look-ahead, as a `HorizonSchedule`. "auto" or an `AutoHorizon`: the
+            controller decides, from contests of horizons and the error proxy. At the end of a
+            stream the look-ahead is as long as the pools that are left.
         interval: optimizer steps between two look-aheads, >= 1. Steps between use the
             sensitivities that the last sweep left for them, beyond its horizon the last one.
         strategy: "uniform", "loss", "influence" or a function of `Candidates`.
@@ -59,6 +64,10 @@ class Selector:
             follows the learning rates to come.
         max_grad_norm: what the user clips gradients to, by norm.
         seed: of the selector's own random numbers.
+        lr: "schedule" leaves the learning rate to you. "auto" or an `AutoRate`: the controller
+            multiplies it, whatever your schedule makes of it, within `optimizer.step()` alone; a
+            few steps that made the target loss rise are replaced by their replay at a lower rate,
+            parameters and moments in place.
         nominal: which part of each pool the look-ahead simulates: a "random" one, or what the
             current "policy" would keep.
         params: patterns of the names of the parameters that scores are taken over, as
@@ -86,7 +95,7 @@ class Selector:
         loss_fn: LossFn,
         target: Iterable[Batch],
         keep: int | float,
-        horizon: int | Horizon = 1,
+        horizon: int | Horizon | AutoHorizon | Literal["auto"] = 1,
         interval: int = 1,
         strategy: str | Strategy = "influence",
         derivative: Method = "auto",
@@ -95,6 +104,7 @@ class Selector:
         max_grad_norm: float | None = None,
         seed: int = 0,
         *,
+        lr: Literal["schedule", "auto"] | AutoRate = "schedule",
         nominal: NominalChoice = "random",
         params: Sequence[str] | None = None,
         score_view: Callable[[Batch], Batch] | None = None,
@@ -116,15 +126,43 @@ class Selector:
         )
         self._params = params
         self._scored_names()  # a pattern without a match is an error now, not at the first pool
-        self._score_view, self._pools_per_update = score_view, pools_per_update
+        self._score_view = score_view
         self._target = Cycle(target)
         self._strategy = resolve(strategy)
-        self._keep, self._horizon, self._interval = keep, as_horizon(horizon), interval
-        self._curvature, self._nominal, self._memory_gib = curvature, nominal, memory_gib
+        self._policy = Policy(
+            self._derivatives,
+            keep,
+            interval,
+            curvature,
+            nominal,
+            pools_per_update,
+            score_view,
+            memory_gib,
+            self._scored_names,
+        )
+        self._keep, self._interval = keep, interval
         self._generator = torch.Generator().manual_seed(seed)
+        if horizon == "auto":
+            horizon = AutoHorizon()
+        self._control: HorizonControl | None = None
+        if isinstance(horizon, AutoHorizon):
+            self._control = HorizonControl(horizon, self._policy, self._optimizer, seed)
+            self._horizon: Horizon = self._control
+        else:
+            self._horizon = as_horizon(horizon)
+        if lr == "auto":
+            lr = AutoRate()
+        self._rate: RateControl | None = None
+        if isinstance(lr, AutoRate):
+            self._rate = RateControl(
+                lr, self._optimizer, self._derivatives, self._next_target, pools_per_update
+            )
+        else:
+            check_choice("lr", lr, ("schedule", "auto"))
         self._options = {
             "keep": keep,
             "horizon": horizon if isinstance(horizon, int) else repr(horizon),
+            "lr": lr if isinstance(lr, str) else repr(lr),
             "interval": interval,
             "strategy": strategy if isinstance(strategy, str) else self._strategy.__name__,
             "derivative": derivative,
@@ -185,10 +223,14 @@ class Selector:
         size_kept = num_kept(self._keep, size)
         scoring = _Scoring(self, pool, upcoming, self._optimizer.num_steps())
         try:
+            self._adapt_rate(scoring)
             scores = self._scores(scoring, size)
         except FloatingPointError as error:
             raise FloatingPointError(f"at optimizer step {scoring.step}: {error}") from error
         indices = scores.argsort(descending=True, stable=True)[:size_kept]
+        kept = take(pool, indices)
+        if self._rate is not None:
+            self._rate.trained_on(kept)
         ahead = self._ahead
         self.last = Selection(
             pool=pool,
@@ -199,10 +241,13 @@ class Selector:
             horizon=ahead.horizon if ahead else None,
             age=scoring.step - self._refreshed_at if ahead else 0,
             target_loss=ahead.target_loss if ahead else None,
+            lr_multiplier=self._optimizer.lr_multiplier,
+            decisions=tuple(scoring.decisions),
             lookahead_s=scoring.lookahead_s,
+            control_s=scoring.control_s,
             seconds=time.perf_counter() - began,
         )
-        return take(pool, indices)
+        return kept
 
     @property
     def forms(self) -> dict[str, str]:
@@ -250,47 +295,48 @@ class Selector:
     def _scored_names(self) -> tuple[str, ...] | None:
         return scored_names(self._params, self._optimizer.params(), self._objective.model)
 
-    def _refresh(self, step: int, horizon: int, pools: list[Batch]) -> None:
-        """Look ahead over up to `horizon` updates on `pools`, the present one first."""
+    def _next_target(self) -> Batch:
+        """The next batch of the target set, as it is scored."""
+        return through(self._score_view, self._target.next())
+
+    def _refresh(self, step: int, pools: list[Batch]) -> None:
+        """Look ahead over `pools`, the present one first, as far as the present horizon."""
         self._ahead = None  # its memory is of use now; should this fail, the next call looks ahead
         if self._num_lookaheads % _RECHECK_EVERY == 0:
             self._derivatives.recheck()
-        target = through(self._score_view, self._target.next())
-        state = self._optimizer.state()
-        num_updates = min(horizon, math.ceil(len(pools) / self._pools_per_update))
-        updates = self._optimizer.updates(max(1, num_updates))
-        if horizon == 0:
-            names = self._scored_names()
-            self._ahead = immediate(self._derivatives, updates[0], state, target, names)
-        else:
-            self._ahead = self._look_ahead(state, updates, pools, target)
+        horizon, target = self._horizon.at(step), self._next_target()
+        state, updates = self._optimizer.state(), self._optimizer.updates(max(1, horizon))
+        self._ahead = self._policy.look_ahead(
+            horizon, updates, state, pools, target, self._generator
+        )
         self._refreshed_at = step
         self._num_lookaheads += 1
 
-    def _look_ahead(
-        self, state: State, updates: list[Update], pools: list[Batch], target: Batch
-    ) -> LookAhead:
-        names = self._scored_names()
+    # --- controlling ----------------------------------------------------------------------
 
-        order = random_order(self._generator)
-        if self._nominal == "policy":
-            order = policy_order(self._derivatives, updates, target, names, self._score_view)
-        nominal = nominal_batches(pools, self._pools_per_update, self._keep, order)
-        return look_ahead(
-            Window(self._derivatives, updates, nominal, self._curvature),
-            state,
-            target,
-            num_sensitivities=self._interval,
-            memory_gib=self._memory_gib,
-            names=names,
-        )
+    def _adapt_rate(self, scoring: _Scoring) -> None:
+        """Let the learning-rate control judge the steps so far."""
+        if self._rate is None:
+            return
+        began = time.perf_counter()
+        with self._objective.scoring():
+            decision, replaced = self._rate.before(scoring.step)
+        if replaced:
+            self._ahead = None  # it was of the steps that were taken back
+        scoring.note(decision, began)
+
+    def _adapt_horizon(self, scoring: _Scoring, pools: list[Batch]) -> None:
+        """Let the horizon control hold a contest over `pools`, the present one first."""
+        assert self._control is not None
+        began = time.perf_counter()
+        scoring.note(self._control.contest(scoring.step, pools, self._next_target()), began)
 
     # --- state ----------------------------------------------------------------------------
 
     @property
     def max_peeked(self) -> int:
         """Pools of the longest look-ahead there will be; no more are ever peeked at."""
-        return self._horizon.largest * self._pools_per_update
+        return self._horizon.largest * self._policy.pools_per_update
 
     @property
     def num_peeked(self) -> int:
@@ -314,6 +360,8 @@ class Selector:
             "ahead": self._ahead and plain(self._ahead),
             "decided": dict(self._derivatives.decided),
             "target_position": self._target.position,
+            "horizon_control": self._control and self._control.state_dict(),
+            "rate_control": self._rate and self._rate.state_dict(),
             "peeked": list(self._peeked) if with_peeked else [],
         }
 
@@ -341,6 +389,10 @@ class Selector:
         self._num_lookaheads = state["num_lookaheads"]
         self._derivatives.decided = dict(state["decided"])
         self._target.seek(state["target_position"])
+        if self._control is not None:
+            self._control.load_state_dict(state["horizon_control"])
+        if self._rate is not None:
+            self._rate.load_state_dict(state["rate_control"])
         self._peeked = deque(state["peeked"])
 
 
@@ -351,7 +403,8 @@ class _Scoring:
         self.pool, self.step = pool, step
         self.seen = through(selector._score_view, pool)
         self.losses: Tensor | None = None
-        self.lookahead_s = 0.0
+        self.lookahead_s = self.control_s = 0.0
+        self.decisions: list[Decision] = []
         self._selector, self._upcoming = selector, upcoming
 
     def read_losses(self) -> Tensor:
@@ -365,16 +418,30 @@ class _Scoring:
     def read_influence(self) -> Tensor:
         selector = self._selector
         is_due = selector._is_due(self.step)
+        control = selector._control if is_due else None
+        if control is not None and not control.is_due(self.step):
+            control = None
         # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
-        horizon = selector._horizon.at(self.step) if is_due else 0
-        num_pools = horizon * selector._pools_per_update
-        peeked = list(islice(self._upcoming, max(0, num_pools - 1)))
+        num_updates = selector._horizon.at(self.step) if is_due else 0
+        if control is not None:
+            num_updates = control.num_updates()
+        num_pools = num_updates * selector._policy.pools_per_update
+        pools = [self.pool, *islice(self._upcoming, max(0, num_pools - 1))]
         with selector._objective.scoring():
+            if control is not None:
+                selector._adapt_horizon(self, pools)
             if is_due:
                 began = time.perf_counter()
-                selector._refresh(self.step, horizon, [self.pool, *peeked])
+                selector._refresh(self.step, pools)
                 self.lookahead_s = time.perf_counter() - began
             params = selector._optimizer.params().detach()
             gamma = selector._sensitivity(self.step)
             self.losses, slopes = selector._derivatives.along(params, gamma, self.seen)
         return -slopes
+
+    def note(self, decision: Decision | None, began: float) -> None:
+        """Keep a decision of the controller, and the time since `began` as its cost."""
+        self.control_s += time.perf_counter() - began
+        if decision is not None:
+            self.decisions.append(replace(decision, step=self.step))
+            _log.info("%s", self.decisions[-1])
