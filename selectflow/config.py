@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -31,7 +33,8 @@ class RunConfig(Section):
     """One training run with data selection."""
 
     name: RunName = Field(
-        description="name of the run, and of its directory under root; {seed} is filled in"
+        description="name of the run, and of its directory under root; {seed}, {optimizer.lr} "
+        "and any other {key} is filled in"
     )
     root: Directory = Field(
         default=Path("runs"), description="directory that holds the run directories"
@@ -67,8 +70,9 @@ class RunConfig(Section):
 
     @property
     def run_name(self) -> str:
-        """The name with the seed filled in."""
-        return self.name.replace("{seed}", str(self.seed))
+        """The name with its {keys} filled in, '-' for what a directory name may not hold."""
+        filled = re.sub(r"\{([a-z_.]+)\}", lambda key: str(attrgetter(key[1])(self)), self.name)
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", filled)
 
     @property
     def run_dir(self) -> Path:
@@ -93,6 +97,10 @@ def _disagreements(values: Mapping[str, Any]) -> Iterator[str]:
             f"select.strategy must be influence when select.horizon is .inf, got {strategy!r}; "
             "give a finite horizon"
         )
+    known = list(_keys(RunConfig))
+    for key in re.findall(r"\{([a-z_.]+)\}", str(values.get("name"))):
+        if key not in known:
+            yield f"name must have known keys in braces, got {{{key}}}{nearest_key(key, known)}"
     schedule = _get(values, "select", "horizon_schedule")
     shape = schedule.get("name") if isinstance(schedule, dict) else None
     if shape in ("linear", "step") and (isinstance(horizon, str) or horizon == math.inf):
