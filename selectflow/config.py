@@ -26,7 +26,7 @@ from selectflow.config_sections import (
 )
 from selectflow.yaml_io import dump_yaml, parse_yaml, read_yaml
 
-__all__ = ["ConfigError", "RunConfig", "json_schema", "load", "to_yaml"]
+__all__ = ["ConfigError", "RunConfig", "apply_override", "json_schema", "load", "to_yaml"]
 
 
 class RunConfig(Section):
@@ -131,8 +131,8 @@ def _lines(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     return single + list(_disagreements(values))
 
 
-def _override(values: dict[str, Any], override: str) -> str | None:
-    """Set one key=value in `values`; what is wrong with it, or None."""
+def apply_override(values: dict[str, Any], override: str) -> str | None:
+    """Set one dotted key=value in the mapping of a configuration; what is wrong, or None."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         return f"{override!r} must be key=value, as in select.horizon=2"
@@ -167,7 +167,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             range; the message has one line for each of them.
     """
     values = read_yaml(path)
-    problems = [problem for item in overrides if (problem := _override(values, item))]
+    problems = [problem for item in overrides if (problem := apply_override(values, item))]
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
