@@ -1,4 +1,4 @@
-"""The command line: `selectflow shards | compare | audit | schema`."""
+"""The command line: `selectflow shards | select | compare | audit | schema`."""
 
 import argparse
 import sys
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selectflow.audit_config import load_audit
-from selectflow.cli_shards import add_commands
+from selectflow.cli_select import add_commands as add_select
+from selectflow.cli_shards import add_commands as add_shards
 from selectflow.config import json_schema
 from selectflow.report.runs import Run, find_runs, load_run
 
@@ -64,7 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     shards = commands.add_parser("shards", help="write, check and look at WebDataset shards")
-    add_commands(shards)
+    add_shards(shards)
+
+    select = commands.add_parser("select", help="what a run kept, as shards")
+    add_select(select)
 
     compare = commands.add_parser("compare", help="table and chart of several runs")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="run directory or glob of them")

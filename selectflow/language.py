@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from selectflow.batches import describe
 
 IGNORED = -100  # label of a position that does not count, as everywhere in torch and transformers
 
+_PER_TOKEN = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 _MODEL_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -78,6 +79,53 @@ def shifted_labels(batch: Mapping[str, Any]) -> Tensor:
             f"{describe(batch, empty.nonzero().flatten())}; drop such examples from the data"
         )
     return F.pad(torch.where(counts, labels[:, 1:], IGNORED), (0, 1), value=IGNORED)
+
+
+def token_window(num_tokens: int) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """A view of token batches that is cheaper to score: `num_tokens` tokens of each sequence.
+
+    They are the first ones. Where the tokens that count begin further on, after a prompt or after
+    padding, the window is moved so that they begin in its middle. It is read as a text of its own.
+
+    Args:
+        num_tokens: length of the window, >= 2.
+
+    Returns:
+        `score_view` for `Selector`: cuts `input_ids`, `labels`, `attention_mask`, `position_ids`
+        and `token_type_ids`, and leaves batches alone that are no longer than the window.
+    """
+    if num_tokens < 2:
+        raise ValueError(
+            f"num_tokens must be at least 2, one to predict the other, got {num_tokens}"
+        )
+
+    def view(batch: Mapping[str, Any]) -> dict[str, Any]:
+        length = batch["input_ids"].shape[1]
+        if length <= num_tokens:
+            return dict(batch)
+        cut = {name: batch[name] for name in _PER_TOKEN if batch.get(name) is not None}
+        for name, tensor in cut.items():
+            if tensor.shape != batch["input_ids"].shape:
+                raise ValueError(
+                    f"{name} must be of shape {tuple(batch['input_ids'].shape)} for a token "
+                    f"window, got {tuple(tensor.shape)}; pass a score_view of your own"
+                )
+        starts = _window_starts(batch, num_tokens)
+        index = starts[:, None] + torch.arange(num_tokens, device=starts.device)
+        return {**batch, **{name: tensor.gather(1, index) for name, tensor in cut.items()}}
+
+    return view
+
+
+def _window_starts(batch: Mapping[str, Any], num_tokens: int) -> Tensor:
+    """Where the window of each example begins, shape (N,)."""
+    targets = shifted_labels(batch)
+    first = (targets != IGNORED).int().argmax(1)  # its successor is the first token that counts
+    starts = first - (num_tokens - 2) // 2
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        starts = starts.maximum(mask.int().argmax(1))  # padding on the left is no context
+    return starts.clamp(0, targets.shape[1] - num_tokens)
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -14,11 +15,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from selectflow.arguments import check_choice, check_keep, check_range
-from selectflow.batches import Batch, Cycle, num_examples, take
+from selectflow.batches import Batch, Cycle, num_examples, take, through
 from selectflow.derivatives import Curvature, Derivatives, Method
 from selectflow.dynamics import State, Update
 from selectflow.horizons import Horizon, as_horizon
 from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
+from selectflow.lookahead_state import plain, restored
+from selectflow.nominal import nominal_batches, policy_order, random_order
 from selectflow.objective import LossFn, Objective, check_finite
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
@@ -62,6 +65,11 @@ class Selector:
             `["transformer.h.*"]` or, to leave some out, `["!*.wte.*"]`; None: all that are trained.
             The look-ahead still moves all: a score is exactly that part of the influence that an
             example has through its gradient at these parameters. At H = 0 it is cheaper, too.
+        score_view: makes of a batch of candidates or of the target what is scored in its stead,
+            such as the first tokens of each sequence (`selectflow.language.token_window`); the
+            look-ahead still trains on whole batches. None: the batch itself.
+        pools_per_update: pools that make one optimizer step, where you accumulate the gradients
+            of their kept examples; the look-ahead then does so, too.
         chunk_size: examples to a pass when scoring and looking ahead; None: all at once.
         memory_gib: limit for the states a look-ahead keeps, in GiB; recomputes beyond it.
 
@@ -89,9 +97,12 @@ class Selector:
         *,
         nominal: NominalChoice = "random",
         params: Sequence[str] | None = None,
+        score_view: Callable[[Batch], Batch] | None = None,
+        pools_per_update: int = 1,
         chunk_size: int | None = None,
         memory_gib: float = 1.0,
     ) -> None:
+        check_range("pools_per_update", pools_per_update, 1)
         check_range("interval", interval, 1)
         check_choice("curvature", curvature, ("exact", "fisher", "none"))
         check_choice("nominal", nominal, ("random", "policy"))
@@ -105,6 +116,7 @@ class Selector:
         )
         self._params = params
         self._scored_names()  # a pattern without a match is an error now, not at the first pool
+        self._score_view, self._pools_per_update = score_view, pools_per_update
         self._target = Cycle(target)
         self._strategy = resolve(strategy)
         self._keep, self._horizon, self._interval = keep, as_horizon(horizon), interval
@@ -119,6 +131,7 @@ class Selector:
             "curvature": curvature,
             "nominal": nominal,
             "params": params if params is None else list(params),
+            "pools_per_update": pools_per_update,
             "seed": seed,
         }
         self._peeked: deque[Batch] = deque()
@@ -238,13 +251,14 @@ class Selector:
         return scored_names(self._params, self._optimizer.params(), self._objective.model)
 
     def _refresh(self, step: int, horizon: int, pools: list[Batch]) -> None:
-        """Look ahead over up to `horizon` of `pools`, the present one first."""
+        """Look ahead over up to `horizon` updates on `pools`, the present one first."""
         self._ahead = None  # its memory is of use now; should this fail, the next call looks ahead
         if self._num_lookaheads % _RECHECK_EVERY == 0:
             self._derivatives.recheck()
-        target = self._target.next()
+        target = through(self._score_view, self._target.next())
         state = self._optimizer.state()
-        updates = self._optimizer.updates(max(1, min(horizon, len(pools))))
+        num_updates = min(horizon, math.ceil(len(pools) / self._pools_per_update))
+        updates = self._optimizer.updates(max(1, num_updates))
         if horizon == 0:
             names = self._scored_names()
             self._ahead = immediate(self._derivatives, updates[0], state, target, names)
@@ -258,20 +272,10 @@ class Selector:
     ) -> LookAhead:
         names = self._scored_names()
 
-        def random(index: int, _: State) -> Batch:
-            size = num_examples(pools[index])
-            order = torch.randperm(size, generator=self._generator)
-            return take(pools[index], order[: num_kept(self._keep, size)])
-
-        def policy(index: int, state: State) -> Batch:
-            # A sensitivity of its own for each simulated step: a stale one misleads.
-            present = immediate(self._derivatives, updates[index], state, target, names)
-            gamma = present.sensitivities[0]
-            _, slopes = self._derivatives.along(state.params, gamma, pools[index])
-            order = slopes.argsort(stable=True)
-            return take(pools[index], order[: num_kept(self._keep, len(order))])
-
-        nominal = random if self._nominal == "random" else policy
+        order = random_order(self._generator)
+        if self._nominal == "policy":
+            order = policy_order(self._derivatives, updates, target, names, self._score_view)
+        nominal = nominal_batches(pools, self._pools_per_update, self._keep, order)
         return look_ahead(
             Window(self._derivatives, updates, nominal, self._curvature),
             state,
@@ -284,9 +288,9 @@ class Selector:
     # --- state ----------------------------------------------------------------------------
 
     @property
-    def max_horizon(self) -> int:
-        """The largest horizon there will be: no more pools than that are peeked at."""
-        return self._horizon.largest
+    def max_peeked(self) -> int:
+        """Pools of the longest look-ahead there will be; no more are ever peeked at."""
+        return self._horizon.largest * self._pools_per_update
 
     @property
     def num_peeked(self) -> int:
@@ -307,7 +311,7 @@ class Selector:
             "num_steps": self._optimizer.num_steps(),
             "refreshed_at": self._refreshed_at,
             "num_lookaheads": self._num_lookaheads,
-            "ahead": self._ahead and _plain(self._ahead),
+            "ahead": self._ahead and plain(self._ahead),
             "decided": dict(self._derivatives.decided),
             "target_position": self._target.position,
             "peeked": list(self._peeked) if with_peeked else [],
@@ -330,7 +334,7 @@ class Selector:
             raise ValueError(f"selector options must be those of the saved state, got {listed}")
         params, names = self._optimizer.params(), self._scored_names()
         params = params if names is None else params.pick(names)
-        self._ahead = state["ahead"] and _restored(state["ahead"], params)
+        self._ahead = state["ahead"] and restored(state["ahead"], params)
         self._generator.set_state(state["generator"])
         self._optimizer.resume_at(state["num_steps"])
         self._refreshed_at = state["refreshed_at"]
@@ -345,6 +349,7 @@ class _Scoring:
 
     def __init__(self, selector: Selector, pool: Batch, upcoming: Iterable[Batch], step: int):
         self.pool, self.step = pool, step
+        self.seen = through(selector._score_view, pool)
         self.losses: Tensor | None = None
         self.lookahead_s = 0.0
         self._selector, self._upcoming = selector, upcoming
@@ -354,7 +359,7 @@ class _Scoring:
         if self.losses is None:
             with selector._objective.scoring():
                 params = selector._optimizer.params().detach()
-                self.losses = selector._derivatives.losses(params, self.pool)
+                self.losses = selector._derivatives.losses(params, self.seen)
         return self.losses
 
     def read_influence(self) -> Tensor:
@@ -362,7 +367,8 @@ class _Scoring:
         is_due = selector._is_due(self.step)
         # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
         horizon = selector._horizon.at(self.step) if is_due else 0
-        peeked = list(islice(self._upcoming, max(0, horizon - 1)))
+        num_pools = horizon * selector._pools_per_update
+        peeked = list(islice(self._upcoming, max(0, num_pools - 1)))
         with selector._objective.scoring():
             if is_due:
                 began = time.perf_counter()
@@ -370,27 +376,5 @@ class _Scoring:
                 self.lookahead_s = time.perf_counter() - began
             params = selector._optimizer.params().detach()
             gamma = selector._sensitivity(self.step)
-            self.losses, slopes = selector._derivatives.along(params, gamma, self.pool)
+            self.losses, slopes = selector._derivatives.along(params, gamma, self.seen)
         return -slopes
-
-
-def _plain(ahead: LookAhead) -> dict[str, Any]:
-    gammas = [dict(gamma) for gamma in ahead.sensitivities]
-    return {"horizon": ahead.horizon, "target_loss": ahead.target_loss, "sensitivities": gammas}
-
-
-def _restored(saved: dict[str, Any], params: Params) -> LookAhead:
-    gammas = []
-    for gamma in saved["sensitivities"]:
-        shapes = {name: tuple(tensor.shape) for name, tensor in gamma.items()}
-        expected = {name: tuple(tensor.shape) for name, tensor in params.items()}
-        if shapes != expected:
-            differing = sorted(
-                name for name in shapes | expected if shapes.get(name) != expected.get(name)
-            )
-            raise ValueError(
-                f"saved sensitivities must fit the trained parameters, got a difference in "
-                f"{', '.join(differing[:5])}; load the state of the same model"
-            )
-        gammas.append(Params((name, gamma[name].to(params[name])) for name in params))
-    return LookAhead(saved["horizon"], saved["target_loss"], gammas)

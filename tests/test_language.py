@@ -5,7 +5,8 @@ import torch
 import transformers
 from torch import nn
 
-from selectflow.language import IGNORED, causal_lm_losses
+from selectflow import Selector
+from selectflow.language import IGNORED, causal_lm_losses, token_window
 
 VOCABULARY = 23
 
@@ -142,3 +143,92 @@ def test_more_logits_than_tokens():
 
     with pytest.raises(ValueError, match=r"shape \(3, 8\).*got \(3, 12, 23\).*prompt tuning"):
         causal_lm_losses(Prefixed(), {"input_ids": tokens()})
+
+
+# --- a window of the tokens -----------------------------------------------------------------
+
+
+def test_a_window_is_the_first_tokens():
+    ids = tokens(3, 12)
+    batch = {"input_ids": ids, "labels": ids.clone(), "key": ["a", "b", "c"], "length": ids[:, 0]}
+    cut = token_window(5)(batch)
+    assert torch.equal(cut["input_ids"], ids[:, :5])
+    assert torch.equal(cut["labels"], ids[:, :5])
+    assert cut["key"] == batch["key"]
+    assert cut["length"] is batch["length"]
+    assert token_window(12)(batch) == batch
+
+
+def test_a_window_begins_before_the_first_token_that_counts():
+    ids = torch.arange(1, 13).repeat(4, 1)
+    labels = ids.clone()
+    labels[1, :7] = IGNORED  # a prompt of 7: the first token that counts is in the middle
+    labels[2, :11] = IGNORED  # the last token alone
+    mask = torch.ones_like(ids)
+    mask[3, :5] = 0  # padding on the left
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    cut = token_window(4)(batch)
+    assert cut["input_ids"][:, 0].tolist() == [1, 6, 9, 6]
+    model = gpt2()
+    for row in range(4):
+        start = int(cut["input_ids"][row, 0]) - 1
+        alone = {name: tensor[row : row + 1, start : start + 4] for name, tensor in batch.items()}
+        assert torch.equal(
+            causal_lm_losses(model, cut)[row : row + 1], causal_lm_losses(model, alone)
+        )
+
+
+def test_scores_on_a_window_are_those_of_the_cut_text():
+    model = gpt2()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    pool, target = {"input_ids": tokens(6, 12)}, {"input_ids": tokens(4, 12).flip(1)}
+    scores = []
+    for view, cut in ((token_window(5), lambda b: b), (None, token_window(5))):
+        selector = Selector(
+            model, optimizer, causal_lm_losses, [cut(target)], keep=2, horizon=0, score_view=view
+        )
+        kept = selector.select(cut(pool))
+        scores.append(selector.last.scores)
+        if view:
+            assert torch.equal(kept["input_ids"], pool["input_ids"][selector.last.indices])
+    assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("nominal", ["random", "policy"])
+def test_the_look_ahead_trains_on_whole_texts(nominal):
+    """Lengths tell which batches the gradients were taken on."""
+    model, lengths = gpt2(), []
+
+    def loss_fn(model, batch):
+        if torch.is_grad_enabled():
+            lengths.append(tuple(batch["input_ids"].shape))
+        return causal_lm_losses(model, batch)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    selector = Selector(
+        model, optimizer, loss_fn, [{"input_ids": tokens(3, 12)}], keep=2, horizon=1,
+        score_view=token_window(5), nominal=nominal, derivative="central",
+    )  # fmt: skip
+    selector.select({"input_ids": tokens(6, 12)})
+    immediate = [(3, 5)] if nominal == "policy" else []
+    assert lengths == [*immediate, (2, 12), (3, 5)]
+
+
+def test_a_view_that_drops_examples():
+    model = gpt2()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    pool = {"input_ids": tokens(6, 12)}
+    selector = Selector(
+        model, optimizer, causal_lm_losses, [pool], keep=2,
+        score_view=lambda batch: {"input_ids": batch["input_ids"][:3]},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="must return the same 6 examples, got 3"):
+        selector.select(pool)
+
+
+def test_windows_that_cannot_be():
+    with pytest.raises(ValueError, match="num_tokens must be at least 2"):
+        token_window(1)
+    batch = {"input_ids": tokens(2, 8), "attention_mask": torch.ones(2, 1, 8, 8)}
+    with pytest.raises(ValueError, match=r"attention_mask must be of shape \(2, 8\)"):
+        token_window(4)(batch)
