@@ -1,18 +1,21 @@
 """The command line: `selectflow tune SWEEP.yaml`."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from selectflow.sweep import Sweep
+if TYPE_CHECKING:
+    from selectflow.sweep import Sweep
 
 # A command imports what it alone needs when it runs, so that the others start quickly.
 
 
-def add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `selectflow tune` to the commands."""
-    tune = commands.add_parser("tune", help="search horizon, learning rate and what else varies")
+def add_arguments(tune: argparse.ArgumentParser) -> None:
+    """Add the arguments of `selectflow tune` to its parser."""
     tune.add_argument("sweep", type=Path, metavar="SWEEP", help="YAML of a sweep, as W&B has it")
     where = tune.add_mutually_exclusive_group()
     where.add_argument(

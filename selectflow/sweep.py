@@ -26,14 +26,12 @@ from pydantic_core import PydanticCustomError
 from selectflow.config import RunConfig, load
 from selectflow.config_errors import ConfigError, describe
 from selectflow.config_sections import Count, Section
-from selectflow.sweep_space import OTHERS_OF_WANDB, Choice, Domain, Range, read_domains
+from selectflow.sweep_space import OTHERS_OF_WANDB, Choice, Domain, Range, Setting, read_domains
 from selectflow.yaml_io import read_yaml
 
 CONFIG_PLACE = "CONFIG.yaml"
 _MACROS = ("${env}", "${interpreter}", "${program}", "${args_no_hyphens}")
 _COMMAND = f"[{', '.join(_MACROS[:3])}, {CONFIG_PLACE}, {_MACROS[3]}]"
-Setting = dict[str, Any]
-"""Values of the parameters by dotted key."""
 
 
 class Metric(Section):

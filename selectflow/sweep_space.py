@@ -65,6 +65,8 @@ class Range:
 
 
 Domain = Choice | Range
+Setting = dict[str, Any]
+"""Values of the parameters by dotted key."""
 
 
 def read_domains(

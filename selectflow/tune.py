@@ -74,7 +74,7 @@ class _Cell:
         self._sweep, self._study, self._out, self._context = sweep, study, out, context
         self._trial: Trial = study.ask()
         self.setting: Setting = next_setting(sweep, self._trial)
-        self._seeds = list(sweep.seeds) or [None]
+        self._seeds = sweep.seeds or (None,)
         self._finals: list[float] = []  # the metric at the end of each seed that is done
         self._value: float | None = None  # of the present one, now
         self._num_evaluations = 0
@@ -116,9 +116,7 @@ class _Cell:
             self.run.stop()
             return
         self._num_evaluations += 1
-        self._trial.report(
-            statistics.fmean([*self._finals, self._value]), self._num_evaluations
-        )
+        self._trial.report(statistics.fmean([*self._finals, self._value]), self._num_evaluations)
         if self._trial.should_prune():
             self._is_stopped = True
             self.run.stop()

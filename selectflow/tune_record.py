@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selectflow.config import apply_override
-from selectflow.report.cells import Cell, Cells, sort_cells
+from selectflow.report.cells import Cell, Cells, State, sort_cells
 from selectflow.report.runs import Run, load_run
 from selectflow.sweep import Sweep
 from selectflow.sweep_space import Choice, Domain, Setting
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 NOTE = "note"  # on a trial that failed: why. One that failed without was interrupted.
+_STATES: dict[str, State] = {"COMPLETE": "complete", "PRUNED": "stopped"}
 _FREE_ON_RESUME = {"run_cap", "description", "project", "entity"}
 
 
@@ -99,9 +100,7 @@ def read_cells(sweep: Sweep, study: Study, out: Path) -> Cells:
 
 
 def _cell(sweep: Sweep, trial: FrozenTrial, out: Path) -> Cell:
-    setting = {
-        key: _decode(domain, trial.params[key]) for key, domain in sweep.domains.items()
-    }
+    setting = {key: _decode(domain, trial.params[key]) for key, domain in sweep.domains.items()}
     config, runs = sweep.load(setting), _runs(sweep, setting, out)
     metric = sweep.keys.metric.name
     values = [run.summary[metric] for run in runs if run.status == "finished"]
@@ -115,7 +114,7 @@ def _cell(sweep: Sweep, trial: FrozenTrial, out: Path) -> Cell:
         setting=setting,
         horizon=config.select.horizon,
         lr=config.optimizer.lr,
-        state={"COMPLETE": "complete", "PRUNED": "stopped"}.get(trial.state.name, "failed"),
+        state=_STATES.get(trial.state.name, "failed"),
         values=tuple(values),
         last=trial.value,
         steps=sum(run.summary.get("steps", run.metrics[-1]["train/step"]) for run in runs),
@@ -129,7 +128,8 @@ def _runs(sweep: Sweep, setting: Setting, out: Path) -> list[Run]:
     found = []
     for seed in sweep.seeds or (None,):
         run_dir = sweep.load(setting, sweep.local_overrides(out, seed)).run_dir
-        if (run_dir / "metrics.jsonl").exists():
+        metrics = run_dir / "metrics.jsonl"
+        if metrics.exists() and metrics.stat().st_size:
             found.append(load_run(run_dir))
     return found
 

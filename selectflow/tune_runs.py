@@ -23,6 +23,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+# What torch and pyarrow import at their first use; most of a short run's start. None is needed.
+_IMPORTED_LATE = ("torch._decomp.decompositions_for_jvp", "pandas")
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -30,7 +32,7 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 def run_server(program: Path) -> Iterator[ForkServerContext]:
     """Where runs are forked from: one thread each, the imports of `program` made."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_imports(program), __name__])
+    context.set_forkserver_preload([*_imports(program), *_IMPORTED_LATE, __name__])
     before = {name: os.environ.get(name) for name in _ONE_THREAD}
     os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))  # read when the server imports torch
     try:

@@ -19,7 +19,7 @@ def wandb_spec(sweep: Sweep) -> dict[str, Any]:
     command = list(sweep.keys.command)
     after = command.index(str(sweep.config)) + 1
     name = as_override("name", f"{sweep.name}-{sweep.run_name()}")
-    spec = _without_infinities(sweep.raw)
+    spec: dict[str, Any] = _without_infinities(sweep.raw)
     spec["command"] = [*command[:after], name, "track.wandb=online", *command[after:]]
     return spec | {"name": sweep.name}
 

@@ -104,13 +104,12 @@ def sort_cells(cells: Sequence[Cell], goal: Literal["minimize", "maximize"]) -> 
 def to_table(found: Cells) -> Table:
     """The cells as a table of the terminal."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    keys = list(found.cells[0].setting) if found.cells else []
+    keys = _varied(found)
     for key in keys:
         table.add_column(key.replace(".", ".\n", 1), justify="right")
     for head in (f"{found.metric}\nat the end", "seeds", "steps", "seconds", "relative\nerror", ""):
         table.add_column(head, justify="right")
     for cell in found.cells:
-        state = {"complete": "", "stopped": f"stopped at {cell.last:.4g}" if cell.last else "stopped"}
         table.add_row(
             *(str(cell.setting[key]) for key in keys),
             _mean_sd(cell),
@@ -118,9 +117,21 @@ def to_table(found: Cells) -> Table:
             str(cell.steps),
             f"{cell.seconds:.1f}",
             "-" if cell.relative_error is None else f"{cell.relative_error:.2g}",
-            state.get(cell.state, f"failed: {cell.note}"),
+            _ending(cell),
         )
     return table
+
+
+def _ending(cell: Cell) -> str:
+    if cell.state == "complete":
+        return ""
+    return f"failed: {cell.note}" if cell.state == "failed" else f"stopped at {cell.last:.4g}"
+
+
+def _varied(found: Cells) -> list[str]:
+    """The parameters that differ between cells."""
+    keys = list(found.cells[0].setting) if found.cells else []
+    return [key for key in keys if len({str(cell.setting[key]) for cell in found.cells}) > 1]
 
 
 def _mean_sd(cell: Cell) -> str:
@@ -140,10 +151,11 @@ def print_cells(found: Cells) -> None:
         print("no cell was run to its end: there is no best one")
         return
     near = len(found.near_best()) - 1
-    setting = " ".join(f"{key}={value}" for key, value in found.best.setting.items())
-    print(f"best: {setting}, {found.metric} {_mean_sd(found.best)} over {len(found.best.values)} seeds")
+    setting = " ".join(f"{key}={found.best.setting[key]}" for key in _varied(found))
+    num_seeds = len(found.best.values)
+    print(f"best: {setting}, {found.metric} {_mean_sd(found.best)} over {num_seeds} seeds")
     if near:
-        print(f"{near} more within its standard deviation: between those there is no difference seen")
+        print(f"{near} more within its standard deviation: no difference seen between those")
 
 
 def cost(found: Cells) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from selectflow.report.cells import Cell, Cells, sort_cells
 
 if TYPE_CHECKING:
@@ -86,9 +88,7 @@ def _fields(found: Cells, horizons: Sequence[float | str], lrs: Sequence[float])
         column = min(range(len(lrs)), key=lambda i: abs(math.log(lrs[i] / cell.lr)))
         places.setdefault((horizons.index(cell.horizon), column), []).append(cell)
     best = {place: sort_cells(cells, found.goal)[0] for place, cells in places.items()}
-    return [
-        [best.get((row, column)) for column in range(len(lrs))] for row in range(len(horizons))
-    ]
+    return [[best.get((row, column)) for column in range(len(lrs))] for row in range(len(horizons))]
 
 
 def _draw_fields(axes: Axes, found: Cells, fields: Fields) -> None:
@@ -96,9 +96,8 @@ def _draw_fields(axes: Axes, found: Cells, fields: Fields) -> None:
     from matplotlib.patches import Rectangle  # noqa: PLC0415
 
     means = [cell.mean for row in fields for cell in row if cell and cell.mean is not None]
-    colours = ScalarMappable(
-        _scale(means), "viridis" if found.goal == "maximize" else "viridis_r"
-    )
+    name = "viridis" if found.goal == "maximize" else "viridis_r"
+    colours = ScalarMappable(_scale(means), name)
     for y, row in enumerate(fields):
         for x, cell in enumerate(row):
             if cell is None:
@@ -110,9 +109,9 @@ def _draw_fields(axes: Axes, found: Cells, fields: Fields) -> None:
                     Rectangle(corner, 1, 1, facecolor="0.96", edgecolor="0.75", hatch=hatch, lw=0)
                 )
                 if cell.state == "failed":
-                    axes.text(x, y, "×", ha="center", va="center", fontsize=16, color="0.3")
+                    axes.text(x, y, "x", ha="center", va="center", fontsize=14, color="0.3")
                 continue
-            colour = colours.to_rgba(cell.mean)
+            colour = colours.to_rgba(np.array([cell.mean]))[0]
             axes.add_patch(Rectangle(corner, 1, 1, facecolor=colour, edgecolor="white"))
             ink = "white" if sum(colour[:3]) < 1.5 else "black"
             star = "★ " if cell is found.best else ""
