@@ -102,9 +102,9 @@ class _Cell:
     def _start(self) -> RunProcess:
         overrides = self._sweep.local_overrides(self._out, self._seeds[len(self._finals)])
         arguments = self._sweep.arguments(self.setting, overrides)
-        run_dir = self._sweep.load(self.setting, overrides).run_dir
-        self._value = None
-        return RunProcess(self._context, Path(self._sweep.keys.program), arguments, run_dir)
+        config = self._sweep.load(self.setting, overrides)
+        self._value, self._steps = None, config.steps
+        return RunProcess(self._context, Path(self._sweep.keys.program), arguments, config.run_dir)
 
     def _read(self, row: dict[str, Any]) -> None:
         metric = self._sweep.keys.metric.name
@@ -117,6 +117,9 @@ class _Cell:
             return
         self._num_evaluations += 1
         self._trial.report(statistics.fmean([*self._finals, self._value]), self._num_evaluations)
+        is_last_seed = len(self._finals) + 1 == len(self._seeds)
+        if is_last_seed and row["train/step"] >= self._steps:
+            return  # there is nothing left to stop
         if self._trial.should_prune():
             self._is_stopped = True
             self.run.stop()
@@ -124,12 +127,10 @@ class _Cell:
     def _has_ended(self) -> bool:
         from optuna.trial import TrialState  # noqa: PLC0415
 
-        failure = self.run.failure()
-        if failure is None and len(self._finals) + 1 == len(self._seeds):
-            self._is_stopped = False  # too late: its last run had come to its end
         if self._is_stopped:
             self._study.tell(self._trial, state=TrialState.PRUNED)
             return True
+        failure = self.run.failure()
         if self._note is None and (failure or self._value is None):
             metric = self._sweep.keys.metric.name
             self._note = failure or f"it logged no {metric}"

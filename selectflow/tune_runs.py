@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 # What torch and pyarrow import at their first use; most of a short run's start. None is needed.
-_IMPORTED_LATE = ("torch._decomp.decompositions_for_jvp", "pandas")
+_IMPORTED_LATE = ("torch._dynamo", "torch._decomp.decompositions_for_jvp", "pandas")
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -70,7 +70,7 @@ class RunProcess:
     ) -> None:
         self.run_dir = run_dir
         self._log = run_dir.with_name(f"{run_dir.name}.log")
-        self._read = 0  # bytes of metrics.jsonl
+        self._read, self._step = 0, -1  # bytes of metrics.jsonl, and the last step in them
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         self._process: ForkServerProcess = context.Process(
             target=_run, args=(str(program), list(arguments), str(run_dir), str(self._log))
@@ -96,7 +96,7 @@ class RunProcess:
         self._process.join()
 
     def new_rows(self) -> list[dict[str, Any]]:
-        """The complete lines of metrics.jsonl that were not read before."""
+        """The complete lines of metrics.jsonl, of steps that were not read before."""
         path = self.run_dir / "metrics.jsonl"
         if not path.exists():
             return []
@@ -108,7 +108,11 @@ class RunProcess:
             text = file.read(size - self._read)
         whole = text[: text.rfind(b"\n") + 1]
         self._read += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        rows = [json.loads(line) for line in whole.splitlines()]
+        # a resumed run does steps again that were read before it cut the file back
+        new = [row for row in rows if row["train/step"] > self._step]
+        self._step = max([self._step, *(row["train/step"] for row in new)])
+        return new
 
     def failure(self) -> str | None:
         """Why an ended run did not finish; None if it did."""
@@ -129,6 +133,7 @@ def _run(program: str, arguments: list[str], run_dir: str, log: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _wait_until_free(Path(run_dir))
     sys.argv = [program, *arguments]
+    sys.path.insert(0, str(Path(program).resolve().parent))  # as Python does for a script
     runpy.run_path(program, run_name="__main__")
 
 

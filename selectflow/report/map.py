@@ -36,9 +36,9 @@ def draw_map(found: Cells, tolerance: float = TOLERANCE) -> Figure:
         tolerance: largest relative error that is called safe.
 
     Returns:
-        The figure: colour and number where a cell was run to its end, hatched where all were
-        stopped early, a cross where all failed, a star on the best; a line round what the error
-        proxy predicts to be safe, where runs logged it.
+        The figure: colour and number where a cell was run to its end, a star on the best; hatched
+        with the last value where all were stopped early, a cross where all failed; a line round
+        what the error proxy predicts to be safe, where runs logged it.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -93,33 +93,44 @@ def _fields(found: Cells, horizons: Sequence[float | str], lrs: Sequence[float])
 
 def _draw_fields(axes: Axes, found: Cells, fields: Fields) -> None:
     from matplotlib.cm import ScalarMappable  # noqa: PLC0415
-    from matplotlib.patches import Rectangle  # noqa: PLC0415
 
     means = [cell.mean for row in fields for cell in row if cell and cell.mean is not None]
     name = "viridis" if found.goal == "maximize" else "viridis_r"
     colours = ScalarMappable(_scale(means), name)
     for y, row in enumerate(fields):
         for x, cell in enumerate(row):
-            if cell is None:
-                continue
-            corner = (x - 0.5, y - 0.5)
-            if cell.mean is None:
-                hatch = "////" if cell.state == "stopped" else None
-                axes.add_patch(
-                    Rectangle(corner, 1, 1, facecolor="0.96", edgecolor="0.75", hatch=hatch, lw=0)
-                )
-                if cell.state == "failed":
-                    axes.text(x, y, "x", ha="center", va="center", fontsize=14, color="0.3")
-                continue
-            colour = colours.to_rgba(np.array([cell.mean]))[0]
-            axes.add_patch(Rectangle(corner, 1, 1, facecolor=colour, edgecolor="white"))
-            ink = "white" if sum(colour[:3]) < 1.5 else "black"
-            star = "★ " if cell is found.best else ""
-            axes.text(
-                x, y, f"{star}{cell.mean:.3g}", ha="center", va="center", color=ink, fontsize=9.5
-            )
+            if cell is not None and cell.mean is not None:
+                colour = tuple(colours.to_rgba(np.array([cell.mean]))[0])
+                _draw_complete(axes, x, y, cell.mean, colour, is_best=cell is found.best)
+            elif cell is not None:
+                _draw_incomplete(axes, x, y, cell)
     if means:
         axes.figure.colorbar(colours, ax=axes, label=f"{found.metric} ({found.goal}d)")
+
+
+def _draw_complete(
+    axes: Axes, x: int, y: int, mean: float, colour: tuple[float, ...], *, is_best: bool
+) -> None:
+    from matplotlib.patches import Rectangle  # noqa: PLC0415
+
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
+    ink = "white" if sum(colour[:3]) < 1.5 else "black"
+    text = f"{'★ ' if is_best else ''}{mean:.3g}"
+    axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=9.5)
+
+
+def _draw_incomplete(axes: Axes, x: int, y: int, cell: Cell) -> None:
+    from matplotlib.patches import Rectangle  # noqa: PLC0415
+
+    is_stopped = cell.state == "stopped"
+    grey = Rectangle(
+        (x - 0.5, y - 0.5), 1, 1, facecolor="0.96", edgecolor="0.8", lw=0,
+        hatch="///" if is_stopped else None,
+    )  # fmt: skip
+    axes.add_patch(grey)
+    text = f"{cell.last:.3g} after\n{cell.steps} steps" if is_stopped else "x"
+    box = {"facecolor": "0.96", "edgecolor": "none", "pad": 1.5}
+    axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color="0.35", bbox=box)
 
 
 def _scale(means: Sequence[float]) -> Normalize:
