@@ -38,28 +38,39 @@ def digits(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def write(digits, tmp_path):
+def writer(digits, folder):
     """Writes a sweep of the toy trainer, 12 steps evaluated every third; returns its path."""
     base = {"name": "base", "steps": 12, "eval_every": 3, "device": "cpu", "checkpoint_every": 3}
     base |= {"data": {"root": str(digits), "pool": 32}, "select": {"keep": 8}}
 
-    def make(parameters=GRID, **keys):
-        (tmp_path / "base.yaml").write_text(dump_yaml(base))
+    def write(parameters=GRID, **keys):
+        (folder / "base.yaml").write_text(dump_yaml(base))
         macros = ["${env}", "${interpreter}", "${program}"]
         values = {
             "name": "toy",
             "program": str(TOY),
-            "command": [*macros, str(tmp_path / "base.yaml"), "${args_no_hyphens}"],
+            "command": [*macros, str(folder / "base.yaml"), "${args_no_hyphens}"],
             "method": "grid",
             "metric": {"name": "target/loss", "goal": "minimize"},
             "parameters": parameters,
         }
-        path = tmp_path / "sweep.yaml"
+        path = folder / "sweep.yaml"
         path.write_text(dump_yaml(values | keys))
         return path
 
-    return make
+    return write
+
+
+@pytest.fixture
+def write(digits, tmp_path):
+    return writer(digits, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def full(digits, tmp_path_factory):
+    """The directory of the whole grid, what it came to, and what it said."""
+    folder = tmp_path_factory.mktemp("full")
+    return folder, *run(writer(digits, folder)(), folder / "out")
 
 
 def run(path, out, jobs=2):
@@ -83,8 +94,8 @@ def curves(out):
     return found
 
 
-def test_a_grid_gives_every_cell_the_values_that_its_runs_have_alone(write, tmp_path):
-    found, lines = run(write(), tmp_path / "out")
+def test_a_grid_gives_every_cell_the_values_that_its_runs_have_alone(full, tmp_path):
+    folder, found, lines = full
     assert sorted(map(place, found.cells)) == [(lr, horizon) for lr in LRS for horizon in (0, 1)]
     means = [cell.mean for cell in found.cells]
     assert means == sorted(means)
@@ -93,7 +104,7 @@ def test_a_grid_gives_every_cell_the_values_that_its_runs_have_alone(write, tmp_
     assert len(lines) == 8
     # one run again, from the command line of a person
     overrides = ["optimizer.lr=1e-2", "select.horizon=1", "seed=1", f"root={tmp_path / 'alone'}"]
-    command = [sys.executable, str(TOY), str(tmp_path / "base.yaml"), *overrides, "num_threads=1"]
+    command = [sys.executable, str(TOY), str(folder / "base.yaml"), *overrides, "num_threads=1"]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     summary = json.loads((tmp_path / "alone" / "base" / "summary.json").read_text())
     (cell,) = [cell for cell in found.cells if place(cell) == (1e-2, 1)]
@@ -120,9 +131,8 @@ def halved(order, full, first, eta):
     return stopped
 
 
-def test_who_is_stopped_is_what_successive_halving_says(write, tmp_path):
-    run(write(), tmp_path / "full")
-    full = curves(tmp_path / "full")
+def test_who_is_stopped_is_what_successive_halving_says(full, write, tmp_path):
+    full = curves(full[0] / "out")
     found, lines = run(write(early_terminate=HYPERBAND), tmp_path / "early", jobs=1)
     texts = [re.match(r"optimizer.lr=(\S+) select.horizon=(\d): (.*)", line) for line in lines]
     order = [(float(text[1]), int(text[2])) for text in texts]
@@ -140,6 +150,7 @@ def test_who_is_stopped_is_what_successive_halving_says(write, tmp_path):
     assert sum(cell.steps for cell in found.cells) < 8 * 24
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_repeats_no_finished_cell(write, tmp_path):
     path, out = write(early_terminate=HYPERBAND | {"min_iter": 6}), tmp_path / "out"
     command = [sys.executable, "-m", "selectflow", "tune", str(path), "--out", str(out)]
@@ -170,6 +181,7 @@ def test_killed_and_started_again_it_repeats_no_finished_cell(write, tmp_path):
     assert (lines, again) == ([], found)
 
 
+@pytest.mark.slow
 def test_runs_end_when_the_sweep_is_killed(write, tmp_path):
     path, out = write(GRID | {"steps": {"value": 100000}}), tmp_path / "out"
     command = [sys.executable, "-m", "selectflow", "tune", str(path), "--out", str(out)]
@@ -247,13 +259,14 @@ def test_another_sweep_in_the_same_directory_is_refused(write, tmp_path):
         run(write(other), tmp_path / "out")
 
 
+@pytest.mark.slow  # W&B takes its time to say no
 def test_a_sweep_on_wandb_without_a_key_says_what_to_do(write, tmp_path):
     hidden = {"WANDB_API_KEY", "WANDB_BASE_URL"}
     env = {key: value for key, value in os.environ.items() if key not in hidden}
     env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", "selectflow", "tune", str(write()), "--wandb"],
-        env=env, capture_output=True, text=True, cwd=tmp_path,
+        check=False, env=env, capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2
     assert "a sweep on W&B must have a key and a network" in done.stderr
