@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "perturbations": {"batches", "derivatives", "dynamics", "params", "tangents"},
     "proxy": {"batches", "derivatives", "dynamics", "perturbations", "tangents"},
     "reruns": {
-        "batches", "derivatives", "dynamics", "objective", "params", "tangents", "trajectory",
+        "batches", "derivatives", "dynamics", "objective", "params", "perturbations", "tangents",
+        "trajectory",
     },
     "assumptions": {"dynamics"},
     "audit": {
