@@ -42,15 +42,12 @@ def _finished(runs: list[Run]) -> list[Run]:
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from selectflow.audit_report import run_audit, write_audit  # noqa: PLC0415
-    from selectflow.report.audit import print_budget, write_pngs  # noqa: PLC0415
+    from selectflow.audit_report import measured_before, run_audit  # noqa: PLC0415
+    from selectflow.report.audit import print_budget  # noqa: PLC0415
 
     config = load_audit(args.config, args.overrides)
-    folder = config.root / config.name
-    audit = run_audit(config, lambda done: print(f"measured {done}", flush=True))
-    write_audit(audit, folder)
-    write_pngs(audit.results, audit.truth, audit.scores, folder)
-    print_budget(audit.results)
+    folder = run_audit(config, lambda done: print(done, flush=True))
+    print_budget(measured_before(config, folder))
     print(f"wrote {folder}")
 
 

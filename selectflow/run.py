@@ -118,7 +118,7 @@ class _Run:
             horizon=build_horizon(config.select, config.steps),
             **config.select.selector_options(),
         )
-        self.pools = PoolSource(task.pools, self.device, self.selector.max_horizon)
+        self.pools = PoolSource(task.pools, self.device, self.selector.max_peeked)
         self.watch = Stopwatch(upfront_s)
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
         self.tracker = _tracker(config, saved)
