@@ -62,6 +62,13 @@ MAY_IMPORT = {
         "objective", "recording", "trajectory",
     },
     "audit_rows": {"audit", "audit_settings", "batches", "sparse", "trajectory"},
+    "audit_proxy": {
+        "audit_config", "audit_settings", "batches", "config_errors", "derivatives", "dynamics",
+        "lookahead", "objective", "optimizers", "perturbations", "proxy", "reruns",
+    },
+    "audit_proxy_report": {
+        "atomic", "audit_config", "audit_proxy", "audit_report", "proxy", "report",
+    },
     "audit_report": {
         "atomic", "audit_config", "audit_rows", "audit_settings", "config_errors", "report",
     },
@@ -89,7 +96,10 @@ MAY_IMPORT = {
     "report": {"report", "yaml_io"},
     "cli_shards": {"data"},
     "cli_select": {"cli_shards", "config", "data", "ledger", "sample_scores"},
-    "cli": {"audit_config", "audit_report", "cli_select", "cli_shards", "config", "report"},
+    "cli": {
+        "audit_config", "audit_proxy_report", "audit_report", "cli_select", "cli_shards", "config",
+        "report",
+    },
     "__main__": {"cli"},
     "__init__": {"horizons", "selection", "selector", "strategies"},
 }  # fmt: skip
