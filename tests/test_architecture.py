@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "lookahead": {"batches", "derivatives", "dynamics", "params"},
     "strategies": {"batches"},
     "language": {"batches"},
+    "huggingface": {"atomic", "batches", "language", "objective", "selection", "selector"},
     "selection": {"batches"},
     "selector": {
         "arguments", "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective",
@@ -79,6 +80,7 @@ MAY_IMPORT = {
     "tracking": set(),
     "atomic": set(),
     "ledger": {"atomic", "selection"},
+    "replay": {"batches", "ledger", "selection"},
     "data": {"atomic", "data"},
     "checkpoints": {"batches"},
     "run_dir": {"checkpoints", "config", "ledger"},
@@ -90,8 +92,8 @@ MAY_IMPORT = {
         "sample_scores", "selection", "task", "training", "trajectory",
     },
     "run": {
-        "batches", "checkpoints", "config", "ledger", "offline_run", "run_dir", "run_log",
-        "selector", "task", "tracking", "training",
+        "batches", "checkpoints", "config", "ledger", "offline_run", "replay", "run_dir",
+        "run_log", "selector", "task", "tracking", "training",
     },
     "report": {"report", "yaml_io"},
     "cli_shards": {"data"},
