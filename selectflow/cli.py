@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from selectflow.audit_config import load_audit
+from selectflow.audit_config import ProxyConfig, load_audit
 from selectflow.cli_select import add_commands as add_select
 from selectflow.cli_shards import add_commands as add_shards
 from selectflow.cli_tune import add_arguments as add_tune
@@ -43,15 +43,24 @@ def _finished(runs: list[Run]) -> list[Run]:
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from selectflow.audit_report import run_audit, write_audit  # noqa: PLC0415
-    from selectflow.report.audit import print_budget, write_pngs  # noqa: PLC0415
+    from selectflow.audit_report import measured_before, run_audit  # noqa: PLC0415
+    from selectflow.report.audit import print_budget  # noqa: PLC0415
 
     config = load_audit(args.config, args.overrides)
-    folder = config.root / config.name
-    audit = run_audit(config, lambda done: print(f"measured {done}", flush=True))
-    write_audit(audit, folder)
-    write_pngs(audit.results, audit.truth, audit.scores, folder)
-    print_budget(audit.results)
+    if isinstance(config, ProxyConfig):
+        _audit_proxy(config)
+        return
+    folder = run_audit(config, lambda done: print(done, flush=True))
+    print_budget(measured_before(config, folder))
+    print(f"wrote {folder}")
+
+
+def _audit_proxy(config: ProxyConfig) -> None:
+    from selectflow.audit_proxy_report import run_proxy  # noqa: PLC0415
+    from selectflow.report.proxy import print_proxy  # noqa: PLC0415
+
+    folder, cells = run_proxy(config, lambda done: print(done, flush=True))
+    print_proxy(cells)
     print(f"wrote {folder}")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from selectflow.config_errors import ConfigError, describe, nearest_key
+from selectflow.config_errors import ConfigError, describe
 from selectflow.config_sections import (
     Count,
     DataConfig,
@@ -24,9 +24,9 @@ from selectflow.config_sections import (
     SelectConfig,
     TrackConfig,
 )
-from selectflow.yaml_io import dump_yaml, parse_yaml, read_yaml
+from selectflow.yaml_io import dump_yaml, read_yaml, set_key
 
-__all__ = ["ConfigError", "RunConfig", "apply_override", "json_schema", "load", "to_yaml"]
+__all__ = ["ConfigError", "RunConfig", "json_schema", "known_keys", "load", "to_yaml"]
 
 
 class RunConfig(Section):
@@ -97,10 +97,15 @@ def _disagreements(values: Mapping[str, Any]) -> Iterator[str]:
             f"select.strategy must be influence when select.horizon is .inf, got {strategy!r}; "
             "give a finite horizon"
         )
-    known = list(_keys(RunConfig))
+    known = known_keys()
     for key in re.findall(r"\{([a-z_.]+)\}", str(values.get("name"))):
         if key not in known:
             yield f"name must have known keys in braces, got {{{key}}}{nearest_key(key, known)}"
+    if horizon == math.inf and (replay := _get(values, "select", "replay")) is not None:
+        yield (
+            f"select.replay must be null when select.horizon is .inf, got {str(replay)!r}; give a "
+            "finite horizon"
+        )
     schedule = _get(values, "select", "horizon_schedule")
     shape = schedule.get("name") if isinstance(schedule, dict) else None
     if shape in ("linear", "step") and (isinstance(horizon, str) or horizon == math.inf):
@@ -118,6 +123,11 @@ def _get(values: Mapping[str, Any], section: str, key: str) -> object:
     return given[key] if isinstance(given, dict) and key in given else getattr(default, key)
 
 
+def known_keys() -> list[str]:
+    """Dotted paths of all keys of a configuration, sections included."""
+    return list(_keys(RunConfig))
+
+
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
@@ -126,29 +136,9 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _lines(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
-    known = list(_keys(RunConfig))
+    known = known_keys()
     single = [describe(item, known) for item in error.errors() if item["loc"]]
     return single + list(_disagreements(values))
-
-
-def apply_override(values: dict[str, Any], override: str) -> str | None:
-    """Set one dotted key=value in the mapping of a configuration; what is wrong, or None."""
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        return f"{override!r} must be key=value, as in select.horizon=2"
-    if path not in (known := list(_keys(RunConfig))):
-        return f"{path} must be a known key, got {text!r}{nearest_key(path, known)}"
-    try:
-        value = parse_yaml(text)
-    except ConfigError as error:
-        return f"{path} {error}, got {text!r}"
-    *sections, leaf = path.split(".")
-    for section in sections:
-        if not isinstance(values.setdefault(section, {}), dict):
-            return None  # the section itself is wrong, which validation reports
-        values = values[section]
-    values[leaf] = value
-    return None
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -167,7 +157,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             range; the message has one line for each of them.
     """
     values = read_yaml(path)
-    problems = [problem for item in overrides if (problem := apply_override(values, item))]
+    known = known_keys()
+    found = [set_key(values, item, known, "select.horizon=2") for item in overrides]
+    problems = [problem for problem in found if problem]
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:

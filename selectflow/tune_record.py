@@ -8,12 +8,12 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selectflow.config import apply_override
+from selectflow.config import known_keys
 from selectflow.report.cells import Cell, Cells, State, sort_cells
 from selectflow.report.runs import Run, load_run
 from selectflow.sweep import Sweep
 from selectflow.sweep_space import Choice, Domain, Setting
-from selectflow.yaml_io import dump_yaml, read_yaml
+from selectflow.yaml_io import dump_yaml, read_yaml, set_key
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -224,7 +224,7 @@ def write_best(sweep: Sweep, found: Cells, path: Path) -> None:
     assert found.best is not None
     values = read_yaml(sweep.config)
     for override in [f"name={sweep.name}-best-s{{seed}}", *sweep.arguments(found.best.setting)[1:]]:
-        apply_override(values, override)
+        set_key(values, override, known_keys(), "select.horizon=2")
     size = f"{found.best.mean:.4g}" + (f" ± {found.best.sd:.2g}" if found.best.sd else "")
     head = (
         f"# The best of the {len(found.cells)} cells of the sweep {sweep.name}: {found.metric} "
