@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from selectflow.config_errors import ConfigError, describe
+from selectflow.config_errors import ConfigError, describe, nearest_key
 from selectflow.config_sections import (
     Count,
     DataConfig,
