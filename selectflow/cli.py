@@ -1,13 +1,14 @@
-"""The command line: `selectflow shards | select | compare | audit | schema`."""
+"""The command line: `selectflow shards | select | compare | audit | tune | schema`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from selectflow.audit_config import load_audit
+from selectflow.audit_config import ProxyConfig, load_audit
 from selectflow.cli_select import add_commands as add_select
 from selectflow.cli_shards import add_commands as add_shards
+from selectflow.cli_tune import add_arguments as add_tune
 from selectflow.config import json_schema
 from selectflow.report.runs import Run, find_runs, load_run
 
@@ -46,8 +47,20 @@ def _audit(args: argparse.Namespace) -> None:
     from selectflow.report.audit import print_budget  # noqa: PLC0415
 
     config = load_audit(args.config, args.overrides)
+    if isinstance(config, ProxyConfig):
+        _audit_proxy(config)
+        return
     folder = run_audit(config, lambda done: print(done, flush=True))
     print_budget(measured_before(config, folder))
+    print(f"wrote {folder}")
+
+
+def _audit_proxy(config: ProxyConfig) -> None:
+    from selectflow.audit_proxy_report import run_proxy  # noqa: PLC0415
+    from selectflow.report.proxy import print_proxy  # noqa: PLC0415
+
+    folder, cells = run_proxy(config, lambda done: print(done, flush=True))
+    print_proxy(cells)
     print(f"wrote {folder}")
 
 
@@ -79,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("config", type=Path, metavar="CONFIG", help="YAML of an audit")
     audit.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in seeds=1")
     audit.set_defaults(command=_audit)
+
+    tune = commands.add_parser("tune", help="search horizon, learning rate or any other options")
+    add_tune(tune)
 
     schema = commands.add_parser("schema", help="JSON schema of a run's configuration")
     schema.set_defaults(command=_schema)

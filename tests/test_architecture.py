@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "perturbations": {"batches", "derivatives", "dynamics", "params", "tangents"},
     "proxy": {"batches", "derivatives", "dynamics", "perturbations", "tangents"},
     "reruns": {
-        "batches", "derivatives", "dynamics", "objective", "params", "tangents", "trajectory",
+        "batches", "derivatives", "dynamics", "objective", "params", "perturbations", "tangents",
+        "trajectory",
     },
     "assumptions": {"dynamics"},
     "audit": {
@@ -62,6 +63,13 @@ MAY_IMPORT = {
         "objective", "recording", "trajectory",
     },
     "audit_rows": {"audit", "audit_settings", "batches", "sparse", "trajectory"},
+    "audit_proxy": {
+        "audit_config", "audit_settings", "batches", "config_errors", "derivatives", "dynamics",
+        "lookahead", "objective", "optimizers", "perturbations", "proxy", "reruns",
+    },
+    "audit_proxy_report": {
+        "atomic", "audit_config", "audit_proxy", "audit_report", "proxy", "report",
+    },
     "audit_report": {
         "atomic", "audit_config", "audit_rows", "audit_settings", "config_errors", "report",
     },
@@ -88,13 +96,23 @@ MAY_IMPORT = {
         "run_log", "selector", "task", "tracking", "training",
     },
     "report": {"report", "yaml_io"},
+    "sweep_space": {"config_errors"},
+    "sweep": {"config", "config_errors", "config_sections", "sweep_space", "yaml_io"},
+    "tune_runs": set(),
+    "tune_record": {"config", "report", "sweep", "sweep_space", "yaml_io"},
+    "tune": {"run_dir", "sweep", "sweep_space", "tune_record", "tune_runs"},
+    "tune_wandb": {"sweep", "tune_record"},
+    "cli_tune": {"report", "sweep", "tune", "tune_record", "tune_wandb"},
     "cli_shards": {"data"},
     "cli_select": {"cli_shards", "config", "data", "ledger", "sample_scores"},
-    "cli": {"audit_config", "audit_report", "cli_select", "cli_shards", "config", "report"},
+    "cli": {
+        "audit_config", "audit_proxy_report", "audit_report", "cli_select", "cli_shards",
+        "cli_tune", "config", "report",
+    },
     "__main__": {"cli"},
     "__init__": {"horizons", "selection", "selector", "strategies"},
 }  # fmt: skip
-ONLY_IN = {"webdataset": {"data/shards.py"}, "wandb": {"tracking.py"}}
+ONLY_IN = {"webdataset": {"data/shards.py"}, "wandb": {"tracking.py", "tune_wandb.py"}}
 
 
 def imported(path):
