@@ -1,5 +1,6 @@
 """Online data selection for PyTorch by look-ahead AdamW-influence."""
 
+from selectflow.controller import AutoHorizon, AutoRate, Decision
 from selectflow.horizons import HorizonSchedule
 from selectflow.selection import Selection
 from selectflow.selector import Selector
@@ -8,7 +9,10 @@ from selectflow.strategies import Candidates, Strategy
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoHorizon",
+    "AutoRate",
     "Candidates",
+    "Decision",
     "HorizonSchedule",
     "Selection",
     "Selector",

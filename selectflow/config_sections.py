@@ -45,7 +45,7 @@ def _is_keep(value: object) -> bool:
 
 def _is_horizon(value: object) -> bool:
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return is_count or value == math.inf
+    return is_count or value in (math.inf, "auto")
 
 
 def _matches(pattern: str) -> Callable[[object], object]:
@@ -68,8 +68,8 @@ Keep = Annotated[
     _must_be("a count (integer >= 1) or a fraction in (0, 1]", _is_keep),
 ]
 Horizon = Annotated[
-    Annotated[int, Field(ge=0)] | Annotated[float, Field(allow_inf_nan=True)],
-    _must_be("an integer >= 0 or .inf", _is_horizon),
+    Annotated[int, Field(ge=0)] | Annotated[float, Field(allow_inf_nan=True)] | Literal["auto"],
+    _must_be("an integer >= 0, auto or .inf", _is_horizon),
 ]
 RunName = Annotated[
     str,
@@ -221,8 +221,22 @@ class SelectConfig(Section):
     )
     horizon: Horizon = Field(
         default=1,
-        description="H: optimizer updates from scoring to reading the target loss; .inf: offline, "
-        "a run on everything is recorded first, and only its best samples are trained on",
+        description="H: optimizer updates from scoring to reading the target loss; auto: the "
+        "controller's choice; .inf: offline, a run on everything is recorded first, and only its "
+        "best samples are trained on",
+    )
+    largest_horizon: int = Field(
+        default=8, ge=0, description="the largest horizon that the controller may choose (auto)"
+    )
+    lr: Literal["schedule", "auto"] = Field(
+        default="schedule",
+        description="learning rate: as scheduled, or multiplied by what the controller chooses",
+    )
+    lr_lowest: float = Field(
+        default=1 / 64, gt=0, le=1, description="the smallest multiplier of the schedule (lr: auto)"
+    )
+    lr_highest: float = Field(
+        default=64.0, ge=1, description="the largest multiplier of the schedule (lr: auto)"
     )
     horizon_schedule: HorizonScheduleConfig = Field(
         default=HorizonScheduleConfig(), description="how the horizon changes over the run"
@@ -279,10 +293,14 @@ class SelectConfig(Section):
         return self.horizon == math.inf
 
     def selector_options(self) -> dict[str, Any]:
-        """Arguments of `Selector` but for its horizon; offline, it only passes pools on."""
+        """Arguments of `Selector` but horizon and lr; offline, it only passes pools on."""
         apart = {
             "horizon",
             "horizon_schedule",
+            "largest_horizon",
+            "lr",
+            "lr_lowest",
+            "lr_highest",
             "record_steps",
             "record_lr",
             "keep_samples",

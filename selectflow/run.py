@@ -1,8 +1,8 @@
 """A configuration becomes a run directory: the training loop.
 
-`runs/<name>/` holds `config.yaml` (resolved), `metrics.jsonl`, `selection/` (the
-ledger), `checkpoints/step-*.pt` and `summary.json`; after offline selection also the score file,
-`selected/` (shards) and `offline.json` (what selecting took).
+`runs/<name>/` holds `config.yaml` (resolved), `metrics.jsonl`, `selection/` (the ledger),
+`decisions.jsonl` (the controller's), `checkpoints/step-*.pt` and `summary.json`; after offline
+selection also the score file, `selected/` (shards) and `offline.json` (what selecting took).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from selectflow.checkpoints import (
     stop_request,
 )
 from selectflow.config import RunConfig
+from selectflow.decision_log import DecisionLog
 from selectflow.ledger import Ledger
 from selectflow.offline_run import select_offline
 from selectflow.replay import Replay
@@ -39,6 +40,7 @@ from selectflow.tracking import Progress, Tracker
 from selectflow.training import (
     build_horizon,
     build_optimizer,
+    build_rate,
     build_schedule,
     resolve_device,
     update,
@@ -117,7 +119,8 @@ class _Run:
         self.watch = Stopwatch(upfront_s)
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
         self.tracker = _tracker(config, saved)
-        self.log = RunLog(Ledger(config.run_dir, stream), self.tracker, task.altered, upfront_s)
+        records = Ledger(config.run_dir, stream), DecisionLog(config.run_dir)
+        self.log = RunLog(*records, self.tracker, task.altered, upfront_s)
         if saved is not None:
             self.load_state_dict(saved)
 
@@ -134,6 +137,7 @@ class _Run:
             max_grad_norm=config.optimizer.max_grad_norm,
             seed=config.seed,
             horizon=build_horizon(config.select, config.steps),
+            lr=build_rate(config.select),
             **config.select.selector_options(),
         )
 
@@ -148,12 +152,12 @@ class _Run:
             for batch in islice(self.selector.stream(self.pools), remaining):
                 args = self.model, self.task.loss_fn, batch, self.optimizer
                 loss = update(*args, config.optimizer.max_grad_norm, self.step)
-                lr = self.optimizer.param_groups[0]["lr"]
+                assert self.selector.last is not None
+                lr = self.optimizer.param_groups[0]["lr"] * self.selector.last.lr_multiplier
                 self.scheduler.step()
                 self.step += 1
 
                 wall_s = self.watch.stop()  # evaluation, logging and saving are not counted
-                assert self.selector.last is not None
                 self.log.step(self.step, batch, loss, self.selector.last)
                 is_last = self.step == config.steps or wall_s >= (config.max_wall_s or math.inf)
                 if self.step % config.eval_every == 0 or is_last:

@@ -12,6 +12,7 @@ from typing import Any
 
 from selectflow.checkpoints import Checkpoints
 from selectflow.config import RunConfig, load, to_yaml
+from selectflow.decision_log import DECISIONS
 from selectflow.ledger import LEDGER_FOLDER
 
 
@@ -55,7 +56,8 @@ def open_run_dir(config: RunConfig) -> dict[str, Any] | None:
                 "another name, go on with resume=auto, or replace it with overwrite=true"
             )
     if saved is None and not is_finished(run_dir):
-        (run_dir / "metrics.jsonl").unlink(missing_ok=True)  # of a run that died before it saved
+        for name in ("metrics.jsonl", DECISIONS):  # of a run that died before it saved
+            (run_dir / name).unlink(missing_ok=True)
         if (run_dir / LEDGER_FOLDER).exists():
             shutil.rmtree(run_dir / LEDGER_FOLDER)
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from selectflow.batches import num_examples
+from selectflow.decision_log import DecisionLog
 from selectflow.ledger import Ledger
 from selectflow.selection import Selection
 from selectflow.tracking import Tracker
@@ -38,16 +39,23 @@ class RunLog:
     Every pool and batch of a run is a mapping with a list "key" of sample ids.
 
     Args:
-        ledger: takes the decisions.
+        ledger: takes what was kept.
+        decisions: takes what the controller decided.
         tracker: takes the metrics.
         altered: ids of the samples whose label was altered, to report how many are kept.
         upfront_s: seconds of selection before the first step.
     """
 
     def __init__(
-        self, ledger: Ledger, tracker: Tracker, altered: frozenset[str], upfront_s: float = 0.0
+        self,
+        ledger: Ledger,
+        decisions: DecisionLog,
+        tracker: Tracker,
+        altered: frozenset[str],
+        upfront_s: float = 0.0,
     ) -> None:
         self._ledger, self._tracker, self._altered = ledger, tracker, altered
+        self._decisions = decisions
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
         self._select_s = self._wall_s_before = upfront_s
@@ -63,6 +71,7 @@ class RunLog:
         self._sums["train/loss"] += loss
         self._sums["select/score_mean"] += float(selection.scores[selection.indices].mean())
         self._sums["select/kept_fraction"] += kept / size
+        self._sums["select/lr_multiplier"] += selection.lr_multiplier
         if selection.horizon is not None:
             self._sums["select/horizon"] += selection.horizon
         self._sums["select/kept_altered"] += (
@@ -74,6 +83,8 @@ class RunLog:
             self._counts["scored"] += size
         self._select_s += selection.seconds
         self._ledger.add(step, selection)
+        for decision in selection.decisions:
+            self._decisions.add(decision)
 
     def flush(self, step: int, lr: float, wall_s: float, evaluation: Mapping[str, float]) -> None:
         """Send the means since the last flush, and an evaluation, to the tracker; write the ledger.
@@ -94,6 +105,7 @@ class RunLog:
                 "perf/select_s": self._select_s,
                 "perf/step_s": (wall_s - self._wall_s_before) / num_steps,
             }
+        metrics |= self._decisions.measured
         self._tracker.log(step, metrics | {"perf/wall_s": wall_s} | dict(evaluation))
         self._sums.clear()
         self._counts["steps"], self._wall_s_before = 0, wall_s
@@ -108,6 +120,7 @@ class RunLog:
             "select_s": self._select_s,
             "wall_s_before": self._wall_s_before,
             "ledger": self._ledger.state_dict(),
+            "decisions": self._decisions.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
@@ -116,6 +129,7 @@ class RunLog:
         self._counts.update(state["counts"])
         self._select_s, self._wall_s_before = state["select_s"], state["wall_s_before"]
         self._ledger.load_state_dict(state["ledger"], step)
+        self._decisions.load_state_dict(state["decisions"])
 
     def summary(self) -> str:
         """The last flush in a few words, for a progress line."""

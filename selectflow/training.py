@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from selectflow.batches import Batch, describe, num_examples
 from selectflow.config_sections import OptimizerConfig, ScheduleConfig, SelectConfig
+from selectflow.controller import AutoHorizon, AutoRate
 from selectflow.horizons import HorizonSchedule
 from selectflow.objective import LossFn
 from selectflow.run_dir import RunError
@@ -75,16 +77,25 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> 
     return LambdaLR(optimizer, factor)
 
 
-def build_horizon(config: SelectConfig, steps: int) -> int | HorizonSchedule:
+def build_horizon(config: SelectConfig, steps: int) -> int | HorizonSchedule | AutoHorizon:
     """The configured horizon of a selector; 0 after offline selection, which looks no further."""
     if config.is_offline:
         return 0
+    if config.horizon == "auto":
+        return AutoHorizon(largest=config.largest_horizon)
     first, schedule = int(config.horizon), config.horizon_schedule
     if schedule.name == "constant" or steps == 1:
         return first
     if schedule.name == "linear":
         return HorizonSchedule([(0, first), (steps - 1, schedule.final)], "linear")
     return HorizonSchedule([(0, first), *schedule.milestones], "step")
+
+
+def build_rate(config: SelectConfig) -> Literal["schedule"] | AutoRate:
+    """Whether the controller multiplies the scheduled learning rate, and within which bounds."""
+    if config.lr == "schedule":
+        return config.lr
+    return AutoRate(lowest=config.lr_lowest, highest=config.lr_highest)
 
 
 def resolve_device(name: str) -> torch.device:

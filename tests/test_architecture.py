@@ -23,11 +23,21 @@ MAY_IMPORT = {
     "strategies": {"batches"},
     "language": {"batches"},
     "huggingface": {"atomic", "batches", "language", "objective", "selection", "selector"},
-    "selection": {"batches"},
+    "selection": {"batches", "controller"},
+    "controller": set(),
+    "update_state": {"dynamics"},
+    "policy": {"batches", "derivatives", "dynamics", "lookahead", "nominal", "params", "selection"},
+    "horizon_control": {
+        "batches", "controller", "dynamics", "optimizers", "perturbations", "policy", "proxy",
+        "selection",
+    },
+    "rate_control": {
+        "batches", "controller", "derivatives", "dynamics", "optimizers", "params", "update_state",
+    },
     "selector": {
-        "arguments", "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective",
-        "lookahead_state", "nominal", "optimizers", "params", "scored_params", "selection",
-        "strategies",
+        "arguments", "batches", "controller", "derivatives", "horizon_control", "horizons",
+        "lookahead", "lookahead_state", "objective", "optimizers", "params", "policy",
+        "rate_control", "scored_params", "selection", "strategies",
     },
     "arguments": set(),
     "lookahead_state": {"lookahead", "params"},
@@ -36,7 +46,8 @@ MAY_IMPORT = {
     "snapshots": {"dynamics", "params"},
     "trajectory": {"batches", "derivatives", "dynamics", "lookahead", "snapshots"},
     "recording": {
-        "objective", "batches", "derivatives", "dynamics", "optimizers", "snapshots", "trajectory",
+        "objective", "batches", "derivatives", "dynamics", "optimizers", "snapshots",
+        "trajectory", "update_state",
     },
     "tangents": {"objective", "batches", "derivatives", "dynamics", "params"},
     "perturbations": {"batches", "derivatives", "dynamics", "params", "tangents"},
@@ -83,15 +94,16 @@ MAY_IMPORT = {
     "replay": {"batches", "ledger", "selection"},
     "data": {"atomic", "data"},
     "checkpoints": {"batches"},
-    "run_dir": {"checkpoints", "config", "ledger"},
-    "run_log": {"batches", "ledger", "selection", "tracking"},
+    "run_dir": {"decision_log", "checkpoints", "config", "ledger"},
+    "run_log": {"batches", "decision_log", "ledger", "selection", "tracking"},
     "task": {"batches", "data", "objective"},
-    "training": {"batches", "config_sections", "horizons", "objective", "run_dir"},
+    "training": {"controller", "batches", "config_sections", "horizons", "objective", "run_dir"},
     "offline_run": {
         "atomic", "batches", "config", "data", "derivatives", "offline", "recording", "run_dir",
         "sample_scores", "selection", "task", "training", "trajectory",
     },
     "run": {
+        "decision_log",
         "batches", "checkpoints", "config", "ledger", "offline_run", "replay", "run_dir",
         "run_log", "selector", "task", "tracking", "training",
     },
@@ -110,7 +122,8 @@ MAY_IMPORT = {
         "cli_tune", "config", "report",
     },
     "__main__": {"cli"},
-    "__init__": {"horizons", "selection", "selector", "strategies"},
+    "decision_log": {"controller"},
+    "__init__": {"controller", "horizons", "selection", "selector", "strategies"},
 }  # fmt: skip
 ONLY_IN = {"webdataset": {"data/shards.py"}, "wandb": {"tracking.py", "tune_wandb.py"}}
 

@@ -99,7 +99,7 @@ def test_other_values_of_keep_are_refused_once(tmp_path, text):
 def test_a_horizon_is_a_count_or_infinite(tmp_path, text):
     path = write(tmp_path, "name: a")
     (line,) = problems(path, f"select.horizon={text}")
-    assert line.startswith("select.horizon must be an integer >= 0 or .inf, got ")
+    assert line.startswith("select.horizon must be an integer >= 0, auto or .inf, got ")
     offline = load(path, ["select.horizon=.inf"])
     assert (offline.select.horizon, offline.select.is_offline) == (math.inf, True)
     assert load(write(tmp_path, to_yaml(offline))) == offline

@@ -1,0 +1,70 @@
+"""What the controller decided in a run, and why: one line of decisions.jsonl each."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from selectflow.controller import Decision
+
+DECISIONS = "decisions.jsonl"
+
+# Measures that are metrics, too: the last value of each is reported.
+_METRICS = ("proxy_first_order", "proxy_second_order", "relative_error", "trust_ratio")
+
+
+class DecisionLog:
+    """Appends decisions to `decisions.jsonl`.
+
+    A line is `{"step", "what", "before", "after", "reason", "measures"}`; a measure that is not
+    finite is null.
+
+    Args:
+        run_dir: directory of the run.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / DECISIONS
+        self.measured: dict[str, float] = {}  # metric -> its last value
+
+    def add(self, decision: Decision) -> None:
+        """Write one decision.
+
+        Raises:
+            OSError: it cannot be written; names the file.
+        """
+        measures = {
+            name: value if math.isfinite(value) else None
+            for name, value in decision.measures.items()
+        }
+        line = {
+            "step": decision.step,
+            "what": decision.what,
+            "before": decision.before,
+            "after": decision.after,
+            "reason": decision.reason,
+            "measures": measures,
+        }
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        for name in _METRICS:
+            if (value := measures.get(name)) is not None:
+                self.measured[f"select/{name}"] = value
+
+    def state_dict(self) -> dict[str, Any]:
+        """How long the file is, and the last measures."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        return {"bytes": size, "measured": dict(self.measured)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after `state_dict`; later lines are cut off."""
+        if self._path.exists():
+            os.truncate(self._path, state["bytes"])
+        self.measured = dict(state["measured"])
