@@ -57,7 +57,8 @@ def score_samples(
 
     def add(visit: Visit) -> None:
         batch = batches[visit.index]
-        _, slopes = trajectory.derivatives.along(visit.state.params, visit.gamma, batch)
+        gamma = trajectory.updates[visit.index].heard(visit.gamma, visit.after)
+        _, slopes = trajectory.derivatives.along(visit.state.params, gamma, batch)
         rows = torch.tensor([row[key] for key in batch["key"]])
         score.index_add_(0, rows, -slopes.cpu().double() / len(rows))
         occurrences.index_add_(0, rows, torch.ones_like(rows))
