@@ -19,6 +19,8 @@ from selectflow.params import Params
 from selectflow.sample_scores import SampleScores
 from selectflow.trajectory import Trajectory
 
+_RECHECK = 25  # updates that a check of central differences is trusted for
+
 
 def score_samples(
     trajectory: Trajectory,
@@ -56,6 +58,8 @@ def score_samples(
     occurrences = torch.zeros(len(row), dtype=torch.int64)
 
     def add(visit: Visit) -> None:
+        if visit.index % _RECHECK == 0:
+            trajectory.derivatives.recheck()
         batch = batches[visit.index]
         gamma = trajectory.updates[visit.index].heard(visit.gamma, visit.after)
         _, slopes = trajectory.derivatives.along(visit.state.params, gamma, batch)
