@@ -93,6 +93,11 @@ def _disagreements(values: Mapping[str, Any]) -> Iterator[str]:
             f"select.strategy must be influence when select.horizon is .inf, got {strategy!r}; "
             "give a finite horizon"
         )
+    if horizon == math.inf and (replay := _get(values, "select", "replay")) is not None:
+        yield (
+            f"select.replay must be null when select.horizon is .inf, got {str(replay)!r}; give a "
+            "finite horizon"
+        )
     schedule = _get(values, "select", "horizon_schedule")
     shape = schedule.get("name") if isinstance(schedule, dict) else None
     if shape in ("linear", "step") and (isinstance(horizon, str) or horizon == math.inf):
