@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from selectflow.audit_config import load_audit
+from selectflow.audit_config import ProxyConfig, load_audit
 from selectflow.cli_select import add_commands as add_select
 from selectflow.cli_shards import add_commands as add_shards
 from selectflow.config import json_schema
@@ -46,8 +46,20 @@ def _audit(args: argparse.Namespace) -> None:
     from selectflow.report.audit import print_budget  # noqa: PLC0415
 
     config = load_audit(args.config, args.overrides)
+    if isinstance(config, ProxyConfig):
+        _audit_proxy(config)
+        return
     folder = run_audit(config, lambda done: print(done, flush=True))
     print_budget(measured_before(config, folder))
+    print(f"wrote {folder}")
+
+
+def _audit_proxy(config: ProxyConfig) -> None:
+    from selectflow.audit_proxy_report import run_proxy  # noqa: PLC0415
+    from selectflow.report.proxy import print_proxy  # noqa: PLC0415
+
+    folder, cells = run_proxy(config, lambda done: print(done, flush=True))
+    print_proxy(cells)
     print(f"wrote {folder}")
 
 

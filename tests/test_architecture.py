@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "lookahead": {"batches", "derivatives", "dynamics", "params"},
     "strategies": {"batches"},
     "language": {"batches"},
+    "huggingface": {"atomic", "batches", "language", "objective", "selection", "selector"},
     "selection": {"batches"},
     "selector": {
         "arguments", "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective",
@@ -41,7 +42,8 @@ MAY_IMPORT = {
     "perturbations": {"batches", "derivatives", "dynamics", "params", "tangents"},
     "proxy": {"batches", "derivatives", "dynamics", "perturbations", "tangents"},
     "reruns": {
-        "batches", "derivatives", "dynamics", "objective", "params", "tangents", "trajectory",
+        "batches", "derivatives", "dynamics", "objective", "params", "perturbations", "tangents",
+        "trajectory",
     },
     "assumptions": {"dynamics"},
     "audit": {
@@ -61,6 +63,13 @@ MAY_IMPORT = {
         "objective", "recording", "trajectory",
     },
     "audit_rows": {"audit", "audit_settings", "batches", "sparse", "trajectory"},
+    "audit_proxy": {
+        "audit_config", "audit_settings", "batches", "config_errors", "derivatives", "dynamics",
+        "lookahead", "objective", "optimizers", "perturbations", "proxy", "reruns",
+    },
+    "audit_proxy_report": {
+        "atomic", "audit_config", "audit_proxy", "audit_report", "proxy", "report",
+    },
     "audit_report": {
         "atomic", "audit_config", "audit_rows", "audit_settings", "config_errors", "report",
     },
@@ -89,7 +98,10 @@ MAY_IMPORT = {
     "report": {"report", "yaml_io"},
     "cli_shards": {"data"},
     "cli_select": {"cli_shards", "config", "data", "ledger", "sample_scores"},
-    "cli": {"audit_config", "audit_report", "cli_select", "cli_shards", "config", "report"},
+    "cli": {
+        "audit_config", "audit_proxy_report", "audit_report", "cli_select", "cli_shards", "config",
+        "report",
+    },
     "__main__": {"cli"},
     "__init__": {"horizons", "selection", "selector", "strategies"},
 }  # fmt: skip
