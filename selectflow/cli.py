@@ -1,4 +1,4 @@
-"""The command line: `selectflow shards | select | compare | audit | schema`."""
+"""The command line: `selectflow shards | select | compare | audit | tune | schema`."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 from selectflow.audit_config import ProxyConfig, load_audit
 from selectflow.cli_select import add_commands as add_select
 from selectflow.cli_shards import add_commands as add_shards
+from selectflow.cli_tune import add_arguments as add_tune
 from selectflow.config import json_schema
 from selectflow.report.runs import Run, find_runs, load_run
 
@@ -91,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("config", type=Path, metavar="CONFIG", help="YAML of an audit")
     audit.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in seeds=1")
     audit.set_defaults(command=_audit)
+
+    tune = commands.add_parser("tune", help="search horizon, learning rate or any other options")
+    add_tune(tune)
 
     schema = commands.add_parser("schema", help="JSON schema of a run's configuration")
     schema.set_defaults(command=_schema)

@@ -96,16 +96,23 @@ MAY_IMPORT = {
         "run_log", "selector", "task", "tracking", "training",
     },
     "report": {"report", "yaml_io"},
+    "sweep_space": {"config_errors"},
+    "sweep": {"config", "config_errors", "config_sections", "sweep_space", "yaml_io"},
+    "tune_runs": set(),
+    "tune_record": {"config", "report", "sweep", "sweep_space", "yaml_io"},
+    "tune": {"run_dir", "sweep", "sweep_space", "tune_record", "tune_runs"},
+    "tune_wandb": {"sweep", "tune_record"},
+    "cli_tune": {"report", "sweep", "tune", "tune_record", "tune_wandb"},
     "cli_shards": {"data"},
     "cli_select": {"cli_shards", "config", "data", "ledger", "sample_scores"},
     "cli": {
-        "audit_config", "audit_proxy_report", "audit_report", "cli_select", "cli_shards", "config",
-        "report",
+        "audit_config", "audit_proxy_report", "audit_report", "cli_select", "cli_shards",
+        "cli_tune", "config", "report",
     },
     "__main__": {"cli"},
     "__init__": {"horizons", "selection", "selector", "strategies"},
 }  # fmt: skip
-ONLY_IN = {"webdataset": {"data/shards.py"}, "wandb": {"tracking.py"}}
+ONLY_IN = {"webdataset": {"data/shards.py"}, "wandb": {"tracking.py", "tune_wandb.py"}}
 
 
 def imported(path):
