@@ -86,18 +86,15 @@ def train(config: RunConfig, task: Task) -> Path:
 
 def _train(run: _Run) -> None:
     """Run the loop; the log, the tracker and, after a bad loss, the weights are kept."""
-    status = "failed"
     with stop_request() as stop:
         try:
-            status = run.loop(stop)
-        except FloatingPointError:
+            run.finish(run.loop(stop))
+        except BaseException as error:
             with contextlib.suppress(OSError):  # which must not hide why the run ends
-                run.save()
+                if isinstance(error, FloatingPointError):
+                    run.save()
+                run.finish("failed")
             raise
-        finally:
-            run.log.close()
-            upfront = {"perf/upfront_s": run.upfront_s} if run.config.select.is_offline else {}
-            run.tracker.finish({"status": status, "steps": run.step} | upfront)
 
 
 class _Run:
@@ -185,6 +182,12 @@ class _Run:
         """Write a checkpoint of the present step, unless there is one."""
         if not self.checkpoints.has(self.step):
             self.checkpoints.save(self.step, self.state_dict())
+
+    def finish(self, status: str) -> None:
+        """Write the rest of the log, and how the run ended."""
+        self.log.close()
+        upfront = {"perf/upfront_s": self.upfront_s} if self.config.select.is_offline else {}
+        self.tracker.finish({"status": status, "steps": self.step} | upfront)
 
     def state_dict(self) -> dict[str, Any]:
         return {
