@@ -55,7 +55,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
             "optimizer.lr must be greater than 0, got 0",
             "optimizer.betas.1 must be less than 1, got 1.5",
             "optimizer.lr_rate must be a known key, got 1; did you mean optimizer.lr?",
-            "model.lr must be a known key, got 1; did you mean optimizer.lr?",
+            "model.lr must be a known key, got 1; did you mean select.lr?",
             "optimizer.eps must be finite, got inf",
             "model.name must be one of mlp, cnn, resnet18, got 'mpl'; did you mean mlp?",
             "model.hidden.1 must be an integer, got '64'",
