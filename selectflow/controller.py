@@ -29,6 +29,7 @@ out yet; upwards only to twice.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -219,11 +220,11 @@ class RateRule:
 
     def state_dict(self) -> dict[str, Any]:
         """All that later decisions depend on."""
-        return {key: value for key, value in vars(self).items() if key != "settings"}
+        return copy.deepcopy({k: value for k, value in vars(self).items() if k != "settings"})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
-        vars(self).update(state)
+        vars(self).update(copy.deepcopy(dict(state)))
 
 
 # --- the horizon ----------------------------------------------------------------------------
@@ -319,6 +320,8 @@ class HorizonRule:
         )
         if ratio <= 0 and longer == mine:
             self.horizon, reason = 0, f"{numbers}: the prediction has the wrong sign"
+        elif math.isinf(losses[longer]) and not math.isinf(losses[shorter]):
+            self.horizon, reason = shorter, f"{numbers}: the longer one diverged"
         elif off > accepted:
             self.horizon, reason = shorter, f"{numbers}: above {accepted:.2f}, not trusted"
         elif len(leads) < _LEAST_CONTESTS:
@@ -346,11 +349,11 @@ class HorizonRule:
 
     def state_dict(self) -> dict[str, Any]:
         """All that later decisions depend on."""
-        return {key: value for key, value in vars(self).items() if key != "settings"}
+        return copy.deepcopy({k: value for k, value in vars(self).items() if k != "settings"})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
-        vars(self).update(state)
+        vars(self).update(copy.deepcopy(dict(state)))
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -1,0 +1,235 @@
+"""The controller's rules, on losses whose right answer is known by hand."""
+
+import math
+
+import pytest
+
+from selectflow.controller import AutoHorizon, AutoRate, HorizonRule, RateRule
+
+TRUSTED = {"relative_error": 0.1, "trust_ratio": 0.9}
+
+
+def settled(**settings):
+    """A rule after its first window, in which the rate as it is was best."""
+    rule = RateRule(AutoRate(**settings))
+    rule.decide(1.0, 0.9, lambda factor: 0.95)
+    return rule
+
+
+def curve(best, start=1.0):
+    """Replays whose loss is lowest at the rate `best`, with the rule's multiplier as the rate."""
+    return lambda rate: start - 0.1 + 0.02 * math.log2(rate / best) ** 2
+
+
+def drive(rule, loss_of, num, progress=0.1):
+    """Decisions over windows in which the loss at a rate is loss_of(rate)."""
+    made = []
+    for _ in range(num):
+        now = rule.multiplier
+        end = loss_of(now)
+        made.append(rule.decide(end + progress, end, lambda f, now=now: loss_of(now * f))[0])
+    return made
+
+
+# --- the learning rate ----------------------------------------------------------------------
+
+
+def test_the_first_window_searches_down_and_once_up():
+    for best, found in ((1 / 8, 1 / 8), (1.0, 1.0), (2.0, 2.0), (16.0, 2.0)):
+        rule = RateRule(AutoRate())
+        decision, redo = rule.decide(1.0, curve(best)(1.0), curve(best))
+        assert decision.after == rule.multiplier == found
+        assert redo == (found != 1.0)
+
+
+def test_it_climbs_to_the_best_rate_and_stays():
+    rule = settled()
+    made = drive(rule, curve(16.0), 12, progress=0.0)
+    assert rule.multiplier == 16.0
+    assert [decision.after for decision in made[:4]] == [2, 4, 8, 16]
+    assert {decision.after for decision in made[4:]} == {16.0}
+
+
+def test_half_the_rate_must_gain_more_than_training_did():
+    def replay(factor):
+        return {0.5: 0.85, 2.0: 1.0}[factor]  # gains 0.05 over an end of 0.9
+
+    rule = settled()
+    slow, _ = rule.decide(0.94, 0.9, replay)  # training gained 0.04
+    assert slow.after == 0.5
+    rule = settled()
+    fast, _ = rule.decide(0.96, 0.9, replay)  # training gained 0.06
+    assert fast.after == 1.0
+
+
+def test_sums_forget_by_halves():
+    # by hand: P = 0.08 / 4 + 0.0 / 2 + 0.0 = 0.02 < G = 0.03 (1/4 + 1/2 + 1) = 0.0525; before the
+    # third window 0.08 / 2 = 0.04 < 0.045 already
+    rule = settled()
+    rule.gap = 0
+    first, _ = rule.decide(0.98, 0.9, lambda f: 0.87 if f < 1 else 1.0)
+    second, _ = rule.decide(0.9, 0.9, lambda f: 0.87 if f < 1 else 1.0)
+    assert (first.after, second.after) == (1.0, 0.5)
+
+
+def test_a_window_that_failed_is_taken_back_to_the_first_rate_that_does_not():
+    rule = settled(rise=0.2)
+    losses = {0.5: 1.5, 0.25: 1.1, 0.125: 0.5}
+    decision, redo = rule.decide(1.0, 2.0, losses.__getitem__)
+    assert redo
+    assert decision.after == 0.25  # at 0.25 the loss rose by less than 20%: no need to go on
+    assert "taken back" in decision.reason
+    rule = settled(rise=0.2)
+    decision, redo = rule.decide(1.0, 2.0, lambda factor: 3.0)
+    assert not redo
+    assert decision.after == 1.0
+
+
+def test_a_rate_that_diverges_is_never_chosen():
+    rule = settled()
+    decision, _ = rule.decide(1.0, 0.9, lambda f: math.inf if f > 1 else 0.89)
+    assert decision.after == 1.0
+
+
+def test_a_rising_schedule_is_not_pushed():
+    rule = RateRule(AutoRate())
+    assert rule.decide(1.0, 0.9, curve(16.0), rising=True)[0].after == 1.0
+    assert rule.decide(1.0, 0.9, curve(16.0), rising=True)[0].after == 1.0
+
+
+def test_a_flat_loss_changes_nothing():
+    rule = RateRule(AutoRate())
+    made = [rule.decide(0.7, 0.7, lambda factor: 0.7)[0] for _ in range(20)]
+    assert {decision.after for decision in made} == {1.0}
+    assert rule.gap == AutoRate().longest_gap
+
+
+def test_it_does_not_oscillate_without_end():
+    """Twice always looks better, then half: every turn back asks for more windows."""
+    rule, changes = settled(), []
+    for window in range(300):
+        up = rule.multiplier <= 1.0
+        decision, _ = rule.decide(0.9, 0.9, lambda f, up=up: 0.8 if (f > 1) == up else 1.0)
+        if decision.before != decision.after:
+            changes.append(window)
+    assert changes[1] - changes[0] <= 2
+    assert len(changes) < 300 / 16 + 8
+    assert changes[-1] - changes[-2] >= 16
+
+
+def test_bounds_hold_and_are_named():
+    rule = settled(lowest=0.5, highest=4.0)
+    made = drive(rule, curve(1024.0), 8, progress=0.0)
+    assert rule.multiplier == 4.0
+    assert "at a bound of [0.5, 4]" in made[-1].reason
+
+
+def test_rate_rule_goes_on_from_its_state():
+    whole, half = settled(), settled()
+    drive(whole, curve(8.0), 3)
+    drive(half, curve(8.0), 3)
+    other = RateRule(AutoRate())
+    other.load_state_dict(half.state_dict())
+    assert drive(other, curve(2.0), 9) == drive(whole, curve(2.0), 9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"lowest": 2.0}, "0 < lowest <= 1 <= highest"),
+        ({"highest": 0.5}, "0 < lowest <= 1 <= highest"),
+        ({"lowest": 0.0}, "0 < lowest <= 1 <= highest"),
+        ({"highest": math.inf}, "0 < lowest <= 1 <= highest"),
+        ({"window": 0}, "window must be >= 1"),
+        ({"rise": 0.0}, "rise > 0"),
+    ],
+)
+def test_bad_rate_settings(settings, named):
+    with pytest.raises(ValueError, match=named):
+        AutoRate(**settings)
+
+
+# --- the horizon ----------------------------------------------------------------------------
+
+
+def contests(rule, num, lead, trust=TRUSTED):
+    """Contests in which every longer horizon ends `lead` lower than its shorter neighbour."""
+    made = []
+    for index in range(num):
+        present, rival = rule.horizon, rule.rival()
+        shorter, longer = sorted((present, rival))
+        losses = {shorter: 1.0, longer: 1.0 - lead + 0.001 * (index % 2)}
+        made.append(rule.decide(rival, losses, {shorter: 1.0, longer: 2.0}, trust))
+    return made
+
+
+def test_ladder():
+    assert AutoHorizon(largest=0).ladder == (0,)
+    assert AutoHorizon(largest=1).ladder == (0, 1)
+    assert AutoHorizon(largest=6).ladder == (0, 1, 2, 4)
+    assert AutoHorizon(largest=8).ladder == (0, 1, 2, 4, 8)
+
+
+def test_a_horizon_that_wins_and_is_trusted_grows():
+    rule = HorizonRule(AutoHorizon())
+    contests(rule, 40, lead=0.05)
+    assert rule.horizon == 8
+
+
+def test_a_horizon_that_buys_nothing_is_not_paid_for():
+    rule = HorizonRule(AutoHorizon())
+    made = contests(rule, 10, lead=0.0)
+    assert rule.horizon == 0
+    assert any("buys nothing" in decision.reason for decision in made)
+
+
+def test_it_takes_trust_to_grow_and_less_to_stay():
+    for error, grows, stays in ((0.3, True, True), (0.5, False, True), (0.8, False, False)):
+        trust = {"relative_error": error, "trust_ratio": 1 - error}
+        rule = HorizonRule(AutoHorizon(tolerance=0.35))
+        contests(rule, 12, lead=0.05, trust=trust)
+        assert (rule.horizon > 1) == grows
+        assert (rule.horizon >= 1) == stays
+
+
+def test_a_prediction_of_the_wrong_sign_ends_at_zero():
+    rule = HorizonRule(AutoHorizon())
+    contests(rule, 20, lead=0.05)
+    assert rule.horizon > 2
+    while rule.rival() > rule.horizon or (rule.horizon == 8 and rule.rival() > 8):
+        contests(rule, 1, lead=0.05)
+    contests(rule, 1, lead=0.05, trust={"relative_error": 3.0, "trust_ratio": -2.0})
+    assert rule.horizon == 0
+
+
+def test_a_horizon_that_diverges_loses():
+    rule = HorizonRule(AutoHorizon())
+    for _ in range(4):
+        rival = rule.rival()
+        longer = max(rival, rule.horizon)
+        losses = {rule.horizon: 1.0, rival: 1.0, longer: math.inf}
+        rule.decide(rival, losses, {rule.horizon: 1.0, rival: 1.0}, TRUSTED)
+    assert rule.horizon == 0
+
+
+def test_gaps_grow_while_nothing_changes():
+    rule = HorizonRule(AutoHorizon(gap=25, longest_gap=200))
+    contests(rule, 30, lead=0.0)
+    assert rule.gap == 200
+
+
+def test_horizon_rule_goes_on_from_its_state():
+    whole, half = HorizonRule(AutoHorizon()), HorizonRule(AutoHorizon())
+    contests(whole, 5, lead=0.02)
+    contests(half, 5, lead=0.02)
+    other = HorizonRule(AutoHorizon())
+    other.load_state_dict(half.state_dict())
+    assert contests(other, 9, lead=0.01) == contests(whole, 9, lead=0.01)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"largest": -1}, {"tolerance": 0.5}, {"contest_steps": 0}, {"gap": 300}]
+)
+def test_bad_horizon_settings(settings):
+    with pytest.raises(ValueError, match="must be"):
+        AutoHorizon(**settings)

@@ -1,0 +1,310 @@
+"""The learning-rate control: what it does to the optimizer, and what its replays repeat."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from selectflow import AutoHorizon, AutoRate, Selector
+from selectflow.derivatives import Derivatives
+from selectflow.dynamics import State
+from selectflow.objective import Objective
+from selectflow.optimizers import OptimizerReader
+from selectflow.rate_control import RateControl
+from tests import reference
+from tests.problems import PROBLEMS
+
+MLP = PROBLEMS[0]
+
+
+def parts(lr=1e-2, kind=torch.optim.AdamW, settings=None, pools_per_update=1, **options):
+    """A model in training, its control, and a function that takes one selected step."""
+    model, make = MLP.make()
+    optimizer = kind(model.parameters(), lr=lr, **options)
+    objective = Objective(model, MLP.loss_fn)
+    reader = OptimizerReader(model, optimizer)
+    target = make(40)
+    control = RateControl(
+        settings or AutoRate(window=4),
+        reader,
+        Derivatives(objective),
+        lambda: target,
+        pools_per_update,
+    )
+
+    def step(batch):
+        with objective.scoring():
+            found = control.before(reader.num_steps())
+        control.trained_on(batch)
+        optimizer.zero_grad()
+        MLP.loss_fn(model, batch).mean().backward()
+        optimizer.step()
+        return found
+
+    return model, optimizer, reader, control, step, make, target
+
+
+def values(model):
+    return torch.cat([param.detach().flatten() for param in model.parameters()])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+def test_the_multiplier_is_a_learning_rate_times_it(kind):
+    model, make = MLP.make()
+    optimizer = kind(model.parameters(), lr=2e-3, weight_decay=0.1)
+    twin, other = reference.clone(model, optimizer)
+    selector = Selector(model, optimizer, MLP.loss_fn, [make(8)], keep=4, lr="auto")
+    selector._rate._set(4.0)
+    for group in other.param_groups:
+        group["lr"] = 8e-3
+    for _ in range(3):
+        batch = make(4)
+        for net, opt in ((model, optimizer), (twin, other)):
+            opt.zero_grad()
+            MLP.loss_fn(net, batch).mean().backward()
+            opt.step()
+    assert torch.equal(values(model), values(twin))
+    assert [group["lr"] for group in optimizer.param_groups] == [2e-3]  # between steps: the user's
+
+
+SCHEDULERS = {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.7),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 10, eta_min=1e-4),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10),
+    "warm-up, then steps": lambda o: lr_scheduler.SequentialLR(
+        o,
+        [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.StepLR(o, 2, 0.5)],
+        milestones=[3],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_it_multiplies_any_schedule_without_compounding(name):
+    model, make = MLP.make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    twin, other = reference.clone(model, optimizer)
+    schedules = [SCHEDULERS[name](opt) for opt in (optimizer, other)]
+    selector = Selector(
+        model, optimizer, MLP.loss_fn, [make(8)], keep=4, lr="auto", lr_scheduler=schedules[0]
+    )
+    selector._rate._set(3.0)
+    used = []
+    optimizer.register_step_pre_hook(lambda opt, *_: used.append(opt.param_groups[0]["lr"]))
+    expected = []
+    for _ in range(8):
+        expected.append(3.0 * other.param_groups[0]["lr"])
+        batch = make(4)
+        for net, opt, schedule in zip((model, twin), (optimizer, other), schedules, strict=True):
+            opt.zero_grad()
+            MLP.loss_fn(net, batch).mean().backward()
+            opt.step()
+            schedule.step()
+    assert used == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_optimizer_is_free_when_the_selector_is_gone():
+    model, make = MLP.make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    selector = Selector(model, optimizer, MLP.loss_fn, [make(8)], keep=4, lr="auto")
+    selector._rate._set(3.0)
+    del selector
+    gc.collect()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_step_that_raises_leaves_the_users_rate():
+    model, make = MLP.make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    selector = Selector(model, optimizer, MLP.loss_fn, [make(8)], keep=4, lr="auto")
+    selector._rate._set(4.0)
+    seen = []
+
+    def broken():
+        seen.append(optimizer.param_groups[0]["lr"])
+        raise RuntimeError("out of memory")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step(broken)
+    assert seen == [4e-2, 4e-2]  # not 16e-2
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_failed_window_becomes_its_training_at_a_lower_rate(kind):
+    """Far too high a rate: afterwards model and optimizer are those of a run at the chosen rate."""
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    lr = 30.0 if kind is torch.optim.SGD else 3.0
+    model, optimizer, reader, control, step, make, _ = parts(lr, kind, **options)
+    start = reference.clone(model, optimizer)
+    batches = [make(8) for _ in range(4)]
+    for batch in batches:
+        assert step(batch) == (None, False)
+    with Objective(model, MLP.loss_fn).scoring():
+        decision, replaced = control.before(reader.num_steps())
+    assert replaced
+    assert decision.after < 1
+    twin, other = start
+    for group in other.param_groups:
+        group["lr"] = lr * decision.after
+    for batch in batches:
+        other.zero_grad()
+        MLP.loss_fn(twin, batch).mean().backward()
+        other.step()
+    torch.testing.assert_close(values(model), values(twin), rtol=1e-9, atol=1e-12)
+    for mine, theirs in zip(optimizer.state.values(), other.state.values(), strict=True):
+        for key, value in theirs.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(mine[key], value, rtol=1e-9, atol=1e-12)
+    assert reader.num_steps() == 4  # the replacement is no step of its own
+    step(make(8))
+    assert reader.num_steps() == 5
+
+
+def test_decisions_are_made_from_really_training_at_the_other_rates():
+    model, optimizer, reader, control, step, make, target = parts(1e-3)
+    start = reference.clone(model, optimizer)
+    batches = [make(8) for _ in range(4)]
+    for batch in batches:
+        step(batch)
+    with Objective(model, MLP.loss_fn).scoring():
+        decision, _ = control.before(reader.num_steps())
+    losses = {k: v for k, v in decision.measures.items() if k.startswith("loss_at_")}
+    assert len(losses) >= 2
+    for name, loss in losses.items():
+        factor = float(name.removeprefix("loss_at_"))
+        real = reference.rerun(*start, MLP.loss_fn, batches, target, lrs=[1e-3 * factor] * 4)
+        assert loss == pytest.approx(real, rel=1e-9)
+
+
+def test_dropout_is_seen_and_nothing_is_replaced():
+    problem = PROBLEMS[2]
+    model, make = problem.make()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3.0)
+    selector = Selector(
+        model, optimizer, problem.loss_fn, [make(8)], keep=4, lr=AutoRate(window=2), horizon=0
+    )
+    for batch in selector.stream([make(8) for _ in range(8)]):
+        before = values(model)
+        optimizer.zero_grad()
+        problem.loss_fn(model, batch).mean().backward()
+        assert torch.equal(values(model), before)
+        optimizer.step()
+    assert selector._rate._faithful is False
+
+
+def test_micro_batches_of_one_step_are_replayed_together():
+    settings = AutoRate(window=2)
+    model, optimizer, reader, control, _, make, target = parts(
+        1e-3, settings=settings, pools_per_update=2
+    )
+    start, objective = reference.clone(model, optimizer), Objective(model, MLP.loss_fn)
+    joined = []
+    for _ in range(2):
+        pair = [make(4), make(4)]
+        for batch in pair:
+            with objective.scoring():
+                control.before(reader.num_steps())
+            control.trained_on(batch)
+        joined.append({k: torch.cat([b[k] for b in pair]) for k in ("image", "label")})
+        optimizer.zero_grad()
+        MLP.loss_fn(model, joined[-1]).mean().backward()
+        optimizer.step()
+    with objective.scoring():
+        decision, _ = control.before(reader.num_steps())
+    real = reference.rerun(*start, MLP.loss_fn, joined, target, lrs=[2e-3] * 2)
+    assert decision.measures["loss_at_2"] == pytest.approx(real, rel=1e-9)
+
+
+def test_a_rate_set_by_hand_is_replayed_as_it_was():
+    model, optimizer, reader, control, step, make, target = parts(1e-3)
+    start, batches = reference.clone(model, optimizer), [make(8) for _ in range(4)]
+    for index, batch in enumerate(batches):
+        if index == 2:
+            optimizer.param_groups[0]["lr"] = 5e-3
+        step(batch)
+    with Objective(model, MLP.loss_fn).scoring():
+        decision, _ = control.before(reader.num_steps())
+    lrs = [5e-4, 5e-4, 2.5e-3, 2.5e-3]
+    real = reference.rerun(*start, MLP.loss_fn, batches, target, lrs=lrs)
+    assert decision.measures["loss_at_0.5"] == pytest.approx(real, rel=1e-9)
+
+
+def test_a_warm_up_from_zero_is_not_pushed():
+    model, make = MLP.make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 20))
+    selector = Selector(
+        model, optimizer, MLP.loss_fn, [make(16)], keep=4, horizon=0, lr=AutoRate(window=4),
+        lr_scheduler=schedule,
+    )  # fmt: skip
+    for step, batch in enumerate(selector.stream([make(8) for _ in range(40)])):
+        if step <= 20:
+            assert selector.last.lr_multiplier <= 1.0
+        optimizer.zero_grad()
+        MLP.loss_fn(model, batch).mean().backward()
+        optimizer.step()
+        schedule.step()
+
+
+def run(selector, model, optimizer, pools):
+    multipliers = []
+    for batch in selector.stream(pools):
+        multipliers.append((selector.last.lr_multiplier, selector.last.horizon))
+        optimizer.zero_grad()
+        MLP.loss_fn(model, batch).mean().backward()
+        optimizer.step()
+    return multipliers
+
+
+@pytest.mark.parametrize("cut", [3, 11, 26, 33])
+def test_a_resumed_control_goes_on_bit_for_bit(cut, tmp_path):
+    """Also in the middle of a window, and beside a horizon under control."""
+
+    def build():
+        model, make = MLP.make()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        selector = Selector(
+            model, optimizer, MLP.loss_fn, [make(16)], keep=4, lr=AutoRate(window=4),
+            horizon=AutoHorizon(largest=2, gap=6, contest_steps=2),
+        )  # fmt: skip
+        return model, optimizer, selector, [make(12) for _ in range(40)]
+
+    model, optimizer, selector, pools = build()
+    whole = run(selector, model, optimizer, pools)
+    first, opt, sel, pools = build()
+    drawn = iter(pools)
+    head = []
+    for batch in sel.stream(drawn):
+        head.append((sel.last.lr_multiplier, sel.last.horizon))
+        opt.zero_grad()
+        MLP.loss_fn(first, batch).mean().backward()
+        opt.step()
+        if len(head) == cut:
+            break
+    path = tmp_path / "state.pt"
+    torch.save([first.state_dict(), opt.state_dict(), sel.state_dict()], path)
+    second, opt2, sel2, _ = build()
+    saved = torch.load(path, weights_only=True)
+    for part, state in zip((second, opt2, sel2), saved, strict=True):
+        part.load_state_dict(copy.deepcopy(state))
+    tail = run(sel2, second, opt2, drawn)
+    assert head + tail == whole
+    assert torch.equal(values(second), values(model))
+    assert len(set(whole)) > 1  # something was decided
+
+
+def test_writing_a_state_moves_everything():
+    model, _, reader, _, step, make, _ = parts()
+    step(make(8))
+    state = reader.state()
+    doubled = State(*(2.0 * part for part in state))
+    reader.write(doubled)
+    for now, then in zip(reader.state(), doubled, strict=True):
+        assert all(torch.equal(now[name], then[name]) for name in then)
+    assert not any(param.grad is None for param in model.parameters())
