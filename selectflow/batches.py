@@ -65,6 +65,23 @@ def take(batch: Batch, index: Tensor | slice) -> Batch:
     return _map(pick, batch)
 
 
+def through(view: Callable[[Batch], Batch] | None, batch: Batch) -> Batch:
+    """What `view` makes of a batch: another batch of the same examples. None: the batch itself.
+
+    Raises:
+        ValueError: it has another number of examples.
+    """
+    if view is None:
+        return batch
+    seen, expected = view(batch), num_examples(batch)
+    if num_examples(seen) != expected:
+        raise ValueError(
+            f"score_view must return the same {expected} examples, got {num_examples(seen)}; "
+            "cut inside each example, not examples"
+        )
+    return seen
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`; without a copy where they are there already."""
     return _map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)

@@ -112,6 +112,11 @@ class PoolSource:
         return to_device(next(self._iterator), self._device)
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What the pools depend on, as `PoolStream.identity`; empty where they do not say."""
+        return dict(getattr(self._pools, "identity", {}))
+
+    @property
     def num_errors(self) -> int:
         """Samples that could not be read so far, as the pools count them."""
         return sum(getattr(self._pools, "errors", {}).values())

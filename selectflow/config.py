@@ -93,6 +93,13 @@ def _disagreements(values: Mapping[str, Any]) -> Iterator[str]:
             f"select.strategy must be influence when select.horizon is .inf, got {strategy!r}; "
             "give a finite horizon"
         )
+    schedule = _get(values, "select", "horizon_schedule")
+    shape = schedule.get("name") if isinstance(schedule, dict) else None
+    if shape in ("linear", "step") and (isinstance(horizon, str) or horizon == math.inf):
+        yield (
+            "select.horizon must be an integer, the first horizon, when "
+            f"select.horizon_schedule.name is {shape}, got {horizon!r}"
+        )
     if _get(values, "data", "name") == "shards" and _get(values, "data", "root") is None:
         yield "data.root must be a directory when data.name is 'shards', got None; set data.root"
 

@@ -2,11 +2,19 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 
@@ -18,6 +26,16 @@ def _must_be(rule: str, holds: Callable[[object], object]) -> BeforeValidator:
         return value
 
     return BeforeValidator(check)
+
+
+def _check_milestones(steps: Sequence[int], shape: object) -> None:
+    rule = None
+    if shape == "step" and not steps:
+        rule = "given when name is step"
+    elif any(earlier >= later for earlier, later in pairwise(steps)):
+        rule = "in rising order of step"
+    if rule:
+        raise PydanticCustomError("rule", "must be {rule}", {"rule": rule})
 
 
 def _is_keep(value: object) -> bool:
@@ -35,6 +53,13 @@ def _matches(pattern: str) -> Callable[[object], object]:
 
 
 Count = Annotated[int, Field(ge=1)]
+Milestone = Annotated[
+    tuple[Count, Annotated[int, Field(ge=0)]],
+    Field(strict=False),
+    _must_be(
+        "a pair [step, horizon]", lambda value: isinstance(value, Sequence) and len(value) == 2
+    ),
+]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # YAML has lists and strings where Python has tuples and paths; only the container is lax.
 Directory = Annotated[Path, Field(strict=False)]
@@ -133,13 +158,55 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """The learning rate over the run, as a multiple of optimizer.lr."""
 
-    name: Literal["constant", "cosine", "linear"] = Field(default="constant", description="shape")
+    name: Literal["constant", "cosine", "linear", "step"] = Field(
+        default="constant", description="shape after the warm-up"
+    )
     warmup_steps: int = Field(
         default=0, ge=0, description="steps of linear rise from 0 to optimizer.lr"
     )
     final: float = Field(
-        default=0.0, ge=0, le=1, description="share of optimizer.lr left at the last step"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of optimizer.lr left at the last step (cosine, linear)",
     )
+    milestones: tuple[Count, ...] = Field(
+        default=(),
+        strict=False,
+        validate_default=True,
+        description="rising steps, at each of which the rate is multiplied by `factor` (step)",
+    )
+    factor: float = Field(
+        default=0.1, gt=0, le=1, description="of the rate at each milestone (step)"
+    )
+
+    @field_validator("milestones")
+    @classmethod
+    def _rise(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        _check_milestones(value, info.data.get("name"))
+        return value
+
+
+class HorizonScheduleConfig(Section):
+    """The horizon over the run; it begins at select.horizon."""
+
+    name: Literal["constant", "linear", "step"] = Field(
+        default="constant",
+        description="constant: select.horizon; linear: in equal parts to `final`; step: by list",
+    )
+    final: int = Field(default=0, ge=0, description="horizon of the last step (linear)")
+    milestones: tuple[Milestone, ...] = Field(
+        default=(),
+        strict=False,
+        validate_default=True,
+        description="pairs [step, horizon], steps rising: the horizon from that step on (step)",
+    )
+
+    @field_validator("milestones")
+    @classmethod
+    def _rise(cls, value: tuple[Milestone, ...], info: ValidationInfo) -> tuple[Milestone, ...]:
+        _check_milestones([step for step, _ in value], info.data.get("name"))
+        return value
 
 
 class SelectConfig(Section):
@@ -157,6 +224,9 @@ class SelectConfig(Section):
         description="H: optimizer updates from scoring to reading the target loss; .inf: offline, "
         "a run on everything is recorded first, and only its best samples are trained on",
     )
+    horizon_schedule: HorizonScheduleConfig = Field(
+        default=HorizonScheduleConfig(), description="how the horizon changes over the run"
+    )
     interval: Count = Field(default=1, description="K: optimizer steps between two look-aheads")
     derivative: Literal["auto", "exact", "central"] = Field(
         default="auto",
@@ -167,6 +237,12 @@ class SelectConfig(Section):
     )
     nominal: Literal["random", "policy"] = Field(
         default="random", description="which part of the peeked pools the look-ahead simulates"
+    )
+    params: tuple[str, ...] | None = Field(
+        default=None,
+        strict=False,
+        description="patterns of the parameters that scores are taken over, '!' leaves out, as "
+        "['!*wte*']; null: all",
     )
     chunk_size: Count | None = Field(
         default=None, description="examples scored at once; null: the whole pool"
@@ -198,10 +274,11 @@ class SelectConfig(Section):
         return self.horizon == math.inf
 
     def selector_options(self) -> dict[str, Any]:
-        """Arguments of `Selector`; after offline selection it only passes pools on."""
-        options = self.model_dump(exclude={"record_steps", "record_lr", "keep_samples"})
+        """Arguments of `Selector` but for its horizon; offline, it only passes pools on."""
+        apart = {"horizon", "horizon_schedule", "record_steps", "record_lr", "keep_samples"}
+        options = self.model_dump(exclude=apart)
         if self.is_offline:
-            options |= {"strategy": "uniform", "horizon": 0, "keep": 1.0}
+            options |= {"strategy": "uniform", "keep": 1.0}
         return options
 
 

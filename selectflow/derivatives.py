@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -85,7 +85,11 @@ class Derivatives:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def gradient(
-        self, params: Params, batch: Batch, weights: Tensor | None = None
+        self,
+        params: Params,
+        batch: Batch,
+        weights: Tensor | None = None,
+        names: Sequence[str] | None = None,
     ) -> tuple[float, Params]:
         """Weighted sum of the losses and its gradient.
 
@@ -93,26 +97,37 @@ class Derivatives:
             params: where to differentiate.
             batch: N examples.
             weights: shape (N,); None: 1/N each, the batch mean.
+            names: parameters to differentiate in; None: all.
 
         Returns:
             The sum of weights * losses, and its gradient by parameter.
         """
         if weights is not None:
-            losses, grad = self.gradients(params, batch, weights)
+            losses, grad = self.gradients(params, batch, weights, names)
             return float((losses * weights.to(losses)).sum()), grad
         size = None if self.chunk_size is None else num_examples(batch)
         losses, grad = self._pull_back(
-            params, batch, lambda losses, _: torch.full_like(losses, 1 / (size or len(losses)))
+            params,
+            batch,
+            lambda losses, _: torch.full_like(losses, 1 / (size or len(losses))),
+            names,
         )
         return losses.mean().item(), grad
 
-    def gradients(self, params: Params, batch: Batch, weights: Tensor) -> tuple[Tensor, Params]:
+    def gradients(
+        self,
+        params: Params,
+        batch: Batch,
+        weights: Tensor,
+        names: Sequence[str] | None = None,
+    ) -> tuple[Tensor, Params]:
         """Gradients of one or several weighted sums of the losses, from one forward pass.
 
         Args:
             params: where to differentiate.
             batch: N examples.
             weights: shape (N,), or (Q, N) for Q sums.
+            names: parameters to differentiate in; None: all.
 
         Returns:
             The losses, shape (N,), and the gradients, with a leading dimension Q where weights
@@ -122,17 +137,24 @@ class Derivatives:
         def part(losses: Tensor, start: int) -> Tensor:
             return weights[..., start : start + len(losses)].to(losses)
 
-        return self._pull_back(params, batch, part)
+        return self._pull_back(params, batch, part, names)
 
     def _pull_back(
-        self, params: Params, batch: Batch, weigh: Callable[[Tensor, int], Tensor]
+        self,
+        params: Params,
+        batch: Batch,
+        weigh: Callable[[Tensor, int], Tensor],
+        names: Sequence[str] | None,
     ) -> tuple[Tensor, Params]:
         """Losses, and gradient of their sum as `weigh(losses of a chunk, its start)` weighs it."""
-        names, leaves = list(params), [p.detach().requires_grad_() for p in params.values()]
+        names = list(params) if names is None else names
+        leaves = [params[name].detach().requires_grad_() for name in names]
+        params = params.detach()  # what is not differentiated in needs no graph
         total, values, start = None, [], 0
         for part in self._chunks(batch):
             with torch.enable_grad():
-                losses = self.objective.losses(dict(zip(names, leaves, strict=True)), part)
+                at = params | dict(zip(names, leaves, strict=True))
+                losses = self.objective.losses(at, part)
             weights = weigh(losses.detach(), start)
             # Parameters that the loss does not use have a gradient of zero.
             grads = torch.autograd.grad(
@@ -151,7 +173,8 @@ class Derivatives:
 
         Args:
             params: where to differentiate.
-            direction: same names and shapes, any length; a leading dimension holds Q of them.
+            direction: same shapes, any length, of all or some of the parameters, the others held;
+                a leading dimension holds Q of them.
             batch: N examples.
 
         Returns:
@@ -187,10 +210,10 @@ class Derivatives:
     ) -> tuple[Tensor, Tensor]:
         def both(part: Batch) -> tuple[Tensor, Tensor]:
             def toward(to: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-                at = (dict(params),)
-                losses, slopes = torch.func.jvp(lambda p: self.objective.call(p, part), at, (to,))[
-                    :2
-                ]
+                at = dict(params.pick(to))
+                losses, slopes = torch.func.jvp(
+                    lambda p: self.objective.call(params | p, part), (at,), (to,)
+                )[:2]
                 return losses, slopes
 
             return _over_queries(toward, params, direction, (None, 0))
@@ -209,8 +232,8 @@ class Derivatives:
         if step == 0:
             losses = self._losses(params, batch)
             return losses, torch.zeros_like(losses)
-        ahead = self._losses(params.add(direction, step), batch)
-        behind = self._losses(params.add(direction, -step), batch)
+        ahead = self._losses(params.moved(direction, step), batch)
+        behind = self._losses(params.moved(direction, -step), batch)
         return (ahead + behind) / 2, (ahead - behind) / (2 * step)
 
     def _hessian_exact(self, params: Params, direction: Params, batch: Batch) -> Params:
@@ -309,7 +332,7 @@ _Found = TypeVar("_Found")
 
 def _has_queries(params: Params, direction: Params) -> bool:
     """Whether `direction` holds several directions along a leading dimension."""
-    name = next(iter(params))
+    name = next(iter(direction))
     return direction[name].ndim > params[name].ndim
 
 
@@ -328,7 +351,11 @@ def _over_queries(
 
 
 def _step(params: Params, direction: Params, order: int) -> float:
-    """Step size with |step * direction| a fixed share of |params|; 0 for a direction of zeros."""
+    """Step size with |step * direction| a fixed share of |params|; 0 for a direction of zeros.
+
+    Parameters that `direction` does not name stay where they are, and do not count.
+    """
+    params = params.pick(direction)
     dtype = next(iter(params.values())).dtype
     if dtype not in _STEP:
         raise ValueError(

@@ -255,9 +255,16 @@ class Update:
         return _scaled(gamma, scale), _join(before for _, before in pulled)
 
     def immediate(self, state: State, grad: Params) -> Params:
-        """Sensitivity at horizon 0: target gradient `grad` through the present preconditioner."""
-        parts = zip(self.rules, self._split(state), self._split_params(grad), strict=True)
-        return merge(rule.immediate(part, g) for rule, part, g in parts)
+        """Sensitivity at horizon 0: target gradient `grad` through the present preconditioner.
+
+        Every entry has its own: `grad` may be that of some of the parameters only.
+        """
+        found = []
+        for rule in self.rules:
+            names = [name for name in rule.names if name in grad]
+            part = State(*(params.pick(names) if params else params for params in state))
+            found.append(rule.immediate(part, grad.pick(names)))
+        return merge(found)
 
     def heard(self, gamma: Params, after: State) -> Params:
         """Gamma for scoring examples that the update has not seen: 0 where it heard nothing.

@@ -122,6 +122,7 @@ def look_ahead(
     *,
     num_sensitivities: int = 1,
     memory_gib: float = 1.0,
+    names: Sequence[str] | None = None,
 ) -> LookAhead:
     """Sensitivities of the target loss to the batch gradients of the window's first updates.
 
@@ -131,6 +132,9 @@ def look_ahead(
         target: batch whose mean loss is the target.
         num_sensitivities: how many gammas to return, from the window's start.
         memory_gib: limit for the states that the sweep keeps, in GiB.
+        names: parameters to restrict the gammas to when they are returned; None: all. Rollout
+            and sweep always go through all: gamma . grad loss_z is then exactly the part of the
+            influence that example z has through its gradient at these parameters.
 
     Returns:
         The target loss after H updates and min(H, num_sensitivities) gammas.
@@ -151,7 +155,7 @@ def look_ahead(
         if visit.index < num_sensitivities:
             gamma = window.updates[visit.index].heard(visit.gamma, visit.after)
             _check_finite(gamma, visit.index)
-            gammas[visit.index] = gamma
+            gammas[visit.index] = gamma if names is None else gamma.pick(names)
 
     horizon = len(window.updates)
     capacity = sweep_capacity(state, horizon, memory_gib)
@@ -159,7 +163,13 @@ def look_ahead(
     return LookAhead(horizon, target_loss, [gammas[index] for index in sorted(gammas)])
 
 
-def immediate(derivatives: Derivatives, update: Update, state: State, target: Batch) -> LookAhead:
+def immediate(
+    derivatives: Derivatives,
+    update: Update,
+    state: State,
+    target: Batch,
+    names: Sequence[str] | None = None,
+) -> LookAhead:
     """The look-ahead at H = 0: the target gradient through the present preconditioner.
 
     Nothing is simulated: a is the gradient of the target loss at the present parameters, and
@@ -170,6 +180,7 @@ def immediate(derivatives: Derivatives, update: Update, state: State, target: Ba
         update: the next update.
         state: the state before it.
         target: batch whose mean loss is the target.
+        names: parameters to restrict gamma to; None: all. Only their gradient is computed.
 
     Returns:
         The present target loss and one gamma.
@@ -177,7 +188,7 @@ def immediate(derivatives: Derivatives, update: Update, state: State, target: Ba
     Raises:
         FloatingPointError: a loss or the sensitivity is not finite.
     """
-    target_loss, grad = derivatives.gradient(state.params, target)
+    target_loss, grad = derivatives.gradient(state.params, target, names=names)
     gamma = update.immediate(state, grad)
     _check_finite(gamma, 0)
     return LookAhead(0, target_loss, [gamma])

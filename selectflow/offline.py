@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from selectflow.atomic import atomic_file
 from selectflow.batches import Batch, num_examples
 from selectflow.data import Sources, write_subset
-from selectflow.data.manifest import atomic_file
 from selectflow.derivatives import Curvature
 from selectflow.dynamics import Adjoint
 from selectflow.lookahead import Visit

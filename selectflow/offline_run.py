@@ -12,10 +12,10 @@ from itertools import islice
 
 import torch
 
+from selectflow.atomic import atomic_file
 from selectflow.batches import Batch, chunks, num_examples, to_device
 from selectflow.config import RunConfig
 from selectflow.data import PoolStream, Sources
-from selectflow.data.manifest import atomic_file
 from selectflow.derivatives import Derivatives
 from selectflow.offline import score_samples, write_selected
 from selectflow.recording import record

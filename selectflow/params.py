@@ -57,6 +57,12 @@ class Params(dict[str, Tensor]):
         others = [other[name] for name in self]
         return self._unary(lambda tensors: torch._foreach_add(tensors, others, alpha=scale))
 
+    def moved(self, direction: Params, step: float) -> Params:
+        """`self + step * direction`; tensors that `direction` does not name are shared."""
+        if direction.keys() == self.keys():
+            return self.add(direction, step)
+        return Params({**self, **self.pick(direction).add(direction, step)})
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Params:
         """`function` applied to every tensor."""
         return Params((name, function(tensor)) for name, tensor in self.items())

@@ -1,7 +1,7 @@
 """A configuration becomes a run directory: the training loop.
 
-`runs/<name>/` holds `config.yaml` (resolved), `metrics.jsonl`, `selection.jsonl`,
-`checkpoints/step-*.pt` and `summary.json`; after offline selection also the score file,
+`runs/<name>/` holds `config.yaml` (resolved), `metrics.jsonl`, `selection/` (the
+ledger), `checkpoints/step-*.pt` and `summary.json`; after offline selection also the score file,
 `selected/` (shards) and `offline.json` (what selecting took).
 """
 
@@ -27,13 +27,20 @@ from selectflow.checkpoints import (
     stop_request,
 )
 from selectflow.config import RunConfig
+from selectflow.ledger import Ledger
 from selectflow.offline_run import select_offline
 from selectflow.run_dir import RunError, is_finished, lock, open_run_dir
 from selectflow.run_log import RunLog, Stopwatch
 from selectflow.selector import Selector
 from selectflow.task import Task
 from selectflow.tracking import Progress, Tracker
-from selectflow.training import build_optimizer, build_schedule, resolve_device, update
+from selectflow.training import (
+    build_horizon,
+    build_optimizer,
+    build_schedule,
+    resolve_device,
+    update,
+)
 
 __all__ = ["RunError", "Task", "resolve_device", "train"]
 
@@ -100,7 +107,6 @@ class _Run:
         self.test = [to_device(batch, self.device) for batch in task.test]
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)
-        options = config.select.selector_options()
         self.selector = Selector(
             self.model,
             self.optimizer,
@@ -109,13 +115,15 @@ class _Run:
             lr_scheduler=self.scheduler,
             max_grad_norm=config.optimizer.max_grad_norm,
             seed=config.seed,
-            **options,
+            horizon=build_horizon(config.select, config.steps),
+            **config.select.selector_options(),
         )
-        self.pools = PoolSource(task.pools, self.device, options["horizon"])
+        self.pools = PoolSource(task.pools, self.device, self.selector.max_horizon)
         self.watch = Stopwatch(upfront_s)
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
         self.tracker = _tracker(config, saved)
-        self.log = RunLog(config.run_dir, self.tracker, task.altered, upfront_s)
+        ledger = Ledger(config.run_dir, self.pools.identity)
+        self.log = RunLog(ledger, self.tracker, task.altered, upfront_s)
         if saved is not None:
             self.load_state_dict(saved)
 
@@ -180,8 +188,9 @@ class _Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.watch.seconds = state["step"], state["wall_s"]
-        for name in ("model", "optimizer", "scheduler", "selector", "pools", "log"):
+        for name in ("model", "optimizer", "scheduler", "selector", "pools"):
             getattr(self, name).load_state_dict(state[name])
+        self.log.load_state_dict(state["log"], self.step)
         restore_generators(state["generators"])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from selectflow.checkpoints import Checkpoints
 from selectflow.config import RunConfig, load, to_yaml
+from selectflow.ledger import LEDGER_FOLDER
 
 
 class RunError(ValueError):
@@ -49,8 +50,9 @@ def open_run_dir(config: RunConfig) -> dict[str, Any] | None:
                 "another name, go on with resume=auto, or replace it with overwrite=true"
             )
     if saved is None and not is_finished(run_dir):
-        for name in ("metrics.jsonl", "selection.jsonl"):  # of a run that died before it saved
-            (run_dir / name).unlink(missing_ok=True)
+        (run_dir / "metrics.jsonl").unlink(missing_ok=True)  # of a run that died before it saved
+        if (run_dir / LEDGER_FOLDER).exists():
+            shutil.rmtree(run_dir / LEDGER_FOLDER)
     run_dir.mkdir(parents=True, exist_ok=True)
     known.write_text(to_yaml(config), encoding="utf-8")
     return None if is_finished(run_dir) else saved

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from selectflow.batches import num_examples
+from selectflow.ledger import Ledger
 from selectflow.selection import Selection
 from selectflow.tracking import Tracker
 
@@ -36,30 +35,27 @@ class Stopwatch:
 class RunLog:
     """Collects what each step did, and hands means over a stretch of steps to the tracker.
 
-    Every pool and batch of a run is a mapping with a list "key" of sample ids. Each step adds a
-    line to `selection.jsonl`: `{"step", "horizon", "key", "score", "kept"}`, the last three with
-    an entry per candidate.
+    Every pool and batch of a run is a mapping with a list "key" of sample ids.
 
     Args:
-        run_dir: where the ledger is written.
+        ledger: takes the decisions.
         tracker: takes the metrics.
         altered: ids of the samples whose label was altered, to report how many are kept.
         upfront_s: seconds of selection before the first step.
     """
 
     def __init__(
-        self, run_dir: Path, tracker: Tracker, altered: frozenset[str], upfront_s: float = 0.0
+        self, ledger: Ledger, tracker: Tracker, altered: frozenset[str], upfront_s: float = 0.0
     ) -> None:
-        self._tracker, self._altered = tracker, altered
-        self._ledger = (run_dir / "selection.jsonl").open("a", encoding="utf-8")
+        self._ledger, self._tracker, self._altered = ledger, tracker, altered
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
         self._select_s = self._wall_s_before = upfront_s
         self._text: dict[str, float] = {}
 
     def close(self) -> None:
-        """Close the ledger."""
-        self._ledger.close()
+        """Put the rest of the ledger on the disk."""
+        self._ledger.flush()
 
     def step(self, step: int, batch: Mapping[str, Any], loss: float, selection: Selection) -> None:
         """Record one optimizer step: the batch trained on, its mean loss, and its selection."""
@@ -77,10 +73,10 @@ class RunLog:
         if selection.losses is not None:
             self._counts["scored"] += size
         self._select_s += selection.seconds
-        self._write_selection(step, selection)
+        self._ledger.add(step, selection)
 
     def flush(self, step: int, lr: float, wall_s: float, evaluation: Mapping[str, float]) -> None:
-        """Send the means since the last flush, and an evaluation, to the tracker.
+        """Send the means since the last flush, and an evaluation, to the tracker; write the ledger.
 
         Args:
             step: optimizer steps done.
@@ -102,24 +98,24 @@ class RunLog:
         self._sums.clear()
         self._counts["steps"], self._wall_s_before = 0, wall_s
         self._text = metrics | dict(evaluation)
+        self._ledger.flush()
 
     def state_dict(self) -> dict[str, Any]:
         """What the next lines depend on, and how long the ledger is."""
-        self._ledger.flush()
         return {
             "sums": dict(self._sums),
             "counts": dict(self._counts),
             "select_s": self._select_s,
             "wall_s_before": self._wall_s_before,
-            "ledger_bytes": self._ledger.tell(),
+            "ledger": self._ledger.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after `state_dict`; later lines of the ledger are cut off."""
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Go on after `state_dict`, taken at `step`; later rows of the ledger are removed."""
         self._sums.update(state["sums"])
         self._counts.update(state["counts"])
         self._select_s, self._wall_s_before = state["select_s"], state["wall_s_before"]
-        self._ledger.truncate(state["ledger_bytes"])
+        self._ledger.load_state_dict(state["ledger"], step)
 
     def summary(self) -> str:
         """The last flush in a few words, for a progress line."""
@@ -130,11 +126,3 @@ class RunLog:
         }
         parts = [f"{k} {self._text[name]:.3f}" for k, name in shown.items() if name in self._text]
         return "  ".join(parts)
-
-    def _write_selection(self, step: int, selection: Selection) -> None:
-        kept = [False] * len(selection.scores)
-        for index in selection.indices.tolist():
-            kept[index] = True
-        scores = [float(f"{score:.6g}") for score in selection.scores.tolist()]
-        record = {"step": step, "horizon": selection.horizon, "key": selection.pool["key"]}
-        self._ledger.write(json.dumps(record | {"score": scores, "kept": kept}) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from selectflow.batches import Batch, Cycle, num_examples, take
+from selectflow.arguments import check_choice, check_keep, check_range
+from selectflow.batches import Batch, Cycle, num_examples, take, through
 from selectflow.derivatives import Curvature, Derivatives, Method
 from selectflow.dynamics import State, Update
+from selectflow.horizons import Horizon, as_horizon
 from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
+from selectflow.lookahead_state import plain, restored
 from selectflow.objective import LossFn, Objective, check_finite
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
+from selectflow.scored_params import scored_names
 from selectflow.selection import Selection, num_kept
 from selectflow.strategies import Candidates, Strategy, resolve
 
@@ -41,8 +45,9 @@ class Selector:
         target: batches of clean examples that define the goal, iterated again and again, one
             for each look-ahead. Any re-iterable: a list, a DataLoader.
         keep: examples kept of each pool, at least 1; a float in (0, 1] is a fraction of it.
-        horizon: optimizer updates between scoring and reading the target loss, >= 0. At the end
-            of a stream the look-ahead is as long as the pools that are left.
+        horizon: optimizer updates between scoring and reading the target loss, >= 0, or what
+            decides it at each look-ahead, as a `HorizonSchedule`. At the end of a stream the
+            look-ahead is as long as the pools that are left.
         interval: optimizer steps between two look-aheads, >= 1. Steps between use the
             sensitivities that the last sweep left for them, beyond its horizon the last one.
         strategy: "uniform", "loss", "influence" or a function of `Candidates`.
@@ -54,13 +59,20 @@ class Selector:
         seed: of the selector's own random numbers.
         nominal: which part of each pool the look-ahead simulates: a "random" one, or what the
             current "policy" would keep.
+        params: patterns of the names of the parameters that scores are taken over, as
+            `["transformer.h.*"]` or, to leave some out, `["!*.wte.*"]`; None: all that are trained.
+            The look-ahead still moves all: a score is exactly that part of the influence that an
+            example has through its gradient at these parameters. At H = 0 it is cheaper, too.
+        score_view: makes of a batch of candidates or of the target what is scored in its stead,
+            such as the first tokens of each sequence (`selectflow.language.token_window`); the
+            look-ahead still trains on whole batches. None: the batch itself.
         chunk_size: examples to a pass when scoring and looking ahead; None: all at once.
         memory_gib: limit for the states a look-ahead keeps, in GiB; recomputes beyond it.
 
     Raises:
         TypeError: the optimizer or scheduler cannot be modelled.
-        ValueError: an argument out of its range; an optimizer with foreign parameters or state
-            on another device than the model.
+        ValueError: an argument out of its range, a pattern that matches nothing; an optimizer
+            with foreign parameters or state on another device than the model.
     """
 
     def __init__(
@@ -70,7 +82,7 @@ class Selector:
         loss_fn: LossFn,
         target: Iterable[Batch],
         keep: int | float,
-        horizon: int = 1,
+        horizon: int | Horizon = 1,
         interval: int = 1,
         strategy: str | Strategy = "influence",
         derivative: Method = "auto",
@@ -80,14 +92,15 @@ class Selector:
         seed: int = 0,
         *,
         nominal: NominalChoice = "random",
+        params: Sequence[str] | None = None,
+        score_view: Callable[[Batch], Batch] | None = None,
         chunk_size: int | None = None,
         memory_gib: float = 1.0,
     ) -> None:
-        _check_range("horizon", horizon, 0)
-        _check_range("interval", interval, 1)
-        _check_choice("curvature", curvature, ("exact", "fisher", "none"))
-        _check_choice("nominal", nominal, ("random", "policy"))
-        _check_keep(keep)
+        check_range("interval", interval, 1)
+        check_choice("curvature", curvature, ("exact", "fisher", "none"))
+        check_choice("nominal", nominal, ("random", "policy"))
+        check_keep(keep)
         if not memory_gib > 0:
             raise ValueError(f"memory_gib must be > 0, got {memory_gib}")
         self._objective = Objective(model, loss_fn)
@@ -95,19 +108,23 @@ class Selector:
         self._optimizer = OptimizerReader(
             self._objective.model, optimizer, lr_scheduler, max_grad_norm
         )
+        self._params = params
+        self._scored_names()  # a pattern without a match is an error now, not at the first pool
+        self._score_view = score_view
         self._target = Cycle(target)
         self._strategy = resolve(strategy)
-        self._keep, self._horizon, self._interval = keep, horizon, interval
+        self._keep, self._horizon, self._interval = keep, as_horizon(horizon), interval
         self._curvature, self._nominal, self._memory_gib = curvature, nominal, memory_gib
         self._generator = torch.Generator().manual_seed(seed)
         self._options = {
             "keep": keep,
-            "horizon": horizon,
+            "horizon": horizon if isinstance(horizon, int) else repr(horizon),
             "interval": interval,
             "strategy": strategy if isinstance(strategy, str) else self._strategy.__name__,
             "derivative": derivative,
             "curvature": curvature,
             "nominal": nominal,
+            "params": params if params is None else list(params),
             "seed": seed,
         }
         self._peeked: deque[Batch] = deque()
@@ -223,16 +240,20 @@ class Selector:
         gammas = self._ahead.sensitivities
         return gammas[min(step - self._refreshed_at, len(gammas) - 1)]
 
-    def _refresh(self, step: int, pools: list[Batch]) -> None:
-        """Look ahead over `pools`, the present one first."""
+    def _scored_names(self) -> tuple[str, ...] | None:
+        return scored_names(self._params, self._optimizer.params(), self._objective.model)
+
+    def _refresh(self, step: int, horizon: int, pools: list[Batch]) -> None:
+        """Look ahead over up to `horizon` of `pools`, the present one first."""
         self._ahead = None  # its memory is of use now; should this fail, the next call looks ahead
         if self._num_lookaheads % _RECHECK_EVERY == 0:
             self._derivatives.recheck()
-        target = self._target.next()
+        target = through(self._score_view, self._target.next())
         state = self._optimizer.state()
-        updates = self._optimizer.updates(max(1, min(self._horizon, len(pools))))
-        if self._horizon == 0:
-            self._ahead = immediate(self._derivatives, updates[0], state, target)
+        updates = self._optimizer.updates(max(1, min(horizon, len(pools))))
+        if horizon == 0:
+            names = self._scored_names()
+            self._ahead = immediate(self._derivatives, updates[0], state, target, names)
         else:
             self._ahead = self._look_ahead(state, updates, pools, target)
         self._refreshed_at = step
@@ -241,6 +262,8 @@ class Selector:
     def _look_ahead(
         self, state: State, updates: list[Update], pools: list[Batch], target: Batch
     ) -> LookAhead:
+        names = self._scored_names()
+
         def random(index: int, _: State) -> Batch:
             size = num_examples(pools[index])
             order = torch.randperm(size, generator=self._generator)
@@ -248,8 +271,10 @@ class Selector:
 
         def policy(index: int, state: State) -> Batch:
             # A sensitivity of its own for each simulated step: a stale one misleads.
-            gamma = immediate(self._derivatives, updates[index], state, target).sensitivities[0]
-            _, slopes = self._derivatives.along(state.params, gamma, pools[index])
+            present = immediate(self._derivatives, updates[index], state, target, names)
+            gamma = present.sensitivities[0]
+            pool = through(self._score_view, pools[index])
+            _, slopes = self._derivatives.along(state.params, gamma, pool)
             order = slopes.argsort(stable=True)
             return take(pools[index], order[: num_kept(self._keep, len(order))])
 
@@ -260,9 +285,15 @@ class Selector:
             target,
             num_sensitivities=self._interval,
             memory_gib=self._memory_gib,
+            names=names,
         )
 
     # --- state ----------------------------------------------------------------------------
+
+    @property
+    def max_horizon(self) -> int:
+        """The largest horizon there will be: no more pools than that are peeked at."""
+        return self._horizon.largest
 
     @property
     def num_peeked(self) -> int:
@@ -283,7 +314,7 @@ class Selector:
             "num_steps": self._optimizer.num_steps(),
             "refreshed_at": self._refreshed_at,
             "num_lookaheads": self._num_lookaheads,
-            "ahead": self._ahead and _plain(self._ahead),
+            "ahead": self._ahead and plain(self._ahead),
             "decided": dict(self._derivatives.decided),
             "target_position": self._target.position,
             "peeked": list(self._peeked) if with_peeked else [],
@@ -304,7 +335,9 @@ class Selector:
                 for name in differing
             )
             raise ValueError(f"selector options must be those of the saved state, got {listed}")
-        self._ahead = state["ahead"] and _restored(state["ahead"], self._optimizer.params())
+        params, names = self._optimizer.params(), self._scored_names()
+        params = params if names is None else params.pick(names)
+        self._ahead = state["ahead"] and restored(state["ahead"], params)
         self._generator.set_state(state["generator"])
         self._optimizer.resume_at(state["num_steps"])
         self._refreshed_at = state["refreshed_at"]
@@ -319,6 +352,7 @@ class _Scoring:
 
     def __init__(self, selector: Selector, pool: Batch, upcoming: Iterable[Batch], step: int):
         self.pool, self.step = pool, step
+        self.seen = through(selector._score_view, pool)
         self.losses: Tensor | None = None
         self.lookahead_s = 0.0
         self._selector, self._upcoming = selector, upcoming
@@ -328,59 +362,21 @@ class _Scoring:
         if self.losses is None:
             with selector._objective.scoring():
                 params = selector._optimizer.params().detach()
-                self.losses = selector._derivatives.losses(params, self.pool)
+                self.losses = selector._derivatives.losses(params, self.seen)
         return self.losses
 
     def read_influence(self) -> Tensor:
         selector = self._selector
         is_due = selector._is_due(self.step)
         # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
-        peeked = list(islice(self._upcoming, max(0, selector._horizon - 1))) if is_due else []
+        horizon = selector._horizon.at(self.step) if is_due else 0
+        peeked = list(islice(self._upcoming, max(0, horizon - 1)))
         with selector._objective.scoring():
             if is_due:
                 began = time.perf_counter()
-                selector._refresh(self.step, [self.pool, *peeked])
+                selector._refresh(self.step, horizon, [self.pool, *peeked])
                 self.lookahead_s = time.perf_counter() - began
             params = selector._optimizer.params().detach()
             gamma = selector._sensitivity(self.step)
-            self.losses, slopes = selector._derivatives.along(params, gamma, self.pool)
+            self.losses, slopes = selector._derivatives.along(params, gamma, self.seen)
         return -slopes
-
-
-def _plain(ahead: LookAhead) -> dict[str, Any]:
-    gammas = [dict(gamma) for gamma in ahead.sensitivities]
-    return {"horizon": ahead.horizon, "target_loss": ahead.target_loss, "sensitivities": gammas}
-
-
-def _restored(saved: dict[str, Any], params: Params) -> LookAhead:
-    gammas = []
-    for gamma in saved["sensitivities"]:
-        shapes = {name: tuple(tensor.shape) for name, tensor in gamma.items()}
-        expected = {name: tuple(tensor.shape) for name, tensor in params.items()}
-        if shapes != expected:
-            differing = sorted(
-                name for name in shapes | expected if shapes.get(name) != expected.get(name)
-            )
-            raise ValueError(
-                f"saved sensitivities must fit the trained parameters, got a difference in "
-                f"{', '.join(differing[:5])}; load the state of the same model"
-            )
-        gammas.append(Params((name, gamma[name].to(params[name])) for name in params))
-    return LookAhead(saved["horizon"], saved["target_loss"], gammas)
-
-
-def _check_range(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def _check_keep(keep: int | float) -> None:
-    is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
-    is_fraction = isinstance(keep, float) and 0 < keep <= 1
-    if not (is_count or is_fraction):
-        raise ValueError(f"keep must be an integer >= 1 or a fraction in (0, 1], got {keep!r}")

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from selectflow.batches import Batch, describe, num_examples
-from selectflow.config_sections import OptimizerConfig, ScheduleConfig
+from selectflow.config_sections import OptimizerConfig, ScheduleConfig, SelectConfig
+from selectflow.horizons import HorizonSchedule
 from selectflow.objective import LossFn
 from selectflow.run_dir import RunError
 
@@ -63,6 +64,8 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> 
             return (step + 1) / (config.warmup_steps + 1)
         if config.name == "constant":
             return 1.0
+        if config.name == "step":
+            return config.factor ** sum(step >= milestone for milestone in config.milestones)
         # the last of the steps has the share `final`
         done = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
         left = 1 - min(done, 1.0)
@@ -70,6 +73,18 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> 
         return config.final + (1 - config.final) * shape
 
     return LambdaLR(optimizer, factor)
+
+
+def build_horizon(config: SelectConfig, steps: int) -> int | HorizonSchedule:
+    """The configured horizon of a selector; 0 after offline selection, which looks no further."""
+    if config.is_offline:
+        return 0
+    first, schedule = int(config.horizon), config.horizon_schedule
+    if schedule.name == "constant" or steps == 1:
+        return first
+    if schedule.name == "linear":
+        return HorizonSchedule([(0, first), (steps - 1, schedule.final)], "linear")
+    return HorizonSchedule([(0, first), *schedule.milestones], "step")
 
 
 def resolve_device(name: str) -> torch.device:

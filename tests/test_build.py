@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision.datasets
-from datasets import edit_shard, make_small, sample
 from PIL import Image
+from small_datasets import edit_shard, make_small, sample
 
 from selectflow.cli import main
 from selectflow.data import (

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from selectflow.data import read_metadata
+from selectflow.ledger import read_ledger
 
 ROOT = Path(__file__).parents[1]
 SEEDS = range(5)
@@ -43,8 +44,7 @@ def test_influence_beats_uniform_on_noised_digits_at_equal_steps(train, tmp_path
         uniform = train(tmp_path, "digits_uniform", seed, steps=800)
         chosen = train(tmp_path, "digits_online", seed, steps=800, **lookahead)
         gains.append(chosen["test/accuracy"] - uniform["test/accuracy"])
-        ledger = (tmp_path / "run" / "selection.jsonl").read_text().splitlines()
-        altered.append(kept_altered(tmp_path / f"data-{seed}", map(json.loads, ledger)))
+        altered.append(kept_altered(tmp_path / f"data-{seed}", read_ledger(tmp_path / "run")))
     assert statistics.mean(gains) > 0.015
     assert statistics.mean(altered) < 0.22
     if horizon == 0:
@@ -52,12 +52,9 @@ def test_influence_beats_uniform_on_noised_digits_at_equal_steps(train, tmp_path
 
 
 def kept_altered(root, ledger):
-
-    metadata, kept = read_metadata(root, "train"), []
-    for line in ledger:
-        chosen = zip(line["key"], line["kept"], strict=True)
-        kept += [metadata[key]["altered"] for key, is_kept in chosen if is_kept]
-    return statistics.mean(kept)
+    metadata = read_metadata(root, "train")
+    kept = ledger.filter(ledger["kept"])["key"].to_pylist()
+    return statistics.mean(metadata[key]["altered"] for key in kept)
 
 
 @pytest.mark.slow

@@ -109,6 +109,33 @@ def test_a_horizon_is_a_count_or_infinite(tmp_path, text):
     ]
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("schedule.milestones=[5, 3]", "schedule.milestones must be in rising order of step, got"),
+        ("schedule.name=step", "schedule.milestones must be given when name is step, got ()"),
+        ("schedule.name=steps", "schedule.name must be one of constant, cosine, linear, step, got"),
+        ("select.horizon_schedule.milestones=[[4, 1], [4, 0]]", "in rising order of step, got"),
+        ("select.horizon_schedule.milestones=[4]", "milestones.0 must be a pair [step, horizon]"),
+        ("select.horizon_schedule.milestones=[[0, 1]]", "milestones.0.0 must be greater than or"),
+        ("select.horizon_schedule.final=-1", "final must be greater than or equal to 0, got -1"),
+        ("select.horizon_schedule.finl=1", "did you mean select.horizon_schedule.final?"),
+    ],
+)
+def test_schedules_that_cannot_be(tmp_path, override, message):
+    (line,) = problems(write(tmp_path, "name: a"), override)
+    assert message in line
+
+
+def test_a_horizon_schedule_begins_at_a_finite_horizon(tmp_path):
+    path = write(tmp_path, "name: a\nselect: {horizon_schedule: {name: linear}}")
+    assert load(path).select.horizon == 1
+    assert problems(path, "select.horizon=.inf") == [
+        "select.horizon must be an integer, the first horizon, when "
+        "select.horizon_schedule.name is linear, got inf"
+    ]
+
+
 @pytest.mark.parametrize("text", ["0", "1.01", "-0.5", ".inf"])
 def test_the_share_of_kept_samples_is_in_its_range(tmp_path, text):
     (line,) = problems(write(tmp_path, "name: a"), f"select.keep_samples={text}")
@@ -161,6 +188,7 @@ def test_resolved_yaml_reads_back_equal(tmp_path):
     # Strings that look like numbers, booleans and null are the ones that do not survive by luck.
     overrides = ["name='1e3'", "track.tags=['1e-3', 'yes', 'null', '010', é]", "track.group='5'"]
     overrides += ["optimizer.eps=1e-8", "data.root=some where", "optimizer.betas=[0.5, 0]"]
+    overrides += ["select.horizon_schedule={name: step, milestones: [[3, 1], [6, 0]]}"]
     config = load(write(tmp_path, "name: a"), overrides)
     assert config.track.tags == ("1e-3", "yes", "null", "010", "é")
     assert load(write(tmp_path, to_yaml(config))) == config

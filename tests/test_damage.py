@@ -9,8 +9,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from datasets import edit_shard, make_small, sample
 from PIL import Image
+from small_datasets import edit_shard, make_small, sample
 
 from selectflow.data import (
     DataError,

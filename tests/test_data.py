@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from datasets import edit_shard, keys_of, make_small, sample
+from small_datasets import edit_shard, keys_of, make_small, sample
 
 from selectflow.data import (
     DataError,

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from datasets import make_small
 from problems import PROBLEMS, image_loss
 from reference import clone
+from small_datasets import make_small
 
 from selectflow import Selector
 from selectflow.audit import influence, record

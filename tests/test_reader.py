@@ -5,7 +5,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from datasets import make_small
+from small_datasets import make_small
 from webdataset.autodecode import default_decoder
 from webdataset.tariterators import group_by_keys, tar_file_expander
 

@@ -6,17 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from selectflow.config import RunConfig
-from selectflow.config_sections import ScheduleConfig
+from selectflow.config_sections import ScheduleConfig, SelectConfig
 from selectflow.data import PoolStream, make_digits, read_batches, read_metadata
+from selectflow.horizons import as_horizon
+from selectflow.ledger import read_ledger
 from selectflow.run import RunError, Task, resolve_device, train
 from selectflow.run_log import Stopwatch
-from selectflow.training import build_schedule
+from selectflow.training import build_horizon, build_schedule
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,21 +82,23 @@ def test_the_run_directory(digits, tmp_path):
 
 def test_the_ledger_holds_every_decision(digits, tmp_path):
     made = task(digits)
-    run_dir = train(config(tmp_path), made)
-    lines = read_lines(run_dir / "selection.jsonl")
-    pools = PoolStream(digits, pool=32, seed=0)
-    for line, pool in zip(lines, pools, strict=False):
-        assert line["key"] == pool["key"]
-        kept = [score for score, kept in zip(line["score"], line["kept"], strict=True) if kept]
-        assert len(kept) == 8
-        assert min(kept) >= sorted(line["score"], reverse=True)[7]
+    run_dir = train(config(tmp_path, select={"horizon": 2}), made)
+    ledger = read_ledger(run_dir)
+    assert ledger["step"].to_pylist() == [1 + row // 32 for row in range(7 * 32)]
+    assert set(ledger["horizon"].to_pylist()) == {2}
+    rows, pools = ledger.to_pylist(), PoolStream(digits, pool=32, seed=0)
+    trained_on = []
+    for step, pool in zip(range(7), pools, strict=False):
+        of_step = rows[32 * step : 32 * (step + 1)]
+        assert [row["key"] for row in of_step] == pool["key"]
+        assert [row["epoch"] for row in of_step] == pool["epoch"]
+        best = sorted(row["score"] for row in of_step)[-8:]
+        assert sorted(row["score"] for row in of_step if row["kept"]) == best
+        trained_on.append([row["loss"] for row in of_step if row["kept"]])
     metrics = read_lines(run_dir / "metrics.jsonl")
-    first = [
-        key
-        for line in lines[:3]
-        for key, kept in zip(line["key"], line["kept"], strict=True)
-        if kept
-    ]
+    # the loss of a decision is the loss that the step then trains on: the model has no dropout
+    assert metrics[1]["train/loss"] == pytest.approx(np.mean(trained_on[:3]), rel=1e-5)
+    first = ledger.slice(0, 3 * 32).filter(ledger["kept"].slice(0, 3 * 32))["key"].to_pylist()
     share = sum(key in made.altered for key in first) / len(first)
     assert metrics[1]["select/kept_altered"] == pytest.approx(share)
 
@@ -105,8 +110,7 @@ def test_the_same_configuration_gives_the_same_run(digits, tmp_path):
         train(config(tmp_path, name=name, select={"horizon": 2, "interval": 2}), made)
         weights.append([p.detach().clone() for p in made.model.parameters()])
     assert all(map(torch.equal, *weights))
-    ledgers = [(tmp_path / name / "selection.jsonl").read_text() for name in ("a", "b")]
-    assert ledgers[0] == ledgers[1]
+    assert read_ledger(tmp_path / "a").equals(read_ledger(tmp_path / "b"))
 
 
 def test_a_full_run_directory_is_refused(digits, tmp_path):
@@ -114,7 +118,7 @@ def test_a_full_run_directory_is_refused(digits, tmp_path):
     with pytest.raises(RunError, match=r"trial, which holds another run; .*overwrite=true"):
         train(config(tmp_path), task(digits))
     train(config(tmp_path, overwrite=True, steps=2), task(digits))
-    assert len(read_lines(tmp_path / "trial" / "selection.jsonl")) == 2
+    assert len(read_ledger(tmp_path / "trial")) == 2 * 32
 
 
 def test_a_wall_clock_limit_ends_the_run_early(digits, tmp_path):
@@ -140,7 +144,7 @@ def test_a_nan_names_step_and_samples_and_keeps_the_weights_before(digits, tmp_p
     assert (summary["status"], summary["steps"]) == ("failed", 4)
     saved = torch.load(tmp_path / "trial" / "checkpoints" / "step-00000004.pt")
     assert all(value.isfinite().all() for value in saved["model"].values())
-    assert len(read_lines(tmp_path / "trial" / "selection.jsonl")) == 4
+    assert len(read_ledger(tmp_path / "trial")) == 4 * 8
 
 
 def test_an_unknown_device_is_named():
@@ -155,6 +159,8 @@ def test_an_unknown_device_is_named():
         ({"name": "linear", "final": 0.2}, [1, 0.8, 0.6, 0.4, 0.2]),
         ({"name": "cosine"}, [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0]),
         ({"name": "linear", "warmup_steps": 2}, [1 / 3, 2 / 3, 1, 0.5, 0]),
+        ({"name": "step", "milestones": (2, 4), "factor": 0.5}, [1, 1, 0.5, 0.5, 0.25]),
+        ({"name": "step", "milestones": (1,), "warmup_steps": 2}, [1 / 3, 2 / 3, 0.1, 0.1, 0.1]),
     ],
 )
 def test_schedules(options, expected):
@@ -166,6 +172,29 @@ def test_schedules(options, expected):
         optimizer.step()
         scheduler.step()
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({}, [4, 4, 4, 4, 4]),
+        ({"name": "linear"}, [4, 3, 2, 1, 0]),
+        ({"name": "linear", "final": 2}, [4, 4, 3, 3, 2]),
+        ({"name": "step", "milestones": ((1, 2), (3, 0))}, [4, 2, 2, 0, 0]),
+    ],
+)
+def test_horizon_schedules(schedule, expected):
+    config = SelectConfig(horizon=4, horizon_schedule=schedule)
+    horizon = as_horizon(build_horizon(config, 5))
+    assert [horizon.at(step) for step in range(5)] == expected
+
+
+def test_the_horizon_of_a_run_follows_its_schedule(digits, tmp_path):
+    schedule = {"name": "step", "milestones": [[2, 3], [4, 1]]}
+    select = {"horizon": 0, "horizon_schedule": schedule}
+    train(config(tmp_path, select=select, eval_every=1), task(digits))
+    rows = read_lines(tmp_path / "trial" / "metrics.jsonl")[1:]
+    assert [row["select/horizon"] for row in rows] == [0, 0, 3, 3, 1, 1, 1]
 
 
 def test_the_stopwatch_counts_only_between_start_and_stop(monkeypatch):

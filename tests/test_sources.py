@@ -7,7 +7,7 @@ from itertools import islice
 
 import fsspec
 import pytest
-from datasets import edit_shard, keys_of, make_small
+from small_datasets import edit_shard, keys_of, make_small
 
 from selectflow.data import Cache, DataError, PoolStream, read_batches, read_split, sources
 

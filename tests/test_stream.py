@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import keys_of, make_small, sample
+from small_datasets import keys_of, make_small, sample
 
 from selectflow.data import (
     DataError,
@@ -96,6 +96,29 @@ def test_without_shuffle_the_order_is_the_stored_one(tmp_path):
     make_small(tmp_path)
     stream = PoolStream(tmp_path, pool=4, seed=0, shuffle=False)
     assert keys_of(islice(stream, 5)) == [f"s{i}" for i in range(10)] * 2
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_pool_knows_the_epoch_of_each_sample(tmp_path, options):
+    make_small(tmp_path)
+    stream = PoolStream(tmp_path, pool=7, seed=2, buffer=5, **options)
+    for _ in islice(stream, 3):
+        pass
+    resumed = PoolStream(tmp_path, pool=7, seed=2, buffer=5, **options)
+    resumed.load_state_dict(stream.state_dict())
+    epochs = [epoch for pool in islice(resumed, 6) for epoch in pool["epoch"]]
+    assert epochs == [place // 10 for place in range(21, 63)]
+
+
+@pytest.mark.parametrize("options", MODES[1:])
+def test_the_epochs_of_a_pool_leave_out_what_cannot_be_read(tmp_path, options):
+    make_small(tmp_path, count=12)
+    (tmp_path / "train-000001.tar").unlink()
+    stream = PoolStream(tmp_path, pool=9, seed=0, max_errors=4, **options)
+    pools = list(islice(stream, 4))
+    seen = [pair for pool in pools for pair in zip(pool["key"], pool["epoch"], strict=True)]
+    whole = [(f"s{i}", epoch) for epoch in range(3) for i in slow_order([4] * 3, 0, 4096, epoch)]
+    assert seen == [pair for pair in whole if pair[0] not in {"s4", "s5", "s6", "s7"}]
 
 
 @pytest.mark.parametrize("options", MODES)

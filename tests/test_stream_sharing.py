@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from datasets import keys_of, make_small
+from small_datasets import keys_of, make_small
 from torch.utils.data import DataLoader
 
 from selectflow.data import DataError, PoolStream
@@ -76,6 +76,12 @@ def test_weights_mix_sources_each_in_exact_epochs(tmp_path):
     for name, count in {"x": 10, "y": 5}.items():
         epochs = [of[name][i : i + count] for i in range(0, len(of[name]) - count, count)]
         assert all(set(epoch) == {f"{name}/s{i}" for i in range(count)} for epoch in epochs)
+    again = PoolStream(sources, pool=50, seed=0, weights={"x": 3, "y": 1})
+    met = Counter()
+    for pool in islice(again, 20):
+        for key, epoch in zip(pool["key"], pool["epoch"], strict=True):
+            assert epoch == met[key]  # of its own source: how often it came before
+            met[key] += 1
     resumed = PoolStream(sources, pool=50, seed=0, weights={"x": 3, "y": 1})
     stream = PoolStream(sources, pool=30, seed=0, weights={"x": 3, "y": 1})
     for _ in islice(stream, 145):  # beyond the first block of choices

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from selectflow.atomic import atomic_file
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -141,26 +140,6 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
             f"{where} must be a manifest of version {MANIFEST_VERSION}, "
             f"got {type(error).__name__}: {error}; delete the directory and write the dataset again"
         ) from error
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that takes its name only once it is whole.
-
-    Args:
-        path: Final name; an existing file is replaced.
-
-    Yields:
-        A binary file; after an exception nothing of it is left.
-    """
-    # the process id keeps two writers of the same dataset apart
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _to_json(manifest: Manifest) -> str:

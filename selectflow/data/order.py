@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,18 @@ class Shuffle:
     shuffle: bool = True
     buffer: int = 4096
     resample: bool = False
+
+
+class Draw(NamedTuple):
+    """Samples drawn from an order.
+
+    Attributes:
+        rows: their numbers in the catalog, shape (N,).
+        epochs: the epoch of each, of its source, shape (N,).
+    """
+
+    rows: Ints
+    epochs: Ints
 
 
 class Lane:
@@ -63,17 +75,19 @@ class Lane:
         self.epoch, self._shards, self._ends = epoch, shards, ends
         self._enter_group(position)
 
-    def take(self, count: int) -> Ints:
-        """The next `count` rows."""
-        parts = []
-        while count:
-            part = self._rows[self._at : self._at + count]
-            parts.append(part)
-            count -= len(part)
+    def take(self, count: int) -> Draw:
+        """The next `count` samples."""
+        rows, epochs = np.empty(count, np.int64), np.empty(count, np.int64)
+        done = 0
+        while done < count:
+            part = self._rows[self._at : self._at + count - done]
+            rows[done : done + len(part)] = part
+            epochs[done : done + len(part)] = self.epoch
+            done += len(part)
             self._at += len(part)
             if self._at == len(self._rows):
                 self._leave_group()
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return Draw(rows, epochs)
 
     @property
     def position(self) -> int:
@@ -144,18 +158,18 @@ class Order:
             for index, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
         ]
 
-    def take(self, count: int) -> Ints:
-        """The next `count` rows, shape (count,)."""
+    def take(self, count: int) -> Draw:
+        """The next `count` samples."""
         if len(self._lanes) == 1:
             self._drawn += count
             return self._lanes[0].take(count)
         sources = self._sources(count)
         self._drawn += count
-        rows = np.empty(count, np.int64)
+        drawn = Draw(np.empty(count, np.int64), np.empty(count, np.int64))
         for index, lane in enumerate(self._lanes):
             chosen = sources == index
-            rows[chosen] = lane.take(int(chosen.sum()))
-        return rows
+            drawn.rows[chosen], drawn.epochs[chosen] = lane.take(int(chosen.sum()))
+        return drawn
 
     def position(self) -> dict[str, Any]:
         """Where the order is: samples drawn, and epoch and position of each lane."""

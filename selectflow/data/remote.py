@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from selectflow.data.manifest import DataError, atomic_file
+from selectflow.atomic import atomic_file
+from selectflow.data.manifest import DataError
 
 _PIPE = "pipe:"
 

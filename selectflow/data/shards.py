@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from webdataset import TarWriter
 
+from selectflow.atomic import atomic_file
 from selectflow.data.fields import CODECS, PACKED, Sample
-from selectflow.data.manifest import DataError, Shard, atomic_file
+from selectflow.data.manifest import DataError, Shard
 
 # A dot would end the key, a leading "__" marks a member that webdataset skips, and the tar format
 # has room for 100 characters of name and extension.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from selectflow.atomic import atomic_file
 from selectflow.data.catalog import Catalog, Entry, Source, Sources, damaged, digest_of
 from selectflow.data.fields import CODECS
 from selectflow.data.manifest import (
@@ -17,7 +18,6 @@ from selectflow.data.manifest import (
     DataError,
     Manifest,
     Shard,
-    atomic_file,
     parse_manifest,
     read_manifest,
 )

@@ -15,7 +15,7 @@ from selectflow.data.catalog import Ints, Sources
 from selectflow.data.collate import FIELDS, Batch, collate, finish, num_bytes, pick, shared
 from selectflow.data.fields import Sample
 from selectflow.data.manifest import DataError
-from selectflow.data.order import Order, Shuffle
+from selectflow.data.order import Draw, Order, Shuffle
 from selectflow.data.reader import Fault, ShardReader
 from selectflow.data.remote import Cache
 from selectflow.data.sources import open_catalog
@@ -23,6 +23,8 @@ from selectflow.data.sources import open_catalog
 _log = logging.getLogger(__name__)
 
 _Read = tuple[Batch | DataError, list[Fault]]  # a pool, and its samples that cannot be read
+
+_Drawn = tuple[Draw, dict[str, Any]]  # what a pool was asked for, and the position after it
 
 
 class PoolStream(IterableDataset[Batch]):
@@ -111,6 +113,12 @@ class PoolStream(IterableDataset[Batch]):
         self._memory = self._load(memory_gib)
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """All that the pools depend on, in plain values: dataset, order, pool size and rank."""
+        shared = {"pool": self._pool, "rank": self._rank, "world_size": self._world_size}
+        return self._identity | shared
+
+    @property
     def num_samples(self) -> int:
         """Samples in the split, of all sources."""
         return self._catalog.num_samples
@@ -129,7 +137,8 @@ class PoolStream(IterableDataset[Batch]):
 
         Returns:
             "image" float32 (P, ...) and "label" int64 (P,), or "tokens" int64 (P, ...), or "text"
-            list of P strings; "key" list of P strings. Images stored as bytes are in [0, 1].
+            list of P strings; "key" list of P strings; "epoch" list of the P epochs, from 0, of
+            its source that each example belongs to. Images stored as bytes are in [0, 1].
 
         Raises:
             DataError: More samples than `max_errors` cannot be read; names shard and key.
@@ -137,7 +146,7 @@ class PoolStream(IterableDataset[Batch]):
         if self._batches is None:
             self._batches = self._start()
         batch, faults = next(self._batches)
-        position = self._drawn.popleft()
+        draw, position = self._drawn.popleft()
         try:
             self._count(faults)
             if isinstance(batch, DataError):
@@ -146,7 +155,7 @@ class PoolStream(IterableDataset[Batch]):
             self._batches = None  # stay at the last pool handed out
             raise
         self._position = position
-        return finish(batch)
+        return finish(batch) | {"epoch": _epochs(draw, faults)}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is: after the last pool handed out. The same on every rank.
@@ -191,10 +200,10 @@ class PoolStream(IterableDataset[Batch]):
         return Order(catalog.counts, catalog.lanes, self._options, self._weights)
 
     def _start(self) -> Iterator[_Read]:
-        """The pools after the present position, and in `_drawn` the position after each."""
+        """The pools after the present position, and in `_drawn` what each was asked for."""
         order = self._new_order()
         order.seek(self._position)
-        self._drawn: deque[dict[str, Any]] = deque()
+        self._drawn: deque[_Drawn] = deque()
         rows = _draw(order, self._drawn, self._pool, self._rank, self._world_size)
         if self._memory is not None:
             memory = self._memory
@@ -243,18 +252,26 @@ class PoolStream(IterableDataset[Batch]):
 
 
 def _draw(
-    order: Order, drawn: deque[dict[str, Any]], pool: int, rank: int, world_size: int
+    order: Order, drawn: deque[_Drawn], pool: int, rank: int, world_size: int
 ) -> Iterator[Ints]:
-    """The rows of each pool of this process, and in `drawn` the position after it.
+    """The rows of each pool of this process, and in `drawn` more about it.
 
     No method: in a reference cycle a DataLoader is collected late, and takes seconds to stop.
     """
     worker = get_worker_info()  # of a DataLoader around the stream
     share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
     while True:
-        rows = order.take(shares * world_size * pool)
-        drawn.append(order.position())
-        yield rows.reshape(shares, world_size, pool)[share, rank]
+        both = np.stack(order.take(shares * world_size * pool))
+        draw = Draw(*both.reshape(2, shares, world_size, pool)[:, share, rank])
+        drawn.append((draw, order.position()))
+        yield draw.rows
+
+
+def _epochs(draw: Draw, faults: list[Fault]) -> list[int]:
+    """The epoch of each sample of a pool but those that could not be read."""
+    lost = {fault.row for fault in faults}
+    epochs = zip(draw.rows.tolist(), draw.epochs.tolist(), strict=True)
+    return [epoch for row, epoch in epochs if row not in lost]
 
 
 class _ByRows(Dataset[_Read]):

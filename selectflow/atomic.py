@@ -1,0 +1,41 @@
+"""Files that are there whole or not at all, also when the process or the machine dies."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+@contextmanager
+def atomic_file(path: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
+    """Open a file for writing that takes its name only once it is whole.
+
+    Args:
+        path: final name; an existing file is replaced.
+        durable: True waits until it is on the disk before it takes its name.
+
+    Yields:
+        A binary file; after an exception nothing of it is left.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
+    # the process id keeps two writers of the same file apart, the dot hides it from readers
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in _OF_THE_DISK and error.filename is None:  # writing does not say where
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,40 @@
+"""What a look-ahead found, for checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from selectflow.lookahead import LookAhead
+from selectflow.params import Params
+
+
+def plain(ahead: LookAhead) -> dict[str, Any]:
+    """A look-ahead as dicts of tensors and numbers."""
+    gammas = [dict(gamma) for gamma in ahead.sensitivities]
+    return {"horizon": ahead.horizon, "target_loss": ahead.target_loss, "sensitivities": gammas}
+
+
+def restored(saved: dict[str, Any], params: Params) -> LookAhead:
+    """The look-ahead that `plain` saved, on the devices of `params`.
+
+    Args:
+        saved: what `plain` returned.
+        params: the parameters that scores are taken over.
+
+    Raises:
+        ValueError: it is of other parameters.
+    """
+    gammas = []
+    for gamma in saved["sensitivities"]:
+        shapes = {name: tuple(tensor.shape) for name, tensor in gamma.items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in params.items()}
+        if shapes != expected:
+            differing = sorted(
+                name for name in shapes | expected if shapes.get(name) != expected.get(name)
+            )
+            raise ValueError(
+                f"saved sensitivities must fit the trained parameters, got a difference in "
+                f"{', '.join(differing[:5])}; load the state of the same model"
+            )
+        gammas.append(Params((name, gamma[name].to(params[name])) for name in params))
+    return LookAhead(saved["horizon"], saved["target_loss"], gammas)
