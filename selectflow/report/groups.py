@@ -48,7 +48,9 @@ def label(run: Run) -> str:
     name, select = strategy(run), run.config.get("select", {})
     if name != "online":
         return name
-    return f"{name} H={select.get('horizon')} K={select.get('interval')}"
+    shape = select.get("horizon_schedule", {}).get("name", "constant")
+    changing = "" if shape == "constant" else f" ({shape})"
+    return f"{name} H={select.get('horizon')}{changing} K={select.get('interval')}"
 
 
 def groups(runs: Sequence[Run]) -> Groups:
@@ -72,7 +74,7 @@ def groups(runs: Sequence[Run]) -> Groups:
         options = sorted({key for config in same for key in config if _divides(key, run)})
         mine = configs[id(run)]
         extra = [
-            f"{key.rpartition('.')[2]}={mine.get(key)}"
+            f"{key.removeprefix('optimizer.').removeprefix('select.')}={mine.get(key)}"
             for key in options
             if any(config.get(key) != mine.get(key) for config in same)
         ]
@@ -120,7 +122,7 @@ def _divides(key: str, run: Run) -> bool:
     if key == "steps":  # how long it went on, unless the learning rate depends on it
         return bool(run.config.get("schedule", {}).get("name", "constant") != "constant")
     looks_ahead = strategy(run) in ("online", "offline", "adaptive")
-    return looks_ahead or key not in {f"select.{name}" for name in _LOOK_AHEAD}
+    return looks_ahead or key.split(".")[1:2] not in [[name] for name in _LOOK_AHEAD]
 
 
 def _is_task(key: str) -> bool:

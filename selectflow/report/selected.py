@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,18 +29,23 @@ class Step(NamedTuple):
     kept: npt.NDArray[np.bool_]
 
 
-def read_ledger(run_dir: Path) -> Iterator[Step]:
-    """The steps in the ledger of a run; a last line that is still being written is left out."""
-    path = run_dir / "selection.jsonl"
-    if not path.is_file():
+def read_steps(run_dir: Path) -> Iterator[Step]:
+    """The steps in the ledger of a run, none where it has no ledger.
+
+    Raises:
+        LedgerError: a part of it cannot be read.
+    """
+    from selectflow.ledger import LEDGER_FOLDER, read_parts  # noqa: PLC0415
+
+    if not any((run_dir / LEDGER_FOLDER).glob("*.parquet")):
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):
-                return
-            found = json.loads(line)
-            scores, kept = np.array(found["score"], float), np.array(found["kept"], bool)
-            yield Step(found["step"], found["key"], scores, kept)
+    for table in read_parts(run_dir, ["step", "key", "score", "kept"]):
+        step, keys = table["step"].to_numpy(), table["key"].to_pylist()
+        scores, kept = table["score"].to_numpy(), table["kept"].to_numpy()
+        ends = [*(np.flatnonzero(np.diff(step)) + 1), len(step)]
+        for start, end in pairwise([0, *ends]):
+            part = slice(start, end)
+            yield Step(int(step[start]), keys[part], scores[part], kept[part])
 
 
 def read_offline_scores(run_dir: Path) -> Step | None:
@@ -116,7 +121,7 @@ def read_selected(run_dir: Path, metadata: Mapping[str, Mapping[str, Any]]) -> S
         counts |= {name: np.zeros(len(EDGES) - 1, np.int64) for name in ("altered", "clean")}
     kept_domains: list[tuple[int, list[str]]] = []
     offline = read_offline_scores(run_dir)
-    for step in read_ledger(run_dir) if offline is None else [offline]:
+    for step in read_steps(run_dir) if offline is None else [offline]:
         scores = standardised(step.scores)
         _count(samples, step, scores)
         kinds = {"kept": step.kept, "rejected": ~step.kept}

@@ -47,8 +47,8 @@ def draw(panel: Panel | Histogram) -> str:
         marks = [_band(line, scale) for line in panel.lines]
         marks += [_line(line, scale) for line in panel.lines]
         marks += [_level(y, name, scale) for y, name in panel.levels]
-    box = (scale.x0, scale.x1, _LEFT, _WIDTH - _RIGHT)
-    box += (scale.y0, scale.y1, _HEIGHT - _BOTTOM, _TOP)
+    box = [scale.x0, scale.x1, _LEFT, _WIDTH - _RIGHT, scale.y0, scale.y1]
+    box += [_HEIGHT - _BOTTOM, _TOP]
     title = panel.title if isinstance(panel, Histogram) else panel.y_label
     return "".join(
         [
