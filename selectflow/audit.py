@@ -18,7 +18,7 @@ from torch import Tensor
 from selectflow.assumptions import METHODS
 from selectflow.batches import Batch, num_examples
 from selectflow.derivatives import Curvature
-from selectflow.dynamics import Adjoint
+from selectflow.dynamics import Adjoint, State, Update
 from selectflow.lookahead import Visit
 from selectflow.params import Params
 from selectflow.recording import record
@@ -101,9 +101,10 @@ def influence(
         order: 1, or 2 (exact curvature of the recorded optimizer only).
         horizon: as for `leave_one_out`.
         own_update: "exact" replaces gamma . dg by adjoint . (state after the update without z,
-            minus state after it with z): the example's own update is not linearised.
+            minus state after it with z; of exp_avg_sq the root is taken): the example's own update
+            is not linearised.
         reduce: "mean" for the mean over the queries as the one target.
-        num_parallel: pairs side by side in the second order.
+        num_parallel: queries that one sweep carries, or pairs side by side in the second order.
         memory_gib: limit for the states between two snapshots, in GiB.
 
     Returns:
@@ -124,7 +125,28 @@ def influence(
             return (first + second).cpu() @ weights.T.to(first.dtype)
 
         return _in_chunks(removals, num_parallel, both)
-    assumed = METHODS[method](trajectory.updates)
+    predict = _response if own_update == "exact" else _linear
+
+    def swept(part: Tensor) -> Tensor:
+        return _sweep(
+            trajectory, queries, removals, part, METHODS[method], curvature, predict, memory_gib
+        )
+
+    return torch.cat([swept(part) for part in torch.split(weights, num_parallel)], 1)
+
+
+def _sweep(
+    trajectory: Trajectory,
+    queries: Batch,
+    removals: Sequence[Removal],
+    weights: Tensor,
+    assume: Callable[[Sequence[Update]], list[Update]],
+    curvature: Curvature,
+    predict: Callable[[Trajectory, Visit, Sequence[Removal]], Tensor],
+    memory_gib: float,
+) -> Tensor:
+    """First-order prediction of each measurement, shape (num_pairs, rows of `weights`)."""
+    assumed = assume(trajectory.updates)
     found = torch.zeros(len(removals), len(weights), dtype=_dtype(trajectory))
     for end, rows in _by(range(len(removals)), lambda row: removals[row].end):
         wanted = dict(_by(rows, lambda row: removals[row].index))
@@ -132,7 +154,6 @@ def influence(
         def keep(visit: Visit, wanted: dict[int, list[int]] = wanted) -> None:
             if rows := wanted.get(visit.index, []):
                 chosen = [removals[row] for row in rows]
-                predict = _response if own_update == "exact" else _linear
                 found[rows] = predict(trajectory, visit, chosen).cpu().to(found.dtype)
 
         adjoint = _query_adjoint(trajectory, end, queries, weights)
@@ -163,10 +184,24 @@ def _response(trajectory: Trajectory, visit: Visit, removals: Sequence[Removal])
     for row, tensors in enumerate(zip(*grads.values(), strict=True)):
         grad = Params(zip(grads, tensors, strict=True))
         without = trajectory.updates[visit.index].advance(visit.state, grad)
-        for adjoint, moved, stayed in zip(visit.adjoint, without, visit.after, strict=True):
-            for name, change in (moved - stayed).items():
-                total[row] += (adjoint[name] * change).flatten(1).sum(1)
+        for adjoint, change in zip(visit.adjoint, _change(without, visit.after), strict=True):
+            for name, by in change.items():
+                total[row] += (adjoint[name] * by).flatten(1).sum(1)
     return total
+
+
+def _change(state: State, reference: State) -> State:
+    """`state` minus `reference`; the second moment's to first order in its root.
+
+    The updates read v through sqrt(v), and one example can move v by its own size where it is
+    small. With s = sqrt(v), d target / d s = 2 s d target / d v.
+    """
+    root = reference.exp_avg_sq.sqrt()
+    return State(
+        state.params - reference.params,
+        state.exp_avg - reference.exp_avg,
+        2 * root * (state.exp_avg_sq.sqrt() - root),
+    )
 
 
 # --- queries and pairs ----------------------------------------------------------------------

@@ -2,34 +2,106 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from selectflow.config_errors import ConfigError, describe, nearest_key
-from selectflow.yaml_io import parse_yaml, read_yaml
+from selectflow.config_errors import ConfigError, describe
+from selectflow.yaml_io import read_yaml, set_key
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-_NUM_DIGITS = 1797
 
 
-class AuditConfig(BaseModel):
-    """One setting in which influence is compared with leave-one-out retraining."""
-
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class MLPModel(_Section):
+    """A multilayer perceptron on the digits."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden: tuple[Count, ...] = Field(
+        default=(16, 16), strict=False, description="units of each hidden layer"
+    )
+    activation: Literal["relu", "gelu"] = Field(default="relu", description="nonlinearity")
+
+    @property
+    def large(self) -> bool:
+        """Whether double precision would be a burden."""
+        return False
+
+
+class CNNModel(_Section):
+    """Two convolutions and a linear layer on the digits."""
+
+    kind: Literal["cnn"] = "cnn"
+    width: Count = Field(default=4, description="channels of the first convolution")
+    activation: Literal["relu", "gelu"] = Field(default="gelu", description="nonlinearity")
+
+    @property
+    def large(self) -> bool:
+        """Whether double precision would be a burden."""
+        return False
+
+
+class _TextModel(_Section):
+    block: Annotated[int, Field(ge=2)] = Field(default=32, description="tokens of one example")
+    shape: str = "small"
+    pretrained: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder or Hugging Face name of weights and tokenizer; null: random weights "
+        "of `shape`, and bytes as tokens",
+    )
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> Self:
+        if self.pretrained and "shape" in self.model_fields_set:
+            raise ValueError(
+                f"model.shape must be left out with model.pretrained, got {self.shape!r}; "
+                "pretrained weights have a shape of their own"
+            )
+        return self
+
+    @property
+    def large(self) -> bool:
+        """Whether double precision would be a burden."""
+        return self.shape != "small" or self.pretrained is not None
+
+
+class GPT2Model(_TextModel):
+    """GPT-2 of Hugging Face transformers, all parameters trained, on Python source."""
+
+    kind: Literal["gpt2"] = "gpt2"
+    shape: Literal["small", "124m"] = Field(default="small", description="size of random weights")
+
+
+class LlamaModel(_TextModel):
+    """Llama of Hugging Face transformers, LoRA adapters trained, on Python source."""
+
+    kind: Literal["llama"] = "llama"
+    shape: Literal["small", "1b"] = Field(
+        default="small", description="size of random weights; 1b is that of Llama-3.2-1B"
+    )
+    lora_rank: Count = Field(default=4, description="rank of the adapters of all projections")
+
+
+Model = MLPModel | CNNModel | GPT2Model | LlamaModel
+
+
+class AuditConfig(_Section):
+    """One setting in which influence is compared with leave-one-out retraining."""
 
     name: str = Field(min_length=1, description="name of the audit, and of its directory")
     root: Annotated[Path, Field(strict=False)] = Field(
         default=Path("audits"), description="directory that holds the audits' directories"
     )
-    model: Literal["mlp", "cnn"] = Field(default="mlp", description="architecture, on the digits")
-    hidden: tuple[Count, ...] = Field(
-        default=(16, 16), strict=False, description="units of each hidden layer (mlp)"
+    overwrite: bool = Field(
+        default=False, description="measure again what the directory already holds"
     )
-    width: Count = Field(default=4, description="channels of the first convolution (cnn)")
-    activation: Literal["relu", "gelu"] = Field(default="relu", description="nonlinearity")
+    model: Annotated[Model, Field(discriminator="kind")] = MLPModel()
     seeds: Count = Field(default=3, description="runs for each learning rate, seeds 0, 1, ...")
     lrs: tuple[Rate, ...] = Field(
         default=(1e-3, 1e-4, 1e-5), strict=False, min_length=1, description="learning rates"
@@ -39,6 +111,10 @@ class AuditConfig(BaseModel):
     )
     batch: Annotated[int, Field(ge=2)] = Field(default=32, description="B: examples of one step")
     steps: Count = Field(default=45, description="T: recorded steps, at most one epoch")
+    warm_steps: int = Field(
+        default=0, ge=0, description="plain training steps on other examples before the recording"
+    )
+    warm_lr: Rate = Field(default=1e-3, description="learning rate of those")
     schedule: Literal["constant", "cosine"] = Field(
         default="cosine", description="learning rate over the run; cosine falls to 0"
     )
@@ -54,16 +130,22 @@ class AuditConfig(BaseModel):
     spacing: Annotated[int, Field(ge=2)] = Field(
         default=4, description="updates between two snapshots, for the system-level rows"
     )
+    dtype: Literal["float64", "float32"] | None = Field(
+        default=None,
+        description="precision of truth and scores; null: float64, or float32 for a large model",
+    )
+    memory_gib: Rate = Field(
+        default=1.0, description="limit for snapshots, and for what a sweep or rerun keeps, in GiB"
+    )
     num_threads: Count | None = Field(default=None, description="torch CPU threads")
+
+    @property
+    def precision(self) -> Literal["float64", "float32"]:
+        """The precision of truth and scores."""
+        return self.dtype or ("float32" if self.model.large else "float64")
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        used = self.num_queries + self.steps * self.batch
-        if used > _NUM_DIGITS:
-            raise ValueError(
-                f"num_queries + steps * batch must be <= {_NUM_DIGITS}, the digits there are, "
-                f"got {used}; lower one of them"
-            )
         if self.horizons and max(self.horizons) > self.steps:
             raise ValueError(
                 f"horizons must be <= steps ({self.steps}), got {max(self.horizons)}; "
@@ -77,7 +159,8 @@ def load_audit(path: str | Path, overrides: Sequence[str] = ()) -> AuditConfig:
 
     Args:
         path: YAML file, a mapping of the fields of AuditConfig.
-        overrides: field names and YAML values, as `seeds=1`; later ones win.
+        overrides: dotted paths and YAML values, as `seeds=1` or `model.activation=gelu`; later
+            ones win.
 
     Returns:
         The validated configuration.
@@ -86,28 +169,34 @@ def load_audit(path: str | Path, overrides: Sequence[str] = ()) -> AuditConfig:
         ConfigError: the file cannot be read, or a key is unknown, has the wrong type or is out of
             range; the message has one line for each of them.
     """
-    values, known = read_yaml(path), list(AuditConfig.model_fields)
-    problems = [line for item in overrides if (line := _override(values, item, known))]
+    values, known = read_yaml(path), _known_keys()
+    found = [set_key(values, item, known, "seeds=1") for item in overrides]
+    problems = [problem for problem in found if problem]
+    if isinstance(model := values.get("model"), dict):
+        model.setdefault("kind", "mlp")
     try:
         config = AuditConfig.model_validate(values)
     except ValidationError as error:
-        problems += [
-            describe(dict(item), known)
-            if item["loc"]
-            else item["msg"].removeprefix("Value error, ")
-            for item in error.errors()
-        ]
+        problems += [_describe(dict(item), known) for item in error.errors()]
     if problems:
         raise ConfigError("\n  ".join([f"{path}: errors in the configuration", *problems]))
     return config
 
 
-def _override(values: dict[str, Any], override: str, known: Sequence[str]) -> str | None:
-    """Set one key=value in `values`; what is wrong with it, or None."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        return f"{override!r} must be key=value, as in seeds=1"
-    if key not in known:
-        return f"{key} must be a known key, got {text!r}{nearest_key(key, known)}"
-    values[key] = parse_yaml(text)
-    return None
+def _known_keys() -> list[str]:
+    of_models = {f"model.{key}": None for model in get_args(Model) for key in model.model_fields}
+    return [*AuditConfig.model_fields, *of_models]
+
+
+def _describe(error: dict[str, Any], known: list[str]) -> str:
+    """One error in a line; pydantic puts the kind of the model into the path of its fields."""
+    if error["type"] == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    section, *rest = error["loc"]
+    if error["type"] == "union_tag_invalid":
+        context = error["ctx"]
+        error |= {"type": "literal_error", "loc": ("model", "kind"), "input": context["tag"]}
+        error["ctx"] = {"expected": context["expected_tags"]}
+    elif section == "model" and len(rest) > 1:
+        error["loc"] = ("model", *rest[1:])
+    return describe(error, known)

@@ -1,47 +1,34 @@
-"""The error budget: how much of influence's error comes from where, setting by setting.
+"""Running an audit: every row against the truth, run by run, written as they come.
 
-Three levels, each a set of rows compared with the same ground truth, leave-one-out retraining in
-float64. Configuration: the sweep assumes another optimizer, schedule or decay. Algorithm: it
-assumes the right one and linearises. System: it linearises rightly, in another precision or
-from sparse snapshots.
+A run is one learning rate and seed. `audit.json` is written whole after each, and a later start
+with the same configuration goes on behind those that it holds.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selectflow.audit import influence, leave_one_out
+from selectflow.atomic import atomic_file
 from selectflow.audit_config import AuditConfig
+from selectflow.audit_rows import ROWS, Pairs, Recorded
 from selectflow.audit_settings import Setting
-from selectflow.sparse import SparseTrajectory
-from selectflow.trajectory import Trajectory
+from selectflow.config_errors import ConfigError
+from selectflow.report.audit import write_scatter, write_spearman
 
-Pairs = list[tuple[int, int]]
-
-CONFIG_ROWS: dict[str, dict[str, Any]] = {
-    "sgd": {"method": "sgd"},
-    "constant lr": {"method": "constant_lr"},
-    "no decay": {"method": "no_decay"},
-}
-ALGORITHM_ROWS: dict[str, dict[str, Any]] = {
-    "adamw/none": {"curvature": "none"},
-    "adamw/fisher": {"curvature": "fisher"},
-    "adamw/exact": {},
-    "adamw/exact, own update": {"own_update": "exact"},
-    "adamw/exact, order 2": {"order": 2},
-}
+# What may differ between two starts of an audit: where it is, and which runs are asked for.
+_NOT_MEASURED = {"name", "root", "overwrite", "seeds", "lrs", "num_threads"}
 _SAMPLED_STEPS = 6  # a finite horizon costs one sweep for each step that pairs are drawn from
 
 
@@ -70,110 +57,78 @@ class Result:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Audit:
-    """All rows of a setting, and one run's scores for the scatter: (truth, row -> scores)."""
-
-    config: AuditConfig
-    results: list[Result]
-    truth: Tensor
-    scores: dict[str, Tensor]
-
-
-def run_audit(config: AuditConfig, progress: Callable[[str], None] = lambda _: None) -> Audit:
-    """Measure every row at every learning rate, horizon and seed.
+def run_audit(config: AuditConfig, progress: Callable[[str], None] = lambda _: None) -> Path:
+    """Measure every row at every learning rate, horizon and seed that is not measured yet.
 
     Args:
         config: of the audit.
         progress: told what was finished, in words.
 
     Returns:
-        The rows; scatter data are those of the first learning rate and seed.
+        The directory root/name, with audit.json, audit.csv, spearman.png over all runs so far, and
+        scatter.png of the first.
+
+    Raises:
+        ConfigError: the directory holds an audit of another configuration; too few examples.
+        OSError: a file cannot be written.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    results: list[Result] = []
-    kept: tuple[Tensor, dict[str, Tensor]] | None = None
+    folder = config.root / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    results = [] if config.overwrite else measured_before(config, folder)
+    done = {(result.lr, result.seed) for result in results}
     for lr in config.lrs:
         for seed in range(config.seeds):
-            found, truth, scores = _run(Setting(config, seed), lr)
+            if (lr, seed) in done:
+                progress(f"found lr {lr:g}, seed {seed}")
+                continue
+            found, truth, scores = measure_run(Setting(config, seed), lr)
+            if not results:
+                write_scatter(truth, scores, folder)
             results += found
-            kept = kept or (truth, scores)
-            progress(f"lr {lr:g}, seed {seed}")
-    assert kept is not None
-    return Audit(config, results, *kept)
+            write_results(config, results, folder)
+            write_spearman(results, folder)
+            progress(f"measured lr {lr:g}, seed {seed}")
+    return folder
 
 
-def _run(setting: Setting, lr: float) -> tuple[list[Result], Tensor, dict[str, Tensor]]:
-    config, results = setting.config, list[Result]()
-    trajectory, queries = setting.record(lr), setting.queries()
-    cost = _Rows(results, lr, math.inf, setting.seed, torch.empty(0))
-    cost.add("cost", "training", None, trajectory.seconds)
-    pairs = _spread_pairs(config, setting.seed)
-    began = time.perf_counter()
-    truth = leave_one_out(trajectory, queries, pairs)
-    cost.add("cost", "leave one out", None, time.perf_counter() - began)
-    whole = dataclasses.replace(cost, truth=truth)
-    scores = {
-        name: whole.measure(level, name, partial(influence, trajectory, queries, pairs, **options))
-        for level, name, options in _rows(config)
-    }
-    for name, other, asked in _system(setting, lr):
-        whole.measure("system", name, partial(influence, other, asked, pairs))
+def measure_run(setting: Setting, lr: float) -> tuple[list[Result], Tensor, Mapping[str, Tensor]]:
+    """One run: its results, and the truth and scores of removals over the whole of it."""
+    recorded, config = Recorded.of(setting, lr), setting.config
+    results = [_cost("training", recorded, recorded.trajectory.seconds)]
+    whole, truth, scores = _compare(recorded, _spread_pairs(config, setting.seed), math.inf)
+    results += whole
     for horizon in config.horizons:
-        near = _near_pairs(config, setting.seed, horizon)
-        truth_near = leave_one_out(trajectory, queries, near, horizon)
-        rows = dataclasses.replace(cost, truth=truth_near, horizon=horizon)
-        for level, name, options in _rows(config):
-            score = partial(influence, trajectory, queries, near, horizon=horizon, **options)
-            rows.measure(level, name, score)
+        results += _compare(recorded, _near_pairs(config, setting.seed, horizon), horizon)[0]
     return results, truth, scores
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Where the results of one truth go."""
-
-    results: list[Result]
-    lr: float
-    horizon: float
-    seed: int
-    truth: Tensor
-
-    def measure(self, level: str, name: str, score: Callable[[], Tensor]) -> Tensor:
-        began = time.perf_counter()
-        found = score().double()
-        self.add(level, name, found, time.perf_counter() - began)
-        return found
-
-    def add(self, level: str, name: str, scores: Tensor | None, seconds: float) -> None:
-        rank = error = math.nan
-        if scores is not None:
-            rank = spearman(scores, self.truth)
-            error = float((scores - self.truth).norm() / self.truth.norm())
-        self.results.append(
-            Result(level, name, self.lr, self.horizon, self.seed, rank, error, seconds)
-        )
+def _compare(
+    recorded: Recorded, pairs: Pairs, horizon: float
+) -> tuple[list[Result], Tensor, dict[str, Tensor]]:
+    """All rows of one horizon against the truth; scores are those of config and algorithm rows."""
+    began = time.perf_counter()
+    truth = recorded.truth(pairs, horizon)
+    results, scores = list[Result](), dict[str, Tensor]()
+    if horizon == math.inf:
+        results.append(_cost("leave one out", recorded, time.perf_counter() - began))
+    for source in ROWS:
+        for level, name, score in source(recorded, pairs, horizon):
+            began = time.perf_counter()
+            found = score().double()
+            seconds = time.perf_counter() - began
+            error = float((found - truth).norm() / truth.norm())
+            where = (recorded.lr, horizon, recorded.setting.seed)
+            results.append(Result(level, name, *where, spearman(found, truth), error, seconds))
+            if level != "system":
+                scores[name] = found
+    return results, truth, scores
 
 
-def _rows(config: AuditConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for name, options in CONFIG_ROWS.items():
-        if name != "constant lr" or config.schedule != "constant":
-            yield "config", name, options
-    for name, options in ALGORITHM_ROWS.items():
-        yield "algorithm", name, options
-
-
-def _system(setting: Setting, lr: float) -> Iterator[tuple[str, Trajectory, Any]]:
-    """Name, recording and queries of each system-level row."""
-    for dtype in (torch.float32, torch.bfloat16):
-        other = dataclasses.replace(setting, dtype=dtype)
-        yield str(dtype).removeprefix("torch."), other.record(lr), other.queries()
-    spacing = setting.config.spacing
-    sparse = setting.record(lr, spacing)
-    for hold in (False, True):
-        name = f"every {spacing}, moments {'held' if hold else 'interpolated'}"
-        yield name, SparseTrajectory.of(sparse, hold), setting.queries()
+def _cost(row: str, recorded: Recorded, seconds: float) -> Result:
+    seed = recorded.setting.seed
+    return Result("cost", row, recorded.lr, math.inf, seed, math.nan, math.nan, seconds)
 
 
 def _spread_pairs(config: AuditConfig, seed: int) -> Pairs:
@@ -213,20 +168,45 @@ def _ranks(values: Tensor) -> Tensor:
     return (below + upto).double().T / 2
 
 
-# --- writing --------------------------------------------------------------------------------
+# --- what is left on disk -------------------------------------------------------------------
 
 
-def write_audit(audit: Audit, folder: Path) -> None:
-    """Write audit.json and audit.csv."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [dataclasses.asdict(result) for result in audit.results]
+def measured_before(config: AuditConfig, folder: Path) -> list[Result]:
+    """Results that `folder` holds of this configuration, whatever seeds and learning rates.
+
+    Raises:
+        ConfigError: they are of another configuration, or cannot be read.
+    """
+    path = folder / "audit.json"
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        held, rows = content["config"], content["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} must be of an audit, got {error!r}; remove it") from error
+    for key, value in config.model_dump(mode="json").items():
+        if key not in _NOT_MEASURED and held.get(key) != value:
+            raise ConfigError(
+                f"{path} must be of this configuration, got {key} {held.get(key)}, here {value}; "
+                "give another name, or overwrite=true to measure all again"
+            )
+    return [Result(**{key: _number(key, value) for key, value in row.items()}) for row in rows]
+
+
+def write_results(config: AuditConfig, results: list[Result], folder: Path) -> None:
+    """Write audit.json and audit.csv, each whole or not at all."""
+    rows = [dataclasses.asdict(result) for result in results]
     plain = [{key: _json(value) for key, value in row.items()} for row in rows]
-    content = {"config": audit.config.model_dump(mode="json"), "results": plain}
-    (folder / "audit.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    with (folder / "audit.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    content = {"config": config.model_dump(mode="json"), "results": plain}
+    with atomic_file(folder / "audit.json") as file:
+        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_file(folder / "audit.csv") as file:
+        file.write(text.getvalue().encode())
 
 
 def _json(value: Any) -> Any:
@@ -234,3 +214,10 @@ def _json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else "inf"
     return value
+
+
+def _number(key: str, value: Any) -> Any:
+    """The inverse of `_json` for a field of `Result`."""
+    if key == "horizon" and value == "inf":
+        return math.inf
+    return math.nan if value is None else value

@@ -1,49 +1,101 @@
-"""What an audit trains: a small model on scikit-learn's digits, the same in every precision."""
+"""What an audit trains: a model and its data, the same in every precision."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from selectflow.audit_config import AuditConfig
-from selectflow.batches import Batch
+from selectflow.audit_config import AuditConfig, Model
+from selectflow.audit_images import cnn, digits, image_loss, mlp
+from selectflow.audit_text import gpt2, llama, source_blocks, with_lora
+from selectflow.batches import Batch, num_examples, take
+from selectflow.config_errors import ConfigError
+from selectflow.language import causal_lm_losses
+from selectflow.objective import LossFn
 from selectflow.recording import record
 from selectflow.trajectory import Trajectory
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+class Problem(NamedTuple):
+    """What a kind of model learns.
+
+    Attributes:
+        build: section of the configuration -> model with fresh weights.
+        examples: section -> all examples there are, a mapping of tensors.
+        loss_fn: per-example losses.
+        adapt: section, model -> what of it is recorded, made after the steps before the recording.
+    """
+
+    build: Callable[[Any], nn.Module]
+    examples: Callable[[Any], Batch]
+    loss_fn: LossFn
+    adapt: Callable[[Any, nn.Module], nn.Module] = lambda _, model: model
+
+
+PROBLEMS = {
+    "mlp": Problem(mlp, lambda _: digits(), image_loss),
+    "cnn": Problem(cnn, lambda _: digits(), image_loss),
+    "gpt2": Problem(gpt2, source_blocks, causal_lm_losses),
+    "llama": Problem(llama, source_blocks, causal_lm_losses, with_lora),
+}
 
 
 @dataclass(frozen=True)
 class Setting:
     """A model at its start, the batches of one run, and the queries.
 
+    Examples are shuffled by the seed: first come the queries, then the recorded batches, then
+    those of the steps before the recording.
+
     Attributes:
         config: of the audit.
         seed: of the weights and of the order of the data.
-        dtype: of parameters and images; the values are those of float32 in every precision.
+        dtype: of parameters and images; the values are those of float32 in every precision. None:
+            that of the configuration.
     """
 
     config: AuditConfig
     seed: int
-    dtype: torch.dtype = torch.float64
+    dtype: torch.dtype | None = None
 
     def record(self, lr: float, spacing: int = 1) -> Trajectory:
-        """A run at one learning rate, with a snapshot every `spacing` updates."""
+        """A run at one learning rate, with a snapshot every `spacing` updates.
+
+        Raises:
+            ConfigError: there are too few examples, or pretrained weights cannot be loaded.
+            ValueError: the memory limit is below two states.
+        """
         config = self.config
-        torch.manual_seed(self.seed)
-        model = _build(config).to(self.dtype)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr, config.betas, config.eps, config.weight_decay
-        )
+        model = self.model().to(self._dtype)
+        trained = [param for param in model.parameters() if param.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr, config.betas, config.eps, config.weight_decay)
         scheduler: LRScheduler | None = None
         if config.schedule == "cosine":
             scheduler = CosineAnnealingLR(optimizer, config.steps)
-        batches = [self.batch(step) for step in range(config.steps)]
-        return record(model, optimizer, loss_fn, batches, scheduler, spacing=spacing)
+        return record(
+            model,
+            optimizer,
+            PROBLEMS[config.model.kind].loss_fn,
+            [self.batch(step) for step in range(config.steps)],
+            scheduler,
+            spacing=spacing,
+            limit_gib=config.memory_gib,
+        )
+
+    def model(self) -> nn.Module:
+        """The model in float32 where the recording begins."""
+        config = self.config
+        model = _fresh(config.model, self.seed)
+        if config.warm_steps:
+            model.load_state_dict(_warmed(config, self.seed))
+        torch.manual_seed(self.seed)
+        return PROBLEMS[config.model.kind].adapt(config.model, model)
 
     def batch(self, step: int) -> Batch:
         """The batch of one step."""
@@ -54,40 +106,51 @@ class Setting:
         """The examples whose losses are measured; never trained on."""
         return self._take(slice(0, self.config.num_queries))
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        found: torch.dtype = self.dtype or getattr(torch, self.config.precision)
+        return found
+
     def _take(self, part: slice) -> Batch:
-        images, labels = digits()
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed))
-        index = order[part]
-        return {"image": images[index].to(self.dtype), "label": labels[index]}
+        batch = take(_examples(self.config.model), self._order()[part])
+        return {
+            name: values.to(self._dtype) if values.is_floating_point() else values
+            for name, values in batch.items()
+        }
+
+    def _order(self) -> Tensor:
+        config, known = self.config, num_examples(_examples(self.config.model))
+        used = config.num_queries + (config.steps + config.warm_steps) * config.batch
+        if used > known:
+            raise ConfigError(
+                f"num_queries + (steps + warm_steps) * batch must be <= {known}, the examples "
+                f"there are, got {used}; lower one of them"
+            )
+        return torch.randperm(known, generator=torch.Generator().manual_seed(self.seed))
 
 
-def digits() -> tuple[Tensor, Tensor]:
-    """All 1797 digits: images in [0, 1], shape (N, 1, 8, 8), float32, and labels, shape (N,)."""
-    # imported here because it takes a second, which only an audit need spend
-    from sklearn.datasets import load_digits  # noqa: PLC0415
-
-    bunch = load_digits()
-    return torch.tensor(bunch.images / 16, dtype=torch.float32)[:, None], torch.tensor(bunch.target)
+@lru_cache(maxsize=1)
+def _examples(config: Model) -> Batch:
+    return PROBLEMS[config.kind].examples(config)
 
 
-def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of each example, shape (N,)."""
-    return F.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
+def _fresh(config: Model, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return PROBLEMS[config.kind].build(config)
 
 
-def _build(config: AuditConfig) -> nn.Module:
-    activation = _ACTIVATIONS[config.activation]
-    if config.model == "cnn":
-        width = config.width
-        return nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1),
-            activation(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-            activation(),
-            nn.Flatten(),
-            nn.Linear(32 * width, 10),
-        )
-    layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in, fan_out in zip([64, *config.hidden], config.hidden, strict=False):
-        layers += [nn.Linear(fan_in, fan_out), activation()]
-    return nn.Sequential(*layers, nn.Linear(([64, *config.hidden])[-1], 10))
+@lru_cache(maxsize=1)
+def _warmed(config: AuditConfig, seed: int) -> dict[str, Tensor]:
+    """State dict after the steps before the recording, in float32."""
+    setting, model = Setting(config, seed, torch.float32), _fresh(config.model, seed)
+    loss_fn = PROBLEMS[config.model.kind].loss_fn
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.warm_lr, config.betas, config.eps, config.weight_decay
+    )
+    model.train()
+    for step in range(config.steps, config.steps + config.warm_steps):
+        loss = loss_fn(model, setting.batch(step)).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return model.state_dict()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -23,12 +23,25 @@ Batch = Any
 _KEY_NAMES = ("__key__", "key", "keys", "id", "ids")
 
 
+@dataclasses.dataclass(frozen=True)
+class MicroBatches:
+    """Batches that one optimizer update is made from: one batch of all their examples.
+
+    They need not agree in anything but the loss that takes them, such as the padded length. Only
+    `num_examples` and `chunks` look inside.
+    """
+
+    parts: Sequence[Batch]
+
+
 def num_examples(batch: Batch) -> int:
     """Number of examples: the leading dimension that all tensors share.
 
     Raises:
         ValueError: no tensor, a tensor without dimensions, or tensors that disagree.
     """
+    if isinstance(batch, MicroBatches):
+        return sum(map(num_examples, batch.parts))
     if isinstance(batch, Tensor) and batch.ndim:
         return len(batch)
     sizes = {
@@ -89,6 +102,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def chunks(batch: Batch, size: int | None) -> Iterator[Batch]:
     """Consecutive parts of at most `size` examples; None: the batch itself."""
+    if isinstance(batch, MicroBatches):
+        for part in batch.parts:
+            yield from chunks(part, size)
+        return
     total = 0 if size is None else num_examples(batch)
     if size is None or total <= size:
         yield batch

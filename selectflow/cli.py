@@ -1,4 +1,4 @@
-"""The command line: `selectflow shards | compare | audit | schema`."""
+"""The command line: `selectflow shards | select | compare | audit | schema`."""
 
 import argparse
 import sys
@@ -7,22 +7,20 @@ from pathlib import Path
 
 from selectflow import cli_compare
 from selectflow.audit_config import load_audit
-from selectflow.cli_shards import add_commands
+from selectflow.cli_select import add_commands as add_select
+from selectflow.cli_shards import add_commands as add_shards
 from selectflow.config import json_schema
 
 # A command imports what it alone needs when it runs, so that the others start quickly.
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from selectflow.audit_report import run_audit, write_audit  # noqa: PLC0415
-    from selectflow.report.audit import print_budget, write_pngs  # noqa: PLC0415
+    from selectflow.audit_report import measured_before, run_audit  # noqa: PLC0415
+    from selectflow.report.audit import print_budget  # noqa: PLC0415
 
     config = load_audit(args.config, args.overrides)
-    folder = config.root / config.name
-    audit = run_audit(config, lambda done: print(f"measured {done}", flush=True))
-    write_audit(audit, folder)
-    write_pngs(audit.results, audit.truth, audit.scores, folder)
-    print_budget(audit.results)
+    folder = run_audit(config, lambda done: print(done, flush=True))
+    print_budget(measured_before(config, folder))
     print(f"wrote {folder}")
 
 
@@ -37,7 +35,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     shards = commands.add_parser("shards", help="write, check and look at WebDataset shards")
-    add_commands(shards)
+    add_shards(shards)
+
+    select = commands.add_parser("select", help="what a run kept, as shards")
+    add_select(select)
 
     compare = commands.add_parser("compare", help="tables, pictures and a page of several runs")
     cli_compare.add_command(compare)

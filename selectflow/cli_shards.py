@@ -41,12 +41,28 @@ def _add_make(kinds: Any) -> None:
         ("test", int, "N", "samples of the test set (folder, code)"),
         ("size", int, "PIXELS", "height and width of the images (folder)"),
         ("block", int, "BYTES", "length of a block of text (code)"),
-        ("per-shard", int, "N", "samples of a shard (default 256)"),
-        ("max-bytes", int, "N", "bytes of contents that close a shard"),
-        ("pack", int, "N", "samples of a record, for small ones (default 1)"),
     ):
         make.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    add_layout(make)
     make.set_defaults(command=_make)
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how samples are laid out in shards."""
+    for name, text in (
+        ("per-shard", "samples of a shard (default 256)"),
+        ("max-bytes", "bytes of contents that close a shard"),
+        ("pack", "samples of a record, for small ones (default 1)"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+
+
+def layout_of(args: argparse.Namespace) -> Any:
+    """The `Layout` that the options of `add_layout` say."""
+    from selectflow.data import Layout  # noqa: PLC0415
+
+    given = {name: getattr(args, name) for name in _LAYOUT}
+    return Layout(**{name: value for name, value in given.items() if value is not None})
 
 
 # option of the command line -> argument of the function, for each dataset
@@ -86,17 +102,15 @@ def _make(args: argparse.Namespace) -> None:
                 f"it takes {', '.join('--' + name.replace('_', '-') for name in names)}"
             )
     options = {names[name]: given[name] for name in names if name in given} | {"seed": args.seed}
-    layout = {name: given[name] for name in _LAYOUT if name in given}
+    layout = layout_of(args)
     if kind == "digits":
-        manifest = data.make_digits(args.root, **options, **layout)
+        manifest = data.make_digits(args.root, **options, **vars(layout))
     elif kind == "code":
-        manifest = data.make_code(args.root, **options, layout=data.Layout(**layout))
+        manifest = data.make_code(args.root, **options, layout=layout)
     elif kind == "torchvision":
-        manifest = data.make_torchvision(
-            args.root, argument, **options, layout=data.Layout(**layout)
-        )
+        manifest = data.make_torchvision(args.root, argument, **options, layout=layout)
     else:
-        manifest = data.make_folder(args.root, argument, **options, layout=data.Layout(**layout))
+        manifest = data.make_folder(args.root, argument, **options, layout=layout)
     sizes = (f"{split} {manifest.num_samples(split)}" for split in manifest.splits)
     print(f"wrote {args.root}: {', '.join(sizes)}")
 

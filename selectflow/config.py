@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from selectflow.config_errors import ConfigError, describe, nearest_key
+from selectflow.config_errors import ConfigError, describe
 from selectflow.config_sections import (
     Count,
     DataConfig,
@@ -22,7 +22,7 @@ from selectflow.config_sections import (
     SelectConfig,
     TrackConfig,
 )
-from selectflow.yaml_io import dump_yaml, parse_yaml, read_yaml
+from selectflow.yaml_io import dump_yaml, read_yaml, set_key
 
 __all__ = ["ConfigError", "RunConfig", "json_schema", "load", "to_yaml"]
 
@@ -123,26 +123,6 @@ def _lines(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     return single + list(_disagreements(values))
 
 
-def _override(values: dict[str, Any], override: str) -> str | None:
-    """Set one key=value in `values`; what is wrong with it, or None."""
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        return f"{override!r} must be key=value, as in select.horizon=2"
-    if path not in (known := list(_keys(RunConfig))):
-        return f"{path} must be a known key, got {text!r}{nearest_key(path, known)}"
-    try:
-        value = parse_yaml(text)
-    except ConfigError as error:
-        return f"{path} {error}, got {text!r}"
-    *sections, leaf = path.split(".")
-    for section in sections:
-        if not isinstance(values.setdefault(section, {}), dict):
-            return None  # the section itself is wrong, which validation reports
-        values = values[section]
-    values[leaf] = value
-    return None
-
-
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of a YAML file with `key=value` overrides.
 
@@ -159,7 +139,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             range; the message has one line for each of them.
     """
     values = read_yaml(path)
-    problems = [problem for item in overrides if (problem := _override(values, item))]
+    known = list(_keys(RunConfig))
+    found = [set_key(values, item, known, "select.horizon=2") for item in overrides]
+    problems = [problem for problem in found if problem]
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:

@@ -25,6 +25,7 @@ _RULES = {
     "tuple_type": "a list",
     "path_type": "a path",
     "model_type": "a mapping of its fields",
+    "model_attributes_type": "a mapping of its fields",
     "finite_number": "finite",
 }
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from selectflow.batches import Batch, chunks, num_examples, take
+from selectflow.batches import Batch, chunks, num_examples
 from selectflow.objective import Objective, check_finite
 from selectflow.params import Params
 
@@ -105,11 +105,11 @@ class Derivatives:
         if weights is not None:
             losses, grad = self.gradients(params, batch, weights, names)
             return float((losses * weights.to(losses)).sum()), grad
-        size = None if self.chunk_size is None else num_examples(batch)
+        size = num_examples(batch)
         losses, grad = self._pull_back(
             params,
             batch,
-            lambda losses, _: torch.full_like(losses, 1 / (size or len(losses))),
+            lambda losses, _: torch.full_like(losses, 1 / size),
             names,
         )
         return losses.mean().item(), grad
@@ -273,7 +273,7 @@ class Derivatives:
         if use not in self.decided or use in self._unchecked:
             if _has_queries(params, direction):
                 direction = next(_split(direction))
-            few = take(batch, slice(0, min(_NUM_CHECKED, self.chunk_size or _NUM_CHECKED)))
+            few = next(chunks(batch, min(_NUM_CHECKED, self.chunk_size or _NUM_CHECKED)))
             form, why = self._compare(use, params, direction, few)
             if form != self.decided.get(use):
                 _log.info("derivatives of %s: %s (%s)", use, form, why)

@@ -179,6 +179,18 @@ def read_stream(run_dir: str | Path) -> dict[str, Any]:
     return stream
 
 
+def last_step(run_dir: str | Path) -> int:
+    """The last step whose decision can be read.
+
+    Raises:
+        LedgerError: as `read_ledger`.
+    """
+    step = 0
+    for part in read_parts(run_dir, ["step"]):
+        step = part["step"][-1].as_py()
+    return step
+
+
 def _schema() -> Any:
     import pyarrow as pa  # noqa: PLC0415
 

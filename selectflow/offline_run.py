@@ -17,9 +17,10 @@ from selectflow.batches import Batch, chunks, num_examples, to_device
 from selectflow.config import RunConfig
 from selectflow.data import PoolStream, Sources
 from selectflow.derivatives import Derivatives
-from selectflow.offline import score_samples, write_selected
+from selectflow.offline import score_samples
 from selectflow.recording import record
 from selectflow.run_dir import RunError
+from selectflow.sample_scores import write_selected
 from selectflow.selection import num_kept
 from selectflow.task import Task
 from selectflow.training import build_optimizer, build_schedule, resolve_device
@@ -75,13 +76,15 @@ def _select(config: RunConfig, task: Task, source: Sources) -> dict[str, float]:
         trajectory, target, curvature=select.curvature, memory_gib=select.memory_gib
     )
     scored_s = time.perf_counter() - began
-    shutil.rmtree(config.run_dir / "selected", ignore_errors=True)  # of a run that was killed
-    write_selected(config.run_dir, scores, select.keep_samples, source, config.seed)
+    root, kept = config.run_dir / "selected", scores.top(select.keep_samples)
+    shutil.rmtree(root, ignore_errors=True)  # of a run that was killed
+    made_from = {"share": float(select.keep_samples)}
+    write_selected(root, scores, kept, source, made_from, seed=config.seed)
     return {
         "record_steps": len(trajectory),
         "batch_size": num_examples(trajectory.batches[0]),
         "samples_scored": len(scores.keys),
-        "samples_kept": len(scores.top(select.keep_samples)),
+        "samples_kept": len(kept),
         "record_s": recorded_s,
         "sweep_s": scored_s - recorded_s,
         "upfront_s": time.perf_counter() - began,

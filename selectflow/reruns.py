@@ -14,7 +14,7 @@ from selectflow.derivatives import plain_attention
 from selectflow.dynamics import State, Update
 from selectflow.objective import Objective
 from selectflow.params import Params
-from selectflow.tangents import Motion, advance, loss_tangents
+from selectflow.tangents import Motion, Turn, advance, loss_tangents
 from selectflow.trajectory import Trajectory
 
 
@@ -110,7 +110,8 @@ def expand(
         for index in range(first, last):
             batch = trajectory.batches[index]
             size = num_examples(batch)
-            turn = weights_without(removals, index, size, like) - 1 / size
+            base = like.new_full((size,), 1 / size)
+            turn = Turn(base, weights_without(removals, index, size, like) - base)
             motion = advance(trajectory.updates[index], objective, motion, batch, turn)
             rows = [row for row, removal in enumerate(removals) if removal.end == index + 1]
             if rows:

@@ -90,6 +90,8 @@ def _train(run: _Run) -> None:
             raise
         finally:
             run.log.close()
+            if status == "finished":
+                run.show_samples()
             upfront = {"perf/upfront_s": run.upfront_s} if run.config.select.is_offline else {}
             run.tracker.finish({"status": status, "steps": run.step} | upfront)
 
@@ -118,7 +120,7 @@ class _Run:
             horizon=build_horizon(config.select, config.steps),
             **config.select.selector_options(),
         )
-        self.pools = PoolSource(task.pools, self.device, self.selector.max_horizon)
+        self.pools = PoolSource(task.pools, self.device, self.selector.max_peeked)
         self.watch = Stopwatch(upfront_s)
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
         self.tracker = _tracker(config, saved)
@@ -166,6 +168,14 @@ class _Run:
                 means = self.task.evaluate(self.model, batches)
                 found |= {f"{split}/{name}": value for name, value in means.items()}
         return found | {"data/errors": self.pools.num_errors}
+
+    def show_samples(self) -> None:
+        """Send the samples of the highest and of the lowest scores to W&B, where it is in use."""
+        from selectflow.report.samples import extreme_rows  # noqa: PLC0415
+
+        if self.task.source is not None and self.config.select.strategy != "uniform":
+            source, run_dir = self.task.source, self.config.run_dir
+            self.tracker.show(lambda: extreme_rows(run_dir, source))
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from selectflow.dynamics import State, Update
 from selectflow.horizons import Horizon, as_horizon
 from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
 from selectflow.lookahead_state import plain, restored
+from selectflow.nominal import nominal_batches, policy_order, random_order
 from selectflow.objective import LossFn, Objective, check_finite
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
@@ -66,6 +68,8 @@ class Selector:
         score_view: makes of a batch of candidates or of the target what is scored in its stead,
             such as the first tokens of each sequence (`selectflow.language.token_window`); the
             look-ahead still trains on whole batches. None: the batch itself.
+        pools_per_update: pools that make one optimizer step, where you accumulate the gradients
+            of their kept examples; the look-ahead then does so, too.
         chunk_size: examples to a pass when scoring and looking ahead; None: all at once.
         memory_gib: limit for the states a look-ahead keeps, in GiB; recomputes beyond it.
 
@@ -94,9 +98,11 @@ class Selector:
         nominal: NominalChoice = "random",
         params: Sequence[str] | None = None,
         score_view: Callable[[Batch], Batch] | None = None,
+        pools_per_update: int = 1,
         chunk_size: int | None = None,
         memory_gib: float = 1.0,
     ) -> None:
+        check_range("pools_per_update", pools_per_update, 1)
         check_range("interval", interval, 1)
         check_choice("curvature", curvature, ("exact", "fisher", "none"))
         check_choice("nominal", nominal, ("random", "policy"))
@@ -110,7 +116,7 @@ class Selector:
         )
         self._params = params
         self._scored_names()  # a pattern without a match is an error now, not at the first pool
-        self._score_view = score_view
+        self._score_view, self._pools_per_update = score_view, pools_per_update
         self._target = Cycle(target)
         self._strategy = resolve(strategy)
         self._keep, self._horizon, self._interval = keep, as_horizon(horizon), interval
@@ -125,6 +131,7 @@ class Selector:
             "curvature": curvature,
             "nominal": nominal,
             "params": params if params is None else list(params),
+            "pools_per_update": pools_per_update,
             "seed": seed,
         }
         self._peeked: deque[Batch] = deque()
@@ -244,13 +251,14 @@ class Selector:
         return scored_names(self._params, self._optimizer.params(), self._objective.model)
 
     def _refresh(self, step: int, horizon: int, pools: list[Batch]) -> None:
-        """Look ahead over up to `horizon` of `pools`, the present one first."""
+        """Look ahead over up to `horizon` updates on `pools`, the present one first."""
         self._ahead = None  # its memory is of use now; should this fail, the next call looks ahead
         if self._num_lookaheads % _RECHECK_EVERY == 0:
             self._derivatives.recheck()
         target = through(self._score_view, self._target.next())
         state = self._optimizer.state()
-        updates = self._optimizer.updates(max(1, min(horizon, len(pools))))
+        num_updates = min(horizon, math.ceil(len(pools) / self._pools_per_update))
+        updates = self._optimizer.updates(max(1, num_updates))
         if horizon == 0:
             names = self._scored_names()
             self._ahead = immediate(self._derivatives, updates[0], state, target, names)
@@ -264,21 +272,10 @@ class Selector:
     ) -> LookAhead:
         names = self._scored_names()
 
-        def random(index: int, _: State) -> Batch:
-            size = num_examples(pools[index])
-            order = torch.randperm(size, generator=self._generator)
-            return take(pools[index], order[: num_kept(self._keep, size)])
-
-        def policy(index: int, state: State) -> Batch:
-            # A sensitivity of its own for each simulated step: a stale one misleads.
-            present = immediate(self._derivatives, updates[index], state, target, names)
-            gamma = present.sensitivities[0]
-            pool = through(self._score_view, pools[index])
-            _, slopes = self._derivatives.along(state.params, gamma, pool)
-            order = slopes.argsort(stable=True)
-            return take(pools[index], order[: num_kept(self._keep, len(order))])
-
-        nominal = random if self._nominal == "random" else policy
+        order = random_order(self._generator)
+        if self._nominal == "policy":
+            order = policy_order(self._derivatives, updates, target, names, self._score_view)
+        nominal = nominal_batches(pools, self._pools_per_update, self._keep, order)
         return look_ahead(
             Window(self._derivatives, updates, nominal, self._curvature),
             state,
@@ -291,9 +288,9 @@ class Selector:
     # --- state ----------------------------------------------------------------------------
 
     @property
-    def max_horizon(self) -> int:
-        """The largest horizon there will be: no more pools than that are peeked at."""
-        return self._horizon.largest
+    def max_peeked(self) -> int:
+        """Pools of the longest look-ahead there will be; no more are ever peeked at."""
+        return self._horizon.largest * self._pools_per_update
 
     @property
     def num_peeked(self) -> int:
@@ -370,7 +367,8 @@ class _Scoring:
         is_due = selector._is_due(self.step)
         # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
         horizon = selector._horizon.at(self.step) if is_due else 0
-        peeked = list(islice(self._upcoming, max(0, horizon - 1)))
+        num_pools = horizon * selector._pools_per_update
+        peeked = list(islice(self._upcoming, max(0, num_pools - 1)))
         with selector._objective.scoring():
             if is_due:
                 began = time.perf_counter()

@@ -1,20 +1,32 @@
-"""First and second tangents of a run as example weights move: what removing an example changes.
+"""First and second tangents of a run, as what its updates are made from moves.
 
-Let the weights of a batch be w(alpha) = w0 + alpha dw. Every quantity x of the run is then a curve
-x(alpha) with value x, first tangent x1 = dx / dalpha and second tangent x2 = d2x / dalpha2 at 0.
-Differentiating AdamW's lines (`dynamics`) twice gives, for k = 0, 1, 2,
+Let alpha move the example weights and the learning rate of every update,
+
+    w(alpha) = w0 + alpha dw        g(alpha) = sum_i w_i(alpha) grad loss_i(theta(alpha))
+    lr(alpha) = (1 + alpha s) lr
+
+Every quantity x of the run is then a curve x(alpha) with value x, first tangent x1 = dx / dalpha
+and second tangent x2 = d2x / dalpha2 at 0. Differentiating AdamW's lines (`dynamics`) twice gives,
+for k = 0, 1, 2,
 
     m_k'     = beta1 m_k + (1 - beta1) g_k
     v1'      = beta2 v1 + 2 (1 - beta2) g g1
     v2'      = beta2 v2 + 2 (1 - beta2) (g1^2 + g g2)
-    r        = sqrt(v'),  r1 = v1' / 2r,  r2 = (v2' / 2 - r1^2) / r     0 where v' = 0
+    r        = sqrt(v'),  r1 = v1' / 2r,  r2 = (v2' / 2 - r1^2) / r
     u        = m' / q,  u1 = (m1' - u q1) / q,  u2 = (m2' - 2 u1 q1 - u q2) / q
     theta_k' = (1 - lr wd) theta_k - (lr / c1) u_k
 
-with q = r / sqrt(c2) + eps, q_k = r_k / sqrt(c2). The tangents of g come from the model, by two
-nested forward-mode derivatives. As in the adjoint, the factor of gradient clipping is constant.
-A target loss phi(alpha) then changes, for alpha from 0 to 1, by phi1 + phi2 / 2 up to third order.
-Values have no leading dimension, tangents have one: a row for every direction dw.
+with q = r / sqrt(c2) + eps, q_k = r_k / sqrt(c2). u1 = u2 = 0 where the second moment is silent
+(`Update.heard`): the formula holds there for changes far below eps alone. SGD is linear in its
+gradient, so its tangents are updated as its values are. theta' = theta - lr d is linear in lr, and
+the decay is part of d, so that a moving rate adds
+
+    theta1' += s (theta' - theta)
+    theta2' += 2 s (theta1' - theta1)        with the theta1' of a rate at rest
+
+Clipping scales g by f = min(1, limit / (|g| + 1e-6)), which moves too. The tangents of g come from
+the model, by two nested forward-mode derivatives of its gradient.
+Values have no leading dimension, tangents have one: a row for every direction.
 """
 
 from __future__ import annotations
@@ -60,34 +72,46 @@ Grads = tuple[Params, Params, Params]
 """A batch gradient and its tangents."""
 
 
+class Turn(NamedTuple):
+    """How what one update is made from moves with alpha, in M directions.
+
+    Attributes:
+        base: w0, example weights at alpha = 0, shape (N,).
+        weights: dw, shape (M, N); zeros where a direction leaves this update alone.
+        lr: s, the share by which the learning rate grows, shape (M,); None: not at all.
+    """
+
+    base: Tensor
+    weights: Tensor
+    lr: Tensor | None = None
+
+
 def advance(
-    update: Update, objective: Objective, motion: Motion, batch: Batch, turn: Tensor
+    update: Update, objective: Objective, motion: Motion, batch: Batch, turn: Turn
 ) -> Motion:
-    """The motion after one update on a batch whose weights turn from 1/B each.
+    """The motion after one update.
 
     Args:
         update: the update.
         objective: the training loss.
         motion: before it, M rows of tangents.
-        batch: B examples.
-        turn: dw, shape (M, B); zeros where nothing is removed from this batch.
+        batch: N examples.
+        turn: how their weights and the learning rate move.
 
     Returns:
         The motion after it.
     """
-    grads = _gradient_tangents(objective, motion, batch, turn)
-    scale = update.clip_scale(grads[0])
-    if scale != 1.0:
-        grads = (scale * grads[0], scale * grads[1], scale * grads[2])
+    grads = _clipped(update, _gradient_tangents(objective, motion, batch, turn))
     parts = [
         _advance_rule(rule, _pick(rule, motion), _pick_grads(rule, grads)) for rule in update.rules
     ]
-    return Motion(
+    after = Motion(
         *(
             State(*(merge(fields) for fields in zip(*states, strict=True)))
             for states in zip(*parts, strict=True)
         )
     )
+    return after if turn.lr is None else _with_moving_lr(motion, after, turn.lr)
 
 
 def loss_tangents(objective: Objective, motion: Motion, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -105,16 +129,15 @@ def loss_tangents(objective: Objective, motion: Motion, batch: Batch) -> tuple[T
     return found
 
 
-def _gradient_tangents(objective: Objective, motion: Motion, batch: Batch, turn: Tensor) -> Grads:
+def _gradient_tangents(objective: Objective, motion: Motion, batch: Batch, turn: Turn) -> Grads:
     params, first, second = motion.params
-    size = turn.shape[1]
 
     def along(
-        first: dict[str, Tensor], second: dict[str, Tensor], turn: Tensor
+        first: dict[str, Tensor], second: dict[str, Tensor], weights: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         def gradient(alpha: Tensor) -> dict[str, Tensor]:
             def loss(at: dict[str, Tensor]) -> Tensor:
-                return (objective.call(at, batch) * (1 / size + alpha * turn)).sum()
+                return (objective.call(at, batch) * (turn.base + alpha * weights)).sum()
 
             found: dict[str, Tensor] = torch.func.grad(loss)(_curve(params, first, second, alpha))
             return found
@@ -122,7 +145,7 @@ def _gradient_tangents(objective: Objective, motion: Motion, batch: Batch, turn:
         return _taylor(gradient, params)
 
     with plain_attention(), _PlainLayerNorm():
-        rows = torch.func.vmap(along)(dict(first), dict(second), turn)
+        rows = torch.func.vmap(along)(dict(first), dict(second), turn.weights)
     value, first, second = (Params(row).detach() for row in rows)
     return value.map(lambda x: x[0]), first, second
 
@@ -185,6 +208,47 @@ def _pick_grads(rule: Rule, grads: Grads) -> Grads:
     return value, first, second
 
 
+def _clipped(update: Update, grads: Grads) -> Grads:
+    """The gradient scaled by f = min(1, limit / (|g| + 1e-6)), and its tangents."""
+    scale = update.clip_scale(grads[0])
+    if scale == 1.0:
+        return grads
+    g, g1, g2 = grads
+    norm = g.norm()
+    n1 = _row_dot(g1, g) / norm
+    n2 = (_row_dot(g1, g1) + _row_dot(g2, g) - n1 * n1) / norm
+    f1 = -scale * n1 / (norm + 1e-6)
+    f2 = -(scale * n2 + 2 * f1 * n1) / (norm + 1e-6)
+    first = scale * g1 + _row_scale(_as_row(g), f1)
+    second = scale * g2 + _row_scale(g1, 2 * f1) + _row_scale(_as_row(g), f2)
+    return scale * g, first, second
+
+
+def _with_moving_lr(before: Motion, after: Motion, s: Tensor) -> Motion:
+    """`after` an update at a rate at rest, as it is where the rate moves."""
+    (theta, theta1, _), (then, then1, then2) = before.params, after.params
+    first = then1 + _row_scale(_as_row(then - theta), s)
+    second = then2 + _row_scale(then1 - theta1, 2 * s)
+    return after._replace(
+        first=after.first._replace(params=first), second=after.second._replace(params=second)
+    )
+
+
+def _row_dot(rows: Params, other: Params) -> Tensor:
+    """Inner product of each row with `other`, which may have rows too; shape (M,)."""
+    parts = [(rows[name] * other[name]).flatten(1).sum(1) for name in rows]
+    return torch.stack(parts).sum(0)
+
+
+def _row_scale(rows: Params, factors: Tensor) -> Params:
+    """Each row times its factor."""
+    return rows.map(lambda x: x * factors.reshape(-1, *[1] * (x.ndim - 1)))
+
+
+def _as_row(params: Params) -> Params:
+    return params.map(lambda x: x[None])
+
+
 def _advance_rule(rule: Rule, motion: Motion, grads: Grads) -> Motion:
     if isinstance(rule, SGD):  # linear: every tangent is updated as the value is
         return Motion(*(rule.advance(state, g) for state, g in zip(motion, grads, strict=True)))
@@ -216,8 +280,10 @@ def _advance_adamw(rule: AdamW, motion: Motion, grads: Grads) -> Motion:
     u1 = (m1 - q1 * u) / q
     u2 = (m2 - 2 * (u1 * q1) - q2 * u) / q
     scale = -rule.lr / rule.c1
-    theta, theta1, theta2 = (
-        (rule.decay * params).add(move, scale)
-        for params, move in zip(motion.params, (u, u1, u2), strict=True)
+    theta = (rule.decay * motion.value.params).add(u, scale)
+    after = State(theta, m, v)
+    theta1, theta2 = (
+        (rule.decay * params).add(rule.heard(move, after), scale)
+        for params, move in zip(motion.params[1:], (u1, u2), strict=True)
     )
-    return Motion(State(theta, m, v), State(theta1, m1, v1), State(theta2, m2, v2))
+    return Motion(after, State(theta1, m1, v1), State(theta2, m2, v2))

@@ -1,13 +1,13 @@
 """YAML as people write it: `1e-3` is a number, a key given twice is an error."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from selectflow.config_errors import ConfigError, nearest
+from selectflow.config_errors import ConfigError, nearest, nearest_key
 
 
 class _Loader(yaml.SafeLoader):
@@ -96,3 +96,35 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: config must be a mapping, got {values!r}")
     return values
+
+
+def set_key(
+    values: dict[str, Any], override: str, known: Sequence[str], example: str
+) -> str | None:
+    """Set one `section.key=value` in a configuration's values.
+
+    Args:
+        values: as read from a file; changed in place.
+        override: dotted path and YAML value.
+        known: dotted paths of all keys.
+        example: of an override, for the message.
+
+    Returns:
+        What is wrong with the override, in one line, or None.
+    """
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        return f"{override!r} must be key=value, as in {example}"
+    if path not in known:
+        return f"{path} must be a known key, got {text!r}{nearest_key(path, known)}"
+    try:
+        value = parse_yaml(text)
+    except ConfigError as error:
+        return f"{path} {error}, got {text!r}"
+    *sections, leaf = path.split(".")
+    for section in sections:
+        if not isinstance(values.setdefault(section, {}), dict):
+            return None  # the section itself is wrong, which validation reports
+        values = values[section]
+    values[leaf] = value
+    return None

@@ -117,3 +117,68 @@ def weight_derivative(model, optimizer, loss_fn, batches, target, step, index, d
         for sign in (1, -1)
     ]
     return (ends[0] - ends[1]) / (2 * delta)
+
+
+def adamw_rollout(model, optimizer, loss_fn, batches, weights, target, lr_share=0.0, clip=None):
+    """The function alpha -> target loss after AdamW updates, line by line as torch documents it.
+
+    weights: one (w0, dw) for each batch; the loss of update n is sum((w0 + alpha dw) * losses).
+    lr_share: the learning rate is (1 + alpha lr_share) lr. clip: gradients are clipped by norm.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def moment(p, key):
+        return optimizer.state[p][key].clone() if p in optimizer.state else torch.zeros_like(p)
+
+    def run(alpha):
+        params = {name: p.detach().clone() for name, p in named.items()}
+        exp_avg = {name: moment(p, "exp_avg") for name, p in named.items()}
+        exp_avg_sq = {name: moment(p, "exp_avg_sq") for name, p in named.items()}
+        num = {name: int(optimizer.state.get(p, {}).get("step", 0)) for name, p in named.items()}
+        for batch, (w0, dw) in zip(batches, weights, strict=True):
+
+            def loss(at, batch=batch, w0=w0, dw=dw):
+                return ((w0 + alpha * dw) * _losses(model, loss_fn, at, batch)).sum()
+
+            grads = torch.func.grad(loss)(params)
+            if clip is not None:
+                norm = sum(g.square().sum() for g in grads.values()).sqrt()
+                factor = torch.clamp(clip / (norm + 1e-6), max=1.0)
+                grads = {name: factor * g for name, g in grads.items()}
+            for name, g in grads.items():
+                group, n = groups[id(named[name])], num[name] + 1
+                (beta1, beta2), lr = group["betas"], (1 + alpha * lr_share) * group["lr"]
+                m = beta1 * exp_avg[name] + (1 - beta1) * g
+                v = beta2 * exp_avg_sq[name] + (1 - beta2) * g * g
+                denominator = (v / (1 - beta2**n)).sqrt() + group["eps"]
+                theta = params[name] * (1 - lr * group["weight_decay"])
+                params[name] = theta - lr * (m / (1 - beta1**n)) / denominator
+                exp_avg[name], exp_avg_sq[name], num[name] = m, v, n
+        return _losses(model, loss_fn, params, target).mean()
+
+    return run
+
+
+def first_and_second(function):
+    """I = f'(0) and Q = f''(0) / 2 of a function of one number, by two nested jvps."""
+    zero, one = torch.zeros(()).double(), torch.ones(()).double()
+
+    def slope(alpha):
+        return torch.func.jvp(function, (alpha,), (one,))[1]
+
+    first, bend = torch.func.jvp(slope, (zero,), (one,))
+    return first.item(), bend.item() / 2
+
+
+def _losses(model, loss_fn, params, batch):
+    class Call(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            return loss_fn(self.model, batch)
+
+    given = {f"model.{name}": p for name, p in params.items()}
+    return torch.func.functional_call(Call(), given, (batch,))

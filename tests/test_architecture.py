@@ -25,10 +25,12 @@ MAY_IMPORT = {
     "selection": {"batches"},
     "selector": {
         "arguments", "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective",
-        "lookahead_state", "optimizers", "params", "scored_params", "selection", "strategies",
+        "lookahead_state", "nominal", "optimizers", "params", "scored_params", "selection",
+        "strategies",
     },
     "arguments": set(),
     "lookahead_state": {"lookahead", "params"},
+    "nominal": {"batches", "derivatives", "dynamics", "lookahead", "selection"},
     "scored_params": set(),
     "snapshots": {"dynamics", "params"},
     "trajectory": {"batches", "derivatives", "dynamics", "lookahead", "snapshots"},
@@ -36,6 +38,8 @@ MAY_IMPORT = {
         "objective", "batches", "derivatives", "dynamics", "optimizers", "snapshots", "trajectory",
     },
     "tangents": {"objective", "batches", "derivatives", "dynamics", "params"},
+    "perturbations": {"batches", "derivatives", "dynamics", "params", "tangents"},
+    "proxy": {"batches", "derivatives", "dynamics", "perturbations", "tangents"},
     "reruns": {
         "batches", "derivatives", "dynamics", "objective", "params", "tangents", "trajectory",
     },
@@ -44,13 +48,22 @@ MAY_IMPORT = {
         "assumptions", "batches", "derivatives", "dynamics", "lookahead", "params", "recording",
         "reruns", "trajectory",
     },
+    "sample_scores": {"atomic", "data", "ledger"},
     "offline": {
-        "atomic", "batches", "data", "derivatives", "dynamics", "lookahead", "params", "trajectory",
+        "batches", "derivatives", "dynamics", "lookahead", "params", "sample_scores", "trajectory",
     },
     "sparse": {"derivatives", "dynamics", "lookahead", "params", "trajectory"},
     "audit_config": {"config_errors", "yaml_io"},
-    "audit_settings": {"audit_config", "batches", "recording", "trajectory"},
-    "audit_report": {"audit", "audit_config", "audit_settings", "sparse", "trajectory"},
+    "audit_images": {"audit_config", "batches"},
+    "audit_text": {"audit_config", "batches", "config_errors", "data"},
+    "audit_settings": {
+        "audit_config", "audit_images", "audit_text", "batches", "config_errors", "language",
+        "objective", "recording", "trajectory",
+    },
+    "audit_rows": {"audit", "audit_settings", "batches", "sparse", "trajectory"},
+    "audit_report": {
+        "atomic", "audit_config", "audit_rows", "audit_settings", "config_errors", "report",
+    },
     "config_errors": set(),
     "yaml_io": {"config_errors"},
     "config_sections": set(),
@@ -66,22 +79,25 @@ MAY_IMPORT = {
     "training": {"batches", "config_sections", "horizons", "objective", "run_dir"},
     "offline_run": {
         "atomic", "batches", "config", "data", "derivatives", "offline", "recording", "run_dir",
-        "selection", "task", "training", "trajectory",
+        "sample_scores", "selection", "task", "training", "trajectory",
     },
     "run": {
         "batches", "checkpoints", "config", "ledger", "offline_run", "run_dir", "run_log",
-        "selector", "task", "tracking", "training",
+        "report", "selector", "task", "tracking", "training",
     },
     "report": {"config_sections", "data", "ledger", "report", "run_dir", "tracking", "yaml_io"},
     "cli_compare": {"report", "tracking"},
     "cli_shards": {"data"},
-    "cli": {"audit_config", "audit_report", "cli_compare", "cli_shards", "config", "report"},
+    "cli_select": {"cli_shards", "config", "data", "ledger", "sample_scores"},
+    "cli": {
+        "audit_config", "audit_report", "cli_compare", "cli_select", "cli_shards", "config",
+    },
     "__main__": {"cli"},
     "__init__": {"horizons", "selection", "selector", "strategies"},
 }  # fmt: skip
-ONLY_IN = {
+ONLY_IN = {  # a library -> the only files that may import it
     "webdataset": {"data/shards.py"},
-    "wandb": {f"tracking/{name}.py" for name in ("comparison", "remote", "sink")},
+    "wandb": {"tracking/comparison.py", "tracking/remote.py", "tracking/sink.py"},
 }
 
 

@@ -230,6 +230,33 @@ def test_the_exact_response_of_the_own_update_is_that_of_torch():
     assert (found - truth).norm() < 0.1 * (linear - truth).norm()
 
 
+def test_the_own_update_of_sgd_is_linear_already():
+    model, optimizer, batches, queries = setting(optimizer=torch.optim.SGD, lr=0.1)
+    trajectory = recorded(model, optimizer, MLP, batches)
+    linear = influence(trajectory, queries, [(2, 1), (5, 0)])
+    exact = influence(trajectory, queries, [(2, 1), (5, 0)], own_update="exact")
+    assert relative(exact, linear) < 1e-12
+
+
+def test_the_own_update_moves_the_root_of_the_second_moment():
+    """One weight, loss w x, two steps of Adam with beta1 = 0, by hand.
+
+    The first batch is {2, 0}: g = 1 and v1 = 1/2; without the 2, g = 0 and v1 = 0. Step 2 has
+    g = 1, so v2 = v1 / 2 + 1/2, and is predicted to first order in r1 = sqrt(v1).
+    """
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, (0.0, 0.5), 1e-12, weight_decay=0)
+    batches = [torch.tensor([[2.0], [0.0]]).double(), torch.ones(2, 1).double()]
+    trajectory = record(model, optimizer, lambda model, x: model(x)[:, 0], batches)
+    found = influence(
+        trajectory, torch.ones(1, 1).double(), [(0, 0)], own_update="exact", horizon=2
+    )
+    # The own step: -0.1 with the example, 0 without. The next: -0.1 / sqrt(v2 / c2), with c2 = 3/4
+    # and v2 = r1^2 / 2 + 1/2 = 3/4 at r1 = sqrt(1/2), changes by 0.1 (r1 / 2) / v2 dr, dr = -r1.
+    assert found.item() == pytest.approx(0.1 - 0.1 * 0.25 / 0.75, rel=1e-6)
+
+
 class TestRefusals:
     @pytest.fixture
     def run(self):

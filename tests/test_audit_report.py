@@ -8,9 +8,11 @@ import pytest
 import scipy.stats
 import torch
 
+from selectflow import audit_report
 from selectflow.audit import influence, leave_one_out
-from selectflow.audit_config import AuditConfig, load_audit
-from selectflow.audit_report import spearman
+from selectflow.audit_config import AuditConfig, CNNModel, MLPModel, load_audit
+from selectflow.audit_images import image_loss, mlp
+from selectflow.audit_report import measured_before, run_audit, spearman
 from selectflow.audit_settings import Setting
 from selectflow.cli import main
 from selectflow.config_errors import ConfigError
@@ -18,8 +20,7 @@ from selectflow.sparse import SparseTrajectory
 
 SMALL = AuditConfig(
     name="small",
-    activation="gelu",
-    hidden=(8,),
+    model=MLPModel(hidden=(8,), activation="gelu"),
     seeds=2,
     lrs=(1e-3,),
     horizons=(2,),
@@ -52,7 +53,7 @@ def test_faithful_influence_ranks_as_retraining_does_and_sgd_does_not():
     assert rank(method="sgd") < 0.93
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("model", [SMALL.model, CNNModel(width=2)], ids=["mlp", "cnn"])
 def test_precisions_train_the_same_model_on_the_same_data(model):
     config = SMALL.model_copy(update={"model": model})
     exact = Setting(config, 1).record(1e-3).state(12).params
@@ -82,8 +83,9 @@ def test_sparse_states_are_exact_at_snapshots_and_guessed_between(hold):
 
 def test_the_command_writes_the_budget(tmp_path, capsys):
     path = tmp_path / "audit.yaml"
-    path.write_text("name: trial\nactivation: gelu\nhidden: [8]\nlrs: [1e-3]\nhorizons: [2]\n")
+    path.write_text("name: trial\nmodel: {hidden: [8]}\nlrs: [1e-3]\nhorizons: [2]\n")
     small = ["steps=8", "batch=8", "num_queries=4", "num_pairs=12", "seeds=2"]
+    small.append("model.activation=gelu")
     assert main(["audit", str(path), *small, f"root={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     assert "adamw/exact" in printed
@@ -107,14 +109,82 @@ def test_the_command_writes_the_budget(tmp_path, capsys):
     assert (folder / "spearman.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_an_audit_goes_on_behind_the_runs_that_it_holds(tmp_path):
+    config = SMALL.model_copy(update={"root": tmp_path, "seeds": 1, "horizons": ()})
+    said = []
+    folder = run_audit(config, said.append)
+    first = json.loads((folder / "audit.json").read_text())["results"]
+    scatter = (folder / "scatter.png").stat().st_mtime_ns
+    run_audit(config.model_copy(update={"seeds": 2}), said.append)
+    content = json.loads((folder / "audit.json").read_text())
+    assert said == [
+        "measured lr 0.001, seed 0",
+        "found lr 0.001, seed 0",
+        "measured lr 0.001, seed 1",
+    ]
+    assert content["results"][: len(first)] == first  # seconds among them: not measured again
+    assert {row["seed"] for row in content["results"]} == {0, 1}
+    assert content["config"]["seeds"] == 2
+    assert (folder / "scatter.png").stat().st_mtime_ns == scatter
+    with pytest.raises(
+        ConfigError, match=r"got steps 12, here 10; give another name, or overwrite"
+    ):
+        run_audit(config.model_copy(update={"steps": 10}))
+    fresh = config.model_copy(update={"steps": 10, "overwrite": True})
+    run_audit(fresh)
+    assert json.loads((folder / "audit.json").read_text())["config"]["steps"] == 10
+
+
+def test_a_killed_audit_loses_only_the_run_it_was_in(tmp_path, monkeypatch):
+    config = SMALL.model_copy(update={"root": tmp_path, "horizons": ()})
+    measure = audit_report.measure_run
+
+    def killed(setting, lr):
+        if setting.seed == 1:
+            raise KeyboardInterrupt
+        return measure(setting, lr)
+
+    monkeypatch.setattr(audit_report, "measure_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_audit(config)
+    assert {r.seed for r in measured_before(config, tmp_path / "small")} == {0}
+
+
+def test_more_examples_than_there_are(tmp_path):
+    config = SMALL.model_copy(update={"root": tmp_path, "steps": 200, "warm_steps": 30})
+    with pytest.raises(ConfigError, match=r"num_queries \+ \(steps \+ warm_steps\) .* got 1846"):
+        run_audit(config)
+
+
+def test_steps_before_the_recording_are_plain_training_on_other_examples():
+    """The start of the recording is what a plain loop makes of the same examples."""
+    config = SMALL.model_copy(update={"warm_steps": 3, "warm_lr": 1e-2})
+    setting = Setting(config, 1, torch.float32)
+    torch.manual_seed(1)
+    model = mlp(config.model)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, (0.9, 0.95), 1e-8, 0.01)
+    for step in range(12, 15):
+        optimizer.zero_grad()
+        image_loss(model, setting.batch(step)).mean().backward()
+        optimizer.step()
+    start = setting.record(1e-3).state(0)
+    for name, param in model.named_parameters():
+        assert torch.equal(start.params[name], param)
+    assert not any(moment.any() for moment in start.exp_avg.values())
+    seen = torch.cat([setting.queries()["image"], *(setting.batch(i)["image"] for i in range(15))])
+    assert len(seen.flatten(1).unique(dim=0)) == len(seen) == 6 + 15 * 8
+
+
 def test_everything_wrong_in_a_configuration_is_reported(tmp_path):
     path = tmp_path / "audit.yaml"
-    path.write_text("name: trial\nmodel: mpl\nseed: 3\nlrs: []\n")
+    path.write_text("name: trial\nmodel: {kind: cnn, widht: 3}\nseed: 3\nlrs: []\n")
     with pytest.raises(ConfigError) as caught:
-        load_audit(path, ["batch=1", "spcing=2"])
+        load_audit(path, ["batch=1", "spcing=2", "model.width=0", "model.hiden=[3]"])
     message = str(caught.value)
     for line in (
-        "model must be one of mlp, cnn, got 'mpl'; did you mean mlp?",
+        "model.widht must be a known key, got 3; did you mean model.width?",
+        "model.width must be greater than or equal to 1, got 0",
+        "model.hiden must be a known key, got '[3]'; did you mean model.hidden?",
         "seed must be a known key, got 3; did you mean seeds?",
         "spcing must be a known key, got '2'; did you mean spacing?",
         "batch must be greater than or equal to 2, got 1",
@@ -126,7 +196,13 @@ def test_everything_wrong_in_a_configuration_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["steps=60"], r"num_queries \+ steps \* batch must be <= 1797.* got 1950"),
+        (["model.kind=cmn"], r"model.kind must be one of mlp, cnn, gpt2, llama, got 'cmn'"),
+        (["model=cnn"], r"model must be a mapping"),
+        (["model.kind=gpt2", "model.hidden=[3]"], r"model.hidden must be a known key, got \[3\]"),
+        (
+            ["model.kind=gpt2", "model.pretrained=gpt2", "model.shape=124m"],
+            r"model.shape must be left out with model.pretrained, got '124m'",
+        ),
         (["steps=8"], r"horizons must be <= steps \(8\), got 16"),
     ],
 )
@@ -137,7 +213,7 @@ def test_fields_that_disagree(tmp_path, overrides, message):
         load_audit(path, overrides)
 
 
-@pytest.mark.parametrize("name", ["audit_mlp", "audit_cnn"])
+@pytest.mark.parametrize("name", ["audit_mlp", "audit_cnn", "audit_gpt2", "audit_llama"])
 def test_shipped_configurations_load(name, request):
     config = load_audit(request.config.rootpath / "configs" / f"{name}.yaml")
     assert config.name == name

@@ -1,19 +1,13 @@
 """Offline scores are those of the look-ahead over a whole run; what is kept is what ranks best."""
 
-import csv
-import json
-import math
-
 import pytest
 import torch
 from problems import PROBLEMS, image_loss
 from reference import clone
-from small_datasets import make_small
 
 from selectflow import Selector
 from selectflow.audit import influence, record
-from selectflow.data import DataError, read_manifest, read_split
-from selectflow.offline import SampleScores, score_samples, write_scores, write_selected
+from selectflow.offline import score_samples
 
 MLP, CNN, TRANSFORMER = PROBLEMS
 SIZE, NUM = 6, 8
@@ -139,82 +133,3 @@ def test_batches_without_keys_are_refused():
             score_samples(trajectory, [target])
     with pytest.raises(ValueError, match="target must yield at least one batch, got none"):
         score_samples(recorded(model, optimizer, batches), [])
-
-
-# --- ranking and files ------------------------------------------------------------------------
-
-
-def scores_of(values):
-    keys, score = [f"s{i}" for i in range(len(values))], torch.tensor(values, dtype=torch.float64)
-    return SampleScores(keys, score, torch.ones(len(values), dtype=torch.int64))
-
-
-def test_the_top_share():
-    scores = scores_of([1.0, -2.0, 3.0, 1.0, 0.0])
-    assert scores.top(0.4) == ["s2", "s0"]  # of equal scores the one met first
-    assert scores.top(0.01) == ["s2"]
-    assert scores.top(1.0) == ["s2", "s0", "s3", "s4", "s1"]
-    for share in (0.0, 1.5, -1, math.nan):
-        with pytest.raises(ValueError, match=rf"share must be in \(0, 1\], got {share}; "):
-            scores.top(share)
-
-
-def test_the_score_file_without_pyarrow(tmp_path, monkeypatch):
-    monkeypatch.setattr("selectflow.offline.find_spec", lambda name: None)
-    scores = scores_of([0.1, -2 / 3, 1e-30])
-    path = write_scores(tmp_path, scores, ["s0", "s2"])
-    assert path.name == "scores.csv"
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["key"], row["kept"]) for row in rows] == [
-        ("s0", "true"), ("s2", "true"), ("s1", "false"),
-    ]  # fmt: skip
-    assert [float(row["score"]) for row in rows] == [0.1, 1e-30, -2 / 3]
-    assert {row["occurrences"] for row in rows} == {"1"}
-
-
-def test_the_score_file_with_pyarrow(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    path = write_scores(tmp_path, scores_of([0.1, -2 / 3, 1e-30]), ["s0", "s2"])
-    assert path.name == "scores.parquet"
-    assert parquet.read_table(path).to_pydict() == {
-        "key": ["s0", "s2", "s1"],
-        "score": [0.1, 1e-30, -2 / 3],
-        "occurrences": [1, 1, 1],
-        "kept": [True, True, False],
-    }
-
-
-def stored(root):
-    return {
-        sample["__key__"]: (sample["npy"].tobytes(), sample["cls"], json.dumps(sample["json"]))
-        for sample in read_split(root, "train")
-    }
-
-
-def test_the_shards_hold_the_top_samples_as_they_were_and_say_where_from(tmp_path):
-    source = tmp_path / "source"
-    made = make_small(source, count=10, per_shard=4)
-    scores = scores_of([float(i % 4) for i in range(9)])  # s9 was never met
-    root = write_selected(tmp_path, scores, 0.5, source, seed=3)
-    before, after = stored(source), stored(root)
-    assert list(after) == ["s2", "s3", "s6", "s7"]  # 4 of 9, in stored order
-    assert all(before[key] == sample for key, sample in after.items())
-    manifest = read_manifest(root)
-    assert manifest.seed == 3
-    assert manifest.fields == made.fields
-    options = manifest.options
-    assert (options["name"], options["split"], options["share"]) == ("subset", "train", 0.5)
-    assert options["source"] == made.fingerprint()
-    again = write_selected(tmp_path, scores, 0.5, source, seed=3)
-    assert read_manifest(again) == manifest
-    with pytest.raises(DataError, match=r"scores_sha256 must be '.*' as in the dataset"):
-        write_selected(tmp_path, scores_of([0.0] * 9), 0.5, source, seed=3)
-
-
-def test_a_source_without_a_kept_sample_is_refused_and_nothing_is_kept(tmp_path):
-    make_small(tmp_path / "source", count=4)
-    with pytest.raises(DataError, match=r"got 's4' and 1 others that are not; .*was scored"):
-        write_selected(tmp_path, scores_of([0.0] * 6), 1.0, tmp_path / "source", seed=0)
-    with pytest.raises(DataError, match="root must be a dataset directory"):
-        read_manifest(tmp_path / "selected")

@@ -204,6 +204,50 @@ def test_micro_batches_of_one_step_share_a_look_ahead(kind):
     assert selector._num_lookaheads == 2
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("num_left", [5, 3])
+def test_the_look_ahead_accumulates_as_the_loop_does(num_left, chunk_size):
+    """Pools of which all is kept: the rollout of 2 updates from 3 pools each is the real training.
+
+    Near the end of the stream the last update is made from what is left.
+    """
+    model, optimizer, pools, target = setting()
+    train(model, optimizer, image_loss, pools[:2])
+    selector = selector_for(
+        model, optimizer, [target[0]], keep=1.0, horizon=2, pools_per_update=3,
+        chunk_size=chunk_size,
+    )  # fmt: skip
+    drawn = iter(pools[3 : 3 + num_left])
+    selector.select(pools[2], drawn)
+    assert selector.last.horizon == 2
+    assert next(drawn, None) is None  # 5 more pools make 2 updates, no more are drawn
+    whole = [{k: torch.cat([p[k] for p in part]) for k in ("image", "label")}
+             for part in (pools[2:5], pools[5 : 3 + num_left])]  # fmt: skip
+    with torch.no_grad():
+        before = image_loss(model, target[0]).mean().item()
+    train(model, optimizer, image_loss, whole)
+    with torch.no_grad():
+        after = image_loss(model, target[0]).mean().item()
+    assert selector.last.target_loss == pytest.approx(after, rel=1e-9)
+    assert abs(after - before) > 1e-4
+
+
+def test_micro_batches_of_an_update_may_differ_in_length():
+    """As padded texts do: gamma of one update is that of the mean over all their examples."""
+    model, _ = TRANSFORMER.make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    pools = [{"tokens": torch.randint(17, (num, length))} for num, length in ((4, 9), (6, 5))]
+    selector = selector_for(
+        model, optimizer, pools, TRANSFORMER.loss_fn, keep=1.0, horizon=1, pools_per_update=2
+    )
+    selector.select(pools[0], pools[1:])
+    model.eval()  # dropout
+    train(model, optimizer, lambda m, b: torch.cat([TRANSFORMER.loss_fn(m, p) for p in b]), [pools])
+    with torch.no_grad():
+        after = TRANSFORMER.loss_fn(model, pools[0]).mean().item()
+    assert selector.last.target_loss == pytest.approx(after, rel=1e-9)
+
+
 def test_policy_simulates_what_it_would_keep():
     """With a pool of which all is kept there is nothing to choose: both rollouts agree."""
     model, optimizer, pools, target = setting()
@@ -314,6 +358,7 @@ def test_a_state_of_other_options_or_another_model_is_refused():
         ({"curvature": "gauss"}, "curvature must be one of exact, fisher, none"),
         ({"derivative": "auot"}, "derivative must be 'auto', 'exact' or 'central'"),
         ({"nominal": "best"}, "nominal must be one of random, policy"),
+        ({"pools_per_update": 0}, "pools_per_update must be an integer >= 1, got 0"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"memory_gib": 0}, "memory_gib must be > 0"),
         ({"max_grad_norm": 0}, "max_grad_norm must be > 0 or None"),

@@ -75,6 +75,12 @@ def make_code(
     return build(root, make_splits, options, seed, layout or Layout())
 
 
+def python_sources() -> Iterator[str]:
+    """The standard library's source files, in the order of their paths."""
+    for _, _, text in _code():
+        yield text
+
+
 def _code() -> Iterator[Text]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):

@@ -22,12 +22,14 @@ def write_subset(
     made_from: Mapping[str, Any],
     *,
     seed: int = 0,
+    copied: Iterable[str] = (),
     layout: Layout = _DEFAULT_LAYOUT,
 ) -> Manifest:
     """Write the samples of one split that have certain keys, or reuse those that are there.
 
     Samples keep their fields, metadata and stored order. The options in the manifest say what
-    they were made from: `source`, the fingerprint of the dataset, `split`, and `made_from`.
+    they were made from: `source`, the fingerprint of the dataset, `split`, the other splits that
+    were `copied`, if any, and `made_from`.
 
     Args:
         root: Dataset directory, made if missing.
@@ -36,6 +38,7 @@ def write_subset(
         keys: Of the samples to write, at least one.
         made_from: How they were chosen, as JSON can hold it.
         seed: Of that choice.
+        copied: Names of splits of the source that are copied whole.
         layout: How to lay them out.
 
     Returns:
@@ -51,8 +54,11 @@ def write_subset(
         "split": split,
         **made_from,
     }
-    chosen = _chosen(source, split, set(keys))
-    return build(root, lambda: {split: chosen}, options, seed, layout)
+    if others := sorted(set(copied)):
+        options["copied"] = others
+    splits = {split: _chosen(source, split, set(keys))}
+    splits |= {other: read_split(source, other) for other in others}
+    return build(root, lambda: splits, options, seed, layout)
 
 
 def _chosen(source: Sources, split: str, keys: set[str]) -> Iterator[Sample]:

@@ -75,16 +75,13 @@ def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def write_pngs(
-    results: Sequence[Result], truth: Tensor, scores: Mapping[str, Tensor], folder: Path
-) -> None:
-    """Draw score against truth (scatter.png) and Spearman over lr and horizon (spearman.png).
+def write_scatter(truth: Tensor, scores: Mapping[str, Tensor], folder: Path) -> None:
+    """Draw score against truth, scatter.png.
 
     Args:
-        results: all measured rows.
         truth: shape (num_pairs, Q), of one run.
         scores: row -> its scores of the same run, same shape.
-        folder: where the pictures go.
+        folder: where the picture goes.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -96,6 +93,11 @@ def write_pngs(
         axes.plot(truth.flatten(), found.flatten(), ".", markersize=2, color=_COLOURS[0])
         axes.set(title=row, xlabel="loss rise by retraining", ylabel="score")
     scatter.savefig(folder / "scatter.png", dpi=120)
+
+
+def write_spearman(results: Sequence[Result], folder: Path) -> None:
+    """Draw Spearman over learning rates, and over horizons at the largest one, spearman.png."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
     lines = Figure(figsize=(11, 4.2), layout="constrained")
     over_lr, over_horizon = lines.add_subplot(1, 2, 1), lines.add_subplot(1, 2, 2)

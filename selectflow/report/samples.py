@@ -7,13 +7,16 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from selectflow.report.groups import Groups, strategy
 from selectflow.report.runs import Run
 from selectflow.report.selected import Sample, Selected, read_selected
+
+if TYPE_CHECKING:
+    from selectflow.data import Sources
 
 _SIDE = 64  # pixels
 _LENGTH = 280  # characters of a text
@@ -119,7 +122,7 @@ def dataset_of(run: Run) -> Path | None:
 
 
 def extremes(
-    selected: Selected, root: Any, metadata: Mapping[str, Mapping[str, Any]], num: int
+    selected: Selected, root: Sources, metadata: Mapping[str, Mapping[str, Any]], num: int
 ) -> tuple[list[Shown], list[Shown]]:
     """The samples with the highest and with the lowest mean score.
 
@@ -147,6 +150,36 @@ def extremes(
         return [show(s, found[s.key], metadata.get(s.key, {})) for s in known]
 
     return shown(ends[0]), shown(ends[1])
+
+
+def extreme_rows(run_dir: Path, source: Sources, num: int = 16) -> list[dict[str, Any]]:
+    """The samples of a run with the highest and the lowest mean score, as rows of a table.
+
+    Args:
+        run_dir: its directory.
+        source: the dataset that it read, as `PoolStream` takes it.
+        num: samples at each end.
+
+    Raises:
+        DataError: the dataset cannot be read.
+        LedgerError: the ledger cannot be read.
+    """
+    from selectflow.data import read_metadata  # noqa: PLC0415
+
+    metadata = read_metadata(source, "train")
+    selected = read_selected(run_dir, metadata)
+    if selected is None:
+        return []
+    ends = zip(("highest", "lowest"), extremes(selected, source, metadata, num), strict=True)
+    return [
+        {
+            "end": end, "key": shown.key, "score": selected.samples[shown.key].score,
+            "altered": shown.altered, "facts": ", ".join(shown.facts), "text": shown.text,
+            "png": shown.png,
+        }
+        for end, samples in ends
+        for shown in samples
+    ]  # fmt: skip
 
 
 def show(sample: Sample, fields: Mapping[str, Any], made: Mapping[str, Any]) -> Shown:

@@ -41,8 +41,7 @@ def download_run(path: str, timeout_s: int = 20) -> RemoteRun:
             )
         run = wandb.Api(timeout=timeout_s).run(path)
         history = [dict(row) for row in run.scan_history()]
-        summary = {name: run.summary[name] for name in run.summary.keys()}  # noqa: SIM118
-        return RemoteRun(dict(run.config), history, summary, str(run.state))
+        return RemoteRun(dict(run.config), history, dict(run.summary_metrics), str(run.state))
     except TrackingError:
         raise
     except Exception as error:  # W&B raises anything
