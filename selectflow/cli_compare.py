@@ -52,10 +52,11 @@ def add_command(compare: argparse.ArgumentParser) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     from selectflow.report.compare import summarize  # noqa: PLC0415
-    from selectflow.report.outputs import write_outputs  # noqa: PLC0415
+    from selectflow.report.outputs import to_report, write_outputs  # noqa: PLC0415
     from selectflow.report.runs import load_runs  # noqa: PLC0415
     from selectflow.report.samples import examine_groups  # noqa: PLC0415
     from selectflow.report.table import print_tables  # noqa: PLC0415
+    from selectflow.tracking import log_report  # noqa: PLC0415
 
     comparison = summarize(
         load_runs(args.runs),
@@ -68,3 +69,10 @@ def _compare(args: argparse.Namespace) -> None:
     print_tables(comparison)
     written = write_outputs(comparison, examine_groups(comparison.runs), args.out)
     print(f"wrote {', '.join(map(str, written))}")
+    if args.wandb:
+        report = to_report(comparison, written)
+        groups = {run.config.get("track", {}).get("group") for run in comparison.all_runs}
+        group = groups.pop() if len(groups) == 1 else None
+        run_id = log_report(report, args.out, mode=args.wandb, project=args.project, group=group)
+        if run_id:
+            print(f"logged to W&B as run {run_id}")

@@ -91,6 +91,7 @@ MAY_IMPORT = {
     "cli_select": {"cli_shards", "config", "data", "ledger", "sample_scores"},
     "cli": {
         "audit_config", "audit_report", "cli_compare", "cli_select", "cli_shards", "config",
+        "report",
     },
     "__main__": {"cli"},
     "__init__": {"horizons", "selection", "selector", "strategies"},

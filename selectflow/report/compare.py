@@ -111,6 +111,11 @@ class Comparison:
     time_s: float | None
     notes: list[str]
 
+    @property
+    def all_runs(self) -> list[Run]:
+        """The runs compared, one group after the other."""
+        return [run for members in self.runs.values() for run in members]
+
 
 def summarize(
     runs: Sequence[Run],

@@ -11,7 +11,8 @@ from selectflow.report.page import write_page
 from selectflow.report.panels import Histogram, Panel
 from selectflow.report.quantities import KEPT_ALTERED, WALL, quantity
 from selectflow.report.samples import Examined
-from selectflow.report.table import write_csv
+from selectflow.report.table import to_records, write_csv
+from selectflow.tracking import Chart, Report
 
 
 def write_outputs(comparison: Comparison, examined: list[Examined], folder: Path) -> list[Path]:
@@ -38,6 +39,43 @@ def write_outputs(comparison: Comparison, examined: list[Examined], folder: Path
             written.append(folder / f"{name}.png")
             write_png(shown, written[-1])
     return written
+
+
+def to_report(comparison: Comparison, files: list[Path]) -> Report:
+    """The comparison as a W&B run logs it.
+
+    Args:
+        comparison: what `summarize` returns.
+        files: what `write_outputs` wrote.
+    """
+    head, rows = to_records(comparison)
+    charts = {
+        f"over_{axis.metric.rpartition('/')[2]}/{panel.title.replace(' ', '_')}": Chart(
+            panel.y_label,
+            panel.x_label,
+            {line.label: (line.curve.x.tolist(), line.curve.mean.tolist()) for line in panel.lines},
+        )
+        for axis in panels.axes_of(comparison)
+        for panel in panels.curves(comparison, axis)
+    }
+    return Report(
+        config={
+            "runs": [run.where for run in comparison.all_runs],
+            "baseline": comparison.baseline,
+            "quality": comparison.quality,
+            "notes": comparison.notes,
+            "task": comparison.task,
+        },
+        summary={
+            f"{record[0]}/{name}": value
+            for record in rows
+            for name, value in zip(head[1:], record[1:], strict=True)
+            if value is not None
+        },
+        tables={"summary": (head, rows)},
+        charts=charts,
+        files=files,
+    )
 
 
 def pictures(

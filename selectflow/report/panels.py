@@ -109,8 +109,7 @@ def group_names(comparison: Comparison) -> list[str]:
 
 def axes_of(comparison: Comparison) -> list[Quantity]:
     """The axes on which at least one run goes on: steps, samples seen and scored, tokens, time."""
-    runs = [run for members in comparison.runs.values() for run in members]
-    return [axis for axis in AXES if any(total(run, axis.metric) for run in runs)]
+    return [axis for axis in AXES if any(total(run, axis.metric) for run in comparison.all_runs)]
 
 
 def curves(comparison: Comparison, axis: Quantity) -> list[Panel]:

@@ -90,22 +90,22 @@ def examine(label: str, run: Run, num: int = 8) -> Examined | None:
 
     if run.folder is None:
         return None
-    root, metadata, note = dataset_of(run), {}, ""
-    try:
-        if root is not None:
-            metadata = read_metadata(root, "train")
-    except DataError as error:
-        note = f"samples are not shown: {error}"
-    selected = read_selected(run.folder, metadata)
-    if selected is None:
-        return None
+    root = dataset_of(run)
     if root is None:
+        selected = read_selected(run.folder, {})
         note = "samples are not shown: the configuration names no data that can be read here"
-    if note:
-        return Examined(label, run, selected, [], [], note)
-    best, worst = extremes(selected, root, metadata, num)
-    if not best:
-        note = f"samples are not shown: {root} holds other ones"
+        return Examined(label, run, selected, [], [], note) if selected else None
+    try:
+        metadata = read_metadata(root, "train")
+        selected = read_selected(run.folder, metadata)
+        if selected is None:
+            return None
+        best, worst = extremes(selected, root, metadata, num)
+    except DataError as error:
+        selected = read_selected(run.folder, {})
+        note = f"samples are not shown: {error}"
+        return Examined(label, run, selected, [], [], note) if selected else None
+    note = "" if best else f"samples are not shown: {root} holds other ones"
     return Examined(label, run, selected, best, worst, note)
 
 
