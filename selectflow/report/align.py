@@ -102,31 +102,40 @@ def binned(points: Points, num: int) -> Points:
 
 
 def curve(runs: Sequence[Run], metric: str, over: str = STEP, bins: int | None = None) -> Curve:
-    """The mean line of runs of one group; see `mean_curve`.
+    """The mean line of runs of one group.
+
+    Over samples or seconds a point is still a step: the mean place of all runs at that step, and
+    the mean value there. So seeds that ran at different speeds are averaged at equal progress.
 
     Args:
         runs: the runs.
         metric: what is drawn.
         over: the x axis.
         bins: average each run to at most this many points first; None for no averaging.
+
+    Returns:
+        Mean and sample standard deviation at every step of any run, interpolated between the
+        points of each, over the range that all of them cover, thinned to 200 points. Empty if a
+        run lacks the metric or the axis.
     """
-    lines = [series(run, metric, over) for run in runs]
-    return mean_curve(lines if bins is None else [binned(points, bins) for points in lines])
+    lines = [series(run, metric) for run in runs]
+    line = mean_curve(lines if bins is None else [binned(points, bins) for points in lines])
+    if over == STEP or not line.x.size:
+        return line
+    places = [[(step, place) for place, step in series(run, STEP, over)] for run in runs]
+    if not all(places):
+        return _EMPTY
+    x = np.mean([np.interp(line.x, *np.transpose(points)) for points in places], axis=0)
+    return Curve(x, line.mean, line.sd)
+
+
+_EMPTY = Curve(np.empty(0), np.empty(0), np.empty(0))
 
 
 def mean_curve(lines: Sequence[Points]) -> Curve:
-    """The mean of lines.
-
-    Args:
-        lines: of each run, its points with rising x.
-
-    Returns:
-        Mean and sample standard deviation at every x of any line, interpolated between the points
-        of each, over the range that all of them cover, thinned to 200 points. Empty if a line is.
-    """
-    empty = np.empty(0)
+    """The mean of lines, given as points with rising x; see `curve`."""
     if not lines or not all(lines):
-        return Curve(empty, empty, empty)
+        return _EMPTY
     first, last = max(points[0][0] for points in lines), min(points[-1][0] for points in lines)
     x = np.array(sorted({x for points in lines for x, _ in points if first <= x <= last}))
     if x.size > _MAX_POINTS:

@@ -41,6 +41,7 @@ def draw(panels: Sequence[Panel | Histogram]) -> Figure:
             _draw_histogram(axes, panel)
         axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
         axes.grid(color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)  # else the grid crosses the lines of a histogram
         axes.spines[["top", "right"]].set_visible(False)
     if handles:
         figure.legend(
