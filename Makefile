@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 SEEDS ?= 0 1 2
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench study-proxy clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -41,6 +41,12 @@ bench: $(READY)
 	$(BIN)/python tests/benchmarks/step_cost.py
 	$(BIN)/python tests/benchmarks/data_throughput.py
 	$(BIN)/python tests/benchmarks/digits_study.py
+
+# The error proxy: predicted against true error, by learning rate and horizon.
+study-proxy: $(READY)
+	for model in mlp cnn gpt2; do \
+	  $(BIN)/selectflow audit configs/audit_proxy_$$model.yaml || exit 1; \
+	done
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

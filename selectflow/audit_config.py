@@ -91,25 +91,45 @@ class LlamaModel(_TextModel):
 Model = MLPModel | CNNModel | GPT2Model | LlamaModel
 
 
-class AuditConfig(_Section):
-    """One setting in which influence is compared with leave-one-out retraining."""
+class _Study(_Section):
+    """What all studies choose: a model, its optimizer and where results go."""
 
     name: str = Field(min_length=1, description="name of the audit, and of its directory")
     root: Annotated[Path, Field(strict=False)] = Field(
         default=Path("audits"), description="directory that holds the audits' directories"
     )
+    model: Annotated[Model, Field(discriminator="kind")] = MLPModel()
+    seeds: Count = Field(default=3, description="runs for each learning rate, seeds 0, 1, ...")
+    batch: Annotated[int, Field(ge=2)] = Field(default=32, description="B: examples of one step")
+    betas: tuple[Beta, Beta] = Field(
+        default=(0.9, 0.95), strict=False, description="decay of exp_avg and of exp_avg_sq"
+    )
+    eps: Rate = Field(default=1e-8, description="added to the root of exp_avg_sq")
+    weight_decay: float = Field(default=0.01, ge=0, description="decoupled decay")
+    dtype: Literal["float64", "float32"] | None = Field(
+        default=None,
+        description="precision of truth and scores; null: float64, or float32 for a large model",
+    )
+    num_threads: Count | None = Field(default=None, description="torch CPU threads")
+
+    @property
+    def precision(self) -> Literal["float64", "float32"]:
+        """The precision of truth and scores."""
+        return self.dtype or ("float32" if self.model.large else "float64")
+
+
+class AuditConfig(_Study):
+    """One setting in which influence is compared with leave-one-out retraining."""
+
     overwrite: bool = Field(
         default=False, description="measure again what the directory already holds"
     )
-    model: Annotated[Model, Field(discriminator="kind")] = MLPModel()
-    seeds: Count = Field(default=3, description="runs for each learning rate, seeds 0, 1, ...")
     lrs: tuple[Rate, ...] = Field(
         default=(1e-3, 1e-4, 1e-5), strict=False, min_length=1, description="learning rates"
     )
     horizons: tuple[Count, ...] = Field(
         default=(1, 4, 16), strict=False, description="finite horizons beside the whole run"
     )
-    batch: Annotated[int, Field(ge=2)] = Field(default=32, description="B: examples of one step")
     steps: Count = Field(default=45, description="T: recorded steps, at most one epoch")
     warm_steps: int = Field(
         default=0, ge=0, description="plain training steps on other examples before the recording"
@@ -118,11 +138,6 @@ class AuditConfig(_Section):
     schedule: Literal["constant", "cosine"] = Field(
         default="cosine", description="learning rate over the run; cosine falls to 0"
     )
-    betas: tuple[Beta, Beta] = Field(
-        default=(0.9, 0.95), strict=False, description="decay of exp_avg and of exp_avg_sq"
-    )
-    eps: Rate = Field(default=1e-8, description="added to the root of exp_avg_sq")
-    weight_decay: float = Field(default=0.01, ge=0, description="decoupled decay")
     num_queries: Count = Field(default=30, description="test examples whose losses are measured")
     num_pairs: Annotated[int, Field(ge=3)] = Field(
         default=100, description="removals over the whole run"
@@ -130,19 +145,9 @@ class AuditConfig(_Section):
     spacing: Annotated[int, Field(ge=2)] = Field(
         default=4, description="updates between two snapshots, for the system-level rows"
     )
-    dtype: Literal["float64", "float32"] | None = Field(
-        default=None,
-        description="precision of truth and scores; null: float64, or float32 for a large model",
-    )
     memory_gib: Rate = Field(
         default=1.0, description="limit for snapshots, and for what a sweep or rerun keeps, in GiB"
     )
-    num_threads: Count | None = Field(default=None, description="torch CPU threads")
-
-    @property
-    def precision(self) -> Literal["float64", "float32"]:
-        """The precision of truth and scores."""
-        return self.dtype or ("float32" if self.model.large else "float64")
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -154,11 +159,49 @@ class AuditConfig(_Section):
         return self
 
 
-def load_audit(path: str | Path, overrides: Sequence[str] = ()) -> AuditConfig:
+class ProxyConfig(_Study):
+    """One setting in which the error proxy is compared with the true error of first order."""
+
+    study: Literal["proxy"]
+    lrs: tuple[Rate, ...] = Field(
+        default=(1e-2, 3e-3, 1e-3, 3e-4, 1e-4),
+        strict=False,
+        min_length=1,
+        description="learning rates; each is that of a whole run",
+    )
+    horizons: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(0, 1, 2, 4, 8, 16, 32), strict=False, min_length=1, description="where one reads"
+    )
+    warm_steps: Count = Field(default=100, description="steps before the first window of a run")
+    num_windows: Count = Field(default=2, description="windows of a run")
+    between: Count = Field(default=20, description="steps between two windows")
+    num_target: Count = Field(default=200, description="clean examples that define the goal")
+    num_removals: Count = Field(
+        default=24, description="single examples removed from a window's first batch, at most B"
+    )
+    keeps: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        default=(0.25, 0.5), strict=False, description="B over the size of a pool, for selections"
+    )
+    noise: float = Field(
+        default=0.4, ge=0, le=1, description="share of spoiled training examples: wrong labels, "
+        "or tokens in random order"
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.num_removals > self.batch:
+            raise ValueError(
+                f"num_removals must be <= batch ({self.batch}), got {self.num_removals}; lower it"
+            )
+        return self
+
+
+def load_audit(path: str | Path, overrides: Sequence[str] = ()) -> AuditConfig | ProxyConfig:
     """The configuration of a YAML file with `key=value` overrides.
 
     Args:
-        path: YAML file, a mapping of the fields of AuditConfig.
+        path: YAML file, a mapping of the fields of AuditConfig, or with `study: proxy` of those of
+            ProxyConfig.
         overrides: dotted paths and YAML values, as `seeds=1` or `model.activation=gelu`; later
             ones win.
 
@@ -169,13 +212,15 @@ def load_audit(path: str | Path, overrides: Sequence[str] = ()) -> AuditConfig:
         ConfigError: the file cannot be read, or a key is unknown, has the wrong type or is out of
             range; the message has one line for each of them.
     """
-    values, known = read_yaml(path), _known_keys()
+    values = read_yaml(path)
+    kind = ProxyConfig if "study" in values else AuditConfig
+    known = _known_keys(kind)
     found = [set_key(values, item, known, "seeds=1") for item in overrides]
     problems = [problem for problem in found if problem]
     if isinstance(model := values.get("model"), dict):
         model.setdefault("kind", "mlp")
     try:
-        config = AuditConfig.model_validate(values)
+        config = kind.model_validate(values)
     except ValidationError as error:
         problems += [_describe(dict(item), known) for item in error.errors()]
     if problems:
@@ -183,9 +228,9 @@ def load_audit(path: str | Path, overrides: Sequence[str] = ()) -> AuditConfig:
     return config
 
 
-def _known_keys() -> list[str]:
+def _known_keys(kind: type[_Study]) -> list[str]:
     of_models = {f"model.{key}": None for model in get_args(Model) for key in model.model_fields}
-    return [*AuditConfig.model_fields, *of_models]
+    return [*kind.model_fields, *of_models]
 
 
 def _describe(error: dict[str, Any], known: list[str]) -> str:

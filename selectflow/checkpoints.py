@@ -50,7 +50,7 @@ class Checkpoints:
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             beside.unlink(missing_ok=True)
-            raise OSError(f"checkpoint {path} cannot be written: {error}") from error
+            raise OSError(f"checkpoint {path} cannot be written: {_cause(error)}") from error
         os.replace(beside, path)
         for old in self.paths()[: -self._keep]:
             old.unlink()
@@ -83,6 +83,14 @@ class Checkpoints:
         return sorted(path for path in found if re.fullmatch(r"step-\d+\.pt", path.name))
 
 
+def _cause(error: BaseException) -> BaseException:
+    """The error of the disk behind one of torch's writer, which speaks of positions."""
+    behind = error.__cause__ or error.__context__
+    if isinstance(error, OSError) or behind is None:
+        return error
+    return _cause(behind)
+
+
 class PoolSource:
     """The run's pools on its device, with the position from which pools can be drawn again.
 
@@ -112,11 +120,6 @@ class PoolSource:
         return to_device(next(self._iterator), self._device)
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What the pools depend on, as `PoolStream.identity`; empty where they do not say."""
-        return dict(getattr(self._pools, "identity", {}))
-
-    @property
     def num_errors(self) -> int:
         """Samples that could not be read so far, as the pools count them."""
         return sum(getattr(self._pools, "errors", {}).values())
@@ -142,6 +145,11 @@ class PoolSource:
 
     def _position(self) -> Any:
         return self._pools.state_dict()  # type: ignore[attr-defined]
+
+
+def identity_of(pools: Iterable[Batch]) -> dict[str, Any]:
+    """What pools depend on, as `PoolStream.identity`; empty where they do not say."""
+    return dict(getattr(pools, "identity", {}))
 
 
 def generator_states() -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""The command line: `selectflow shards | select | compare | audit | schema`."""
+"""The command line: `selectflow shards | select | compare | audit | tune | schema`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from selectflow import cli_compare
-from selectflow.audit_config import load_audit
+from selectflow.audit_config import ProxyConfig, load_audit
+from selectflow.cli_compare import add_arguments as add_compare
 from selectflow.cli_select import add_commands as add_select
 from selectflow.cli_shards import add_commands as add_shards
+from selectflow.cli_tune import add_arguments as add_tune
 from selectflow.config import json_schema
 
 # A command imports what it alone needs when it runs, so that the others start quickly.
@@ -19,8 +20,20 @@ def _audit(args: argparse.Namespace) -> None:
     from selectflow.report.audit import print_budget  # noqa: PLC0415
 
     config = load_audit(args.config, args.overrides)
+    if isinstance(config, ProxyConfig):
+        _audit_proxy(config)
+        return
     folder = run_audit(config, lambda done: print(done, flush=True))
     print_budget(measured_before(config, folder))
+    print(f"wrote {folder}")
+
+
+def _audit_proxy(config: ProxyConfig) -> None:
+    from selectflow.audit_proxy_report import run_proxy  # noqa: PLC0415
+    from selectflow.report.proxy import print_proxy  # noqa: PLC0415
+
+    folder, cells = run_proxy(config, lambda done: print(done, flush=True))
+    print_proxy(cells)
     print(f"wrote {folder}")
 
 
@@ -41,12 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     add_select(select)
 
     compare = commands.add_parser("compare", help="tables, pictures and a page of several runs")
-    cli_compare.add_command(compare)
+    add_compare(compare)
 
     audit = commands.add_parser("audit", help="compare influence with leave-one-out retraining")
     audit.add_argument("config", type=Path, metavar="CONFIG", help="YAML of an audit")
     audit.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in seeds=1")
     audit.set_defaults(command=_audit)
+
+    tune = commands.add_parser("tune", help="search horizon, learning rate or any other options")
+    add_tune(tune)
 
     schema = commands.add_parser("schema", help="JSON schema of a run's configuration")
     schema.set_defaults(command=_schema)

@@ -8,7 +8,7 @@ from pathlib import Path
 # The command imports what it needs when it runs, so that the others start quickly.
 
 
-def add_command(compare: argparse.ArgumentParser) -> None:
+def add_arguments(compare: argparse.ArgumentParser) -> None:
     """Add the arguments of `selectflow compare` to its parser."""
     compare.add_argument(
         "runs", nargs="+", metavar="RUN",

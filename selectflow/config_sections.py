@@ -75,7 +75,7 @@ RunName = Annotated[
     str,
     _must_be(
         "a directory name of letters, digits, '.', '_' and '-'; {seed} stands for the seed",
-        _matches(r"[A-Za-z0-9](\{seed\}|[A-Za-z0-9._-])*"),
+        _matches(r"[A-Za-z0-9](\{[a-z_.]+\}|[A-Za-z0-9._-])*"),
     ),
 ]
 Device = Annotated[
@@ -267,6 +267,11 @@ class SelectConfig(Section):
     keep_samples: float = Field(
         default=0.5, gt=0, le=1, description="share of the recorded samples kept (offline)"
     )
+    replay: Directory | None = Field(
+        default=None,
+        description="run directory: train on exactly what it kept, without scoring; needs its "
+        "dataset, pool size and seed, and leaves the fields above unused",
+    )
 
     @property
     def is_offline(self) -> bool:
@@ -275,7 +280,14 @@ class SelectConfig(Section):
 
     def selector_options(self) -> dict[str, Any]:
         """Arguments of `Selector` but for its horizon; offline, it only passes pools on."""
-        apart = {"horizon", "horizon_schedule", "record_steps", "record_lr", "keep_samples"}
+        apart = {
+            "horizon",
+            "horizon_schedule",
+            "record_steps",
+            "record_lr",
+            "keep_samples",
+            "replay",
+        }
         options = self.model_dump(exclude=apart)
         if self.is_offline:
             options |= {"strategy": "uniform", "keep": 1.0}
@@ -290,5 +302,7 @@ class TrackConfig(Section):
     )
     project: str = Field(default="selectflow", min_length=1, description="W&B project")
     group: str | None = Field(default=None, description="W&B group: runs that are compared")
-    job_type: str | None = Field(default=None, description="W&B job type; null: the strategy")
+    job_type: str | None = Field(
+        default=None, description="W&B job type; null: the strategy, or replay"
+    )
     tags: tuple[str, ...] = Field(default=(), strict=False, description="W&B tags")

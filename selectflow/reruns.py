@@ -1,4 +1,4 @@
-"""Really rerunning a recorded stretch with single examples removed, many reruns side by side."""
+"""Really rerunning a stretch of training with other example weights, many reruns side by side."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from selectflow.batches import Batch, num_examples
-from selectflow.derivatives import plain_attention
+from selectflow.derivatives import Derivatives, plain_attention
 from selectflow.dynamics import State, Update
 from selectflow.objective import Objective
 from selectflow.params import Params
+from selectflow.perturbations import Perturbation
 from selectflow.tangents import Motion, Turn, advance, loss_tangents
 from selectflow.trajectory import Trajectory
 
@@ -66,13 +67,12 @@ def rerun(trajectory: Trajectory, queries: Batch, removals: Sequence[Removal]) -
     like = next(iter(start.params.values()))
     changes = like.new_zeros(num, num_examples(queries))
     nominal = Removal(-1, 0, last)
-    state = State(*(part.map(lambda x: x.expand(num + 1, *x.shape)) for part in start))
+    state = _repeated(start, num + 1)
     with objective.scoring():
         for index in range(first, last):
             batch = trajectory.batches[index]
             weights = weights_without([*removals, nominal], index, num_examples(batch), like)
-            grad = _gradients(objective, state.params, batch, weights)
-            state = _advance(trajectory.updates[index], state, grad)
+            state = _step(trajectory.updates[index], objective, state, batch, weights)
             rows = [row for row, removal in enumerate(removals) if removal.end == index + 1]
             if rows:
                 losses = _losses(objective, _rows(state, [*rows, num]).params, queries)
@@ -122,6 +122,55 @@ def expand(
     return slope, bend
 
 
+def effects(
+    derivatives: Derivatives,
+    updates: Sequence[Update],
+    state: State,
+    perturbation: Perturbation,
+    target: Batch,
+) -> Tensor:
+    """What each change of weights really does to the target loss, D_h for h = 0 .. H.
+
+    The ground truth of `proxy.closed_form`: at h = 0 the target loss is read after the move through
+    the present preconditioner, then after each update really made.
+
+    Args:
+        derivatives: of the training loss.
+        updates: H >= 1 updates, in order.
+        state: the state before the first.
+        perturbation: H batches and their M turns, at learning rates at rest.
+        target: batch whose mean loss is the target.
+
+    Returns:
+        Loss with the change minus loss without it, shape (M, H + 1).
+
+    Raises:
+        ValueError: the learning rate moves.
+    """
+    if any(turn.lr is not None for turn in perturbation.turns):
+        raise ValueError("perturbation must leave the learning rate alone; `roll` takes any")
+    objective, perturbation = derivatives.objective, perturbation.beside(state)
+    first = perturbation.turns[0].weights
+    found = []
+    with objective.scoring():
+        _, change = derivatives.gradients(state.params, perturbation.batches[0], first)
+        move = updates[0].immediate(state, change)
+        moved = _losses(objective, state.params + move, target)
+        found.append((moved - derivatives.losses(state.params, target)).mean(1))
+        states = _repeated(state, len(first) + 1)  # the last row at rest, in the same arithmetic
+        steps = zip(updates, perturbation.batches, perturbation.turns, strict=True)
+        for update, batch, turn in steps:
+            weights = torch.cat([turn.base + turn.weights, turn.base[None]])
+            states = _step(update, objective, states, batch, weights)
+            losses = _losses(objective, states.params, target)
+            found.append((losses[:-1] - losses[-1]).mean(1))
+    return torch.stack(found, 1)
+
+
+def _repeated(state: State, num: int) -> State:
+    return State(*(part.map(lambda x: x.expand(num, *x.shape)) for part in state))
+
+
 def _rows(state: State, rows: list[int]) -> State:
     return State(*(part.map(lambda x: x[rows]) for part in state))
 
@@ -147,8 +196,11 @@ def _losses(objective: Objective, params: Params, batch: Batch) -> Tensor:
     return found
 
 
-def _advance(update: Update, state: State, grad: Params) -> State:
+def _step(
+    update: Update, objective: Objective, state: State, batch: Batch, weights: Tensor
+) -> State:
     """`Update.advance` on rows of states; each row is clipped by its own norm."""
+    grad = _gradients(objective, state.params, batch, weights)
     if update.max_grad_norm is not None:
         squares = [tensor.flatten(1).square().sum(1) for tensor in grad.values()]
         norms = torch.stack(squares).sum(0).sqrt()

@@ -23,12 +23,14 @@ from selectflow.checkpoints import (
     PoolSource,
     StopRequest,
     generator_states,
+    identity_of,
     restore_generators,
     stop_request,
 )
 from selectflow.config import RunConfig
 from selectflow.ledger import Ledger
 from selectflow.offline_run import select_offline
+from selectflow.replay import Replay
 from selectflow.run_dir import RunError, is_finished, lock, open_run_dir
 from selectflow.run_log import RunLog, Stopwatch
 from selectflow.selector import Selector
@@ -54,6 +56,7 @@ def train(config: RunConfig, task: Task) -> Path:
 
     With `select.horizon: .inf` a copy of the model is first trained on everything, and only the
     samples that helped most are trained on; the clock starts with the seconds that this took.
+    With `select.replay` what another run kept is trained on, without scoring.
 
     Args:
         config: the run.
@@ -64,6 +67,7 @@ def train(config: RunConfig, task: Task) -> Path:
 
     Raises:
         RunError: the run directory holds another run, or another process is at work in it.
+        ReplayError: the run to be replayed had other pools, or did not come as far.
         FloatingPointError: a loss, gradient or score is not finite; the weights are those
             before that step, in the newest checkpoint.
     """
@@ -80,20 +84,15 @@ def train(config: RunConfig, task: Task) -> Path:
 
 def _train(run: _Run) -> None:
     """Run the loop; the log, the tracker and, after a bad loss, the weights are kept."""
-    status = "failed"
     with stop_request() as stop:
         try:
-            status = run.loop(stop)
-        except FloatingPointError:
+            run.finish(run.loop(stop))
+        except BaseException as error:
             with contextlib.suppress(OSError):  # which must not hide why the run ends
-                run.save()
+                if isinstance(error, FloatingPointError):
+                    run.save()
+                run.finish("failed")
             raise
-        finally:
-            run.log.close()
-            if status == "finished":
-                run.show_samples()
-            upfront = {"perf/upfront_s": run.upfront_s} if run.config.select.is_offline else {}
-            run.tracker.finish({"status": status, "steps": run.step} | upfront)
 
 
 class _Run:
@@ -109,10 +108,24 @@ class _Run:
         self.test = [to_device(batch, self.device) for batch in task.test]
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)
-        self.selector = Selector(
+        stream = identity_of(task.pools)
+        self.selector = self._build_selector(stream)
+        self.pools = PoolSource(task.pools, self.device, self.selector.max_peeked)
+        self.watch = Stopwatch(upfront_s)
+        self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
+        self.tracker = _tracker(config, saved)
+        self.log = RunLog(Ledger(config.run_dir, stream), self.tracker, task.altered, upfront_s)
+        if saved is not None:
+            self.load_state_dict(saved)
+
+    def _build_selector(self, stream: dict[str, Any]) -> Selector | Replay:
+        config = self.config
+        if config.select.replay:
+            return Replay(config.select.replay, config.steps, stream)
+        return Selector(
             self.model,
             self.optimizer,
-            task.loss_fn,
+            self.task.loss_fn,
             self.target,
             lr_scheduler=self.scheduler,
             max_grad_norm=config.optimizer.max_grad_norm,
@@ -120,14 +133,6 @@ class _Run:
             horizon=build_horizon(config.select, config.steps),
             **config.select.selector_options(),
         )
-        self.pools = PoolSource(task.pools, self.device, self.selector.max_peeked)
-        self.watch = Stopwatch(upfront_s)
-        self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
-        self.tracker = _tracker(config, saved)
-        ledger = Ledger(config.run_dir, self.pools.identity)
-        self.log = RunLog(ledger, self.tracker, task.altered, upfront_s)
-        if saved is not None:
-            self.load_state_dict(saved)
 
     def loop(self, stop: StopRequest) -> str:
         """Train to the end of the run, or until a stop is requested; how it ended."""
@@ -173,7 +178,8 @@ class _Run:
         """Send the samples of the highest and of the lowest scores to W&B, where it is in use."""
         from selectflow.report.samples import extreme_rows  # noqa: PLC0415
 
-        if self.task.source is not None and self.config.select.strategy != "uniform":
+        scored = self.config.select.strategy != "uniform" and not self.config.select.replay
+        if self.task.source is not None and scored:
             source, run_dir = self.task.source, self.config.run_dir
             self.tracker.show(lambda: extreme_rows(run_dir, source))
 
@@ -181,6 +187,14 @@ class _Run:
         """Write a checkpoint of the present step, unless there is one."""
         if not self.checkpoints.has(self.step):
             self.checkpoints.save(self.step, self.state_dict())
+
+    def finish(self, status: str) -> None:
+        """Write the rest of the log, and how the run ended."""
+        self.log.close()
+        if status == "finished":
+            self.show_samples()
+        upfront = {"perf/upfront_s": self.upfront_s} if self.config.select.is_offline else {}
+        self.tracker.finish({"status": status, "steps": self.step} | upfront)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -224,7 +238,8 @@ def _tracker(config: RunConfig, saved: dict[str, Any] | None) -> Tracker:
         mode=config.track.wandb,
         project=config.track.project,
         group=config.track.group,
-        job_type=config.track.job_type or config.select.strategy,
+        job_type=config.track.job_type
+        or ("replay" if config.select.replay else config.select.strategy),
         tags=config.track.tags,
         run_id=saved["tracker"]["run_id"] if saved else None,
     )

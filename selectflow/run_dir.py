@@ -37,8 +37,13 @@ def open_run_dir(config: RunConfig) -> dict[str, Any] | None:
             or that run had another configuration.
     """
     run_dir, saved = config.run_dir, None
+    if (replayed := config.select.replay) and replayed.resolve() == run_dir.resolve():
+        raise RunError(
+            f"select.replay must be another run than this one, got {replayed}; choose another name"
+        )
     known = run_dir / "config.yaml"
-    if (run_dir / "metrics.jsonl").exists() or known.exists():
+    # one whose arguments were refused leaves its config.yaml alone, and may be started again
+    if any((run_dir / name).exists() for name in ("metrics.jsonl", "offline.json")):
         if config.overwrite:
             shutil.rmtree(run_dir)
         elif config.resume == "auto":

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "lookahead": {"batches", "derivatives", "dynamics", "params"},
     "strategies": {"batches"},
     "language": {"batches"},
+    "huggingface": {"atomic", "batches", "language", "objective", "selection", "selector"},
     "selection": {"batches"},
     "selector": {
         "arguments", "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective",
@@ -41,7 +42,8 @@ MAY_IMPORT = {
     "perturbations": {"batches", "derivatives", "dynamics", "params", "tangents"},
     "proxy": {"batches", "derivatives", "dynamics", "perturbations", "tangents"},
     "reruns": {
-        "batches", "derivatives", "dynamics", "objective", "params", "tangents", "trajectory",
+        "batches", "derivatives", "dynamics", "objective", "params", "perturbations", "tangents",
+        "trajectory",
     },
     "assumptions": {"dynamics"},
     "audit": {
@@ -61,6 +63,13 @@ MAY_IMPORT = {
         "objective", "recording", "trajectory",
     },
     "audit_rows": {"audit", "audit_settings", "batches", "sparse", "trajectory"},
+    "audit_proxy": {
+        "audit_config", "audit_settings", "batches", "config_errors", "derivatives", "dynamics",
+        "lookahead", "objective", "optimizers", "perturbations", "proxy", "reruns",
+    },
+    "audit_proxy_report": {
+        "atomic", "audit_config", "audit_proxy", "audit_report", "proxy", "report",
+    },
     "audit_report": {
         "atomic", "audit_config", "audit_rows", "audit_settings", "config_errors", "report",
     },
@@ -71,6 +80,7 @@ MAY_IMPORT = {
     "tracking": {"tracking"},
     "atomic": set(),
     "ledger": {"atomic", "selection"},
+    "replay": {"batches", "ledger", "selection"},
     "data": {"atomic", "data"},
     "checkpoints": {"batches"},
     "run_dir": {"checkpoints", "config", "ledger"},
@@ -82,24 +92,33 @@ MAY_IMPORT = {
         "sample_scores", "selection", "task", "training", "trajectory",
     },
     "run": {
-        "batches", "checkpoints", "config", "ledger", "offline_run", "run_dir", "run_log",
-        "report", "selector", "task", "tracking", "training",
+        "batches", "checkpoints", "config", "ledger", "offline_run", "replay", "report",
+        "run_dir", "run_log", "selector", "task", "tracking", "training",
     },
     "report": {"config_sections", "data", "ledger", "report", "run_dir", "tracking", "yaml_io"},
+    "sweep_space": {"config_errors"},
+    "sweep": {"config", "config_errors", "config_sections", "sweep_space", "yaml_io"},
+    "tune_runs": set(),
+    "tune_record": {"config", "report", "sweep", "sweep_space", "yaml_io"},
+    "tune": {"run_dir", "sweep", "sweep_space", "tune_record", "tune_runs"},
+    "tune_wandb": {"sweep", "tune_record"},
+    "cli_tune": {"report", "sweep", "tune", "tune_record", "tune_wandb"},
     "cli_compare": {"report", "tracking"},
     "cli_shards": {"data"},
     "cli_select": {"cli_shards", "config", "data", "ledger", "sample_scores"},
     "cli": {
-        "audit_config", "audit_report", "cli_compare", "cli_select", "cli_shards", "config",
-        "report",
+        "audit_config", "audit_proxy_report", "audit_report", "cli_compare", "cli_select",
+        "cli_shards", "cli_tune", "config", "report",
     },
     "__main__": {"cli"},
     "__init__": {"horizons", "selection", "selector", "strategies"},
 }  # fmt: skip
 ONLY_IN = {  # a library -> the only files that may import it
     "webdataset": {"data/shards.py"},
-    "wandb": {"tracking/comparison.py", "tracking/remote.py", "tracking/sink.py"},
-}
+    "wandb": {
+        "tracking/comparison.py", "tracking/remote.py", "tracking/sink.py", "tune_wandb.py",
+    },
+}  # fmt: skip
 
 
 def imported(path):

@@ -15,6 +15,7 @@ from selectflow.objective import Objective
 from selectflow.optimizers import OptimizerReader
 from selectflow.perturbations import learning_rate, removals, roll, selection
 from selectflow.proxy import closed_form, probe, relative_error
+from selectflow.reruns import effects
 
 MLP, CNN, TRANSFORMER = PROBLEMS
 SIZE, KEPT, NUM = 8, 3, 3
@@ -196,6 +197,17 @@ def test_rolling_out_is_training_by_torch(kind, alpha):
             found = at.derivatives.losses(state.params, at.target).mean().item()
             expected = by_torch(at, by_hand, share, h, alpha)
             assert found == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=[p.name for p in PROBLEMS])
+def test_effects_of_many_changes_are_those_of_rolling_each(problem):
+    at = case(problem, clip=0.5)
+    found = effects(*at.window, removals(at.pools, [5, 2]), at.target)
+    for row, position in enumerate((5, 2)):
+        alone = probe(*at.window, removals(at.pools, [position]), at.target)
+        assert found[row].tolist() == pytest.approx(alone.effect, rel=1e-7)
+    with pytest.raises(ValueError, match="leave the learning rate alone"):
+        effects(*at.window, learning_rate(at.pools, [1.0]), at.target)
 
 
 def test_all_rows_come_from_one_pass():

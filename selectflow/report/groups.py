@@ -15,13 +15,13 @@ from selectflow.report.runs import ReportError, Run
 _TASK = ("data.", "model.", "target.")
 _SAME_TASK = (
     "data.root", "data.seed", "data.pool", "data.num_workers", "data.buffer", "data.memory_gib",
-    "data.max_errors", "data.target_batch", "data.replay",
+    "data.max_errors", "data.target_batch",
 )  # fmt: skip
 # Runs of one group may differ in these: the seeds, and what does not change the result.
 _FREE = (
     "name", "root", "seed", "overwrite", "resume", "device", "num_threads", "max_wall_s",
     "eval_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.seed",
-    "data.num_workers", "data.memory_gib", "data.max_errors",
+    "data.num_workers", "data.memory_gib", "data.max_errors", "select.replay",
 )  # fmt: skip
 _LOOK_AHEAD = (
     "horizon", "horizon_schedule", "interval", "derivative", "curvature", "nominal",
@@ -33,9 +33,21 @@ Groups = dict[str, list[Run]]
 
 
 def strategy(run: Run) -> str:
-    """uniform, loss, offline, adaptive, online, or the name of a strategy of one's own."""
-    select = run.config.get("select", {})
+    """uniform, loss, offline, adaptive, online, replay, or the name of a strategy of one's own."""
+    return _strategy(run.config.get("select", {}))
+
+
+def label(run: Run) -> str:
+    """The strategy of a run; online with its horizon H and interval K, a replay with whose."""
+    if strategy(run) == "replay" and run.replayed:
+        return f"replay of {_label(run.replayed.get('select', {}))}"
+    return _label(run.config.get("select", {}))
+
+
+def _strategy(select: Mapping[str, Any]) -> str:
     name, horizon = str(select.get("strategy")), select.get("horizon")
+    if select.get("replay"):
+        return "replay"
     if name != "influence":
         return name
     if horizon in _INFINITE:
@@ -43,9 +55,8 @@ def strategy(run: Run) -> str:
     return "adaptive" if horizon == "auto" else "online"
 
 
-def label(run: Run) -> str:
-    """The strategy of a run; if it is online, with its horizon H and interval K."""
-    name, select = strategy(run), run.config.get("select", {})
+def _label(select: Mapping[str, Any]) -> str:
+    name = _strategy(select)
     if name != "online":
         return name
     shape = select.get("horizon_schedule", {}).get("name", "constant")

@@ -32,6 +32,7 @@ class Run:
             process holds it; crashed: it ended without a word.
         offline: what offline selection took before the first step; empty without it.
         folder: its directory; None at W&B.
+        replayed: configuration of the run whose choices it replays; empty where it is not known.
     """
 
     where: str
@@ -41,6 +42,7 @@ class Run:
     status: Status = "finished"
     offline: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    replayed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seed(self) -> tuple[Any, Any]:
@@ -103,16 +105,25 @@ def load_run(path: str | Path) -> Run:
         inside = sorted(path.glob("*/metrics.jsonl"))
         hint = f"; it holds runs, compare '{path}/*'" if inside else "; is it a run directory?"
         raise ReportError(f"{path} has no metrics.jsonl{hint}")
+    metrics = _read_metrics(path / "metrics.jsonl")
     summary = _read_object(path / "summary.json")
+    config = read_yaml(path / "config.yaml")
     return Run(
         str(path),
-        read_yaml(path / "config.yaml"),
-        _read_metrics(path / "metrics.jsonl"),
+        config,
+        metrics,
         summary,
         _status(path, summary),
         _read_object(path / "offline.json"),
         path,
+        _replayed(config),
     )
+
+
+def _replayed(config: dict[str, Any]) -> dict[str, Any]:
+    source = config.get("select", {}).get("replay")
+    known = Path(str(source), "config.yaml")
+    return read_yaml(known) if source and known.is_file() else {}
 
 
 def _status(path: Path, summary: dict[str, Any]) -> Status:

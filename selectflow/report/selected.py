@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -50,19 +49,14 @@ def read_steps(run_dir: Path) -> Iterator[Step]:
 
 def read_offline_scores(run_dir: Path) -> Step | None:
     """All samples that offline selection scored, as one pool before the first step."""
-    if (run_dir / "scores.parquet").is_file():
-        import pyarrow.parquet  # noqa: PLC0415
-
-        columns = pyarrow.parquet.read_table(run_dir / "scores.parquet").to_pydict()
-        keys, scores, kept = columns["key"], columns["score"], columns["kept"]
-    elif (run_dir / "scores.csv").is_file():
-        with (run_dir / "scores.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        keys, scores = [row["key"] for row in rows], [float(row["score"]) for row in rows]
-        kept = [row["kept"] == "true" for row in rows]
-    else:
+    path = run_dir / "selected" / "scores.parquet"
+    if not path.is_file():
         return None
-    return Step(0, keys, np.array(scores, float), np.array(kept, bool))
+    from pyarrow.parquet import read_table  # noqa: PLC0415
+
+    table = read_table(path, ["key", "score", "kept"])
+    scores, kept = table["score"].to_numpy(), table["kept"].to_numpy()
+    return Step(0, table["key"].to_pylist(), scores, kept)
 
 
 @dataclass

@@ -61,9 +61,9 @@ def _differences(comparison: Comparison) -> list[Grid]:
     for row in others:
         both = {"at equal steps": row.at_equal_steps, "in the same time": row.in_same_time}
         for question, test in both.items():
-            told = [words.verdict(test, comparison)]
-            told += words.difference(test, comparison) if test else [words.NONE] * 5
-            cells.append([row.label, question, *told])
+            if test:
+                told = [words.verdict(test, comparison), *words.difference(test, comparison)]
+                cells.append([row.label, question, *told])
     title = f"difference to {comparison.baseline}: paired t test over seeds"
     return [Grid(title, head, cells)]
 

@@ -112,21 +112,27 @@ def _image(png: bytes, caption: str) -> Any:
 def finish(run: Any, summary: Mapping[str, Any], run_dir: Path) -> None:
     """Send the summary and the artifacts of a run, and close it.
 
-    The ledger is one artifact; what offline selection left, the manifest of the selected shards,
-    their scores and what they took, another.
+    Of a finished run the ledger is one artifact; what offline selection left, the manifest of the
+    selected shards, their scores and what they took, another. An earlier end may be resumed from,
+    and its files change.
     """
+    run.summary.update(dict(summary))
+    if summary.get("status") == "finished":
+        _keep(run, "ledger", sorted((run_dir / "selection").glob("*.parquet")))
+        manifest = run_dir / "selected" / "manifest.json"
+        if manifest.is_file():
+            files = [manifest, manifest.with_name("scores.parquet"), run_dir / "offline.json"]
+            _keep(run, "selected-shards", [path for path in files if path.is_file()])
+    run.finish()
+
+
+def _keep(run: Any, kind: str, paths: Sequence[Path]) -> None:
+    """Send files as an artifact. They are uploaded from where they are, not copied before."""
     import wandb  # noqa: PLC0415
 
-    run.summary.update(dict(summary))
-    if any((run_dir / "selection").glob("*.parquet")):
-        ledger = wandb.Artifact(f"ledger-{run.id}", type="ledger")
-        ledger.add_dir(str(run_dir / "selection"))
-        run.log_artifact(ledger)
-    manifest = run_dir / "selected" / "manifest.json"
-    if manifest.is_file():
-        selected = wandb.Artifact(f"selected-{run.id}", type="selected-shards")
-        selected.add_file(str(manifest))
-        for path in [run_dir / "offline.json", *run_dir.glob("scores.*")]:
-            selected.add_file(str(path))
-        run.log_artifact(selected)
-    run.finish()
+    if not paths:
+        return
+    artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
+    for path in paths:
+        artifact.add_file(str(path), policy="immutable", skip_cache=True)
+    run.log_artifact(artifact)

@@ -1,0 +1,185 @@
+"""How well the proxy predicts the error of first order: points into figures, and both to disk."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from selectflow.atomic import atomic_file
+from selectflow.audit_config import ProxyConfig
+from selectflow.audit_proxy import Point, measure_run
+from selectflow.audit_report import spearman
+from selectflow.proxy import relative_error
+from selectflow.report.proxy import write_png
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Figures of all points of one kind of change, at one or all learning rates and horizons.
+
+    Attributes:
+        change: as of the points.
+        lr: learning rate; None: all.
+        horizon: updates; None: all.
+        num: points.
+        sign_first: share of points whose effect D has the sign of I.
+        sign_corrected: the same of I + Q.
+        rank_first: Spearman of I with D.
+        rank_corrected: Spearman of I + Q with D.
+        rank_error: Spearman of |Q| with the true error |D - I|.
+        rank_relative: Spearman of rho = |Q| / |I| with the true relative error |D - I| / |I|.
+        rank_fast: Spearman of the fast form's |Q| with that of the closed form.
+        rank_fast_relative: Spearman of the fast form's rho with the true relative error.
+        relative: median of rho.
+        true_relative: median of the true relative error.
+        exact_s: mean seconds of the closed form.
+        fast_s: mean seconds of the fast form.
+    """
+
+    change: str
+    lr: float | None
+    horizon: int | None
+    num: int
+    sign_first: float
+    sign_corrected: float
+    rank_first: float
+    rank_corrected: float
+    rank_error: float
+    rank_relative: float
+    rank_fast: float
+    rank_fast_relative: float
+    relative: float
+    true_relative: float
+    exact_s: float
+    fast_s: float
+
+
+def run_proxy(
+    config: ProxyConfig, progress: Callable[[str], None] = lambda _: None
+) -> tuple[Path, list[Cell]]:
+    """Measure every change at every learning rate, horizon and seed.
+
+    Args:
+        config: of the study.
+        progress: told what was finished, in words.
+
+    Returns:
+        The directory root/name, with points.csv, proxy.json and proxy.png, and the figures.
+
+    Raises:
+        ConfigError: there are too few examples.
+        OSError: a file cannot be written.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    folder = config.root / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    points: list[Point] = []
+    for lr in config.lrs:
+        for seed in range(config.seeds):
+            points += measure_run(config, lr, seed)
+            progress(f"measured lr {lr:g}, seed {seed}")
+    cells = summarize(points)
+    _write_points(points, folder / "points.csv")
+    content = {
+        "config": config.model_dump(mode="json"),
+        "cells": [_plain(dataclasses.asdict(cell)) for cell in cells],
+        "rank_of_medians": _plain({c: rank_of_medians(cells, c) for c in _changes(points)}),
+    }
+    with atomic_file(folder / "proxy.json") as file:
+        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    write_png(points, folder / "proxy.png")
+    return folder, cells
+
+
+def summarize(points: Sequence[Point]) -> list[Cell]:
+    """Each change at each learning rate and horizon, then over one of them, then over both."""
+    cells = []
+    for change in _changes(points):
+        lrs = [*dict.fromkeys(p.lr for p in points if p.change == change)]
+        horizons = sorted({p.horizon for p in points if p.change == change})
+        for lr in (*lrs, None):
+            for horizon in (*horizons, None):
+                chosen = [
+                    p
+                    for p in points
+                    if p.change == change and lr in (None, p.lr) and horizon in (None, p.horizon)
+                ]
+                cells.append(_cell(change, lr, horizon, chosen))
+    return cells
+
+
+def rank_of_medians(cells: Sequence[Cell], change: str) -> float:
+    """Spearman of the median rho with the median true relative error, over the grid's cells."""
+    grid = [c for c in cells if c.change == change and None not in (c.lr, c.horizon)]
+    return _rank([c.relative for c in grid], [c.true_relative for c in grid])
+
+
+def _cell(change: str, lr: float | None, horizon: int | None, points: Sequence[Point]) -> Cell:
+    first, second = [p.first for p in points], [p.second for p in points]
+    effect = [p.effect for p in points]
+    corrected = [p.first + p.second for p in points]
+    error = [abs(p.effect - p.first) for p in points]
+    true_relative = [relative_error(p.first, e, 0.0) for p, e in zip(points, error, strict=True)]
+    relative = [relative_error(p.first, p.second, 0.0) for p in points]
+    fast = [(p.fast_first, p.fast_second) for p in points]
+    known = [(i, q) for i, q in fast if i is not None and q is not None]
+    return Cell(
+        change,
+        lr,
+        horizon,
+        len(points),
+        _same_sign(first, effect),
+        _same_sign(corrected, effect),
+        _rank(first, effect),
+        _rank(corrected, effect),
+        _rank(list(map(abs, second)), error),
+        _rank(relative, true_relative),
+        _rank([abs(q) for _, q in known], list(map(abs, second))) if known else math.nan,
+        _rank([relative_error(i, q, 0.0) for i, q in known], true_relative) if known else math.nan,
+        median(relative),
+        median(true_relative),
+        sum(p.exact_s for p in points) / len(points),
+        sum(p.fast_s or math.nan for p in points) / len(points),
+    )
+
+
+def _changes(points: Sequence[Point]) -> list[str]:
+    return [*dict.fromkeys(point.change for point in points)]
+
+
+def _rank(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    columns = (torch.tensor(values, dtype=torch.float64)[:, None] for values in (ours, theirs))
+    return spearman(*columns)
+
+
+def _same_sign(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    same = [math.copysign(1, a) == math.copysign(1, b) for a, b in zip(ours, theirs, strict=True)]
+    return sum(same) / len(same)
+
+
+def _write_points(points: Sequence[Point], path: Path) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Point)])
+    writer.writeheader()
+    writer.writerows(map(dataclasses.asdict, points))
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: null for what was not measured."""
+    return {
+        key: None if isinstance(value, float) and math.isnan(value) else value
+        for key, value in values.items()
+    }

@@ -1,0 +1,156 @@
+"""A recorded run's choices, trained on again without scoring anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selectflow.batches import Batch, take
+from selectflow.ledger import last_step, read_parts, read_stream
+from selectflow.selection import Selection
+
+
+class ReplayError(ValueError):
+    """A run that cannot be replayed here; the message names the difference."""
+
+
+class Decision(NamedTuple):
+    """What the ledger says of one step.
+
+    Attributes:
+        step: the optimizer step, from 1.
+        keys: of its pool, in the pool's order.
+        indices: places in the pool that were kept, best first, as they were trained on.
+        scores: of the pool, float64.
+    """
+
+    step: int
+    keys: list[str]
+    indices: Tensor
+    scores: Tensor
+
+
+def read_decisions(run_dir: str | Path, after: int = 0) -> Iterator[Decision]:
+    """The decisions of a run, step by step.
+
+    Args:
+        run_dir: a run directory with a ledger.
+        after: the first one is that of step `after` + 1.
+
+    Raises:
+        LedgerError: there is none, or a part cannot be read.
+    """
+    for part in read_parts(run_dir, ["step", "key", "score", "kept"]):
+        steps = part["step"].to_numpy()
+        starts = np.flatnonzero(np.diff(steps, prepend=0))
+        for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
+            if steps[start] > after:
+                yield _decision(int(steps[start]), part.slice(start, end - start))
+
+
+def _decision(step: int, rows: Any) -> Decision:
+    scores = torch.tensor(rows["score"].to_numpy())
+    kept = torch.tensor(rows["kept"].to_numpy()).nonzero().flatten()
+    order = scores[kept].argsort(descending=True, stable=True)  # as the selector does
+    return Decision(step, rows["key"].to_pylist(), kept[order], scores)
+
+
+class Replay:
+    """Hands out the part of each pool that a recorded run trained on.
+
+    It stands where a `Selector` stands in a run, and gives the same batches in the same order, as
+    long as it gets the same pools.
+
+    Args:
+        run_dir: the recorded run.
+        steps: optimizer steps that are wanted of it.
+        stream: what the pools here depend on, as `PoolStream.identity`; {} where it is not known.
+
+    Raises:
+        LedgerError: it has no ledger, or a part cannot be read.
+        ReplayError: it was of other pools, or did not come as far.
+    """
+
+    max_peeked = num_peeked = 0  # nothing is looked at ahead of its time
+
+    def __init__(self, run_dir: str | Path, steps: int, stream: Mapping[str, Any]) -> None:
+        self._run_dir, self._step = run_dir, 0
+        _check_same(run_dir, read_stream(run_dir), stream)
+        if steps > (recorded := last_step(run_dir)):
+            raise ReplayError(
+                f"steps must be <= {recorded}, the steps recorded in {run_dir}, got {steps}; "
+                "train for fewer"
+            )
+        self.last: Selection | None = None
+
+    def stream(self, pools: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of the recorded run, from the pools that it had.
+
+        Args:
+            pools: mappings with a list "key".
+
+        Raises:
+            ReplayError: a pool is another than the recorded one; names the step.
+        """
+        for decision, pool in zip(read_decisions(self._run_dir, self._step), pools, strict=False):
+            began = time.perf_counter()
+            _check_pool(self._run_dir, decision, pool["key"])
+            self._step = decision.step
+            batch = take(pool, decision.indices)
+            self.last = Selection(
+                pool=pool,
+                indices=decision.indices,
+                scores=decision.scores,
+                losses=None,
+                step=decision.step - 1,
+                horizon=None,
+                age=0,
+                target_loss=None,
+                lookahead_s=0.0,
+                seconds=time.perf_counter() - began,
+            )
+            yield batch
+
+    def state_dict(self, *, with_peeked: bool = True) -> dict[str, Any]:
+        """How far it has come; there is nothing that was peeked at."""
+        del with_peeked
+        return {"step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after `state_dict`."""
+        self._step = state["step"]
+
+
+def _check_same(run_dir: str | Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    shared = theirs.keys() & ours.keys()  # pools of a user's own need not say
+    differing = [name for name in theirs if name in shared and theirs[name] != ours[name]]
+    if differing:
+        listed = ", ".join(
+            f"{name}: {theirs[name]!r} there, {ours[name]!r} here" for name in differing
+        )
+        raise ReplayError(
+            f"a replay must have the pools of the run in {run_dir}, got {listed}; use its dataset, "
+            "pool size and seed"
+        )
+
+
+def _check_pool(run_dir: str | Path, decision: Decision, keys: list[str]) -> None:
+    if keys == decision.keys:
+        return
+    pairs = zip(decision.keys, keys, strict=False)
+    place = next((i for i, (theirs, ours) in enumerate(pairs) if theirs != ours), None)
+    what = (
+        f"{len(keys)} candidates instead of {len(decision.keys)}"
+        if place is None
+        else f"{keys[place]!r} instead of {decision.keys[place]!r} at place {place}"
+    )
+    raise ReplayError(
+        f"the pool of step {decision.step} must be the one recorded in {run_dir}, got {what}; use "
+        "its dataset, pool size and seed"
+    )

@@ -1,0 +1,360 @@
+"""Selection inside transformers' and TRL's trainers against our own loop on the same stream."""
+
+import logging
+import shutil
+
+import datasets
+import peft
+import pytest
+import torch
+import transformers
+import trl
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from selectflow import Selector
+from selectflow.huggingface import STATE_FILE, SelectTrainerMixin
+from selectflow.language import causal_lm_losses
+
+# between the three libraries, each at its own pace
+pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
+
+VOCABULARY, LENGTH, NUM, POOL, KEEP = 31, 12, 560, 8, 3
+
+
+class SelectTrainer(SelectTrainerMixin, Trainer):
+    """Remembers what it trained on."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.trained_on = [*getattr(self, "trained_on", []), inputs["input_ids"].tolist()]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def llama(seed=0):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=32, hidden_size=16, intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def texts(num, seed):
+    """Rows of which each token follows from the one before, or, in every second row, does not."""
+    torch.manual_seed(seed)
+    rows = torch.randint(1, VOCABULARY, (num, LENGTH))
+    for at in range(1, LENGTH):
+        rows[::2, at] = (rows[::2, at - 1] * 3 + 1) % VOCABULARY
+    return rows
+
+
+def dataset(rows):
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def arguments(folder, **options):
+    return TrainingArguments(
+        **{
+            "output_dir": str(folder), "per_device_train_batch_size": POOL, "max_steps": 50,
+            "per_device_eval_batch_size": 10, "learning_rate": 3e-3, "weight_decay": 0.1,
+            "lr_scheduler_type": "cosine", "warmup_steps": 5, "report_to": "none",
+            "train_sampling_strategy": "sequential", "save_strategy": "no", "seed": 3,
+            "logging_steps": 10, "disable_tqdm": True, "use_cpu": True,
+            "dataloader_pin_memory": False,
+        }
+        | options
+    )  # fmt: skip
+
+
+def trainer_for(folder, model=None, select_options=None, kind=SelectTrainer, **options):
+    return kind(
+        model or llama(),
+        arguments(folder, **options),
+        train_dataset=dataset(texts(NUM, 1)),
+        target=dataset(texts(40, 2)[::2]),
+        keep=KEEP,
+        select_options={"horizon": 2, "interval": 2} | (select_options or {}),
+    )
+
+
+def own_loop(num_steps, accumulation, start=0):
+    """Our loop as the README shows it, with the Trainer's schedule, decay and clipping."""
+    model, rows = llama(), texts(NUM, 1)
+    named = list(model.named_parameters())
+    decayed = [p for name, p in named if "norm" not in name]
+    others = [p for name, p in named if "norm" in name]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=3e-3, fused=True,
+    )  # fmt: skip
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 5, num_steps)
+    target = texts(40, 2)[::2]
+    selector = Selector(
+        model, optimizer, causal_lm_losses, [{"input_ids": part} for part in target.split(10)],
+        keep=KEEP, horizon=2, interval=2, lr_scheduler=scheduler, max_grad_norm=1.0, seed=3,
+        pools_per_update=accumulation,
+    )  # fmt: skip
+
+    def pools():
+        for _ in range(10):  # epochs: no look-ahead goes beyond the end of one
+            yield from selector.stream({"input_ids": pool} for pool in rows.split(POOL))
+
+    model.train()
+    kept = []
+    for index, batch in enumerate(pools(), 1):
+        kept.append(batch["input_ids"].tolist())
+        num_items = accumulation * batch["input_ids"][:, 1:].numel()
+        ids = batch["input_ids"]
+        model(input_ids=ids, labels=ids, num_items_in_batch=num_items).loss.backward()
+        if index % accumulation == 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            if index == num_steps * accumulation:
+                break
+    return model, kept
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_keeps_and_learns_what_our_own_loop_does(tmp_path, accumulation):
+    """50 steps, with 2 pools to a step beyond the end of an epoch."""
+    expected_model, expected = own_loop(50, accumulation)
+    trainer = trainer_for(tmp_path, gradient_accumulation_steps=accumulation)
+    trainer.train()
+    assert trainer.trained_on == expected
+    assert len(expected) == 50 * accumulation
+    assert torch.equal(weights(trainer.model), weights(expected_model))
+
+
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_resumes_with_the_trainers_checkpoint(tmp_path, accumulation):
+    """Stopped at an odd step, in the middle of an interval and with pools peeked at."""
+    options = {"save_strategy": "steps", "save_steps": 23, "max_steps": 50}
+    options["gradient_accumulation_steps"] = accumulation
+    whole = trainer_for(tmp_path / "whole", **options)
+    whole.train()
+    assert (tmp_path / "whole/checkpoint-46" / STATE_FILE).exists()
+    rest = trainer_for(tmp_path / "whole", model=llama(seed=9), **options)
+    rest.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-23"))
+    assert rest.trained_on == whole.trained_on[23 * accumulation :]
+    assert torch.equal(weights(rest.model), weights(whole.model))
+    shutil.rmtree(tmp_path / "whole/checkpoint-50")
+    again = trainer_for(tmp_path / "whole", model=llama(seed=9), **options)
+    again.train(resume_from_checkpoint=True)  # the last one there is
+    assert again.trained_on == whole.trained_on[46 * accumulation :]
+
+
+def test_a_checkpoint_without_a_selector(tmp_path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4}
+    trainer_for(tmp_path, **options).train()
+    (tmp_path / "checkpoint-3" / STATE_FILE).unlink()
+    with caplog.at_level(logging.WARNING, "selectflow"):
+        trainer_for(tmp_path, **options).train(str(tmp_path / "checkpoint-3"))
+    assert "selector.pt does not exist" in caplog.text
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        trainer_for(tmp_path / "nothing", **options).train(resume_from_checkpoint=True)
+
+
+def test_the_pools_are_what_the_trainer_would_have_trained_on(tmp_path):
+    """Neither drawing the target nor selecting moves the generators that shuffle."""
+
+    class Watched(SelectTrainer):
+        def get_batch_samples(self, *args):
+            found = super().get_batch_samples(*args)
+            if self.selector.last.pool is not None:
+                pools.append(self.selector.last.pool["input_ids"])
+            return found
+
+    class Plain(Trainer):
+        def training_step(self, model, inputs, *args):
+            batches.append(inputs["input_ids"])
+            return super().training_step(model, inputs, *args)
+
+    pools, batches = [], []
+    options = {"max_steps": 6, "train_sampling_strategy": "random"}
+    trainer_for(tmp_path, kind=Watched, **options).train()
+    Plain(llama(), arguments(tmp_path, **options), train_dataset=dataset(texts(NUM, 1))).train()
+    assert torch.equal(torch.stack(pools), torch.stack(batches))
+
+
+def test_what_was_selected_is_logged(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=6, logging_steps=3)
+    seen, select = [], Selector.select
+
+    def watched(self, *args):
+        found = select(self, *args)
+        seen.append(self.last)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Selector, "select", watched)
+        trainer.train()
+    first, second = [line for line in trainer.state.log_history if "loss" in line]
+    for line, part in ((first, seen[:3]), (second, seen[3:])):
+        kept = [selection.scores[selection.indices].mean().item() for selection in part]
+        assert line["select/score_mean"] == pytest.approx(sum(kept) / 3)
+        assert line["select/target_loss"] == pytest.approx(sum(s.target_loss for s in part) / 3)
+        assert line["select/kept_fraction"] == KEEP / POOL
+        assert line["select/horizon"] == 2
+    total = sum(selection.seconds for selection in seen)
+    assert second["perf/select_s"] == pytest.approx(total)
+
+
+def test_scores_are_in_full_precision_under_bf16(tmp_path):
+    """bf16 training puts the model's forward under autocast; differences of losses are not."""
+    scores = {}
+    for bf16 in (False, True):
+        trainer = trainer_for(tmp_path, max_steps=1, bf16=bf16)
+        trainer.train()
+        scores[bf16] = trainer.selector.last.scores
+        assert torch.is_autocast_enabled("cpu") is False
+    assert torch.equal(scores[False], scores[True])
+    ids = torch.ones(1, 4, dtype=torch.long)
+    prepared = trainer.model_wrapped(input_ids=ids).logits  # training itself goes on under autocast
+    assert not torch.equal(prepared, llama_like(trainer.model)(input_ids=ids).logits)
+
+
+def llama_like(model):
+    """The same weights in a model that no trainer has prepared."""
+    plain = llama()
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def test_a_target_that_is_not_there(tmp_path):
+    trainer = trainer_for(tmp_path)
+    trainer._target = "clean"
+    with pytest.raises(
+        ValueError, match=r"target must be a dataset or the name.*got 'clean'.*\[\]"
+    ):
+        trainer.train()
+
+
+def test_a_last_pool_that_is_too_small(tmp_path):
+    trainer = trainer_for(tmp_path)
+    trainer.train_dataset = dataset(texts(POOL + KEEP - 1, 1))
+    with pytest.raises(ValueError, match="at least keep = 3 examples, got 2"):
+        trainer.train()
+
+
+# --- TRL and peft ---------------------------------------------------------------------------
+
+
+WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
+
+
+def tokenizer():
+    vocabulary = {word: at for at, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def conversations(num, seed):
+    """Prompts of 2 to 5 words and completions of 3 to 7."""
+    torch.manual_seed(seed)
+
+    def some(least, most):
+        num = int(torch.randint(least, most + 1, ()))
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (num,)))
+
+    rows = [{"prompt": some(2, 5) + " ", "completion": some(3, 7)} for _ in range(num)]
+    return datasets.Dataset.from_list(rows)
+
+
+class SelectSFTTrainer(SelectTrainerMixin, trl.SFTTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.trained_on = [*getattr(self, "trained_on", []), inputs["input_ids"].tolist()]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def sft_trainer(folder, lora=False, **options):
+    settings = {
+        "output_dir": str(folder), "per_device_train_batch_size": POOL, "max_steps": 6,
+        "per_device_eval_batch_size": 10, "learning_rate": 3e-3, "report_to": "none",
+        "save_strategy": "steps", "save_steps": 4, "disable_tqdm": True, "use_cpu": True,
+        "max_length": 16, "dataset_num_proc": None, "logging_steps": 2, "seed": 3,
+        "dataloader_pin_memory": False, "bf16": False, "gradient_checkpointing": None,
+    }  # fmt: skip
+    return SelectSFTTrainer(
+        llama(),
+        trl.SFTConfig(**(settings | options)),
+        train_dataset=conversations(80, 1),
+        eval_dataset={"target": conversations(20, 2)},
+        processing_class=tokenizer(),
+        peft_config=peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None,
+        target="target",
+        keep=KEEP,
+        select_options={"horizon": 2},
+    )
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_sft_trainer_selects_and_resumes(tmp_path, lora):
+    whole = sft_trainer(tmp_path, lora)
+    whole.train()
+    assert all(len(batch) == KEEP for batch in whole.trained_on)
+    rest = sft_trainer(tmp_path, lora)
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert rest.trained_on == whole.trained_on[4:]
+    assert torch.equal(weights(rest.model), weights(whole.model))
+    line = next(line for line in whole.state.log_history if "loss" in line)
+    assert {"select/score_mean", "num_tokens"} <= line.keys()  # ours and theirs
+
+
+def test_sft_scores_are_of_the_completions(tmp_path):
+    """Scores follow from the tokens that SFTTrainer trains on, each with padding of its own."""
+    trainer = sft_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    selection, (gamma, *_) = trainer.selector.last, trainer.selector._ahead.sensitivities
+    model = llama()  # as it was at the first step
+    named = dict(model.named_parameters())
+    for at in range(POOL):
+        row = {k: v[at] for k, v in selection.pool.items()}
+        ids, labels = (row[k][row["attention_mask"].bool()][None] for k in ("input_ids", "labels"))
+        counted = int((labels != -100).sum())
+        assert 3 < counted < ids.shape[1]  # some are the prompt's; the end of the text is another
+        loss = model(input_ids=ids, labels=labels).loss
+        grads = torch.autograd.grad(loss, list(named.values()))
+        score = -sum((g * gamma[name]).sum() for name, g in zip(named, grads, strict=True))
+        assert selection.scores[at].item() == pytest.approx(score.item(), rel=2e-2, abs=1e-5)
+
+
+def test_lora_leaves_nothing_outside_the_adapters(tmp_path):
+    trainer = sft_trainer(tmp_path, lora=True)
+    visited = []
+    look_ahead = Selector._look_ahead
+
+    def watched(self, state, *args):
+        visited.extend(name for part in state for name in part)
+        return look_ahead(self, state, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Selector, "_look_ahead", watched)
+        trainer.train()
+    names = [*visited, *(n for gamma in trainer.selector._ahead.sensitivities for n in gamma)]
+    assert names
+    assert all("lora_" in name for name in names)
+    states = trainer.optimizer.optimizer.state
+    adapters = {p for n, p in trainer.model.named_parameters() if "lora_" in n}
+    assert set(states) == adapters
+    assert len(adapters) == 8
+
+
+def test_batches_without_rows_are_refused(tmp_path):
+    trainer = sft_trainer(tmp_path)
+
+    def flattened(examples):
+        ids = torch.tensor([[token for row in examples for token in row["input_ids"]]])
+        return {"input_ids": ids, "labels": ids}
+
+    trainer.data_collator = flattened
+    with pytest.raises(ValueError, match="got a single row; switch padding_free off"):
+        trainer.train()
