@@ -54,7 +54,7 @@ def read_offline_scores(run_dir: Path) -> Step | None:
         return None
     from pyarrow.parquet import read_table  # noqa: PLC0415
 
-    table = read_table(path, ["key", "score", "kept"])
+    table = read_table(path, columns=["key", "score", "kept"])
     scores, kept = table["score"].to_numpy(), table["kept"].to_numpy()
     return Step(0, table["key"].to_pylist(), scores, kept)
 
