@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "lookahead_state": {"lookahead", "params"},
     "nominal": {"batches", "derivatives", "dynamics", "lookahead", "selection"},
     "scored_params": set(),
-    "snapshots": {"dynamics", "params"},
+    "snapshots": {"atomic", "dynamics", "params"},
     "trajectory": {"batches", "derivatives", "dynamics", "lookahead", "snapshots"},
     "recording": {
         "objective", "batches", "derivatives", "dynamics", "optimizers", "snapshots", "trajectory",
