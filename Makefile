@@ -4,21 +4,22 @@ BIN := .venv/bin
 READY := .venv/ready
 SEEDS ?= 0 1 2
 
-.PHONY: demo test test-slow lint format bench study-proxy clean
+.PHONY: demo test test-slow lint format bench study-proxy study-adaptive clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-# Digits with 40% wrong labels: trained on what comes, and on what is kept; a table and a chart.
+# Digits with 40% wrong labels: trained on what comes, on what is kept, and with horizon and learning
+# rate under control; a table and a chart.
 demo: $(READY)
-	for seed in $(SEEDS); do for run in uniform online; do \
+	for seed in $(SEEDS); do for run in uniform online adaptive; do \
 	  $(BIN)/python trainers/vision.py configs/digits_$$run.yaml \
 	    seed=$$seed data.seed=$$seed overwrite=true || exit 1; \
 	done; done
 	$(BIN)/selectflow compare $(foreach seed,$(SEEDS),runs/digits_uniform-s$(seed) \
-	  runs/digits_online-s$(seed)) --out runs/demo
+	  runs/digits_online-s$(seed) runs/digits_adaptive-s$(seed)) --out runs/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -47,6 +48,10 @@ study-proxy: $(READY)
 	for model in mlp cnn gpt2; do \
 	  $(BIN)/selectflow audit configs/audit_proxy_$$model.yaml || exit 1; \
 	done
+
+# One adaptive run against a grid of fixed horizons and learning rates, on digits.
+study-adaptive: $(READY)
+	$(BIN)/python tests/benchmarks/adaptive_study.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
