@@ -23,6 +23,7 @@ from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
 from selectflow.lookahead_state import plain, restored
 from selectflow.nominal import nominal_batches, policy_order, random_order
 from selectflow.objective import LossFn, Objective, check_finite
+from selectflow.offload import Offload
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
 from selectflow.scored_params import scored_names
@@ -72,6 +73,8 @@ class Selector:
             of their kept examples; the look-ahead then does so, too.
         chunk_size: examples to a pass when scoring and looking ahead; None: all at once.
         memory_gib: limit for the states a look-ahead keeps, in GiB; recomputes beyond it.
+        offload: where it keeps them: "none" on their device, "cpu", or "disk", in the system's
+            folder for temporary files.
 
     Raises:
         TypeError: the optimizer or scheduler cannot be modelled.
@@ -101,7 +104,9 @@ class Selector:
         pools_per_update: int = 1,
         chunk_size: int | None = None,
         memory_gib: float = 1.0,
+        offload: Offload = "none",
     ) -> None:
+        check_choice("offload", offload, ("none", "cpu", "disk"))
         check_range("pools_per_update", pools_per_update, 1)
         check_range("interval", interval, 1)
         check_choice("curvature", curvature, ("exact", "fisher", "none"))
@@ -121,6 +126,7 @@ class Selector:
         self._strategy = resolve(strategy)
         self._keep, self._horizon, self._interval = keep, as_horizon(horizon), interval
         self._curvature, self._nominal, self._memory_gib = curvature, nominal, memory_gib
+        self._offload = offload
         self._generator = torch.Generator().manual_seed(seed)
         self._options = {
             "keep": keep,
@@ -283,6 +289,7 @@ class Selector:
             num_sensitivities=self._interval,
             memory_gib=self._memory_gib,
             names=names,
+            offload=self._offload,
         )
 
     # --- state ----------------------------------------------------------------------------

@@ -77,7 +77,7 @@ class Snapshots:
         if self.folder is None:
             self._held[index] = State(*(part.map(lambda x: x.detach().clone()) for part in state))
         else:
-            _write(self.path(index), state)
+            write_state(self.path(index), state)
         self._sizes[index] = sum(part.num_bytes() for part in state)
 
     def state(self, index: int) -> State:
@@ -86,7 +86,7 @@ class Snapshots:
         Raises:
             OSError: its file is missing or not whole.
         """
-        return self._held[index] if self.folder is None else _read(self.path(index))
+        return self._held[index] if self.folder is None else read_state(self.path(index))
 
     def path(self, index: int) -> Path:
         """The file of the snapshot at `index`."""
@@ -131,7 +131,12 @@ def write_whole(path: Path, content: bytes) -> None:
         ) from error
 
 
-def _write(path: Path, state: State) -> None:
+def write_state(path: Path, state: State) -> None:
+    """Write a state as one safetensors file.
+
+    Raises:
+        OSError: it could not be written; nothing is left of it.
+    """
     tensors: dict[str, Tensor] = {
         f"{field}/{name}": tensor.detach().contiguous()
         for field, params in state._asdict().items()
@@ -140,7 +145,12 @@ def _write(path: Path, state: State) -> None:
     write_whole(path, _safetensors().save(tensors))
 
 
-def _read(path: Path) -> State:
+def read_state(path: Path) -> State:
+    """The state in a file of `write_state`, memory-mapped, on the CPU.
+
+    Raises:
+        OSError: the file is missing or not whole.
+    """
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
     parts: dict[str, Params] = {field: Params() for field in State._fields}
