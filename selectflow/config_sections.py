@@ -244,8 +244,10 @@ class SelectConfig(Section):
         description="patterns of the parameters that scores are taken over, '!' leaves out, as "
         "['!*wte*']; null: all",
     )
-    chunk_size: Count | None = Field(
-        default=None, description="examples scored at once; null: the whole pool"
+    chunk_size: Count | Literal["auto"] | None = Field(
+        default=None,
+        description="examples scored at once; null: the whole pool; auto: as many as a gradient "
+        "pass takes within memory_gib",
     )
     memory_gib: float = Field(
         default=1.0,

@@ -109,7 +109,7 @@ def _record(config: RunConfig, task: Task) -> Trajectory:
         chunk_size=select.chunk_size,
     )
     objective = trajectory.derivatives.objective
-    derivatives = Derivatives(objective, select.derivative, select.chunk_size)
+    derivatives = Derivatives(objective, select.derivative, select.chunk_size, select.memory_gib)
     return replace(trajectory, derivatives=derivatives)
 
 

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from selectflow.arguments import check_choice, check_keep, check_range
 from selectflow.batches import Batch, Cycle, num_examples, take, through
+from selectflow.chunking import ChunkSize
 from selectflow.derivatives import Curvature, Derivatives, Method
 from selectflow.dynamics import State, Update
 from selectflow.horizons import Horizon, as_horizon
@@ -71,7 +72,8 @@ class Selector:
             look-ahead still trains on whole batches. None: the batch itself.
         pools_per_update: pools that make one optimizer step, where you accumulate the gradients
             of their kept examples; the look-ahead then does so, too.
-        chunk_size: examples to a pass when scoring and looking ahead; None: all at once.
+        chunk_size: examples to a pass when scoring and looking ahead; None: all at once; "auto":
+            as many as a gradient pass takes within `memory_gib`.
         memory_gib: limit for the states a look-ahead keeps, in GiB; recomputes beyond it.
         offload: where it keeps them: "none" on their device, "cpu", or "disk", in the system's
             folder for temporary files.
@@ -102,7 +104,7 @@ class Selector:
         params: Sequence[str] | None = None,
         score_view: Callable[[Batch], Batch] | None = None,
         pools_per_update: int = 1,
-        chunk_size: int | None = None,
+        chunk_size: ChunkSize = None,
         memory_gib: float = 1.0,
         offload: Offload = "none",
     ) -> None:
@@ -115,7 +117,7 @@ class Selector:
         if not memory_gib > 0:
             raise ValueError(f"memory_gib must be > 0, got {memory_gib}")
         self._objective = Objective(model, loss_fn)
-        self._derivatives = Derivatives(self._objective, derivative, chunk_size)
+        self._derivatives = Derivatives(self._objective, derivative, chunk_size, memory_gib)
         self._optimizer = OptimizerReader(
             self._objective.model, optimizer, lr_scheduler, max_grad_norm
         )
