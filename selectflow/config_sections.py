@@ -255,6 +255,10 @@ class SelectConfig(Section):
         description="memory for the look-ahead's states, in GiB; offline, as much again for the "
         "snapshots of the recorded run",
     )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        default="none",
+        description="where the look-ahead's states are kept; disk: the system's temporary files",
+    )
     record_steps: Count | None = Field(
         default=None,
         description="optimizer steps of the recorded run (offline), whose batches are held in "

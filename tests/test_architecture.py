@@ -148,8 +148,8 @@ def test_trainers_are_never_imported():
 def test_importing_selectflow_is_light():
     """Neither the data and tracking libraries nor heavy integrations come with the import."""
     heavy = (
-        "wandb webdataset torchvision matplotlib transformers peft lightning optuna sklearn "
-        "safetensors pyarrow"
+        "wandb webdataset torchvision matplotlib transformers peft trl accelerate tokenizers "
+        "datasets lightning optuna sklearn safetensors pyarrow"
     )
     code = f"import sys, selectflow; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run(
