@@ -44,6 +44,7 @@ def llama():
     adapters = peft.LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     with no_init_weights():  # a minute on one core
         model = transformers.LlamaForCausalLM(config)
+    model.tie_weights()
     noise = torch.randn(2**20) * 0.02
     for param in model.parameters():
         flat = param.data.view(-1)
