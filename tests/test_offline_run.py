@@ -23,7 +23,6 @@ OFFLINE = {
     "record_steps": 40,
     "record_lr": 1e-3,
     "keep_samples": 0.25,
-    "derivative": "exact",
 }
 
 
