@@ -50,7 +50,7 @@ class Checkpoints:
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             beside.unlink(missing_ok=True)
-            raise OSError(f"checkpoint {path} cannot be written: {error}") from error
+            raise OSError(f"checkpoint {path} cannot be written: {_cause(error)}") from error
         os.replace(beside, path)
         for old in self.paths()[: -self._keep]:
             old.unlink()
@@ -81,6 +81,14 @@ class Checkpoints:
         """The checkpoints there are, oldest first."""
         found = self._directory.glob("step-*.pt")
         return sorted(path for path in found if re.fullmatch(r"step-\d+\.pt", path.name))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error of the disk behind one of torch's writer, which speaks of positions."""
+    behind = error.__cause__ or error.__context__
+    if isinstance(error, OSError) or behind is None:
+        return error
+    return _cause(behind)
 
 
 class PoolSource:

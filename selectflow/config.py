@@ -2,13 +2,15 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from selectflow.config_errors import ConfigError, describe
+from selectflow.config_errors import ConfigError, describe, nearest_key
 from selectflow.config_sections import (
     Count,
     DataConfig,
@@ -24,14 +26,15 @@ from selectflow.config_sections import (
 )
 from selectflow.yaml_io import dump_yaml, read_yaml, set_key
 
-__all__ = ["ConfigError", "RunConfig", "json_schema", "load", "to_yaml"]
+__all__ = ["ConfigError", "RunConfig", "json_schema", "known_keys", "load", "to_yaml"]
 
 
 class RunConfig(Section):
     """One training run with data selection."""
 
     name: RunName = Field(
-        description="name of the run, and of its directory under root; {seed} is filled in"
+        description="name of the run, and of its directory under root; {seed}, {optimizer.lr} "
+        "and any other {key} is filled in"
     )
     root: Directory = Field(
         default=Path("runs"), description="directory that holds the run directories"
@@ -67,8 +70,9 @@ class RunConfig(Section):
 
     @property
     def run_name(self) -> str:
-        """The name with the seed filled in."""
-        return self.name.replace("{seed}", str(self.seed))
+        """The name with its {keys} filled in, '-' for what a directory name may not hold."""
+        filled = re.sub(r"\{([a-z_.]+)\}", lambda key: str(attrgetter(key[1])(self)), self.name)
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", filled)
 
     @property
     def run_dir(self) -> Path:
@@ -93,6 +97,10 @@ def _disagreements(values: Mapping[str, Any]) -> Iterator[str]:
             f"select.strategy must be influence when select.horizon is .inf, got {strategy!r}; "
             "give a finite horizon"
         )
+    known = known_keys()
+    for key in re.findall(r"\{([a-z_.]+)\}", str(values.get("name"))):
+        if key not in known:
+            yield f"name must have known keys in braces, got {{{key}}}{nearest_key(key, known)}"
     if horizon == math.inf and (replay := _get(values, "select", "replay")) is not None:
         yield (
             f"select.replay must be null when select.horizon is .inf, got {str(replay)!r}; give a "
@@ -115,6 +123,11 @@ def _get(values: Mapping[str, Any], section: str, key: str) -> object:
     return given[key] if isinstance(given, dict) and key in given else getattr(default, key)
 
 
+def known_keys() -> list[str]:
+    """Dotted paths of all keys of a configuration, sections included."""
+    return list(_keys(RunConfig))
+
+
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
@@ -123,7 +136,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _lines(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
-    known = list(_keys(RunConfig))
+    known = known_keys()
     single = [describe(item, known) for item in error.errors() if item["loc"]]
     return single + list(_disagreements(values))
 
@@ -144,7 +157,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             range; the message has one line for each of them.
     """
     values = read_yaml(path)
-    known = list(_keys(RunConfig))
+    known = known_keys()
     found = [set_key(values, item, known, "select.horizon=2") for item in overrides]
     problems = [problem for problem in found if problem]
     try:

@@ -75,7 +75,7 @@ RunName = Annotated[
     str,
     _must_be(
         "a directory name of letters, digits, '.', '_' and '-'; {seed} stands for the seed",
-        _matches(r"[A-Za-z0-9](\{seed\}|[A-Za-z0-9._-])*"),
+        _matches(r"[A-Za-z0-9](\{[a-z_.]+\}|[A-Za-z0-9._-])*"),
     ),
 ]
 Device = Annotated[

@@ -13,7 +13,7 @@ from selectflow.config import ConfigError, RunConfig, json_schema, load, to_yaml
 CONFIGS = sorted(
     path
     for path in Path(__file__).parent.parent.joinpath("configs").glob("*.yaml")
-    if not path.name.startswith("audit_")  # of another kind: see test_audit_report.py
+    if not path.name.startswith(("audit_", "sweep_"))  # of other kinds, tested elsewhere
 )
 
 
@@ -192,6 +192,16 @@ def test_resolved_yaml_reads_back_equal(tmp_path):
     config = load(write(tmp_path, "name: a"), overrides)
     assert config.track.tags == ("1e-3", "yes", "null", "010", "é")
     assert load(write(tmp_path, to_yaml(config))) == config
+
+
+def test_a_name_says_what_its_keys_are(tmp_path):
+    path = write(tmp_path, "name: lr{optimizer.lr}-H{select.horizon}-{model.hidden}-s{seed}")
+    config = load(path, ["select.horizon=.inf", "optimizer.lr=3e-5", "seed=4"])
+    assert config.run_name == "lr3e-05-Hinf--128-128--s4"
+    assert load(write(tmp_path, to_yaml(config))).run_name == config.run_name
+    assert problems(path, "name=a-{optimzer.lr}-{select.horizon}") == [
+        "name must have known keys in braces, got {optimzer.lr}; did you mean optimizer.lr?"
+    ]
 
 
 def test_a_configuration_cannot_be_changed(tmp_path):

@@ -1,52 +1,139 @@
-"""Really killed: SIGKILL at random moments of the trainer, resumed until it is done."""
+"""Really killed: SIGKILL at random moments, and in the middle of each write, resumed to the end."""
 
+import importlib
+import os
 import random
-import subprocess
+import runpy
+import signal
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 from test_resume import assert_same, outcome
 
 ROOT = Path(__file__).parents[1]
-STEPS = 240
+NUM_KILLS = 50
+
+DEMO = {"select.horizon": 0, "select.interval": 4}
+LOOK_AHEAD = {"select.horizon": 2, "select.interval": 3}
+SETTINGS = {
+    f"{name}-{num_workers}-workers": options
+    | ({"data.num_workers": num_workers, "data.memory_gib": 0} if num_workers else {})
+    for name, options in {"demo": DEMO, "look-ahead": LOOK_AHEAD}.items()
+    for num_workers in (0, 1, 2)
+}
 
 
-def start(tmp_path, name, *overrides):
-    command = [
-        sys.executable, "-W", "ignore", str(ROOT / "trainers/vision.py"),
-        str(ROOT / "configs/digits_online.yaml"), f"name={name}", f"root={tmp_path / 'runs'}",
-        f"data.root={tmp_path / 'digits'}", f"steps={STEPS}", "resume=auto", "eval_every=30",
-        "checkpoint_every=10", "track.wandb=disabled", *overrides,
-    ]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+@pytest.fixture(scope="module")
+def main():
+    """The vision trainer, executed once: a child that is forked then starts at once."""
+    for name in ("pyarrow.parquet", "sklearn.datasets"):  # what it would import as it runs
+        importlib.import_module(name)
+    return runpy.run_path(str(ROOT / "trainers/vision.py"))["main"]
+
+
+def arguments(folder, **options):
+    """Of a run in `folder`, which writes its own shards."""
+    values = {
+        "name": "run", "root": folder, "data.root": folder / "digits", "steps": 240,
+        "eval_every": 30, "checkpoint_every": 10, "resume": "auto", "track.wandb": "disabled",
+    }  # fmt: skip
+    values |= options
+    config = ROOT / "configs/digits_online.yaml"
+    return [str(config), *(f"{name}={value}" for name, value in values.items())]
+
+
+def start(main, argv, prepare=lambda: None):
+    """A process of its own that runs the trainer; its number."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        with open(os.devnull, "w") as sys.stdout:
+            prepare()
+            status = main(argv)
+    finally:  # nothing of pytest may run in the child
+        os._exit(status)
+
+
+def finish(main, argv):
+    """Run to the end."""
+    _, status = os.waitpid(start(main, argv), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def is_killed_after(pid, seconds):
+    """Whether the process was still running after `seconds`; it no longer is."""
+    time.sleep(seconds)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, -signal.SIGKILL), "the run failed by itself"
+    return code != 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("select.horizon=0",),
-        ("select.horizon=3", "select.interval=2"),
-        ("select.horizon=3", "data.num_workers=2", "data.memory_gib=0"),
-    ],
-    ids=["immediate", "look-ahead", "workers"],
-)
-def test_a_run_killed_again_and_again_ends_as_if_it_never_was(tmp_path, overrides):
-    started = time.perf_counter()
-    whole = start(tmp_path, "whole", *overrides)
-    assert whole.wait() == 0, whole.stderr.read().decode()
-    whole.stderr.close()
-    seconds = time.perf_counter() - started
-    moments = random.Random(0)
-    for _ in range(12):
-        process = start(tmp_path, "killed", *overrides)
-        time.sleep(moments.uniform(0.3, 1.0) * seconds)
-        process.kill()
-        process.wait()
-        process.stderr.close()
-    final = start(tmp_path, "killed", *overrides)
-    assert final.wait() == 0, final.stderr.read().decode()
-    final.stderr.close()
-    assert_same(outcome(tmp_path / "runs" / "whole"), outcome(tmp_path / "runs" / "killed"))
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS.keys())
+def test_runs_killed_at_random_moments_end_as_if_they_never_were(main, tmp_path, options):
+    began = time.perf_counter()
+    finish(main, arguments(tmp_path / "whole", **options))
+    seconds = time.perf_counter() - began
+    expected = outcome(tmp_path / "whole" / "run")
+    moments, kills, runs = random.Random(0), 0, 0
+    while kills < NUM_KILLS:
+        argv = arguments(tmp_path / str(runs), **options)
+        while is_killed_after(start(main, argv), moments.uniform(0.0, 0.4) * seconds):
+            kills += 1
+        assert_same(expected, outcome(tmp_path / str(runs) / "run"))
+        runs += 1
+    print(f"{kills} kills in {runs} runs, the whole one {seconds:.1f} s")
+
+
+def kill_at(number):
+    """Let this process kill itself in the middle of its `number`-th change of a file."""
+    calls = 0
+
+    def before(real):
+        def changed(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return changed
+
+    for name in ("fsync", "replace", "unlink", "truncate", "mkdir"):
+        setattr(os, name, before(getattr(os, name)))
+    Path.unlink = before(Path.unlink)
+
+
+def check_kills_in_writes(main, tmp_path, numbers):
+    short = {"steps": 24, "checkpoint_every": 5, "eval_every": 6, "keep_checkpoints": 1}
+    finish(main, arguments(tmp_path / "whole", **short))
+    expected, killed = outcome(tmp_path / "whole" / "run"), 0
+    for number in numbers:
+        argv = arguments(tmp_path / str(number), **short)
+        _, status = os.waitpid(start(main, argv, partial(kill_at, number)), 0)
+        if status == 0:
+            break  # there are no more
+        killed += 1
+        os.waitpid(start(main, argv, partial(kill_at, 7)), 0)  # so is the run that goes on
+        finish(main, argv)
+        assert_same(expected, outcome(tmp_path / str(number) / "run"))
+        assert not list((tmp_path / str(number) / "run").rglob("*.tmp"))
+    return killed
+
+
+def test_a_run_killed_in_the_middle_of_a_write_ends_as_if_it_never_was(main, tmp_path):
+    assert check_kills_in_writes(main, tmp_path, (3, 30)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_a_run_killed_in_the_middle_of_any_write_ends_as_if_it_never_was(main, tmp_path, first):
+    assert check_kills_in_writes(main, tmp_path, range(first, 1000, 3)) > 10

@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,3 +154,28 @@ def test_a_checkpoint_that_cannot_be_written_is_named_and_costs_no_other(tmp_pat
         checkpoints.save(2, {"step": Unwritable()})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
     assert checkpoints.newest() == {"step": 1}
+
+
+def wandb_logs(run_dir):
+    """(run id, logged steps) of each W&B log of a run, oldest first, by W&B's own reader."""
+    found = []
+    for log in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
+        command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", log]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        (run_id,) = {each["run"]["run_id"] for each in records if each["type"] == "run"}
+        history = [each["history"]["item"] for each in records if each["type"] == "history"]
+        found.append((run_id, [row["train/step"] for row in history]))
+    return found
+
+
+def test_a_resumed_run_continues_its_wandb_run(digits, tmp_path):
+    """Each process leaves a log of the same run id, which `wandb sync` joins to one run."""
+    options = config(tmp_path, track={"wandb": "offline"}, **OPTIONS)
+    with pytest.raises(Killed):
+        train(options, killed_at(12, task(digits)))
+    newest = Checkpoints(tmp_path / "trial" / "checkpoints").newest()
+    train(options, task(digits))
+    (first, before), (second, after) = wandb_logs(tmp_path / "trial")
+    assert first == second == newest["tracker"]["run_id"]
+    assert (newest["step"], before, after) == (8, [0, 5, 10], [10, 15, 20, 24])
