@@ -230,7 +230,8 @@ class SelectConfig(Section):
     interval: Count = Field(default=1, description="K: optimizer steps between two look-aheads")
     derivative: Literal["auto", "exact", "central"] = Field(
         default="auto",
-        description="directional derivatives: forward-mode, differences, or the cheaper",
+        description="directional derivatives: forward-mode, differences, or the cheaper; over a "
+        "whole run (offline) auto is exact, since errors of differences compound",
     )
     curvature: Literal["exact", "fisher", "none"] = Field(
         default="exact", description="Hessian of the adjoint sweep"

@@ -71,7 +71,8 @@ MAY_IMPORT = {
         "lookahead", "objective", "optimizers", "perturbations", "proxy", "reruns",
     },
     "audit_proxy_report": {
-        "atomic", "audit_config", "audit_proxy", "audit_report", "proxy", "report",
+        "atomic", "audit_config", "audit_proxy", "audit_report", "config_errors", "proxy",
+        "report",
     },
     "audit_report": {
         "atomic", "audit_config", "audit_rows", "audit_settings", "config_errors", "report",
