@@ -16,6 +16,7 @@ from selectflow.derivatives import Curvature, Derivatives
 from selectflow.dynamics import State, Update
 from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
 from selectflow.nominal import nominal_batches, policy_order, random_order
+from selectflow.offload import Offload
 from selectflow.params import Params
 from selectflow.selection import num_kept
 
@@ -36,6 +37,7 @@ class Policy:
         score_view: what is scored in a batch's stead.
         memory_gib: limit for the states of a look-ahead.
         names: gives the parameters that scores are taken over; None: all.
+        offload: where those states are kept.
     """
 
     derivatives: Derivatives
@@ -47,6 +49,7 @@ class Policy:
     score_view: Callable[[Batch], Batch] | None
     memory_gib: float
     names: Callable[[], tuple[str, ...] | None]
+    offload: Offload = "none"
 
     def look_ahead(
         self,
@@ -84,6 +87,7 @@ class Policy:
             num_sensitivities=num_sensitivities or self.interval,
             memory_gib=self.memory_gib,
             names=names,
+            offload=self.offload,
         )
 
     def positions(self, gamma: Params, state: State, pool: Batch) -> Tensor:

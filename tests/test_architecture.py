@@ -17,16 +17,21 @@ MAY_IMPORT = {
     "dynamics": {"params"},
     "optimizers": {"dynamics", "params"},
     "objective": {"batches"},
-    "derivatives": {"objective", "batches", "params"},
+    "chunking": {"batches", "objective", "params"},
+    "derivatives": {"chunking", "objective", "batches", "params"},
     "horizons": set(),
-    "lookahead": {"batches", "derivatives", "dynamics", "params"},
+    "lookahead": {"batches", "derivatives", "dynamics", "offload", "params"},
+    "offload": {"dynamics", "params", "snapshots"},
     "strategies": {"batches"},
     "language": {"batches"},
     "huggingface": {"atomic", "batches", "language", "objective", "selection", "selector"},
     "selection": {"batches", "controller"},
     "controller": set(),
     "update_state": {"dynamics"},
-    "policy": {"batches", "derivatives", "dynamics", "lookahead", "nominal", "params", "selection"},
+    "policy": {
+        "batches", "derivatives", "dynamics", "lookahead", "nominal", "offload", "params",
+        "selection",
+    },
     "horizon_control": {
         "batches", "controller", "dynamics", "optimizers", "perturbations", "policy", "proxy",
         "selection",
@@ -35,8 +40,8 @@ MAY_IMPORT = {
         "batches", "controller", "derivatives", "dynamics", "optimizers", "params", "update_state",
     },
     "selector": {
-        "arguments", "batches", "controller", "derivatives", "horizon_control", "horizons",
-        "lookahead", "lookahead_state", "objective", "optimizers", "params", "policy",
+        "arguments", "batches", "chunking", "controller", "derivatives", "horizon_control", "horizons",
+        "lookahead", "lookahead_state", "objective", "offload", "optimizers", "params", "policy",
         "rate_control", "scored_params", "selection", "strategies",
     },
     "arguments": set(),
@@ -46,7 +51,7 @@ MAY_IMPORT = {
     "snapshots": {"atomic", "dynamics", "params"},
     "trajectory": {"batches", "derivatives", "dynamics", "lookahead", "snapshots"},
     "recording": {
-        "objective", "batches", "derivatives", "dynamics", "optimizers", "snapshots",
+        "batches", "chunking", "derivatives", "dynamics", "objective", "optimizers", "snapshots",
         "trajectory", "update_state",
     },
     "tangents": {"objective", "batches", "derivatives", "dynamics", "params"},
@@ -79,7 +84,8 @@ MAY_IMPORT = {
         "lookahead", "objective", "optimizers", "perturbations", "proxy", "reruns",
     },
     "audit_proxy_report": {
-        "atomic", "audit_config", "audit_proxy", "audit_report", "proxy", "report",
+        "atomic", "audit_config", "audit_proxy", "audit_report", "config_errors", "proxy",
+        "report",
     },
     "audit_report": {
         "atomic", "audit_config", "audit_rows", "audit_settings", "config_errors", "report",
@@ -171,8 +177,8 @@ def test_trainers_are_never_imported():
 def test_importing_selectflow_is_light():
     """Neither the data and tracking libraries nor heavy integrations come with the import."""
     heavy = (
-        "wandb webdataset torchvision matplotlib transformers peft lightning optuna sklearn "
-        "safetensors pyarrow"
+        "wandb webdataset torchvision matplotlib transformers peft trl accelerate tokenizers "
+        "datasets lightning optuna sklearn safetensors pyarrow"
     )
     code = f"import sys, selectflow; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run(
