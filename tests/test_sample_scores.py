@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import fsspec
 import pyarrow.parquet
 import pytest
 import torch
@@ -152,6 +153,19 @@ def test_write_shards_refuses_another_dataset_and_finds_one_that_moved(
     with pytest.raises(SystemExit):
         main([*arguments, "--top", "1.5"])
     assert "argument --top: must be in (0, 1], got '1.5'" in capsys.readouterr().err
+
+
+def test_write_shards_of_a_dataset_that_is_remote(run_dir, digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("SELECTFLOW_CACHE", str(tmp_path / "cache"))
+    files = fsspec.filesystem("memory")
+    for path in digits.iterdir():
+        files.pipe_file(f"/selected/{path.name}", path.read_bytes())
+    arguments = ["select", "write-shards", str(run_dir)]
+    source = ["--source", "memory://selected"]
+    assert main([*arguments, "--out", str(tmp_path / "remote"), *source]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "local")]) == 0
+    assert read_manifest(tmp_path / "remote") == read_manifest(tmp_path / "local")
+    files.rm("/selected", recursive=True)
 
 
 def test_write_shards_of_a_directory_without_a_ledger(tmp_path, capsys):
