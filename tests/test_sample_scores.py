@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from small_datasets import make_small
-from test_run import ROOT, config, digits, run_trainer, task
+from test_run import config, digits, task
 
 from selectflow.cli import main
 from selectflow.data import DataError, read_manifest, read_split
@@ -176,8 +176,5 @@ def test_write_shards_of_a_directory_without_a_ledger(tmp_path, capsys):
 def test_what_was_written_can_be_trained_on(run_dir, tmp_path):
     arguments = ["select", "write-shards", str(run_dir), "--out", str(tmp_path / "new")]
     assert main(arguments) == 0
-    done = run_trainer(
-        tmp_path, ROOT / "configs/digits_uniform.yaml", "steps=2", "track.wandb=disabled",
-        "data.name=shards", f"data.root={tmp_path / 'new'}", "data.label_noise=0",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    again = train(config(tmp_path, steps=2, eval_every=2), task(tmp_path / "new"))
+    assert set(read_ledger(again)["key"].to_pylist()) <= set(kept_keys(run_dir))
