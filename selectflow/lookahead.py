@@ -107,11 +107,15 @@ class Window:
         gamma, before = update.adjoint(adjoint, state, after, grad)
         if self.curvature == "none" or index == self.first:  # nothing before it needs `a`
             return gamma, before
-        batch = self.batch(index, state)
+        batch, along = self.batch(index, state), gamma
+        if self.derivatives.method != "exact":
+            # Central differences step by a share of |gamma|: an entry of lr / eps, whose own part
+            # of the product is 0, would leave them no step in all other entries.
+            along = update.heard(gamma, after)
         product = self.derivatives.hessian_product
         if self.curvature == "fisher":
             product = self.derivatives.fisher_product
-        bent = before.params + product(state.params, gamma, batch)
+        bent = before.params + product(state.params, along, batch)
         return gamma, before._replace(params=bent)
 
 

@@ -19,6 +19,8 @@ from selectflow.params import Params
 from selectflow.sample_scores import SampleScores
 from selectflow.trajectory import Trajectory
 
+_RECHECK = 25  # updates that a check of central differences is trusted for
+
 
 def score_samples(
     trajectory: Trajectory,
@@ -56,8 +58,11 @@ def score_samples(
     occurrences = torch.zeros(len(row), dtype=torch.int64)
 
     def add(visit: Visit) -> None:
+        if visit.index % _RECHECK == 0:
+            trajectory.derivatives.recheck()
         batch = batches[visit.index]
-        _, slopes = trajectory.derivatives.along(visit.state.params, visit.gamma, batch)
+        gamma = trajectory.updates[visit.index].heard(visit.gamma, visit.after)
+        _, slopes = trajectory.derivatives.along(visit.state.params, gamma, batch)
         rows = torch.tensor([row[key] for key in batch["key"]])
         score.index_add_(0, rows, -slopes.cpu().double() / len(rows))
         occurrences.index_add_(0, rows, torch.ones_like(rows))

@@ -58,8 +58,8 @@ def record(
         max_grad_norm: gradients are clipped to this norm; None: not at all.
         spacing: updates between two snapshots; doubles when `limit_gib` is reached.
         limit_gib: size that all snapshots together may reach, in GiB.
-        folder: where snapshots are written (needs safetensors), so that `reopen` finds the
-            recording again; None: kept in memory.
+        folder: where snapshots are written, so that `reopen` finds the recording again; None:
+            they are kept in memory.
         chunk_size: examples per pass of later replays and derivatives; None: all at once.
 
     Returns:

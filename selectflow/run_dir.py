@@ -104,7 +104,7 @@ def lock(run_dir: Path) -> Iterator[None]:
         RunError: another process, or this one, holds it.
     """
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    path = (run_dir.parent / f".{run_dir.name}.lock").resolve()
+    path = _lock_file(run_dir)
     refusal = RunError(
         f"run directory must be used by one process, got {run_dir}, where another is at work; wait "
         "for it, or choose another name"
@@ -121,3 +121,21 @@ def lock(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             _held.discard(path)
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process of this machine is at work in a run directory."""
+    path = _lock_file(run_dir)
+    if path in _held or not path.exists():
+        return path in _held
+    with path.open("rb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+    return False
+
+
+def _lock_file(run_dir: Path) -> Path:
+    run_dir = run_dir.resolve()
+    return run_dir.parent / f".{run_dir.name}.lock"

@@ -9,12 +9,11 @@ there when it is complete, and memory-mapped when it is read.
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
-from types import ModuleType
 
 from torch import Tensor
 
+from selectflow.atomic import atomic_file
 from selectflow.dynamics import State
 from selectflow.params import Params
 
@@ -31,7 +30,6 @@ class Snapshots:
 
     Raises:
         ValueError: limit or spacing out of range.
-        ImportError: a folder is given and safetensors is not installed.
     """
 
     def __init__(self, limit_gib: float, spacing: int = 1, folder: Path | None = None) -> None:
@@ -43,7 +41,6 @@ class Snapshots:
         self._held: dict[int, State] = {}
         self._sizes: dict[int, int] = {}
         if folder is not None:
-            _safetensors()
             folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -115,15 +112,10 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: it could not be written (disk full, no permission); names the file.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with atomic_file(path, durable=True) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(
             error.errno,
             f"{path} could not be written ({error.strerror}) and was left out; free space there, "
@@ -132,12 +124,14 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _write(path: Path, state: State) -> None:
+    from safetensors.torch import save  # noqa: PLC0415
+
     tensors: dict[str, Tensor] = {
         f"{field}/{name}": tensor.detach().contiguous()
         for field, params in state._asdict().items()
         for name, tensor in params.items()
     }
-    write_whole(path, _safetensors().save(tensors))
+    write_whole(path, save(tensors))
 
 
 def _read(path: Path) -> State:
@@ -153,14 +147,3 @@ def _read(path: Path) -> State:
         raise OSError(f"{path} must be a whole snapshot, got: {error}; record again") from error
     order = list(parts["params"])
     return State(*(part.pick([name for name in order if name in part]) for part in parts.values()))
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.torch  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError(
-            "snapshots on disk need safetensors; pip install 'selectflow[disk]', or keep them in "
-            "memory with folder=None"
-        ) from error
-    return safetensors.torch

@@ -1,5 +1,7 @@
 """Offline scores are those of the look-ahead over a whole run; what is kept is what ranks best."""
 
+import dataclasses
+
 import pytest
 import torch
 from problems import PROBLEMS, image_loss
@@ -7,6 +9,7 @@ from reference import clone
 
 from selectflow import Selector
 from selectflow.audit import influence, record
+from selectflow.derivatives import Derivatives
 from selectflow.offline import score_samples
 
 MLP, CNN, TRANSFORMER = PROBLEMS
@@ -87,6 +90,20 @@ def test_a_score_is_the_slope_of_the_target_loss_in_a_samples_weight():
     for key in ("0-2", "1-0", "2-5"):
         slope = (final_loss(key, 1e-4) - final_loss(key, -1e-4)) / 2e-4
         assert float(scores.score[scores.keys.index(key)]) == pytest.approx(-slope, rel=1e-5)
+
+
+@pytest.mark.parametrize("curvature", ["exact", "fisher"])
+def test_inputs_that_come_on_late_leave_central_differences_their_step(curvature):
+    """Before they come on, their weights' sensitivity is lr / eps, and no part of any product."""
+    model, optimizer, batches, target = setting()
+    for batch in batches[: NUM - 2]:
+        batch["image"][:, :, :3] = 0
+    trajectory = recorded(model, optimizer, batches)
+    exact = score_samples(trajectory, [target], curvature=curvature)
+    objective = trajectory.derivatives.objective
+    central = dataclasses.replace(trajectory, derivatives=Derivatives(objective, "central"))
+    found = score_samples(central, [target], curvature=curvature)
+    assert relative(found.score, exact.score) < 1e-4
 
 
 def test_occurrences_add_up():

@@ -1,0 +1,43 @@
+"""The notebooks run as they are committed, and what is committed of their outputs is small."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted(Path(__file__).parents[1].joinpath("notebooks").glob("*.ipynb"))
+MAX_KIB = 250
+TIMEOUT_S = 300  # of one cell, on a machine that does other things too
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
+def pictures(notebook):
+    return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_is_committed_is_one_whole_run_with_small_outputs(path):
+    notebook = nbformat.read(path, 4)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert pictures(notebook) >= 2
+    assert path.stat().st_size < MAX_KIB * 1024
+    assert not [output for output in outputs(notebook) if output.output_type in ("error", "stream")]
+    assert not re.search(r"/(tmp|home|root|work|Users)/", json.dumps(outputs(notebook)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_draws_what_it_shows(path, tmp_path):
+    notebook = nbformat.read(path, 4)
+    shown = pictures(notebook)
+    client = NotebookClient(notebook, timeout=TIMEOUT_S, kernel_name="python3")
+    client.execute(cwd=str(tmp_path))
+    assert pictures(notebook) == shown
+    assert not [output for output in outputs(notebook) if output.output_type in ("error", "stream")]
