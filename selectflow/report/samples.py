@@ -109,8 +109,8 @@ def examine(label: str, run: Run, num: int = 8) -> Examined | None:
     return Examined(label, run, selected, best, worst, note)
 
 
-def dataset_of(run: Run) -> Path | None:
-    """The directory of the shards that a run read; None where its configuration is of others."""
+def dataset_of(run: Run) -> Path | str | None:
+    """Directory or URL of the shards that a run read; None where its configuration is of others."""
     from pydantic import ValidationError  # noqa: PLC0415
 
     from selectflow.config_sections import DataConfig  # noqa: PLC0415
