@@ -98,6 +98,9 @@ class _Study(_Section):
     root: Annotated[Path, Field(strict=False)] = Field(
         default=Path("audits"), description="directory that holds the audits' directories"
     )
+    overwrite: bool = Field(
+        default=False, description="measure again what the directory already holds"
+    )
     model: Annotated[Model, Field(discriminator="kind")] = MLPModel()
     seeds: Count = Field(default=3, description="runs for each learning rate, seeds 0, 1, ...")
     batch: Annotated[int, Field(ge=2)] = Field(default=32, description="B: examples of one step")
@@ -121,9 +124,6 @@ class _Study(_Section):
 class AuditConfig(_Study):
     """One setting in which influence is compared with leave-one-out retraining."""
 
-    overwrite: bool = Field(
-        default=False, description="measure again what the directory already holds"
-    )
     lrs: tuple[Rate, ...] = Field(
         default=(1e-3, 1e-4, 1e-5), strict=False, min_length=1, description="learning rates"
     )

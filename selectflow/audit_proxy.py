@@ -148,15 +148,16 @@ def _removals(place: _Place) -> Iterator[Point]:
     changes = removals(batches, range(config.num_removals))
     window = course.derivatives, place.updates, place.state, changes, course.target
     began = time.perf_counter()
-    first, second = closed_form(*window)
+    horizons = sorted(config.horizons)
+    first, second = closed_form(*window, horizons)
     seconds = time.perf_counter() - began
     effect = effects(*window)
-    for horizon in config.horizons:
+    for column, horizon in enumerate(horizons):
         for row in range(config.num_removals):
             yield dataclasses.replace(
                 place.point("removal", horizon),
-                first=float(first[row, horizon]),
-                second=float(second[row, horizon]),
+                first=float(first[row, column]),
+                second=float(second[row, column]),
                 effect=float(effect[row, horizon]),
                 exact_s=seconds,
             )

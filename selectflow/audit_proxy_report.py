@@ -18,7 +18,8 @@ import torch
 from selectflow.atomic import atomic_file
 from selectflow.audit_config import ProxyConfig
 from selectflow.audit_proxy import Point, measure_run
-from selectflow.audit_report import spearman
+from selectflow.audit_report import check_same, spearman
+from selectflow.config_errors import ConfigError
 from selectflow.proxy import relative_error
 from selectflow.report.proxy import write_png
 
@@ -67,30 +68,73 @@ class Cell:
 def run_proxy(
     config: ProxyConfig, progress: Callable[[str], None] = lambda _: None
 ) -> tuple[Path, list[Cell]]:
-    """Measure every change at every learning rate, horizon and seed.
+    """Measure every change at every learning rate, horizon and seed that is not measured yet.
 
     Args:
         config: of the study.
         progress: told what was finished, in words.
 
     Returns:
-        The directory root/name, with points.csv, proxy.json and proxy.png, and the figures.
+        The directory root/name, with points.csv, proxy.json and proxy.png over all runs so far, and
+        the figures.
 
     Raises:
-        ConfigError: there are too few examples.
+        ConfigError: the directory holds a study of another configuration; too few examples.
         OSError: a file cannot be written.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     folder = config.root / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    points: list[Point] = []
+    points = [] if config.overwrite else measured_before(config, folder)
+    done = {(point.lr, point.seed) for point in points}
     for lr in config.lrs:
         for seed in range(config.seeds):
+            if (lr, seed) in done:
+                progress(f"found lr {lr:g}, seed {seed}")
+                continue
             points += measure_run(config, lr, seed)
+            _write(config, points, folder)
             progress(f"measured lr {lr:g}, seed {seed}")
+    return folder, summarize(points)
+
+
+def measured_before(config: ProxyConfig, folder: Path) -> list[Point]:
+    """Points that `folder` holds of this configuration, whatever seeds and learning rates.
+
+    Raises:
+        ConfigError: they are of another configuration, or cannot be read.
+    """
+    path = folder / "proxy.json"
+    if not path.exists():
+        return []
+    try:
+        held = json.loads(path.read_text("utf-8"))["config"]
+        with (folder / "points.csv").open(newline="", encoding="utf-8") as file:
+            points = [_point(row) for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} must be of a proxy study, got {error!r}; remove it") from error
+    check_same(config, held, path)
+    return points
+
+
+def _point(row: dict[str, str]) -> Point:
+    kinds = {"change": str, "seed": int, "window": int, "horizon": int}
+    values: dict[str, Any] = {
+        key: kinds.get(key, float)(text) if text else None for key, text in row.items()
+    }
+    return Point(**values)
+
+
+def _write(config: ProxyConfig, points: Sequence[Point], folder: Path) -> None:
+    """points.csv first: proxy.json says that it is whole."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Point)])
+    writer.writeheader()
+    writer.writerows(map(dataclasses.asdict, points))
+    with atomic_file(folder / "points.csv") as file:
+        file.write(text.getvalue().encode())
     cells = summarize(points)
-    _write_points(points, folder / "points.csv")
     content = {
         "config": config.model_dump(mode="json"),
         "cells": [_plain(dataclasses.asdict(cell)) for cell in cells],
@@ -99,7 +143,6 @@ def run_proxy(
     with atomic_file(folder / "proxy.json") as file:
         file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     write_png(points, folder / "proxy.png")
-    return folder, cells
 
 
 def summarize(points: Sequence[Point]) -> list[Cell]:
@@ -166,15 +209,6 @@ def _rank(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def _same_sign(ours: Sequence[float], theirs: Sequence[float]) -> float:
     same = [math.copysign(1, a) == math.copysign(1, b) for a, b in zip(ours, theirs, strict=True)]
     return sum(same) / len(same)
-
-
-def _write_points(points: Sequence[Point], path: Path) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Point)])
-    writer.writeheader()
-    writer.writerows(map(dataclasses.asdict, points))
-    with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from selectflow.atomic import atomic_file
-from selectflow.audit_config import AuditConfig
+from selectflow.audit_config import AuditConfig, ProxyConfig
 from selectflow.audit_rows import ROWS, Pairs, Recorded
 from selectflow.audit_settings import Setting
 from selectflow.config_errors import ConfigError
@@ -185,13 +185,22 @@ def measured_before(config: AuditConfig, folder: Path) -> list[Result]:
         held, rows = content["config"], content["results"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} must be of an audit, got {error!r}; remove it") from error
+    check_same(config, held, path)
+    return [Result(**{key: _number(key, value) for key, value in row.items()}) for row in rows]
+
+
+def check_same(config: AuditConfig | ProxyConfig, held: Mapping[str, Any], path: Path) -> None:
+    """Refuse to go on with what another configuration measured.
+
+    Raises:
+        ConfigError: `held`, a configuration found in `path`, differs in what is measured.
+    """
     for key, value in config.model_dump(mode="json").items():
         if key not in _NOT_MEASURED and held.get(key) != value:
             raise ConfigError(
                 f"{path} must be of this configuration, got {key} {held.get(key)}, here {value}; "
                 "give another name, or overwrite=true to measure all again"
             )
-    return [Result(**{key: _number(key, value) for key, value in row.items()}) for row in rows]
 
 
 def write_results(config: AuditConfig, results: list[Result], folder: Path) -> None:

@@ -6,40 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selectflow.audit_config import ProxyConfig, load_audit
+from selectflow.cli_compare import add_arguments as add_compare
 from selectflow.cli_select import add_commands as add_select
 from selectflow.cli_shards import add_commands as add_shards
 from selectflow.cli_tune import add_arguments as add_tune
 from selectflow.config import json_schema
-from selectflow.report.runs import Run, find_runs, load_run
 
 # A command imports what it alone needs when it runs, so that the others start quickly.
-
-
-def _compare(args: argparse.Namespace) -> None:
-    from selectflow.report.chart import write_png  # noqa: PLC0415
-    from selectflow.report.compare import summarize  # noqa: PLC0415
-    from selectflow.report.table import print_table, write_csv  # noqa: PLC0415
-
-    runs = _finished([load_run(path) for path in find_runs(args.runs)])
-    comparison = summarize(runs)
-    print_table(comparison)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_csv(comparison, args.out / "compare.csv")
-    write_png(runs, args.out / "compare.png")
-    print(f"wrote {args.out / 'compare.csv'} and {args.out / 'compare.png'}")
-
-
-def _finished(runs: list[Run]) -> list[Run]:
-    # One crashed run would otherwise pull the common last step of all the others down to its own.
-    finished = [run for run in runs if run.status == "finished"]
-    if not finished:
-        print("no run has finished yet: all are compared as far as they got")
-        return runs
-    for run in runs:
-        if run.status == "unfinished":
-            step, steps = run.metrics[-1]["train/step"], run.config.get("steps")
-            print(f"left out, unfinished at step {step} of {steps}: {run.path}")
-    return finished
 
 
 def _audit(args: argparse.Namespace) -> None:
@@ -80,13 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     select = commands.add_parser("select", help="what a run kept, as shards")
     add_select(select)
 
-    compare = commands.add_parser("compare", help="table and chart of several runs")
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="run directory or glob of them")
-    compare.add_argument(
-        "--out", type=Path, default=Path("."), metavar="DIR",
-        help="where compare.csv and compare.png go (default: here)",
-    )  # fmt: skip
-    compare.set_defaults(command=_compare)
+    compare = commands.add_parser("compare", help="tables, pictures and a page of several runs")
+    add_compare(compare)
 
     audit = commands.add_parser("audit", help="compare influence with leave-one-out retraining")
     audit.add_argument("config", type=Path, metavar="CONFIG", help="YAML of an audit")

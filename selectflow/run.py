@@ -174,6 +174,15 @@ class _Run:
                 found |= {f"{split}/{name}": value for name, value in means.items()}
         return found | {"data/errors": self.pools.num_errors}
 
+    def show_samples(self) -> None:
+        """Send the samples of the highest and of the lowest scores to W&B, where it is in use."""
+        from selectflow.report.samples import extreme_rows  # noqa: PLC0415
+
+        scored = self.config.select.strategy != "uniform" and not self.config.select.replay
+        if self.task.source is not None and scored:
+            source, run_dir = self.task.source, self.config.run_dir
+            self.tracker.show(lambda: extreme_rows(run_dir, source))
+
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one."""
         if not self.checkpoints.has(self.step):
@@ -182,6 +191,8 @@ class _Run:
     def finish(self, status: str) -> None:
         """Write the rest of the log, and how the run ended."""
         self.log.close()
+        if status == "finished":
+            self.show_samples()
         upfront = {"perf/upfront_s": self.upfront_s} if self.config.select.is_offline else {}
         self.tracker.finish({"status": status, "steps": self.step} | upfront)
 

@@ -88,7 +88,7 @@ def lock(run_dir: Path) -> Iterator[None]:
         RunError: another process holds it.
     """
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    with (run_dir.parent / f".{run_dir.name}.lock").open("w") as file:
+    with _lock_file(run_dir).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -97,3 +97,21 @@ def lock(run_dir: Path) -> Iterator[None]:
                 "work; wait for it, or choose another name"
             ) from None
         yield
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process of this machine is at work in a run directory."""
+    path = _lock_file(run_dir)
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _lock_file(run_dir: Path) -> Path:
+    run_dir = run_dir.resolve()
+    return run_dir.parent / f".{run_dir.name}.lock"

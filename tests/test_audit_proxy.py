@@ -176,9 +176,21 @@ def test_the_command_writes_points_figures_and_a_picture(tmp_path, capsys):
     small += ["batch=8", "num_removals=4", "keeps=[0.5]", "num_target=20"]
     assert main(["audit", str(path), *small, f"root={tmp_path}"]) == 0
     assert "measured lr 0.001, seed 1" in capsys.readouterr().out
+    before = (tmp_path / "trial" / "proxy.json").read_bytes()
+    assert main(["audit", str(path), *small, f"root={tmp_path}"]) == 0
+    assert "found lr 0.001, seed 1" in capsys.readouterr().out
+    assert (tmp_path / "trial" / "proxy.json").read_bytes() == before
+    assert main(["audit", str(path), *small, f"root={tmp_path}", "noise=0.1"]) == 2
+    assert "got noise 0.4, here 0.1; give another name" in capsys.readouterr().err
+    assert (
+        main(["audit", str(path), *small, f"root={tmp_path}", "lrs=[1e-3, 3e-3]", "seeds=1"]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "found lr 0.001, seed 0" in printed
+    assert "measured lr 0.003, seed 0" in printed
     with (tmp_path / "trial" / "points.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 2 * (4 + 1)
+    assert len(rows) == 3 * 2 * (4 + 1)
     content = json.loads((tmp_path / "trial" / "proxy.json").read_text())
     assert content["config"]["warm_steps"] == 5
     removals = next(c for c in content["cells"] if c["change"] == "removal" and not c["lr"])

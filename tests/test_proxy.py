@@ -213,6 +213,8 @@ def test_effects_of_many_changes_are_those_of_rolling_each(problem):
 def test_all_rows_come_from_one_pass():
     at = case()
     together = closed_form(*at.window, removals(at.pools, [5, 0, 2]), at.target)
+    some = closed_form(*at.window, removals(at.pools, [5, 0, 2]), at.target, (0, 2))
+    assert all(torch.equal(a[:, [0, 2]], b) for a, b in zip(together, some, strict=True))
     for row, position in enumerate([5, 0, 2]):
         alone = closed_form(*at.window, removals(at.pools, [position]), at.target)
         for rows, one in zip(together, alone, strict=True):
@@ -263,7 +265,9 @@ def test_float32_agrees_with_float64():
         ]
     for double, single in zip(*readings.values(), strict=True):
         assert single.first == pytest.approx(double.first, rel=1e-2)
-        assert single.second == pytest.approx(double.second, rel=3e-2, abs=2e-6)
+        assert single.second == pytest.approx(
+            double.second, rel=3e-2, abs=4 * max(single.resolution)
+        )
         assert single.effect == pytest.approx(double.effect, rel=1e-2)
 
 

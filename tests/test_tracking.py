@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from wandb_log import offline_records
 
 from selectflow.tracking import Progress, Tracker
 
@@ -76,14 +77,6 @@ def test_a_full_disk_raises_and_names_the_file(tmp_path):
     with pytest.raises(OSError, match=r"No space left on device.*summary\.json"):
         tracker.finish({})
     assert not (tmp_path / "summary.json").exists()
-
-
-def offline_records(run_dir: Path, *options: str) -> list[dict]:
-    """The records of the only W&B log under run_dir, read by W&B's own reader."""
-    (log,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", *options, log]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_wandb_offline_holds_what_was_logged(tmp_path, capfd):

@@ -4,12 +4,12 @@ from selectflow.data.build import Layout
 from selectflow.data.catalog import Sources
 from selectflow.data.digits import make_digits
 from selectflow.data.images import make_folder, make_torchvision
-from selectflow.data.inspect import contact_sheet, head, verify
+from selectflow.data.inspect import contact_sheet, head, picture, verify
 from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, write_manifest
 from selectflow.data.remote import Cache
 from selectflow.data.shards import write_split
 from selectflow.data.source_text import make_code
-from selectflow.data.splits import read_batches, read_metadata, read_split
+from selectflow.data.splits import read_batches, read_metadata, read_samples, read_split
 from selectflow.data.stream import PoolStream
 from selectflow.data.subset import write_subset
 
@@ -27,9 +27,11 @@ __all__ = [
     "make_digits",
     "make_folder",
     "make_torchvision",
+    "picture",
     "read_batches",
     "read_manifest",
     "read_metadata",
+    "read_samples",
     "read_split",
     "verify",
     "write_manifest",

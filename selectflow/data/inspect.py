@@ -71,11 +71,16 @@ def contact_sheet(samples: list[Sample], path: str | Path, *, side: int = 96) ->
     sheet = Image.new("RGB", (columns * side, rows * side), "white")
     for place, sample in enumerate(samples):
         row, column = divmod(place, columns)
-        sheet.paste(_picture(sample, side - 4), (column * side + 2, row * side + 2))
+        sheet.paste(picture(sample, side - 4), (column * side + 2, row * side + 2))
     sheet.save(path, "PNG")
 
 
-def _picture(sample: Sample, side: int) -> Image.Image:
+def picture(sample: Sample, side: int) -> Image.Image:
+    """The image of a sample, as in `contact_sheet`.
+
+    Raises:
+        DataError: It has none.
+    """
     pixels = next((sample[field] for field in ("png", "jpg", "npy") if field in sample), None)
     if pixels is None or pixels.ndim != 3 or len(pixels) not in (1, 3):
         got = "none" if pixels is None else f"an array of shape {pixels.shape}"

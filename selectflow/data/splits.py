@@ -92,3 +92,34 @@ def read_metadata(
     """
     samples = _read(open_catalog(root, split, cache), ("json",))
     return {sample["__key__"]: sample.get("json", {}) for sample in samples}
+
+
+def read_samples(
+    root: Sources, split: str, keys: Iterable[str], *, cache: Cache | None = None
+) -> dict[str, Sample]:
+    """Some samples of a split; the contents of the others are not read.
+
+    Args:
+        root: Dataset directory, or any other source of `PoolStream`.
+        split: Name of the split.
+        keys: Of the samples.
+        cache: Where remote shards are kept.
+
+    Returns:
+        Key -> sample, as `read_split` yields it, without those that the split does not hold.
+
+    Raises:
+        DataError: The split cannot be read.
+    """
+    catalog, missing = open_catalog(root, split, cache), set(keys)
+    rows = []
+    for row, sample in enumerate(_read(catalog, ())):
+        if not missing:
+            break
+        if sample["__key__"] in missing:
+            missing.discard(sample["__key__"])
+            rows.append(row)
+    samples, faults = ShardReader(catalog).read(np.array(rows, dtype=np.int64))
+    if faults:
+        raise DataError(faults[0].message)
+    return {sample["__key__"]: sample for sample in samples}

@@ -1,287 +1,294 @@
-"""Runs side by side: aligned by step or by wall-clock, averaged over seeds."""
+"""The comparison: groups at their ends, at equal steps and equal time, against a baseline."""
 
-import math
+from __future__ import annotations
+
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from selectflow.report.align import Points, common_end, end, first_reach, series, total, value_at
+from selectflow.report.groups import Groups, differences, groups, label, task_of
+from selectflow.report.notes import finished, lengths, resumed, too_short
+from selectflow.report.quantities import (
+    ACCURACY,
+    KEPT_ALTERED,
+    SCORED,
+    SEEN,
+    SELECT,
+    STEP,
+    TARGET_LOSS,
+    TEST_LOSS,
+    TOKENS,
+    WALL,
+)
 from selectflow.report.runs import ReportError, Run
+from selectflow.report.seeds import Paired, Stat, holm, paired, stat
 
-STEP = "train/step"
-WALL = "perf/wall_s"  # seconds of training so far, evaluation not counted
-SELECT = "perf/select_s"  # seconds of them spent on choosing
-ACCURACY = "test/accuracy"
-KEPT_ALTERED = "select/kept_altered"  # share of altered labels among the kept
-
-Points = list[tuple[float, float]]
-
-# Runs that differ in these are not of one task, and a table of them would mislead.
-_TASK = ("data.name", "data.label_noise", "model.name", "model.hidden", "model.width")
-# Runs of one group may differ in these: the seeds, and what does not change the result.
-_FREE = ("name", "root", "seed", "overwrite", "device", "num_threads", "data.root", "data.seed")
-_LOOK_AHEAD = ("horizon", "interval", "derivative", "curvature", "nominal", "memory_gib")
-
-
-@dataclass(frozen=True)
-class Stat:
-    """Mean and sample standard deviation over seeds; `sd` is None for a single one."""
-
-    mean: float
-    sd: float | None
-    num: int
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The mean of several runs as a line, with its standard deviation (0 for a single run)."""
-
-    x: npt.NDArray[np.float64]
-    mean: npt.NDArray[np.float64]
-    sd: npt.NDArray[np.float64]
+_BASELINE = "uniform"
+_QUALITIES = (ACCURACY, TEST_LOSS, TARGET_LOSS)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One group of a comparison; a value is None where one of its runs does not have it."""
+    """One group of a comparison; a value is None where one of its runs does not have it.
+
+    Attributes:
+        label: the strategy and what tells it from others.
+        num_runs: seeds compared.
+        num_left_out: runs of this label that did not finish and are left out.
+        steps: optimizer steps at the end.
+        samples_seen: samples trained on at the end.
+        samples_scored: samples scored at the end, those of offline selection included.
+        tokens_seen: tokens trained on at the end.
+        wall_s: seconds of training and selecting, those before the first step included.
+        upfront_s: seconds of recording and sweeping before the first step (offline).
+        select_share: share of `wall_s` spent on choosing.
+        overhead: seconds a step, `upfront_s` included, over those of the baseline.
+        kept_altered: share of altered labels among the kept, mean over the run.
+        quality: at the end of each run.
+        quality_at_step: at the step that all runs have reached.
+        quality_at_time: at the second that all runs have reached.
+        baseline_in_same_time: quality of the baseline with the same seed when each run ended.
+        loss: loss at the end.
+        reach_step: steps to the loss to reach; None where a run never does.
+        reach_s: seconds to it.
+        num_reached: runs that reach it; None without such a loss.
+        at_equal_steps: `quality_at_step` against the baseline's, by seed.
+        in_same_time: `quality` against `baseline_in_same_time`, by seed.
+    """
 
     label: str
     num_runs: int
+    num_left_out: int
     steps: Stat | None
+    samples_seen: Stat | None
+    samples_scored: Stat | None
+    tokens_seen: Stat | None
     wall_s: Stat | None
-    accuracy: Stat | None  # at the end of each run
-    accuracy_at_step: Stat | None
-    uniform_in_same_time: Stat | None  # uniform with the same seed, when each run ended
-    kept_altered: Stat | None  # mean over the run
-    select_share: Stat | None  # of perf/wall_s
+    upfront_s: Stat | None
+    select_share: Stat | None
+    overhead: Stat | None
+    kept_altered: Stat | None
+    quality: Stat | None
+    quality_at_step: Stat | None
+    quality_at_time: Stat | None
+    baseline_in_same_time: Stat | None
+    loss: Stat | None
+    reach_step: Stat | None
+    reach_s: Stat | None
+    num_reached: int | None
+    at_equal_steps: Paired | None
+    in_same_time: Paired | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All groups, and the step at which they are compared."""
+    """All groups, and what they are compared by.
+
+    Attributes:
+        rows: a group each, in order of appearance.
+        runs: the runs compared, by group.
+        task: the options that all runs share.
+        baseline: label of the group that the others are tested against.
+        quality: metric by which they are judged.
+        loss: metric of `Row.loss` and of the loss to reach.
+        reach: the loss to reach; None: what the baseline with the same seed ends with.
+        step: the step of `Row.quality_at_step`; None where it is not known.
+        time_s: the second of `Row.quality_at_time`.
+        notes: what a reader must know: runs left out, of different lengths, resumed.
+    """
 
     rows: list[Row]
+    runs: Groups
+    task: dict[str, object]
+    baseline: str
+    quality: str
+    loss: str
+    reach: float | None
     step: float | None
+    time_s: float | None
+    notes: list[str]
+
+    @property
+    def all_runs(self) -> list[Run]:
+        """The runs compared, one group after the other."""
+        return [run for members in self.runs.values() for run in members]
 
 
-def series(run: Run, metric: str, over: str = STEP) -> Points:
-    """A metric of a run against its steps or its seconds.
-
-    Args:
-        run: the run.
-        metric: name of the metric.
-        over: name of the metric on the x axis.
-
-    Returns:
-        (x, value) for each line that has both; null values are left out.
-    """
-    lines = [(line.get(over), line.get(metric)) for line in run.metrics]
-    return [(float(x), float(y)) for x, y in lines if x is not None and y is not None]
-
-
-def value_at(run: Run, metric: str, at: float | None, over: str = STEP) -> float | None:
-    """The last value of a metric known at a step or second.
-
-    Args:
-        run: the run.
-        metric: name of the metric.
-        at: the step or second; None for the end of the run.
-        over: what `at` counts.
-
-    Returns:
-        The last value at or before `at`, None if there is none.
-    """
-    known = [y for x, y in series(run, metric, over) if at is None or x <= at]
-    return known[-1] if known else None
-
-
-def stat(values: Sequence[float | None]) -> Stat | None:
-    """Mean and sample standard deviation, None if a value is missing or there is none."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return None
-    sd = statistics.stdev(known) if len(known) > 1 else None
-    return Stat(statistics.fmean(known), sd, len(known))
-
-
-def label(run: Run) -> str:
-    """The strategy of a run, with its horizon H and interval K if it looks ahead."""
-    select = run.config.get("select", {})
-    strategy = str(select.get("strategy"))
-    if strategy != "influence":
-        return strategy
-    return f"{strategy} H={select.get('horizon')} K={select.get('interval')}"
-
-
-def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in their seeds only, by label.
+def summarize(
+    runs: Sequence[Run],
+    *,
+    baseline: str | None = None,
+    quality: str | None = None,
+    loss: str = TEST_LOSS,
+    reach: float | None = None,
+    partial: bool = False,
+) -> Comparison:
+    """Compare runs by group.
 
     Args:
         runs: runs of one task.
-
-    Returns:
-        Runs by label in order of appearance. Where runs of one label differ in an option, the
-        option is part of the label.
-
-    Raises:
-        ReportError: the runs are of different tasks, or two of one group have the same seed.
-    """
-    configs = {id(run): dict(_flat(run.config)) for run in runs}
-    _check_task(runs, configs)
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        same = [configs[id(other)] for other in runs if label(other) == label(run)]
-        options = sorted({key for config in same for key in config if _counts(key, label(run))})
-        mine = configs[id(run)]
-        extra = [
-            f"{key.rpartition('.')[2]}={mine.get(key)}"
-            for key in options
-            if any(config.get(key) != mine.get(key) for config in same)
-        ]
-        found.setdefault(" ".join([label(run), *extra]), []).append(run)
-    for name, members in found.items():
-        _check_seeds(name, members)
-    return found
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _counts(key: str, of: str) -> bool:
-    unused = () if of.startswith("influence") else tuple(f"select.{name}" for name in _LOOK_AHEAD)
-    return key not in (*_FREE, *unused) and not key.startswith("track.")
-
-
-def _check_task(runs: Sequence[Run], configs: Mapping[int, Mapping[str, Any]]) -> None:
-    for one, two in pairwise(runs):
-        for key in _TASK:
-            first, second = configs[id(one)].get(key), configs[id(two)].get(key)
-            if first != second:
-                raise ReportError(
-                    f"runs must be of one task, got {key} {first!r} in {one.path} and {second!r} "
-                    f"in {two.path}; compare them separately"
-                )
-
-
-def _check_seeds(name: str, members: Sequence[Run]) -> None:
-    seen: dict[tuple[Any, Any], Run] = {}
-    for run in members:
-        seed = _seed(run)
-        if seed in seen:
-            raise ReportError(
-                f"runs of one group must differ in their seeds, got seed {seed[0]} twice in "
-                f"{name!r}: {seen[seed].path} and {run.path}; leave one out"
-            )
-        seen[seed] = run
-
-
-def summarize(runs: Sequence[Run]) -> Comparison:
-    """The groups at their ends, at equal steps, and against uniform at equal wall-clock.
-
-    Args:
-        runs: runs of one task.
-
-    Returns:
-        One row per group. Equal steps: the smallest last step of all runs. Equal wall-clock: what
-        the uniform run of the same seed had reached at the second at which a run ended; None
-        unless there is one for every seed that was run for so long.
+        baseline: label of the group to test against; None: "uniform", else the first one.
+        quality: metric to judge by; None: the first of test/accuracy, test/loss and target/loss
+            that all runs have.
+        loss: metric of the loss to reach.
+        reach: the loss to reach; None: for each run what the baseline with its seed ends with.
+        partial: compare runs that have not finished as far as they got. Otherwise they are left
+            out, unless none has finished.
 
     Raises:
-        ReportError: see `groups`.
+        ReportError: no such baseline; else see `groups`.
     """
-    found = groups(runs)
-    step = _common_last_step(runs)
-    baselines = {_seed(run): run for run in runs if label(run) == "uniform"}
-    rows = [_row(name, members, step, baselines) for name, members in found.items()]
-    return Comparison(rows, step)
+    kept, out, notes = finished(runs, partial)
+    found = groups(kept)
+    name = _baseline(found, baseline)
+    judged, step, time_s = quality or _quality(kept), common_end(kept, STEP), common_end(kept, WALL)
+    baselines = {run.seed: run for run in found[name]}
+    known = _Known(name, baselines, judged, loss, reach, step, time_s)
+    left = Counter(label(run) for run in out)
+    rows = [_row(of, members, left[label(members[0])], known) for of, members in found.items()]
+    untimed = [row.label for row in rows if row.wall_s and row.baseline_in_same_time is None]
+    notes += [*lengths(found), *resumed(kept), *differences(found)]
+    notes += too_short(name, [of for of in untimed if of != name])
+    rows, task = _corrected(rows), task_of(kept)
+    return Comparison(rows, found, task, name, judged, loss, reach, step, time_s, notes)
 
 
-def _seed(run: Run) -> tuple[Any, Any]:
-    return run.config.get("seed"), run.config.get("data", {}).get("seed")
+@dataclass(frozen=True)
+class _Known:
+    """What every row is compared by; see `Comparison`. Baselines are by seed."""
+
+    baseline: str
+    baselines: Mapping[tuple[Any, Any], Run]
+    quality: str
+    loss: str
+    reach: float | None
+    step: float | None
+    time_s: float | None
 
 
-def _common_last_step(runs: Sequence[Run]) -> float | None:
-    ends = [value_at(run, STEP, None) for run in runs]
-    known = [end for end in ends if end is not None]
-    return min(known) if len(known) == len(runs) else None
+def _baseline(found: Groups, wanted: str | None) -> str:
+    if wanted is None:
+        return _BASELINE if _BASELINE in found else next(iter(found))
+    if wanted not in found:
+        names = ", ".join(map(repr, found))
+        raise ReportError(f"baseline must be one of {names}, got {wanted!r}; choose one of them")
+    return wanted
 
 
-def _row(
-    name: str, members: Sequence[Run], step: float | None, baselines: Mapping[Any, Run]
-) -> Row:
-    def end(metric: str) -> Stat | None:
-        return stat([value_at(run, metric, None) for run in members])
+def _quality(runs: Sequence[Run]) -> str:
+    everywhere = (m for m in _QUALITIES if all(end(run, m) is not None for run in runs))
+    return next(everywhere, ACCURACY)
 
-    at_step = [None if step is None else value_at(run, ACCURACY, step) for run in members]
+
+def _row(name: str, members: Sequence[Run], left_out: int, known: _Known) -> Row:
+    def at_end(metric: str) -> Stat | None:
+        return stat([end(run, metric) for run in members])
+
+    def at(place: float | None, axis: str) -> list[float | None]:
+        return [value_at(run, known.quality, place, axis) for run in members]
+
+    def over(axis: str) -> Stat | None:
+        return stat([total(run, axis) for run in members])
+
+    baselines = [known.baselines.get(run.seed) for run in members]
+    at_step = at(known.step, STEP)
+    baseline_at_step = [
+        None if of is None else value_at(of, known.quality, known.step) for of in baselines
+    ]
+    ends = [end(run, known.quality) for run in members]
+    same_time = [_in_same_time(run, known) for run in members]
+    reached = [_reach(run, known) for run in members]
+    num_reached = sum(place is not None for place in reached)
+    asked = any(end(run, known.loss) is not None for run in members)
+    is_baseline = name == known.baseline
     return Row(
         label=name,
         num_runs=len(members),
-        steps=end(STEP),
-        wall_s=end(WALL),
-        accuracy=end(ACCURACY),
-        accuracy_at_step=stat(at_step),
-        uniform_in_same_time=stat([_in_same_time(run, baselines) for run in members]),
-        kept_altered=stat([_mean(series(run, KEPT_ALTERED)) for run in members]),
+        num_left_out=left_out,
+        steps=over(STEP),
+        samples_seen=over(SEEN),
+        samples_scored=over(SCORED),
+        tokens_seen=over(TOKENS),
+        wall_s=over(WALL),
+        upfront_s=stat([_upfront_s(run) for run in members]),
         select_share=stat([_select_share(run) for run in members]),
+        overhead=stat([_overhead(run, known.baselines) for run in members]),
+        kept_altered=stat([_mean(series(run, KEPT_ALTERED)) for run in members]),
+        quality=stat(ends),
+        quality_at_step=stat(at_step),
+        quality_at_time=stat(at(known.time_s, WALL)),
+        baseline_in_same_time=None if is_baseline else stat(same_time),
+        loss=at_end(known.loss),
+        reach_step=stat([place and place[0] for place in reached]),
+        reach_s=stat([place and place[1] for place in reached]),
+        num_reached=num_reached if asked else None,
+        at_equal_steps=None if is_baseline else _test(at_step, baseline_at_step),
+        in_same_time=None if is_baseline else _test(ends, same_time),
     )
 
 
-def _in_same_time(run: Run, baselines: Mapping[Any, Run]) -> float | None:
-    baseline, end = baselines.get(_seed(run)), value_at(run, WALL, None)
-    if baseline is None or baseline is run or end is None:
+def _test(values: Sequence[float | None], others: Sequence[float | None]) -> Paired | None:
+    """The paired test over the seeds that have both; None for fewer than two."""
+    both = zip(values, others, strict=True)
+    return paired([one - other for one, other in both if one is not None and other is not None])
+
+
+def _corrected(rows: Sequence[Row]) -> list[Row]:
+    """The rows with p values corrected for the number of groups."""
+    steps = holm([row.at_equal_steps for row in rows])
+    times = holm([row.in_same_time for row in rows])
+    tests = zip(rows, steps, times, strict=True)
+    return [replace(row, at_equal_steps=one, in_same_time=two) for row, one, two in tests]
+
+
+def _in_same_time(run: Run, known: _Known) -> float | None:
+    """Quality of the baseline with the same seed at the second when a run ended."""
+    baseline, ended = known.baselines.get(run.seed), end(run, WALL)
+    longest = None if baseline is None else end(baseline, WALL)
+    if baseline is None or ended is None or longest is None or longest < ended:
+        return None  # it may have gone on to something better or worse
+    return value_at(baseline, known.quality, ended, WALL)
+
+
+def _reach(run: Run, known: _Known) -> tuple[float, float | None] | None:
+    """Step and second at which a run first has the loss to reach, None where it never does."""
+    wanted = known.reach
+    if wanted is None:
+        ends = {seed: end(of, known.loss) for seed, of in known.baselines.items()}
+        values = [value for value in ends.values() if value is not None]
+        wanted = ends.get(run.seed)
+        if wanted is None and values:  # no baseline has its seed
+            wanted = statistics.fmean(values)
+    if wanted is None or (step := first_reach(run, known.loss, wanted)) is None:
         return None
-    longest = value_at(baseline, WALL, None)
-    if longest is None or longest < end:
-        return None  # uniform may have gone on to something better or worse
-    return value_at(baseline, ACCURACY, end, WALL)
+    return step, first_reach(run, known.loss, wanted, WALL)
+
+
+def _upfront_s(run: Run) -> float | None:
+    found = run.offline.get("upfront_s", run.summary.get("perf/upfront_s"))
+    return None if found is None else float(found)
+
+
+def _select_share(run: Run) -> float | None:
+    select_s, wall_s = end(run, SELECT), end(run, WALL)
+    return select_s / wall_s if select_s is not None and wall_s else None
+
+
+def _overhead(run: Run, baselines: Mapping[tuple[Any, Any], Run]) -> float | None:
+    mine = _step_s(run)
+    paces = [_step_s(of) for seed, of in baselines.items() if seed == run.seed]
+    paces = paces or [_step_s(of) for of in baselines.values()]
+    known = [pace for pace in paces if pace]
+    return mine / statistics.fmean(known) if mine is not None and known else None
+
+
+def _step_s(run: Run) -> float | None:
+    wall_s, steps = end(run, WALL), run.last_step
+    return wall_s / steps if wall_s is not None and steps else None
 
 
 def _mean(points: Points) -> float | None:
     return statistics.fmean(y for _, y in points) if points else None
-
-
-def _select_share(run: Run) -> float | None:
-    select_s, wall_s = value_at(run, SELECT, None), value_at(run, WALL, None)
-    return select_s / wall_s if select_s is not None and wall_s else None
-
-
-def binned(points: Points, num: int) -> Points:
-    """At most `num` means of neighbouring points, for a metric too noisy to be drawn."""
-    size = math.ceil(len(points) / num)
-    parts = [points[start : start + size] for start in range(0, len(points), max(size, 1))]
-    return [(statistics.fmean(x for x, _ in p), statistics.fmean(y for _, y in p)) for p in parts]
-
-
-def curve(runs: Sequence[Run], metric: str, over: str = STEP, bins: int | None = None) -> Curve:
-    """The mean line of runs of one group.
-
-    Args:
-        runs: the runs.
-        metric: what is drawn.
-        over: the x axis.
-        bins: average each run to at most this many points first; None for no averaging.
-
-    Returns:
-        Mean and sample standard deviation at every x of any run, interpolated between the points
-        of each, over the range that all of them cover. Empty if a run lacks the metric.
-    """
-    lines = [series(run, metric, over) for run in runs]
-    if bins is not None:
-        lines = [binned(points, bins) for points in lines]
-    empty = np.empty(0)
-    if not all(lines):
-        return Curve(empty, empty, empty)
-    first, last = max(points[0][0] for points in lines), min(points[-1][0] for points in lines)
-    x = np.array(sorted({x for points in lines for x, _ in points if first <= x <= last}))
-    values = np.stack([np.interp(x, *np.transpose(points)) for points in lines])
-    sd = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(x)
-    return Curve(x, values.mean(axis=0), sd)

@@ -1,18 +1,13 @@
-"""What a run reports while it trains: metrics.jsonl, summary.json, W&B and a progress line."""
+"""What a run reports while it trains: metrics.jsonl, summary.json and W&B."""
 
 import json
 import math
 import os
-import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from selectflow.tracking import sink
 
 Mode = Literal["disabled", "offline", "online"]
 
@@ -57,6 +52,7 @@ class Tracker:
         self._metrics = run_dir / "metrics.jsonl"
         self._summary = run_dir / "summary.json"
         self._last: dict[str, Any] = {}
+        self._resumed_at: list[int] = []  # steps of the last evaluation before each resumption
         _cut_torn_line(self._metrics)
         options = {
             "dir": str(run_dir),
@@ -68,7 +64,7 @@ class Tracker:
             "tags": list(tags),
             "id": run_id,
         }
-        self._wandb = None if mode == "disabled" else _start_wandb(options, mode, timeout_s)
+        self._wandb = None if mode == "disabled" else sink.start(options, mode, timeout_s)
         self.run_id: str | None = self._wandb.id if self._wandb else None
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
@@ -86,20 +82,34 @@ class Tracker:
         _write(self._metrics, json.dumps(record, allow_nan=False) + "\n", mode="a")
         self._last |= record
         finite = {key: value for key, value in record.items() if value is not None}
-        self._to_wandb(lambda run: run.log(finite))
+        self._to_wandb(lambda run: sink.log(run, finite))
 
     def state_dict(self) -> dict[str, Any]:
         """The W&B run and how long metrics.jsonl is."""
         size = self._metrics.stat().st_size if self._metrics.exists() else 0
-        return {"run_id": self.run_id, "metrics_bytes": size, "last": dict(self._last)}
+        return {
+            "run_id": self.run_id,
+            "metrics_bytes": size,
+            "last": dict(self._last),
+            "resumed_at": list(self._resumed_at),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after `state_dict`; later lines of metrics.jsonl are cut off."""
         os.truncate(self._metrics, state["metrics_bytes"])
         self._last = dict(state["last"])
+        self._resumed_at = [*state.get("resumed_at", ()), self._last.get("train/step", 0)]
+
+    def show(self, samples: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
+        """Send samples to W&B, as pictures or text; without W&B they are not asked for.
+
+        Args:
+            samples: call for rows of equal keys: plain values, and under "png" a picture or None.
+        """
+        self._to_wandb(lambda run: sink.show(run, samples()))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json and close W&B.
+        """Write summary.json and close W&B, which takes the ledger and what was selected along.
 
         Args:
             summary: what to add to the last logged value of each metric, as "status" and "steps".
@@ -111,11 +121,13 @@ class Tracker:
             key: _number(key, value) if isinstance(value, float) else value
             for key, value in summary.items()
         }
+        if self._resumed_at:
+            values["resumed_at"] = self._resumed_at
         # Written beside and then renamed: a reader sees the whole summary or none.
         beside = self._summary.with_name("summary.json.tmp")
         _write(beside, json.dumps(values, indent=2, allow_nan=False) + "\n", mode="w")
         os.replace(beside, self._summary)
-        self._to_wandb(lambda run: (run.summary.update(values), run.finish()))
+        self._to_wandb(lambda run: sink.finish(run, values, self._summary.parent))
         self._wandb = None
 
     def _to_wandb(self, send: Callable[[Any], object]) -> None:
@@ -125,50 +137,9 @@ class Tracker:
             send(self._wandb)
         except Exception as error:  # W&B raises anything, and none of it is worth losing a run
             self._wandb = None
-            _warn(f"W&B failed and is switched off, the run goes on with {self._metrics}", error)
-
-
-def _start_wandb(options: dict[str, Any], mode: Mode, timeout_s: float) -> Any:
-    try:
-        return _open_wandb(options, mode, timeout_s)
-    except Exception as error:  # see Tracker._to_wandb
-        if mode == "online":
-            _warn(
-                "W&B cannot be reached, the run is tracked offline; `wandb sync` uploads it", error
+            sink.warn(
+                f"W&B failed and is switched off, the run goes on with {self._metrics}", error
             )
-            return _start_wandb(options, "offline", timeout_s)
-        _warn("W&B cannot start and is switched off, the run goes on without it", error)
-        return None
-
-
-def _open_wandb(options: dict[str, Any], mode: Mode, timeout_s: float) -> Any:
-    # Imported here alone: a run without W&B does not pay for it.
-    import wandb  # noqa: PLC0415
-
-    wandb.setup(wandb.Settings(silent=True))  # else the login below asks the server who we are
-    # At a terminal, wandb.init would stop the run to ask for a key.
-    if mode == "online" and not wandb.run and not wandb.login(prompt=False, verify=False):
-        raise RuntimeError("no login found; set WANDB_API_KEY or run `wandb login`")
-    settings = wandb.Settings(
-        silent=True,
-        console="off",
-        disable_git=True,
-        disable_code=True,
-        init_timeout=timeout_s,
-        finish_timeout=timeout_s,
-        reinit="create_new",  # an earlier run of this process that died must not be continued
-    )
-    # Offline there is nothing to resume: `wandb sync` joins runs of one id.
-    resume: Literal["allow"] | None = "allow" if options["id"] and mode == "online" else None
-    run = wandb.init(mode=mode, settings=settings, resume=resume, **options)
-    run.define_metric("train/step")
-    run.define_metric("*", step_metric="train/step")
-    return run
-
-
-def _warn(message: str, error: Exception) -> None:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    warnings.warn(f"{message} ({reason})", stacklevel=2)
 
 
 def _number(name: str, value: Any) -> float | int | None:
@@ -198,62 +169,3 @@ def _cut_torn_line(path: Path) -> None:
     text = path.read_bytes()
     if not text.endswith(b"\n"):
         os.truncate(path, text.rfind(b"\n") + 1)
-
-
-class Progress:
-    """A progress bar at a terminal, a plain line now and then elsewhere; written to stdout.
-
-    Args:
-        total: steps of the whole run.
-        every: steps between two plain lines.
-        description: what is going on.
-        force_terminal: True or False overrides the look at stdout.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        *,
-        every: int = 50,
-        description: str = "train",
-        force_terminal: bool | None = None,
-    ) -> None:
-        self._total, self._every, self._description = total, every, description
-        self._console = Console(file=sys.stdout, force_terminal=force_terminal)
-        self._bar: Bar | None = None
-        if self._console.is_terminal:
-            self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
-                console=self._console,
-            )
-            self._task = self._bar.add_task(description, total=total, text="")
-
-    def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def update(self, step: int, text: str = "") -> None:
-        """Show that `step` steps are done.
-
-        Args:
-            step: optimizer steps done, at most `total`.
-            text: what to show beside it, as "loss 0.41".
-        """
-        if self._bar:
-            self._bar.update(self._task, completed=step, text=text)
-        elif step % self._every == 0 or step == self._total:
-            print(f"{self._description} {step}/{self._total} {text}".rstrip(), flush=True)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar:
-            self._bar.stop()

@@ -1,0 +1,165 @@
+"""Runs by strategy: which are of one task, which of one group, and how the groups differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from selectflow.report.runs import ReportError, Run
+
+# The data and the model make the task: runs that differ there are not comparable, except in how
+# the data are read, stored and drawn.
+_TASK = ("data.", "model.", "target.")
+_SAME_TASK = (
+    "data.root", "data.seed", "data.pool", "data.num_workers", "data.buffer", "data.memory_gib",
+    "data.max_errors", "data.target_batch",
+)  # fmt: skip
+# Runs of one group may differ in these: the seeds, and what does not change the result.
+_FREE = (
+    "name", "root", "seed", "overwrite", "resume", "device", "num_threads", "max_wall_s",
+    "eval_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.seed",
+    "data.num_workers", "data.memory_gib", "data.max_errors", "select.replay",
+)  # fmt: skip
+_LOOK_AHEAD = (
+    "horizon", "horizon_schedule", "interval", "derivative", "curvature", "nominal",
+    "memory_gib", "record_steps", "record_lr", "keep_samples",
+)  # fmt: skip
+_INFINITE = (math.inf, "Infinity", "inf", ".inf")  # as YAML and as W&B return it
+
+Groups = dict[str, list[Run]]
+
+
+def strategy(run: Run) -> str:
+    """uniform, loss, offline, adaptive, online, replay, or the name of a strategy of one's own."""
+    return _strategy(run.config.get("select", {}))
+
+
+def label(run: Run) -> str:
+    """The strategy of a run; online with its horizon H and interval K, a replay with whose."""
+    if strategy(run) == "replay" and run.replayed:
+        return f"replay of {_label(run.replayed.get('select', {}))}"
+    return _label(run.config.get("select", {}))
+
+
+def _strategy(select: Mapping[str, Any]) -> str:
+    name, horizon = str(select.get("strategy")), select.get("horizon")
+    if select.get("replay"):
+        return "replay"
+    if name != "influence":
+        return name
+    if horizon in _INFINITE:
+        return "offline"
+    return "adaptive" if horizon == "auto" else "online"
+
+
+def _label(select: Mapping[str, Any]) -> str:
+    name = _strategy(select)
+    if name != "online":
+        return name
+    shape = select.get("horizon_schedule", {}).get("name", "constant")
+    changing = "" if shape == "constant" else f" ({shape})"
+    return f"{name} H={select.get('horizon')}{changing} K={select.get('interval')}"
+
+
+def groups(runs: Sequence[Run]) -> Groups:
+    """Runs that differ in their seeds only, by label.
+
+    Args:
+        runs: runs of one task.
+
+    Returns:
+        Runs by label in order of appearance. Where runs of one label differ in an option, the
+        option is part of the label.
+
+    Raises:
+        ReportError: the runs are of different tasks, or two of one group have the same seed.
+    """
+    configs = {id(run): dict(_flat(run.config)) for run in runs}
+    _check_task(runs, configs)
+    found: Groups = {}
+    for run in runs:
+        same = [configs[id(other)] for other in runs if label(other) == label(run)]
+        options = sorted({key for config in same for key in config if _divides(key, run)})
+        mine = configs[id(run)]
+        extra = [
+            f"{key.removeprefix('optimizer.').removeprefix('select.')}={mine.get(key)}"
+            for key in options
+            if any(config.get(key) != mine.get(key) for config in same)
+        ]
+        found.setdefault(" ".join([label(run), *extra]), []).append(run)
+    for name, members in found.items():
+        _check_seeds(name, members)
+    return found
+
+
+def differences(found: Groups) -> list[str]:
+    """Options outside the selection that are not the same for all groups, a line for each."""
+    firsts = {name: dict(_flat(members[0].config)) for name, members in found.items()}
+    keys = sorted({key for config in firsts.values() for key in config})
+    lines = []
+    for key in keys:
+        if key in _FREE or (key.startswith(("select.", "track.")) and key != "select.keep"):
+            continue
+        names: dict[str, list[str]] = {}
+        for name, config in firsts.items():
+            if key in config:
+                names.setdefault(str(config[key]), []).append(name)
+        if len(names) > 1:
+            values = "; ".join(f"{value} in {', '.join(of)}" for value, of in names.items())
+            lines.append(f"groups differ in {key}: {values}")
+    return lines
+
+
+def task_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """The options that make the task, the same for all runs."""
+    return {key: value for key, value in _flat(runs[0].config) if _is_task(key)}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _divides(key: str, run: Run) -> bool:
+    """Whether runs that differ in an option are of different groups."""
+    if key in _FREE or key.startswith("track."):
+        return False
+    if key == "steps":  # how long it went on, unless the learning rate depends on it
+        return bool(run.config.get("schedule", {}).get("name", "constant") != "constant")
+    looks_ahead = strategy(run) in ("online", "offline", "adaptive")
+    return looks_ahead or key.split(".")[1:2] not in [[name] for name in _LOOK_AHEAD]
+
+
+def _is_task(key: str) -> bool:
+    return key.startswith(_TASK) and key not in _SAME_TASK
+
+
+def _check_task(runs: Sequence[Run], configs: Mapping[int, Mapping[str, Any]]) -> None:
+    for one, two in pairwise(runs):
+        first, second = dict(configs[id(one)]), dict(configs[id(two)])
+        for config in (first, second):
+            if config.get("data.name") == "shards":  # the directory is the dataset
+                config["data.shards"] = str(Path(str(config.get("data.root"))).resolve())
+        for key in first.keys() & second.keys():  # an option of a later version is not a difference
+            if _is_task(key) and first[key] != second[key]:
+                raise ReportError(
+                    f"runs must be of one task, got {key} {first[key]!r} in {one.where} and "
+                    f"{second[key]!r} in {two.where}; compare them separately"
+                )
+
+
+def _check_seeds(name: str, members: Sequence[Run]) -> None:
+    seen: dict[tuple[Any, Any], Run] = {}
+    for run in members:
+        if run.seed in seen:
+            raise ReportError(
+                f"runs of one group must differ in their seeds, got seed {run.seed[0]} twice in "
+                f"{name!r}: {seen[run.seed].where} and {run.where}; leave one out"
+            )
+        seen[run.seed] = run
