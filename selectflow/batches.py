@@ -60,6 +60,11 @@ def num_examples(batch: Batch) -> int:
     return next(size for size in sizes.values() if size is not None)
 
 
+def tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a batch, each with its path."""
+    yield from ((path, leaf) for path, leaf in _leaves(batch) if isinstance(leaf, Tensor))
+
+
 def take(batch: Batch, index: Tensor | slice) -> Batch:
     """The examples at `index` (1-d int64 tensor, or a slice), in that order, as the same type."""
     if isinstance(batch, Tensor):

@@ -230,7 +230,8 @@ class SelectConfig(Section):
     interval: Count = Field(default=1, description="K: optimizer steps between two look-aheads")
     derivative: Literal["auto", "exact", "central"] = Field(
         default="auto",
-        description="directional derivatives: forward-mode, differences, or the cheaper",
+        description="directional derivatives: forward-mode, differences, or the cheaper; over a "
+        "whole run (offline) auto is exact, since errors of differences compound",
     )
     curvature: Literal["exact", "fisher", "none"] = Field(
         default="exact", description="Hessian of the adjoint sweep"
@@ -244,14 +245,20 @@ class SelectConfig(Section):
         description="patterns of the parameters that scores are taken over, '!' leaves out, as "
         "['!*wte*']; null: all",
     )
-    chunk_size: Count | None = Field(
-        default=None, description="examples scored at once; null: the whole pool"
+    chunk_size: Count | Literal["auto"] | None = Field(
+        default=None,
+        description="examples scored at once; null: the whole pool; auto: as many as a gradient "
+        "pass takes within memory_gib",
     )
     memory_gib: float = Field(
         default=1.0,
         gt=0,
         description="memory for the look-ahead's states, in GiB; offline, as much again for the "
         "snapshots of the recorded run",
+    )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        default="none",
+        description="where the look-ahead's states are kept; disk: the system's temporary files",
     )
     record_steps: Count | None = Field(
         default=None,

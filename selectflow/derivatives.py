@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from selectflow.batches import Batch, chunks, num_examples
+from selectflow.batches import Batch, num_examples
+from selectflow.chunking import Chunks, ChunkSize
 from selectflow.objective import Objective, check_finite
 from selectflow.params import Params
 
@@ -38,6 +39,7 @@ _log = logging.getLogger(__name__)
 # digits to cancellation than gradients do, so they afford a smaller step and less curvature.
 _STEP = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-6, 1e-5)}
 _SMALLEST_RMS = 1e-2  # parameters smaller than this, as zeros at the start, count as this large
+_NO_FORWARD_MODE = ("forward AD", "forward mode AD", "functorch")  # as torch says it
 _NUM_CHECKED = 8  # examples on which the two forms are compared
 # Relative error at which central differences still rank a pool rightly; a Hessian product is a
 # correction to the adjoint, and across the kinks of ReLU the two forms need not agree.
@@ -51,21 +53,26 @@ class Derivatives:
         objective: the per-example losses.
         method: "exact", "central" or "auto": decided at the first use, for losses and gradients
             apart, and kept in `decided`.
-        chunk_size: examples per pass; None: all at once.
+        chunk_size: examples per pass; None: all at once; "auto": as many as a gradient pass takes
+            within `memory_gib`, see `chunking`.
+        memory_gib: limit for "auto", in GiB.
     """
 
     def __init__(
-        self, objective: Objective, method: Method = "auto", chunk_size: int | None = None
+        self,
+        objective: Objective,
+        method: Method = "auto",
+        chunk_size: ChunkSize = None,
+        memory_gib: float = 1.0,
     ) -> None:
         if method not in ("auto", "exact", "central"):
             raise ValueError(f"derivative must be 'auto', 'exact' or 'central', got {method!r}")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}")
         self.objective = objective
-        self.chunk_size = chunk_size
+        self._chunks = Chunks(objective, chunk_size, memory_gib)
         self.method = method
         self.decided: dict[str, str] = {}
         self._unchecked: set[str] = set()
+        self._is_said = False  # that there is no forward mode
 
     def recheck(self) -> None:
         """Let the next use of each form check again that it is right."""
@@ -81,7 +88,7 @@ class Derivatives:
         return losses
 
     def _losses(self, params: Params, batch: Batch) -> Tensor:
-        parts = [self.objective.call(params, part) for part in self._chunks(batch)]
+        parts = [self.objective.call(params, part) for part in self._chunks.of(params, batch)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def gradient(
@@ -151,7 +158,7 @@ class Derivatives:
         leaves = [params[name].detach().requires_grad_() for name in names]
         params = params.detach()  # what is not differentiated in needs no graph
         total, values, start = None, [], 0
-        for part in self._chunks(batch):
+        for part in self._chunks.of(params, batch):
             with torch.enable_grad():
                 at = params | dict(zip(names, leaves, strict=True))
                 losses = self.objective.losses(at, part)
@@ -219,7 +226,7 @@ class Derivatives:
             return _over_queries(toward, params, direction, (None, 0))
 
         with plain_attention():
-            losses, slopes = zip(*map(both, self._chunks(batch)), strict=True)
+            losses, slopes = zip(*map(both, self._chunks.of(params, batch)), strict=True)
         return torch.cat(losses), torch.cat(slopes, -1)
 
     def _along_central(
@@ -238,7 +245,7 @@ class Derivatives:
 
     def _hessian_exact(self, params: Params, direction: Params, batch: Batch) -> Params:
         size, total = num_examples(batch), direction.zeros_like()
-        for part in self._chunks(batch):
+        for part in self._chunks.of(params, batch):
             gradient = torch.func.grad(lambda p, part=part: self.objective.call(p, part).sum())
 
             def product(
@@ -268,18 +275,39 @@ class Derivatives:
     # --- choosing between them ------------------------------------------------------------
 
     def _decide(self, use: str, params: Params, direction: Params, batch: Batch) -> str:
-        if self.method != "auto":
-            return self.method
+        if self.method == "central":
+            return "central"
+        if self.method == "exact":
+            self._check_forward_mode(use, params, direction, batch)
+            return "exact"
         if use not in self.decided or use in self._unchecked:
             if _has_queries(params, direction):
                 direction = next(_split(direction))
-            few = next(chunks(batch, min(_NUM_CHECKED, self.chunk_size or _NUM_CHECKED)))
+            few = next(self._chunks.of(params, batch, _NUM_CHECKED))
             form, why = self._compare(use, params, direction, few)
             if form != self.decided.get(use):
                 _log.info("derivatives of %s: %s (%s)", use, form, why)
             self.decided[use] = form
             self._unchecked.discard(use)
         return self.decided[use]
+
+    def _check_forward_mode(
+        self, use: str, params: Params, direction: Params, batch: Batch
+    ) -> None:
+        """Try the exact form on one example, once."""
+        if use in self.decided:
+            return
+        try:
+            one = next(self._chunks.of(params, batch, 1))
+            self._flat(use, params, direction, one)("exact", 1.0)
+        except (RuntimeError, NotImplementedError) as error:
+            if not any(words in str(error) for words in _NO_FORWARD_MODE):
+                raise
+            raise RuntimeError(
+                f"a model with derivative 'exact' must have forward mode, got: {_reason(error)}; "
+                "use 'auto' or 'central'"
+            ) from error
+        self.decided[use] = "exact"
 
     def _compare(
         self, use: str, params: Params, direction: Params, batch: Batch
@@ -291,9 +319,9 @@ class Derivatives:
             reference, against = flat("exact", 1.0), "the exact form"
         except (RuntimeError, NotImplementedError) as error:  # no forward mode for some operator
             reference, against = flat("central", 0.5), "half the step"
-            if use not in self.decided:
-                reason = str(error).strip().splitlines()[0]
-                _log.info("no forward-mode derivative of this model (%s)", reason)
+            if not self._is_said:
+                _log.info("no forward-mode derivative of this model (%s)", _reason(error))
+                self._is_said = True
         scale = reference.norm()
         apart = float((central - reference).norm() / scale) if scale > 0 else 0.0
         agrees = apart <= _TOLERANCE[use]
@@ -301,8 +329,8 @@ class Derivatives:
             raise FloatingPointError(
                 f"central differences of {use} must agree to {_TOLERANCE[use]:.0%} between a "
                 f"step and half of it, got {apart:.1%}, and the model has no forward-mode "
-                "derivative; "
-                "compute the losses in float32 without autocast, or make the model smooth"
+                "derivative; compute the losses in float32 without autocast, make the model smooth"
+                + ("" if use == "losses" else ", or set curvature to 'none'")
             )
         return ("central" if agrees else "exact"), f"{apart:.1e} from {against}"
 
@@ -323,11 +351,12 @@ class Derivatives:
 
         return losses if use == "losses" else gradients
 
-    def _chunks(self, batch: Batch) -> Iterator[Batch]:
-        return chunks(batch, self.chunk_size)
-
 
 _Found = TypeVar("_Found")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _has_queries(params: Params, direction: Params) -> bool:

@@ -57,8 +57,9 @@ class SelectTrainerMixin(_Base):
             `per_device_eval_batch_size` examples to a look-ahead, and held in memory.
         keep: examples kept of each micro-batch: a count, or a fraction in (0, 1]. With a count, set
             `dataloader_drop_last`, or the last pool of an epoch may be too small.
-        loss_fn: per-example losses, of which the training loss is the mean; the default is the
-            loss of a causal language model.
+        loss_fn: per-example losses, of which the training loss is the mean; the default is that of
+            a causal language model. (The Trainer's own mean is over tokens: where examples have
+            different numbers of them, the longer ones weigh more in training than in scores.)
         select_options: further arguments of `Selector`, as `{"horizon": 0, "params": ["!*wte*"]}`.
         kwargs: of the Trainer.
 

@@ -21,6 +21,7 @@ from functools import partial
 from selectflow.batches import Batch
 from selectflow.derivatives import Curvature, Derivatives
 from selectflow.dynamics import Adjoint, State, Update
+from selectflow.offload import Fetch, Keep, Offload, in_place, keeping
 from selectflow.params import Params
 
 Nominal = Callable[[int, State], Batch]
@@ -127,6 +128,7 @@ def look_ahead(
     num_sensitivities: int = 1,
     memory_gib: float = 1.0,
     names: Sequence[str] | None = None,
+    offload: Offload = "none",
 ) -> LookAhead:
     """Sensitivities of the target loss to the batch gradients of the window's first updates.
 
@@ -135,10 +137,11 @@ def look_ahead(
         state: the state before the first; is not changed.
         target: batch whose mean loss is the target.
         num_sensitivities: how many gammas to return, from the window's start.
-        memory_gib: limit for the states that the sweep keeps, in GiB.
+        memory_gib: limit for the states that the sweep keeps, in GiB, wherever they are.
         names: parameters to restrict the gammas to when they are returned; None: all. Rollout
             and sweep always go through all: gamma . grad loss_z is then exactly the part of the
             influence that example z has through its gradient at these parameters.
+        offload: where the sweep keeps them, see `offload.keeping`.
 
     Returns:
         The target loss after H updates and min(H, num_sensitivities) gammas.
@@ -163,7 +166,8 @@ def look_ahead(
 
     horizon = len(window.updates)
     capacity = sweep_capacity(state, horizon, memory_gib)
-    sweep(window, state, read_target, keep, capacity)
+    with keeping(offload) as put:
+        sweep(window, state, read_target, keep, capacity, put=put)
     return LookAhead(horizon, target_loss, [gammas[index] for index in sorted(gammas)])
 
 
@@ -207,6 +211,7 @@ def sweep(
     *,
     start: int = 0,
     stop: int | None = None,
+    put: Keep = in_place,
 ) -> Adjoint:
     """Roll the window out, then sweep back over it in bounded memory.
 
@@ -219,18 +224,20 @@ def sweep(
         capacity: states that may be kept at once beside `state`, as `sweep_capacity` gives it.
         start: the first update of the stretch to sweep.
         stop: the update after its last; None: the window's end.
+        put: takes the states away until they are needed.
 
     Returns:
         The adjoint before update `start`; at the window's `first` without its curvature term.
     """
     stop = len(window.updates) if stop is None else stop
-    return _Sweep(window, emit).run(start, stop, state, read_end, capacity)
+    return _Sweep(window, emit, put).run(start, stop, state, read_end, capacity)
 
 
 @dataclass(frozen=True)
 class _Sweep:
     window: Window
     emit: Callable[[Visit], None]
+    put: Keep
 
     def run(
         self,
@@ -243,19 +250,25 @@ class _Sweep:
         """Updates start .. stop-1: returns the adjoint before update `start`."""
         num = stop - start
         spacing = 1 if num <= capacity else math.ceil(num / max(2, capacity // 2))
-        points, grads, end = [], [], state
+        points: list[Fetch] = []
+        grads: list[Fetch] = []
+        end = state
         for index in range(start, stop):
             if (index - start) % spacing == 0:
-                points.append(end)
+                # the first state is the caller's, who has it in any case
+                points.append(self.put(end) if points else partial(_constant, state))
             grad, end = self.window.advance(index, end)
             if spacing == 1:
-                grads.append(grad)
+                # the last gradient is needed first
+                is_last = index == stop - 1
+                held = State(grad, Params(), Params())
+                grads.append(partial(_constant, held) if is_last else self.put(held))
         adjoint = read_end(end)
         if spacing == 1:
             return self._back(stop, points, grads, end, adjoint)
         del grad, end
         while points:
-            before, first = points.pop(), start + spacing * len(points)
+            before, first = points.pop()(), start + spacing * len(points)
             last = min(first + spacing, stop)
             # The deeper run begins its way back with the adjoint known here.
             known = partial(_constant, adjoint)
@@ -263,19 +276,19 @@ class _Sweep:
         return adjoint
 
     def _back(
-        self, stop: int, points: list[State], grads: list[Params], end: State, adjoint: Adjoint
+        self, stop: int, points: list[Fetch], grads: list[Fetch], end: State, adjoint: Adjoint
     ) -> Adjoint:
         """The sweep itself, over updates whose states are all at hand; uses them up."""
         for index in reversed(range(stop - len(points), stop)):
-            before, grad = points.pop(), grads.pop()
+            before, grad = points.pop()(), grads.pop()().params
             gamma, earlier = self.window.pull_back(index, adjoint, before, end, grad)
             self.emit(Visit(index, gamma, before, grad, end, adjoint))
             end, adjoint = before, earlier
         return adjoint
 
 
-def _constant(adjoint: Adjoint, _: State) -> Adjoint:
-    return adjoint
+def _constant(state: State, *_: State) -> State:
+    return state
 
 
 def sweep_capacity(state: State, horizon: int, memory_gib: float) -> int:

@@ -66,7 +66,8 @@ class Objective:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
                 f"loss_fn must return one loss per example, shape {expected}, got {got}; "
-                "use reduction='none' and average over everything but the examples"
+                "use reduction='none' and average over everything but the examples (for a causal "
+                "language model: selectflow.language.causal_lm_losses)"
             )
         return values
 

@@ -19,8 +19,6 @@ from selectflow.params import Params
 from selectflow.sample_scores import SampleScores
 from selectflow.trajectory import Trajectory
 
-_RECHECK = 25  # updates that a check of central differences is trusted for
-
 
 def score_samples(
     trajectory: Trajectory,
@@ -39,7 +37,9 @@ def score_samples(
     after a removal, is predicted by (B score(z) - sum of the batch's scores) / (B - 1).
 
     Args:
-        trajectory: of batches that are mappings with a list "key" of sample ids.
+        trajectory: of batches that are mappings with a list "key" of sample ids. Its derivatives
+            should be exact, as `record` makes them: errors of central Hessian products compound
+            over a whole run.
         target: batches; the target loss is the mean over all their examples.
         curvature: "exact", "fisher" (empirical Fisher) or "none".
         memory_gib: limit for the states between two snapshots, in GiB.
@@ -58,8 +58,6 @@ def score_samples(
     occurrences = torch.zeros(len(row), dtype=torch.int64)
 
     def add(visit: Visit) -> None:
-        if visit.index % _RECHECK == 0:
-            trajectory.derivatives.recheck()
         batch = batches[visit.index]
         gamma = trajectory.updates[visit.index].heard(visit.gamma, visit.after)
         _, slopes = trajectory.derivatives.along(visit.state.params, gamma, batch)

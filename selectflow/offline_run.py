@@ -108,8 +108,10 @@ def _record(config: RunConfig, task: Task) -> Trajectory:
         limit_gib=select.memory_gib,
         chunk_size=select.chunk_size,
     )
+    if select.derivative == "auto":  # stays exact: errors of central differences compound
+        return trajectory
     objective = trajectory.derivatives.objective
-    derivatives = Derivatives(objective, select.derivative, select.chunk_size)
+    derivatives = Derivatives(objective, select.derivative, select.chunk_size, select.memory_gib)
     return replace(trajectory, derivatives=derivatives)
 
 

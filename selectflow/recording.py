@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from selectflow.batches import Batch
+from selectflow.chunking import ChunkSize
 from selectflow.derivatives import Derivatives
 from selectflow.dynamics import SGD, AdamW, Rule, Update
 from selectflow.objective import LossFn, Objective, check_finite
@@ -42,7 +43,7 @@ def record(
     spacing: int = 1,
     limit_gib: float = 1.0,
     folder: str | Path | None = None,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
 ) -> Trajectory:
     """Train on `batches`, one optimizer step each, and keep what a replay needs.
 
@@ -150,7 +151,7 @@ def reopen(
     model: nn.Module,
     loss_fn: LossFn,
     batches: Sequence[Batch],
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
 ) -> Trajectory:
     """A recording that was written to `folder`, with the model and batches it was made from.
 

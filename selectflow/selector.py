@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from selectflow.arguments import check_choice, check_keep, check_range
 from selectflow.batches import Batch, Cycle, num_examples, take, through
+from selectflow.chunking import ChunkSize
 from selectflow.derivatives import Curvature, Derivatives, Method
 from selectflow.dynamics import State, Update
 from selectflow.horizons import Horizon, as_horizon
@@ -23,6 +24,7 @@ from selectflow.lookahead import LookAhead, Window, immediate, look_ahead
 from selectflow.lookahead_state import plain, restored
 from selectflow.nominal import nominal_batches, policy_order, random_order
 from selectflow.objective import LossFn, Objective, check_finite
+from selectflow.offload import Offload
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
 from selectflow.scored_params import scored_names
@@ -70,8 +72,11 @@ class Selector:
             look-ahead still trains on whole batches. None: the batch itself.
         pools_per_update: pools that make one optimizer step, where you accumulate the gradients
             of their kept examples; the look-ahead then does so, too.
-        chunk_size: examples to a pass when scoring and looking ahead; None: all at once.
+        chunk_size: examples to a pass when scoring and looking ahead; None: all at once; "auto":
+            as many as a gradient pass takes within `memory_gib`.
         memory_gib: limit for the states a look-ahead keeps, in GiB; recomputes beyond it.
+        offload: where it keeps them: "none" on their device, "cpu", or "disk", in the system's
+            folder for temporary files.
 
     Raises:
         TypeError: the optimizer or scheduler cannot be modelled.
@@ -99,9 +104,11 @@ class Selector:
         params: Sequence[str] | None = None,
         score_view: Callable[[Batch], Batch] | None = None,
         pools_per_update: int = 1,
-        chunk_size: int | None = None,
+        chunk_size: ChunkSize = None,
         memory_gib: float = 1.0,
+        offload: Offload = "none",
     ) -> None:
+        check_choice("offload", offload, ("none", "cpu", "disk"))
         check_range("pools_per_update", pools_per_update, 1)
         check_range("interval", interval, 1)
         check_choice("curvature", curvature, ("exact", "fisher", "none"))
@@ -110,7 +117,7 @@ class Selector:
         if not memory_gib > 0:
             raise ValueError(f"memory_gib must be > 0, got {memory_gib}")
         self._objective = Objective(model, loss_fn)
-        self._derivatives = Derivatives(self._objective, derivative, chunk_size)
+        self._derivatives = Derivatives(self._objective, derivative, chunk_size, memory_gib)
         self._optimizer = OptimizerReader(
             self._objective.model, optimizer, lr_scheduler, max_grad_norm
         )
@@ -121,6 +128,7 @@ class Selector:
         self._strategy = resolve(strategy)
         self._keep, self._horizon, self._interval = keep, as_horizon(horizon), interval
         self._curvature, self._nominal, self._memory_gib = curvature, nominal, memory_gib
+        self._offload = offload
         self._generator = torch.Generator().manual_seed(seed)
         self._options = {
             "keep": keep,
@@ -283,6 +291,7 @@ class Selector:
             num_sensitivities=self._interval,
             memory_gib=self._memory_gib,
             names=names,
+            offload=self._offload,
         )
 
     # --- state ----------------------------------------------------------------------------

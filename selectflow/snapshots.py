@@ -74,7 +74,7 @@ class Snapshots:
         if self.folder is None:
             self._held[index] = State(*(part.map(lambda x: x.detach().clone()) for part in state))
         else:
-            _write(self.path(index), state)
+            write_state(self.path(index), state)
         self._sizes[index] = sum(part.num_bytes() for part in state)
 
     def state(self, index: int) -> State:
@@ -83,7 +83,7 @@ class Snapshots:
         Raises:
             OSError: its file is missing or not whole.
         """
-        return self._held[index] if self.folder is None else _read(self.path(index))
+        return self._held[index] if self.folder is None else read_state(self.path(index))
 
     def path(self, index: int) -> Path:
         """The file of the snapshot at `index`."""
@@ -123,7 +123,12 @@ def write_whole(path: Path, content: bytes) -> None:
         ) from error
 
 
-def _write(path: Path, state: State) -> None:
+def write_state(path: Path, state: State) -> None:
+    """Write a state as one safetensors file.
+
+    Raises:
+        OSError: it could not be written; nothing is left of it.
+    """
     from safetensors.torch import save  # noqa: PLC0415
 
     tensors: dict[str, Tensor] = {
@@ -134,7 +139,12 @@ def _write(path: Path, state: State) -> None:
     write_whole(path, save(tensors))
 
 
-def _read(path: Path) -> State:
+def read_state(path: Path) -> State:
+    """The state in a file of `write_state`, memory-mapped, on the CPU.
+
+    Raises:
+        OSError: the file is missing or not whole.
+    """
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
     parts: dict[str, Params] = {field: Params() for field in State._fields}

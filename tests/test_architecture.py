@@ -17,17 +17,19 @@ MAY_IMPORT = {
     "dynamics": {"params"},
     "optimizers": {"dynamics", "params"},
     "objective": {"batches"},
-    "derivatives": {"objective", "batches", "params"},
+    "chunking": {"batches", "objective", "params"},
+    "derivatives": {"chunking", "objective", "batches", "params"},
     "horizons": set(),
-    "lookahead": {"batches", "derivatives", "dynamics", "params"},
+    "lookahead": {"batches", "derivatives", "dynamics", "offload", "params"},
+    "offload": {"dynamics", "params", "snapshots"},
     "strategies": {"batches"},
     "language": {"batches"},
     "huggingface": {"atomic", "batches", "language", "objective", "selection", "selector"},
     "selection": {"batches"},
     "selector": {
-        "arguments", "batches", "derivatives", "dynamics", "horizons", "lookahead", "objective",
-        "lookahead_state", "nominal", "optimizers", "params", "scored_params", "selection",
-        "strategies",
+        "arguments", "batches", "chunking", "derivatives", "dynamics", "horizons", "lookahead",
+        "lookahead_state", "nominal", "objective", "offload", "optimizers", "params",
+        "scored_params", "selection", "strategies",
     },
     "arguments": set(),
     "lookahead_state": {"lookahead", "params"},
@@ -36,7 +38,8 @@ MAY_IMPORT = {
     "snapshots": {"atomic", "dynamics", "params"},
     "trajectory": {"batches", "derivatives", "dynamics", "lookahead", "snapshots"},
     "recording": {
-        "objective", "batches", "derivatives", "dynamics", "optimizers", "snapshots", "trajectory",
+        "batches", "chunking", "derivatives", "dynamics", "objective", "optimizers", "snapshots",
+        "trajectory",
     },
     "tangents": {"objective", "batches", "derivatives", "dynamics", "params"},
     "perturbations": {"batches", "derivatives", "dynamics", "params", "tangents"},
@@ -160,8 +163,8 @@ def test_trainers_are_never_imported():
 def test_importing_selectflow_is_light():
     """Neither the data and tracking libraries nor heavy integrations come with the import."""
     heavy = (
-        "wandb webdataset torchvision matplotlib transformers peft lightning optuna sklearn "
-        "safetensors pyarrow"
+        "wandb webdataset torchvision matplotlib transformers peft trl accelerate tokenizers "
+        "datasets lightning optuna sklearn safetensors pyarrow"
     )
     code = f"import sys, selectflow; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run(

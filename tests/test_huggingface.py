@@ -235,6 +235,11 @@ def test_a_target_that_is_not_there(tmp_path):
         trainer.train()
 
 
+def test_an_optimizer_that_is_not_modelled(tmp_path):
+    with pytest.raises(TypeError, match=r"optimizer must be one of torch.optim.AdamW.*Adafactor"):
+        trainer_for(tmp_path, optim="adafactor").train()
+
+
 def test_a_last_pool_that_is_too_small(tmp_path):
     trainer = trainer_for(tmp_path)
     trainer.train_dataset = dataset(texts(POOL + KEEP - 1, 1))

@@ -196,8 +196,8 @@ def show(sample: Sample, fields: Mapping[str, Any], made: Mapping[str, Any]) -> 
     altered = bool(made["altered"]) if "altered" in made else None
     if altered and "true_label" in made:
         facts[0] += f", really {made['true_label']}"
-    if "domain" in made:
-        facts.insert(0, str(made["domain"]))
+    known = dict.fromkeys(str(made[name]) for name in ("domain", "origin") if name in made)
+    facts[:0] = known
     image = next((fields[f] for f in ("png", "jpg", "jpeg", "npy") if f in fields), None)
     if image is not None and np.ndim(image) == 3:
         return Shown(sample.key, facts, _png(dict(fields)), "", altered)

@@ -1,0 +1,160 @@
+"""What a sweep over a whole run costs: seconds in units of the run, and peak memory, by length.
+
+    python tests/benchmarks/sweep_cost.py [--steps 100 2000] [--limit-gib 0.02] [--threads 1]
+
+An MLP is recorded for T steps under one limit for snapshots and one for the sweep, then one target
+is swept back over all of them, with each curvature. Plain training of as many steps, without a
+recording, is the unit. Memory is the growth of the process's peak over what it held before the
+recording, each length in a process of its own; where T states do not fit into the limits, it must
+not grow with T.
+
+    python tests/benchmarks/sweep_cost.py --shape gpt2 | llama
+
+times and weighs a few recorded steps and their sweep at the shape of GPT-2 (124M) or, with LoRA,
+of Llama-3.2-1B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import re
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from selectflow.audit_config import AuditConfig, GPT2Model, LlamaModel
+from selectflow.audit_rows import Recorded
+from selectflow.audit_settings import PROBLEMS, Setting
+from selectflow.offline import score_samples
+from selectflow.recording import record
+
+BATCH, TARGET = 32, 200
+SHAPES = {"gpt2": GPT2Model(shape="124m", block=64), "llama": LlamaModel(shape="1b", block=64)}
+
+
+def loss_fn(model, batch):
+    return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+def problem(num_steps):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU())
+    model.append(nn.Linear(256, 10))
+    x, y = torch.randn(4096, 64), torch.randint(10, (4096,))
+
+    def batch(step, size):
+        index = torch.randint(4096, (size,), generator=torch.Generator().manual_seed(step))
+        return {"x": x[index], "y": y[index], "key": [str(i) for i in index.tolist()]}
+
+    batches = [batch(step, BATCH) for step in range(num_steps)]
+    return model, batches, batch(-1, TARGET)
+
+
+def train(model, loss, batches):
+    """Seconds of plain training."""
+    params = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(params, 1e-3)
+    began = time.perf_counter()
+    for batch in batches:
+        optimizer.zero_grad()
+        loss(model, batch).mean().backward()
+        optimizer.step()
+    return time.perf_counter() - began
+
+
+def peak_gib():
+    """The largest size this process has had in memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 2**20
+
+
+def reset_peak():
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(num_steps, limit_gib):
+    """One length: plain training, recording, and sweeps of one target."""
+    model, batches, target = problem(num_steps)
+    train(model, loss_fn, batches[:20])  # the first steps of a process are slow
+    plain = train(model, loss_fn, batches)
+    model, batches, target = problem(num_steps)
+    reset_peak()
+    before = peak_gib()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    trajectory = record(model, optimizer, loss_fn, batches, limit_gib=limit_gib)
+    snapshots, state = trajectory.snapshots, trajectory.snapshots.state(0)
+    size = sum(part.num_bytes() for part in state) / 2**30
+    print(
+        f"T = {num_steps}: plain {plain:.2f} s; all states {num_steps * size:.3f} GiB; "
+        f"recording {trajectory.seconds / plain:.2f} of it, {len(snapshots.indices)} snapshots, "
+        f"{snapshots.gib:.4f} GiB",
+        flush=True,
+    )
+    for curvature in ("exact", "fisher", "none"):
+        began = time.perf_counter()
+        score_samples(trajectory, [target], curvature=curvature, memory_gib=limit_gib)
+        took = (time.perf_counter() - began) / plain
+        print(f"  sweep and scores, {curvature}: {took:.2f} of plain training", flush=True)
+    print(f"  peak memory {peak_gib() - before:.3f} GiB over what it was before", flush=True)
+
+
+def measure_shape(name, limit_gib):
+    """Seconds and memory of recorded steps and of one target's sweep, at full size."""
+    config = AuditConfig(
+        name=name, model=SHAPES[name], steps=3, batch=4, num_queries=1, horizons=(),
+        schedule="constant", memory_gib=limit_gib,
+    )  # fmt: skip
+    setting = Setting(config, 0)
+    began = time.perf_counter()
+    model = setting.model()
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    total = sum(param.numel() for param in model.parameters())
+    print(
+        f"{name}: {total / 1e6:.0f}M parameters, {trained / 1e6:.2f}M trained, float32, "
+        f"batch 4 x 64 tokens; built in {time.perf_counter() - began:.0f} s",
+        flush=True,
+    )
+    loss = PROBLEMS[config.model.kind].loss_fn
+    plain = train(model, loss, [setting.batch(step) for step in range(3)]) / 3
+    print(f"  plain step {plain:.2f} s; peak {peak_gib():.2f} GiB", flush=True)
+    del model
+    reset_peak()
+    recorded = Recorded.of(setting, 1e-4)
+    print(
+        f"  recorded step {recorded.trajectory.seconds / 3:.2f} s; peak {peak_gib():.2f} GiB",
+        flush=True,
+    )
+    for curvature in ("fisher", "exact"):
+        reset_peak()
+        began = time.perf_counter()
+        recorded.predicted([(0, 0)], 3, curvature=curvature, reduce="mean")
+        took = (time.perf_counter() - began) / 3
+        print(f"  sweep, {curvature}: {took:.2f} s a step; peak {peak_gib():.2f} GiB", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 2000])
+    parser.add_argument("--limit-gib", type=float)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shape", choices=SHAPES)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.shape:
+        measure_shape(args.shape, args.limit_gib or 8.0)
+        return
+    context = multiprocessing.get_context("spawn")
+    for num_steps in args.steps:
+        process = context.Process(target=measure, args=(num_steps, args.limit_gib or 0.02))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(process.exitcode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Layers without forward mode, mixtures of experts, gradient scalers, losses that are means."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from reference import slopes
+from torch import nn
+from torch.autograd import Function
+
+from selectflow import Selector
+from selectflow.language import causal_lm_losses
+
+
+class PlainSwish(Function):
+    """As written before torch.func: context in forward, no forward mode, no vmap."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        gate = x.sigmoid()
+        return grad * (gate + x * gate * (1 - gate))
+
+
+class Swish(Function):
+    """In the form of torch.func, still without forward mode."""
+
+    @staticmethod
+    def forward(x):
+        return x * x.sigmoid()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    backward = PlainSwish.backward
+
+
+class Layer(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function.apply(x)
+
+
+def loss_fn(model, batch):
+    return nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+def batch(num, dtype=torch.float32):
+    return {"x": torch.randn(num, 6, dtype=dtype), "y": torch.randint(4, (num,))}
+
+
+def custom(function, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), Layer(function), nn.Linear(16, 4)).to(dtype)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize("function", [PlainSwish, Swish])
+def test_central_differences_take_over_once_and_say_so(function, caplog):
+    model, optimizer = custom(function)
+    selector = Selector(model, optimizer, loss_fn, [batch(8)], keep=2, horizon=2)
+    pools = [batch(6) for _ in range(6)]
+    with caplog.at_level(logging.INFO, "selectflow"):
+        for _ in range(3):
+            selector._ahead = None
+            selector.select(pools[0], pools[1:])
+    assert selector.forms == {"losses": "central", "gradients": "central"}
+    lines = [record.getMessage() for record in caplog.records]
+    said = [line for line in lines if line.startswith("no forward-mode derivative of this model")]
+    assert len(said) == 1
+    assert any(line.startswith("derivatives of losses: central") for line in lines)
+    expected = -slopes(model, loss_fn, pools[0], selector._ahead.sensitivities[0])
+    found = selector.last.scores.double()
+    assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("function", [PlainSwish, Swish])
+def test_exact_derivatives_of_such_a_model_are_refused(function):
+    model, optimizer = custom(function)
+    selector = Selector(
+        model, optimizer, loss_fn, [batch(8)], keep=2, horizon=0, derivative="exact"
+    )
+    with pytest.raises(RuntimeError, match=r"'exact' must have forward mode.*use 'auto' or 'cent"):
+        selector.select(batch(6))
+
+
+def test_a_mixture_of_experts():
+    """Which experts a token goes to is held constant, as in its gradient."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=19, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, head_dim=8,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    pools = [{"input_ids": torch.randint(19, (6, 10))} for _ in range(3)]
+    for pool in pools:
+        causal_lm_losses(model, pool).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    selector = Selector(model, optimizer, causal_lm_losses, [pools[2]], keep=2, horizon=2)
+    selector.select(pools[0], pools[1:])
+    model.eval()
+    expected = -slopes(model, causal_lm_losses, pools[0], selector._ahead.sensitivities[0])
+    found = selector.last.scores.double()
+    assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_gradient_scaler_changes_nothing(interval):
+    """Scores are taken from unscaled losses, and an update that it skips is none."""
+    kept = {}
+    for scale in (1.0, 2.0**10):
+        model, optimizer = custom(Swish, torch.float64)
+        torch.manual_seed(1)
+        pools, target = [batch(8, torch.float64) for _ in range(9)], [batch(9, torch.float64)]
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        selector = Selector(model, optimizer, loss_fn, target, keep=3, interval=interval, seed=2)
+        kept[scale] = []
+        for step, part in enumerate(selector.stream(pools)):
+            kept[scale].append((selector.last.step, selector.last.indices.tolist()))
+            optimizer.zero_grad()
+            scaler.scale(loss_fn(model, part).mean()).backward()
+            if step == 4:
+                model[0].weight.grad[0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+    assert kept[1.0] == kept[2.0**10]
+    assert [step for step, _ in kept[1.0]] == [0, 1, 2, 3, 4, 4, 5, 6, 7]
+
+
+def test_parameters_in_half_precision_are_refused():
+    model, optimizer = custom(Swish, torch.float16)
+    target = [batch(8, torch.float16)]
+    selector = Selector(model, optimizer, loss_fn, target, keep=2, horizon=0)
+    with pytest.raises(ValueError, match=r"need float32 or float64 parameters, got torch\.float16"):
+        selector.select(batch(6, torch.float16))
+
+
+def test_a_loss_that_the_model_has_averaged():
+    config = transformers.GPT2Config(
+        vocab_size=19, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    ids = {"input_ids": torch.randint(19, (6, 10))}
+
+    def fused(model, batch):
+        return model(**batch, labels=batch["input_ids"]).loss
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    selector = Selector(model, optimizer, fused, [ids], keep=2)
+    with pytest.raises(ValueError, match=r"got \(\).*selectflow.language.causal_lm_losses"):
+        selector.select(ids)
