@@ -24,14 +24,20 @@ def add_arguments(tune: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--wandb", action="store_true", help="create it on W&B and serve it")
     tune.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N",
+        "--jobs", type=_count, default=os.cpu_count() or 1, metavar="N",
         help="processes at once, of one thread each (default: one per core)",
     )  # fmt: skip
     tune.add_argument(
         "--out", type=Path, metavar="DIR", help="of the record and runs (default: runs/<sweep>)"
     )
-    tune.add_argument("--count", type=int, metavar="N", help="most runs of this agent (--wandb)")
+    tune.add_argument("--count", type=_count, metavar="N", help="most runs of this agent (--wandb)")
     tune.set_defaults(command=_tune)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
 
 
 def _tune(args: argparse.Namespace) -> None:
@@ -39,7 +45,7 @@ def _tune(args: argparse.Namespace) -> None:
 
     sweep = load_sweep(args.sweep)
     out = args.out or Path("runs", sweep.name)
-    found = _serve(sweep, args.count) if args.wandb else _tune_here(sweep, out, max(1, args.jobs))
+    found = _serve(sweep, args.count) if args.wandb else _tune_here(sweep, out, args.jobs)
     if found.cells:
         _write(sweep, found, out)
 

@@ -78,17 +78,17 @@ def cells_of_runs(sweep: Sweep, run_dirs: Iterable[Path]) -> Cells:
     """
     groups: dict[str, list[tuple[RunConfig, Run]]] = {}
     for run in load_runs(run_dirs):
-        config = load(run.path / "config.yaml")
+        config = load(Path(run.where) / "config.yaml")
         groups.setdefault(json.dumps(_setting(sweep, config)), []).append((config, run))
     cells = []
     for members in groups.values():
         members.sort(key=lambda member: member[0].seed)
         runs, setting = [run for _, run in members], _setting(sweep, members[0][0])
         num = len(sweep.seeds) if sweep.keys.method == "grid" else 1
-        states = [str(run.summary.get("status", "unfinished")) for run in runs]
+        states = [run.status for run in runs]
         if all(state == "finished" for state in states) and len(runs) >= num:
             cells.append(make_cell(sweep, setting, runs, "complete"))
-        elif any(state.startswith("stopped") for state in states):
+        elif "stopped" in states:
             cells.append(make_cell(sweep, setting, runs, "stopped"))
         else:
             note = f"{len(runs)} of {num} seeds: {', '.join(states)}"

@@ -185,13 +185,14 @@ def test_killed_and_started_again_it_repeats_no_finished_cell(write, tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_end_when_the_sweep_is_killed(write, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_runs_save_and_end_when_the_sweep_does(write, tmp_path, number, code):
     path, out = write(GRID | {"steps": {"value": 100000}}), tmp_path / "out"
     command = [sys.executable, "-m", "selectflow", "tune", str(path), "--out", str(out)]
     process = subprocess.Popen([*command, "--jobs", "1"], stdout=subprocess.DEVNULL)
     until(lambda: list((out / "runs").glob("*/metrics.jsonl")))
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, number)
+    assert process.wait() == code
     (summary,) = until(lambda: list((out / "runs").glob("*/summary.json")))
     assert json.loads(summary.read_text())["status"] == "stopped by SIGTERM"
 
