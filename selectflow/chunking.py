@@ -3,7 +3,8 @@
 The size of what autograd saves for the backward pass is exact arithmetic over shapes, the same on
 every device: two small passes, of one example and of two, tell the share of an example. To that
 comes, at the height of the backward pass, the gradient of the largest saved tensor and a temporary
-of its size (for a language model, its logits).
+of its size (for a language model, its logits). Workspaces of kernels, and what the allocator
+holds back, come on top.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         help="the best share in (0, 1] of all candidates by mean score, instead of those kept",
     )  # fmt: skip
     write.add_argument(
-        "--source", metavar="DIR", help="the run's dataset, where it is not where the run read it"
-    )
+        "--source", metavar="DIR",
+        help="the run's dataset, directory or URL, where it is not where the run read it",
+    )  # fmt: skip
     add_layout(write)
     write.set_defaults(command=_write_shards)
 
@@ -38,14 +39,14 @@ def _share(text: str) -> float:
 
 def _write_shards(args: argparse.Namespace) -> None:
     from selectflow.config import load  # noqa: PLC0415
-    from selectflow.data import read_manifest  # noqa: PLC0415
+    from selectflow.data import find_manifest  # noqa: PLC0415
     from selectflow.ledger import last_step, read_stream  # noqa: PLC0415
     from selectflow.sample_scores import kept_keys, mean_scores, write_selected  # noqa: PLC0415
 
     stream = read_stream(args.run)
     config = load(args.run / "config.yaml")
     source = args.source or str(config.data.directory)
-    held = read_manifest(source)
+    held = find_manifest(source)
     _check_same_data(source, held.fingerprint(), stream)
     scores = mean_scores(args.run)
     kept = kept_keys(args.run) if args.top is None else scores.top(args.top)

@@ -48,6 +48,10 @@ def _is_horizon(value: object) -> bool:
     return is_count or value in (math.inf, "auto")
 
 
+def _path_or_url(value: object) -> object:
+    return Path(value) if isinstance(value, str) and "://" not in value else value
+
+
 def _matches(pattern: str) -> Callable[[object], object]:
     return lambda value: isinstance(value, str) and re.fullmatch(pattern, value)
 
@@ -63,6 +67,8 @@ Milestone = Annotated[
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # YAML has lists and strings where Python has tuples and paths; only the container is lax.
 Directory = Annotated[Path, Field(strict=False)]
+# a path would lose one of the slashes of "s3://"
+Location = Directory | Annotated[str, Field(pattern="^[a-z0-9+]+://")]
 Keep = Annotated[
     Count | Annotated[float, Field(gt=0, le=1)],
     _must_be("a count (integer >= 1) or a fraction in (0, 1]", _is_keep),
@@ -96,9 +102,10 @@ class DataConfig(Section):
     name: Literal["digits", "shards"] = Field(
         default="digits", description="digits: written on first use; shards: an existing directory"
     )
-    root: Directory | None = Field(
+    root: Annotated[Location | None, BeforeValidator(_path_or_url)] = Field(
         default=None,
-        description="directory of the shards; null: data/<name and options> for digits",
+        description="directory of the shards, or its URL (s3, gs, hf, https: extra `remote`); "
+        "null: data/<name and options> for digits",
     )
     label_noise: float = Field(
         default=0.0, ge=0, lt=1, description="share of training labels made wrong (digits)"
@@ -120,8 +127,8 @@ class DataConfig(Section):
     target_batch: Count = Field(default=200, description="examples of one batch of the target set")
 
     @property
-    def directory(self) -> Path:
-        """The directory of the shards, `root` or the one derived from the options."""
+    def directory(self) -> Path | str:
+        """The directory or URL of the shards, `root` or the one derived from the options."""
         return self.root or Path("data", f"digits-noise{self.label_noise:g}-seed{self.seed}")
 
 

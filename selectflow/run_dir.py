@@ -23,7 +23,7 @@ class RunError(ValueError):
 # What may differ between a run and the one that resumes it.
 _FREE_ON_RESUME = {
     "resume", "overwrite", "root", "num_threads", "max_wall_s", "checkpoint_every",
-    "keep_checkpoints", "track",
+    "keep_checkpoints", "track", "data.num_workers", "data.memory_gib",
 }  # fmt: skip
 
 
@@ -72,44 +72,68 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def _check_same(config: RunConfig, before: RunConfig) -> None:
-    ours, theirs = config.model_dump(mode="json"), before.model_dump(mode="json")
-    differing = [k for k in ours if k not in _FREE_ON_RESUME and ours[k] != theirs[k]]
+    ours, theirs = (_fields(each.model_dump(mode="json")) for each in (config, before))
+    differing = [key for key in ours if ours[key] != theirs.get(key)]
     if differing:
-        listed = ", ".join(f"{key}: {theirs[key]} there, {ours[key]} here" for key in differing)
+        listed = ", ".join(f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in differing)
         raise RunError(
             f"a run must be resumed with its own configuration, got {listed}; choose another "
             "name, or replace the run with overwrite=true"
         )
 
 
+def _fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of all sections that must not change, by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        path = prefix + name
+        if path not in _FREE_ON_RESUME:
+            found |= _fields(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return found
+
+
+_held: set[Path] = set()  # by this process, from which a record lock does not keep itself
+
+
 @contextlib.contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
     """Hold a run directory for this process.
 
+    A process that it forks does not hold it: the workers of a run that was killed, which live on
+    for some seconds, do not keep it from being resumed.
+
     Raises:
-        RunError: another process holds it.
+        RunError: another process, or this one, holds it.
     """
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    with _lock_file(run_dir).open("w") as file:
+    path = _lock_file(run_dir)
+    refusal = RunError(
+        f"run directory must be used by one process, got {run_dir}, where another is at work; wait "
+        "for it, or choose another name"
+    )
+    if path in _held:  # not to be opened: closing it would let go of the lock
+        raise refusal
+    with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"run directory must be used by one process, got {run_dir}, where another is at "
-                "work; wait for it, or choose another name"
-            ) from None
-        yield
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise refusal from None
+        _held.add(path)
+        try:
+            yield
+        finally:
+            _held.discard(path)
 
 
 def is_locked(run_dir: Path) -> bool:
     """Whether a process of this machine is at work in a run directory."""
     path = _lock_file(run_dir)
-    if not path.exists():
-        return False
+    if path in _held or not path.exists():
+        return path in _held
     with path.open("rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             return True
     return False
 

@@ -214,6 +214,8 @@ def _of_wandb(error: Mapping[str, Any], known: Sequence[str]) -> str:
 
 
 def _disagreements(keys: SweepFile, domains: Mapping[str, Domain]) -> Iterator[str]:
+    if not Path(keys.program).is_file():
+        yield f"program must be an existing file, got {keys.program!r}"
     if not keys.metric.name.startswith("target/"):
         yield (
             "metric.name must be measured on the target set, as target/loss, got "

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selectflow.config import known_keys
-from selectflow.report.cells import Cell, Cells, State, sort_cells
-from selectflow.report.runs import Run, load_run
+from selectflow.report.cells import Cells, State
 from selectflow.sweep import Sweep
 from selectflow.sweep_space import Choice, Domain, Setting
-from selectflow.yaml_io import dump_yaml, read_yaml, set_key
+from selectflow.tune_cells import load_runs, make_cell, sort_into
+from selectflow.yaml_io import dump_yaml, read_yaml
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -89,49 +87,14 @@ def next_setting(sweep: Sweep, trial: Trial) -> Setting:
 
 def read_cells(sweep: Sweep, study: Study, out: Path) -> Cells:
     """Every cell that has ended, with what its runs left behind, best first."""
-    ended = [trial for trial in study.trials if _has_ended(trial)]
-    cells = [_cell(sweep, trial, out) for trial in ended]
-    full = None
-    if sweep.keys.method == "grid":
-        settings = sweep.grid()[: sweep.keys.run_cap]
-        full = max(1, len(sweep.seeds)) * sum(sweep.load(each).steps for each in settings)
-    goal = sweep.keys.metric.goal
-    return Cells(sort_cells(cells, goal), sweep.keys.metric.name, goal, full)
-
-
-def _cell(sweep: Sweep, trial: FrozenTrial, out: Path) -> Cell:
-    setting = {key: _decode(domain, trial.params[key]) for key, domain in sweep.domains.items()}
-    config, runs = sweep.load(setting), _runs(sweep, setting, out)
-    metric = sweep.keys.metric.name
-    values = [run.summary[metric] for run in runs if run.status == "finished"]
-    errors = [
-        row["select/relative_error"]
-        for run in runs
-        for row in run.metrics
-        if row.get("select/relative_error") is not None
-    ]
-    return Cell(
-        setting=setting,
-        horizon=config.select.horizon,
-        lr=config.optimizer.lr,
-        state=_STATES.get(trial.state.name, "failed"),
-        values=tuple(values),
-        last=trial.value,
-        steps=sum(run.summary.get("steps", run.metrics[-1]["train/step"]) for run in runs),
-        seconds=sum(run.metrics[-1]["perf/wall_s"] for run in runs),
-        relative_error=statistics.fmean(errors) if errors else None,
-        note=trial.user_attrs.get(NOTE, ""),
-    )
-
-
-def _runs(sweep: Sweep, setting: Setting, out: Path) -> list[Run]:
-    found = []
-    for seed in sweep.seeds or (None,):
-        run_dir = sweep.load(setting, sweep.local_overrides(out, seed)).run_dir
-        metrics = run_dir / "metrics.jsonl"
-        if metrics.exists() and metrics.stat().st_size:
-            found.append(load_run(run_dir))
-    return found
+    cells = []
+    for trial in filter(_has_ended, study.trials):
+        setting = {key: _decode(each, trial.params[key]) for key, each in sweep.domains.items()}
+        overrides = [sweep.local_overrides(out, seed) for seed in sweep.seeds or (None,)]
+        runs = load_runs(sweep.load(setting, each).run_dir for each in overrides)
+        state = _STATES.get(trial.state.name, "failed")
+        cells.append(make_cell(sweep, setting, runs, state, trial.user_attrs.get(NOTE, "")))
+    return sort_into(sweep, cells)
 
 
 def _has_ended(trial: FrozenTrial) -> bool:
@@ -213,22 +176,3 @@ def _decode(domain: Domain, value: Any) -> Any:
     if isinstance(domain, Choice):
         return next(each for each in domain.values if _encode(each) == value)
     return value
-
-
-def write_best(sweep: Sweep, found: Cells, path: Path) -> None:
-    """Write the configuration of the best cell: the sweep's base with its setting.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    assert found.best is not None
-    values = read_yaml(sweep.config)
-    for override in [f"name={sweep.name}-best-s{{seed}}", *sweep.arguments(found.best.setting)[1:]]:
-        set_key(values, override, known_keys(), "select.horizon=2")
-    size = f"{found.best.mean:.4g}" + (f" ± {found.best.sd:.2g}" if found.best.sd else "")
-    head = (
-        f"# The best of the {len(found.cells)} cells of the sweep {sweep.name}: {found.metric} "
-        f"{size} over {len(found.best.values)} seeds.\n#\n"
-        f"#   python {sweep.keys.program} {path} seed=0\n"
-    )
-    path.write_text(head + dump_yaml(values), encoding="utf-8")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+from selectflow.config import ConfigError, load
 from selectflow.sweep import Sweep, as_override
 from selectflow.tune_record import TuneError
 
@@ -18,7 +20,7 @@ def wandb_spec(sweep: Sweep) -> dict[str, Any]:
     """
     command = list(sweep.keys.command)
     after = command.index(str(sweep.config)) + 1
-    name = as_override("name", f"{sweep.name}-{sweep.run_name()}")
+    name = as_override("name", _name(sweep))
     spec: dict[str, Any] = _without_infinities(sweep.raw)
     spec["command"] = [*command[:after], name, "track.wandb=online", *command[after:]]
     return spec | {"name": sweep.name}
@@ -53,6 +55,23 @@ def serve(sweep: Sweep, count: int | None = None) -> str:
     print(f"created sweep {path}; on other machines: wandb agent {path}", flush=True)
     wandb.agent(sweep_id, entity=sweep.keys.entity, project=project, count=count)
     return path
+
+
+def run_dirs(sweep: Sweep) -> list[Path]:
+    """The directories here of the runs that agents made of a sweep."""
+    root, found = load(sweep.config, sweep.overrides).root, []
+    for path in sorted(root.glob("*/config.yaml")):
+        try:
+            name = load(path).name
+        except ConfigError:
+            continue  # of another version: not a run of this sweep
+        if name == _name(sweep):
+            found.append(path.parent)
+    return found
+
+
+def _name(sweep: Sweep) -> str:
+    return f"{sweep.name}-{sweep.run_name()}"
 
 
 def _without_infinities(value: Any) -> Any:

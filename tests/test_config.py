@@ -220,6 +220,10 @@ def test_digits_directory_says_what_is_in_it(tmp_path):
     path = write(tmp_path, "name: a\ndata: {label_noise: 0.4, seed: 3}")
     assert load(path).data.directory == Path("data/digits-noise0.4-seed3")
     assert load(path, ["data.root=here"]).data.directory == Path("here")
+    remote = load(path, ["data.root=s3://bucket/digits"])
+    assert remote.data.directory == "s3://bucket/digits"
+    (tmp_path / "again.yaml").write_text(to_yaml(remote))
+    assert load(tmp_path / "again.yaml") == remote
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

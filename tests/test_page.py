@@ -131,9 +131,12 @@ def test_extremes_are_shown_as_pictures_with_what_is_known(digits, tmp_path):
 def test_text_is_shown_as_text():
     sample = Sample("a", 0.5, 4, 1)
     tokens = np.frombuffer("naïve <b>".encode(), np.uint8)
-    shown = show(sample, {"npy": tokens}, {"domain": "prose"})
+    made = {"domain": "prose", "origin": "prose", "altered": False}
+    shown = show(sample, {"npy": tokens}, made)
     assert (shown.text, shown.png) == ("naïve <b>", None)
     assert shown.facts == ["prose", "score +0.50 sd", "kept 1 of 4"]
+    made = {"domain": "prose", "origin": "shuffled", "altered": True}
+    assert show(sample, {"npy": tokens}, made).facts[:2] == ["prose", "shuffled"]
     assert show(sample, {"txt": "x" * 999}, {}).text == "x" * 280
     assert show(sample, {"npy": np.array([5, 7])}, {}).text == "tokens 5 7"
 

@@ -2,14 +2,17 @@
 
 import io
 import tarfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from small_datasets import make_small
 from webdataset.autodecode import default_decoder
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from selectflow.data import read_split
+from selectflow.data import read_split, tar_index
 from selectflow.data.tar_index import list_members
 
 NAMES = ["a.npy", "dir/b.cls", "x" * 99, "d" * 60 + "/" + "z" * 90, "é.txt"]
@@ -65,6 +68,67 @@ def test_every_cut_and_every_flip_in_a_header_is_noticed(tmp_path):
                 continue
         missed += 1
     assert missed == 0
+
+
+NAME_PART = st.text("aZ0._- é", min_size=1, max_size=40).filter(lambda part: part.strip(". ") != "")
+MEMBERS = st.lists(
+    st.tuples(
+        st.lists(NAME_PART, min_size=1, max_size=5).map("/".join),
+        st.sampled_from([0, 1, 511, 512, 513, 3000]),
+    ),
+    max_size=6,
+    unique_by=lambda member: member[0],
+)
+EDITS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4)
+
+
+def tar_of(members, form):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=form) as tar:
+        for name, size in members:
+            info = tarfile.TarInfo(name)
+            info.size = size
+            tar.addfile(info, io.BytesIO(b"x" * size))
+    return file.getvalue()
+
+
+def listed(data, folder):
+    path = folder / "a.tar"
+    path.write_bytes(data)
+    with path.open("rb", buffering=0) as file:
+        return list_members(file)
+
+
+FORMS = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+KEEP = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "derandomize": True}
+
+
+@settings(max_examples=100, deadline=None, **KEEP)
+@given(members=MEMBERS, form=FORMS)
+def test_any_names_and_sizes_are_listed_as_tarfile_does(tmp_path, members, form):
+    data = tar_of(members, form)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        expected = [(info.name, info.offset_data, info.size) for info in tar]
+    assert listed(data, tmp_path) == expected
+
+
+@settings(max_examples=200, deadline=None, **KEEP)
+@given(
+    members=MEMBERS, edits=EDITS, cut=st.none() | st.floats(0, 1), window=st.sampled_from([1, 3])
+)
+def test_any_edit_is_noticed_or_changes_no_place(tmp_path, members, edits, cut, window):
+    """Beyond the seeded mutations of test_damage: few bytes at any place, without a checksum."""
+    whole = tar_of(members, tarfile.USTAR_FORMAT)
+    damaged = bytearray(whole)
+    for place, value in edits:
+        damaged[int(place * len(damaged))] = value
+    if cut is not None:
+        damaged = damaged[: int(cut * len(damaged))]
+    expected, found = listed(whole, tmp_path), None
+    with pytest.MonkeyPatch.context() as patch, suppress(ValueError):
+        patch.setattr(tar_index, "_WINDOW", 512 * window)
+        found = listed(bytes(damaged), tmp_path)
+    assert found == expected or (found is None and damaged != whole)
 
 
 def test_samples_are_those_that_webdataset_reads(tmp_path):

@@ -1,6 +1,5 @@
 """Runs read from their directories, grouped and aligned."""
 
-import fcntl
 import math
 
 import numpy as np
@@ -20,6 +19,7 @@ from selectflow.report.align import (
 )
 from selectflow.report.groups import differences, groups, label, strategy
 from selectflow.report.runs import ReportError, Run, find_runs, load_run, load_runs, wandb_path
+from selectflow.run_dir import lock
 from selectflow.tracking import Tracker
 
 
@@ -39,8 +39,7 @@ def test_the_status_says_how_a_run_ended(tmp_path):
     assert make_run(tmp_path / "b", [0.5], status="failed").status == "failed"
     assert make_run(tmp_path / "c", [0.5], status=None).status == "crashed"
     # a run holds its lock while it works, also one that was stopped before and goes on
-    with (tmp_path / ".a.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with lock(tmp_path / "a"):
         assert load_run(tmp_path / "a").status == "running"
     assert load_run(tmp_path / "a").status == "stopped"
 

@@ -13,6 +13,7 @@ import torch
 from test_run import config, digits, read_lines, task
 
 from selectflow.checkpoints import Checkpoints
+from selectflow.data import PoolStream
 from selectflow.run import RunError, train
 from selectflow.run_dir import lock
 
@@ -126,6 +127,24 @@ def test_another_configuration_is_refused_with_the_difference(digits, tmp_path):
     other = config(tmp_path, **OPTIONS | {"steps": 25})
     with pytest.raises(RunError, match="own configuration, got steps: 24 there, 25 here"):
         train(other, task(digits))
+    other = config(tmp_path, data={"pool": 32}, **OPTIONS)
+    with pytest.raises(RunError, match=r"got data\.pool: 64 there, 32 here; choose"):
+        train(other, task(digits))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_may_resume_with_another_number_of_workers(digits, tmp_path, num_workers):
+    def made(workers):
+        pools = PoolStream(digits, pool=32, seed=0, memory_gib=0, num_workers=workers)
+        data = {"num_workers": workers, "memory_gib": 0.0}
+        return config(tmp_path, name="killed", data=data, **OPTIONS), task(digits, pools)
+
+    train(config(tmp_path, name="whole", **OPTIONS), task(digits))
+    options, first = made(1)
+    with pytest.raises(Killed):
+        train(options, killed_at(11, first))
+    train(*made(num_workers))
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
 
 
 def test_one_process_at_a_time(digits, tmp_path):
@@ -133,6 +152,36 @@ def test_one_process_at_a_time(digits, tmp_path):
     with lock(options.run_dir), pytest.raises(RunError, match="another is at work"):
         train(options, task(digits))
     train(options, task(digits))
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from selectflow.run_dir import lock
+with lock(Path(sys.argv[1])):
+    if not os.fork():
+        time.sleep(60)  # as a worker of a DataLoader, which notices after seconds
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_held_by_its_process_alone(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="another is at work"), lock(tmp_path / "run"):
+            pass
+        holder.kill()
+        holder.wait()
+        with lock(tmp_path / "run"):  # while the forked process lives on
+            with pytest.raises(RunError, match="another is at work"), lock(tmp_path / "run"):
+                pass
+            again = subprocess.run(command, capture_output=True, check=False)
+            assert b"another is at work" in again.stderr
+        os.killpg(holder.pid, signal.SIGKILL)
 
 
 def test_a_run_outside_of_the_main_thread_needs_no_signals(digits, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,21 @@ def test_a_nan_names_step_and_samples_and_keeps_the_weights_before(digits, tmp_p
     saved = torch.load(tmp_path / "trial" / "checkpoints" / "step-00000004.pt")
     assert all(value.isfinite().all() for value in saved["model"].values())
     assert len(read_ledger(tmp_path / "trial")) == 4 * 8
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_ten_thousand_steps(digits, tmp_path):
+    made, peaks = task(digits, PoolStream(digits, pool=8, seed=0)), []
+
+    def evaluate_and_measure(model, batches):
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB
+        return evaluate(model, batches)
+
+    select = {"keep": 4, "horizon": 1, "interval": 8}
+    options = config(tmp_path, steps=10_000, eval_every=500, checkpoint_every=500, select=select)
+    train(options, Task(**{**vars(made), "evaluate": evaluate_and_measure}))
+    # at 2,000 steps against the end; a part of the ledger is full in between
+    assert peaks[-1] - peaks[len(peaks) // 5] < 16 * 1024
 
 
 def test_an_unknown_device_is_named():

@@ -4,11 +4,12 @@ import json
 import math
 import shutil
 
+import fsspec
 import pyarrow.parquet
 import pytest
 import torch
 from small_datasets import make_small
-from test_run import ROOT, config, digits, run_trainer, task
+from test_run import config, digits, task
 
 from selectflow.cli import main
 from selectflow.data import DataError, read_manifest, read_split
@@ -154,6 +155,19 @@ def test_write_shards_refuses_another_dataset_and_finds_one_that_moved(
     assert "argument --top: must be in (0, 1], got '1.5'" in capsys.readouterr().err
 
 
+def test_write_shards_of_a_dataset_that_is_remote(run_dir, digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("SELECTFLOW_CACHE", str(tmp_path / "cache"))
+    files = fsspec.filesystem("memory")
+    for path in digits.iterdir():
+        files.pipe_file(f"/selected/{path.name}", path.read_bytes())
+    arguments = ["select", "write-shards", str(run_dir)]
+    source = ["--source", "memory://selected"]
+    assert main([*arguments, "--out", str(tmp_path / "remote"), *source]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "local")]) == 0
+    assert read_manifest(tmp_path / "remote") == read_manifest(tmp_path / "local")
+    files.rm("/selected", recursive=True)
+
+
 def test_write_shards_of_a_directory_without_a_ledger(tmp_path, capsys):
     assert main(["select", "write-shards", str(tmp_path), "--out", str(tmp_path / "new")]) == 2
     assert "error: run must have a ledger, got" in capsys.readouterr().err
@@ -162,8 +176,5 @@ def test_write_shards_of_a_directory_without_a_ledger(tmp_path, capsys):
 def test_what_was_written_can_be_trained_on(run_dir, tmp_path):
     arguments = ["select", "write-shards", str(run_dir), "--out", str(tmp_path / "new")]
     assert main(arguments) == 0
-    done = run_trainer(
-        tmp_path, ROOT / "configs/digits_uniform.yaml", "steps=2", "track.wandb=disabled",
-        "data.name=shards", f"data.root={tmp_path / 'new'}", "data.label_noise=0",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    again = train(config(tmp_path, steps=2, eval_every=2), task(tmp_path / "new"))
+    assert set(read_ledger(again)["key"].to_pylist()) <= set(kept_keys(run_dir))

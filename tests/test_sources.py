@@ -3,13 +3,24 @@
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from itertools import islice
 
 import fsspec
 import pytest
 from small_datasets import edit_shard, keys_of, make_small
+from test_run import ROOT, run_trainer
 
-from selectflow.data import Cache, DataError, PoolStream, read_batches, read_split, sources
+from selectflow.data import (
+    Cache,
+    DataError,
+    PoolStream,
+    make_digits,
+    read_batches,
+    read_split,
+    sources,
+)
+from selectflow.ledger import read_ledger
 
 KEYS = [f"s{i}" for i in range(10)]
 
@@ -225,6 +236,29 @@ def test_a_missing_object_is_not_asked_for_again(server, directory, tmp_path):
     with pytest.raises(DataError, match=r"train-000000\.tar must be readable, got FileNotFound"):
         stored(f"{server.url}/train-000000.tar", cache=Cache(directory))
     assert server.requests.count("/train-000000.tar") <= 1
+
+
+def test_a_file_system_that_is_not_installed_is_named_with_the_extra():
+    if find_spec("s3fs"):
+        pytest.skip("s3fs is installed")
+    with pytest.raises(DataError, match=r"shard s3://bucket/a\.tar .* 'selectflow\[remote\]'"):
+        stored("s3://bucket/a.tar")
+
+
+def test_a_run_streams_from_a_server(server, tmp_path):
+    make_digits(tmp_path / "digits")
+    done = run_trainer(
+        tmp_path, ROOT / "configs/digits_online.yaml", "steps=2", "track.wandb=disabled",
+        "data.name=shards", f"data.root={server.url}/digits", "data.label_noise=0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    local = run_trainer(
+        tmp_path, ROOT / "configs/digits_online.yaml", "steps=2", "track.wandb=disabled",
+        "data.name=shards", "data.root=digits", "data.label_noise=0", "name=local",
+    )  # fmt: skip
+    assert local.returncode == 0, local.stderr
+    ledgers = [read_ledger(tmp_path / "runs" / name) for name in ("digits_online-s0", "local")]
+    assert ledgers[0].equals(ledgers[1])
 
 
 # commands

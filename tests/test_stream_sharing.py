@@ -1,7 +1,11 @@
 """Streams that are shared: by ranks, by workers, by several sources."""
 
+import subprocess
+import sys
+import time
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +50,36 @@ def test_workers_of_a_dataloader_around_the_stream_keep_its_order(tmp_path, num_
     stream = PoolStream(tmp_path, pool=3, seed=0, num_workers=2, memory_gib=0)
     loader = DataLoader(stream, batch_size=None, num_workers=num_workers)
     assert keys_of(islice(loader, 12)) == expected
+
+
+KILLED = """
+import sys, time
+from selectflow.data import PoolStream
+stream = PoolStream(sys.argv[1], pool=150, seed=0, memory_gib=0, num_workers=2)
+next(stream)
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_workers_end_with_a_process_that_was_killed(tmp_path):
+    """Also those that write to a pipe which is full and which nobody reads any more."""
+    make_small(tmp_path, count=300, per_shard=100)
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)],
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "started\n"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 2
+        time.sleep(0.5)  # all that is read ahead has come as far as the pipe
+        process.kill()
+        process.wait()
+    until = time.monotonic() + 20
+    while alive := [child for child in children if Path(f"/proc/{child}").exists()]:
+        assert time.monotonic() < until, alive
+        time.sleep(0.1)
 
 
 def test_workers_leave_the_random_numbers_of_the_training_alone(tmp_path):

@@ -21,11 +21,12 @@ COMMAND = ["${env}", "${interpreter}", "${program}", "base.yaml", "${args_no_hyp
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("base.yaml").write_text("name: base\nsteps: 8\nselect: {keep: 4}\n")
+    Path("trainer.py").touch()
 
 
 def sweep(parameters, **keys):
     values = {
-        "program": "trainers/vision.py",
+        "program": "trainer.py",
         "command": COMMAND,
         "method": "grid",
         "metric": {"name": "target/loss", "goal": "minimize"},
@@ -165,6 +166,7 @@ def test_parameters_that_cannot_be(parameters, message):
         ({"controller": {"type": "local"}}, "controller must be left to W&B's server"),
         ({"metod": "grid"}, "metod must be a known key, got 'grid'; did you mean method?"),
         ({"program": None}, "program must be given"),
+        ({"program": "train.py"}, "program must be an existing file, got 'train.py'"),
         ({"early_terminate": {"type": "hyperband"}}, "early_terminate must be a mapping with min"),
         ({"early_terminate": {"type": "envelope"}}, "early_terminate.type must be left to W&B"),
         ({"early_terminate": {"type": "hyperband", "min_iter": 2, "strict": True}}, "strict"),
@@ -193,6 +195,9 @@ def test_a_missing_base_is_named():
 
 
 def test_the_command_line_says_it_in_one_message(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "sweep.yaml", "--jobs", "0"])
+    assert "must be an integer >= 1, got '0'" in capsys.readouterr().err
     refused({"select.horizn": {"values": [1]}})
     assert main(["tune", "sweep.yaml"]) == 2
     assert "did you mean select.horizon?" in capsys.readouterr().err

@@ -11,13 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+import wandb
 from optuna.trial import TrialState
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from selectflow.cli import main
 from selectflow.config import load
 from selectflow.data import make_digits
 from selectflow.sweep import load_sweep
 from selectflow.tune import tune
+from selectflow.tune_cells import cells_of_runs
 from selectflow.tune_record import TuneError, open_study, read_cells
 from selectflow.yaml_io import dump_yaml
 
@@ -182,13 +185,14 @@ def test_killed_and_started_again_it_repeats_no_finished_cell(write, tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_end_when_the_sweep_is_killed(write, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_runs_save_and_end_when_the_sweep_does(write, tmp_path, number, code):
     path, out = write(GRID | {"steps": {"value": 100000}}), tmp_path / "out"
     command = [sys.executable, "-m", "selectflow", "tune", str(path), "--out", str(out)]
     process = subprocess.Popen([*command, "--jobs", "1"], stdout=subprocess.DEVNULL)
     until(lambda: list((out / "runs").glob("*/metrics.jsonl")))
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, number)
+    assert process.wait() == code
     (summary,) = until(lambda: list((out / "runs").glob("*/summary.json")))
     assert json.loads(summary.read_text())["status"] == "stopped by SIGTERM"
 
@@ -232,6 +236,46 @@ def test_the_command_writes_table_map_and_a_configuration_that_runs(write, tmp_p
     best = load(out / "best.yaml", ["seed=1"])
     assert (best.optimizer.lr, best.run_name) == (1e-2, "toy-best-s1")
     assert (best.steps, best.select.keep, best.data.pool) == (12, 8, 32)  # the base's
+
+
+def test_the_cells_of_runs_that_others_made_are_those_of_the_sweep(full, tmp_path):
+    """Gathered from the directories alone, as after W&B's agents: the same table."""
+    folder, found, _ = full
+    sweep = load_sweep(folder / "sweep.yaml")
+    gathered = cells_of_runs(sweep, sorted((folder / "out" / "runs").glob("lr*-s[01]")))
+    assert gathered == found
+    one_seed = cells_of_runs(sweep, sorted((folder / "out" / "runs").glob("lr*-s0")))
+    assert {cell.state for cell in one_seed.cells} == {"failed"}  # a seed is missing
+
+
+@pytest.mark.slow
+def test_what_wandbs_agent_would_run_becomes_the_table(write, tmp_path, monkeypatch, capsys):
+    """All but the server: the agent's part is done with W&B's own functions."""
+    command = ["${env}", "${interpreter}", "${program}", str(tmp_path / "base.yaml")]
+    command += ["track.wandb=disabled", f"root={tmp_path}", "${args_no_hyphens}"]
+    path = write({"optimizer.lr": {"values": [1e-3, 1e-2]}}, command=command)
+    sent = {}
+
+    def sweep(spec, **options):
+        sent.update(spec=spec, **options)
+        return "abc"
+
+    def agent(sweep_id, **_):
+        assert sweep_id == "abc"
+        for lr in sent["spec"]["parameters"]["optimizer.lr"]["values"]:
+            chosen = {"optimizer.lr": {"value": lr}}
+            given = create_sweep_command_args({"args": chosen})["args_no_hyphens"]
+            words = create_sweep_command(list(sent["spec"]["command"]))[3:-1]
+            subprocess.run([sys.executable, str(TOY), *words, *given], check=True)
+
+    monkeypatch.setattr(wandb, "sweep", sweep)
+    monkeypatch.setattr(wandb, "agent", agent)
+    assert main(["tune", str(path), "--wandb", "--out", str(tmp_path / "out")]) == 0
+    assert (sent["project"], sent["spec"]["method"]) == ("selectflow", "grid")
+    text = capsys.readouterr().out
+    assert "wandb agent selectflow/abc" in text
+    assert "2 cells, 0 of them stopped early" in text
+    assert load(tmp_path / "out" / "best.yaml").optimizer.lr == 1e-2
 
 
 # --- bad input ------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, 
 from selectflow.data.remote import Cache
 from selectflow.data.shards import write_split
 from selectflow.data.source_text import make_code
+from selectflow.data.sources import find_manifest
 from selectflow.data.splits import read_batches, read_metadata, read_samples, read_split
 from selectflow.data.stream import PoolStream
 from selectflow.data.subset import write_subset
@@ -22,6 +23,7 @@ __all__ = [
     "Shard",
     "Sources",
     "contact_sheet",
+    "find_manifest",
     "head",
     "make_code",
     "make_digits",

@@ -50,6 +50,16 @@ def open_catalog(source: Sources, split: str, cache: Cache | None = None) -> Cat
     return Catalog([entries for entries, _ in found.values()], digest_of(prints))
 
 
+def find_manifest(source: str | Path, cache: Cache | None = None) -> Manifest:
+    """The manifest of a dataset directory, local or remote.
+
+    Raises:
+        DataError: there is none, or it is malformed.
+    """
+    root = str(source).removesuffix(MANIFEST_NAME).rstrip("/") or "."
+    return _remote_manifest(root, cache or Cache()) if is_remote(root) else read_manifest(root)
+
+
 def _one(found: tuple[list[Entry], str]) -> tuple[list[list[Entry]], str]:
     return [found[0]], found[1]
 

@@ -2,6 +2,9 @@
 
 import logging
 import math
+import os
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -217,6 +220,7 @@ class PoolStream(IterableDataset[Batch]):
             sampler=rows,
             num_workers=self._num_workers,
             collate_fn=_unchanged,
+            worker_init_fn=partial(_end_with_parent, os.getpid()),
             generator=torch.Generator(),  # else it would draw from the generator of the training
         )
         return iter(loader)
@@ -272,6 +276,20 @@ def _epochs(draw: Draw, faults: list[Fault]) -> list[int]:
     lost = {fault.row for fault in faults}
     epochs = zip(draw.rows.tolist(), draw.epochs.tolist(), strict=True)
     return [epoch for row, epoch in epochs if row not in lost]
+
+
+def _end_with_parent(parent: int, _: int) -> None:
+    """End this worker soon after the process that started it, however that came to its end.
+
+    torch looks as well, but leaves a worker for ever that was writing to a pipe that is full.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _ByRows(Dataset[_Read]):

@@ -162,7 +162,8 @@ def domains(selected: dict[str, list[Selected]], names: Sequence[str]) -> list[P
             if line.x.size:
                 lines.append(Line(name, names.index(name), line))
         title = f"domain {domain} among the kept"
-        panels.append(Panel(title, AXES[0].label, f"{title} (%)", lines, from_zero=True))
+        label = f"{title}, one seed of each (%)"  # ledgers are large: one is read
+        panels.append(Panel(title, AXES[0].label, label, lines, from_zero=True))
     return panels
 
 

@@ -55,7 +55,7 @@ _KNOWN = {
     known.metric: known
     for known in (
         *AXES,
-        Quantity(KEPT_ALTERED, "altered labels among the kept", "%", 100.0),
+        Quantity(KEPT_ALTERED, "altered samples among the kept", "%", 100.0),
         Quantity(HORIZON, "horizon H", "optimizer updates"),
         Quantity(LR_MULTIPLIER, "learning rate over its schedule", "factor"),
         Quantity("train/lr", "learning rate", "per update"),

@@ -109,8 +109,8 @@ def examine(label: str, run: Run, num: int = 8) -> Examined | None:
     return Examined(label, run, selected, best, worst, note)
 
 
-def dataset_of(run: Run) -> Path | None:
-    """The directory of the shards that a run read; None where its configuration is of others."""
+def dataset_of(run: Run) -> Path | str | None:
+    """Directory or URL of the shards that a run read; None where its configuration is of others."""
     from pydantic import ValidationError  # noqa: PLC0415
 
     from selectflow.config_sections import DataConfig  # noqa: PLC0415
@@ -196,8 +196,8 @@ def show(sample: Sample, fields: Mapping[str, Any], made: Mapping[str, Any]) -> 
     altered = bool(made["altered"]) if "altered" in made else None
     if altered and "true_label" in made:
         facts[0] += f", really {made['true_label']}"
-    if "domain" in made:
-        facts.insert(0, str(made["domain"]))
+    known = dict.fromkeys(str(made[name]) for name in ("domain", "origin") if name in made)
+    facts[:0] = known
     image = next((fields[f] for f in ("png", "jpg", "jpeg", "npy") if f in fields), None)
     if image is not None and np.ndim(image) == 3:
         return Shown(sample.key, facts, _png(dict(fields)), "", altered)

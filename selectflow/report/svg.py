@@ -101,7 +101,9 @@ def _axes(panel: Panel | Histogram, scale: _Scale) -> list[str]:
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{right}"/>')
         parts.append(_text(_LEFT - 6, y + 4, short(value), "end"))
     for value in ticks(scale.x0, scale.x1):
-        parts.append(_text(scale.x(value), bottom + 16, short(value), "middle"))
+        anchor = "end" if scale.x(value) > right - 12 else "middle"  # or it would be cut off
+        x = min(scale.x(value) + 12, _WIDTH) if anchor == "end" else scale.x(value)
+        parts.append(_text(x, bottom + 16, short(value), anchor))
     parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
     parts.append(_text((_LEFT + right) / 2, _HEIGHT - 7, panel.x_label, "middle", "name"))
     parts.append(_text(4, 14, panel.y_label, "start", "title"))

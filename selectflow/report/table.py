@@ -93,7 +93,7 @@ def _reach(comparison: Comparison) -> Grid:
     if comparison.reach is not None:
         wanted = f"of {comparison.reach:g}"
     head = ["group", "steps to it", "seconds to it", f"{loss.label} at the end"]
-    head += ["altered labels among the kept (%)"]
+    head += ["altered among the kept (%)"]
     cells = [
         [
             row.label, words.reached(row, row.reach_step), words.reached(row, row.reach_s),
