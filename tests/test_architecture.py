@@ -40,8 +40,9 @@ MAY_IMPORT = {
         "batches", "controller", "derivatives", "dynamics", "optimizers", "params", "update_state",
     },
     "selector": {
-        "arguments", "batches", "chunking", "controller", "derivatives", "horizon_control", "horizons",
-        "lookahead", "lookahead_state", "objective", "offload", "optimizers", "params", "policy",
+        "arguments", "batches", "chunking", "controller", "derivatives", "horizon_control",
+        "horizons", "lookahead", "lookahead_state", "objective", "offload", "optimizers", "params",
+        "policy",
         "rate_control", "scored_params", "selection", "strategies",
     },
     "arguments": set(),
