@@ -7,19 +7,18 @@ Each directional derivative exists in two forms. `exact` is forward-mode differe
 
 which costs two forward passes for a whole pool, works with every kernel, and has an error that
 falls with e^2 until rounding takes over. e is set so that |e direction| is a fixed share of
-|theta|; one share does not serve both uses, see `_STEP`. `auto` takes central differences where
-a check on a few examples finds them right, since they are the cheaper form on every model
+|theta|; one share does not serve both uses, see `directions`. `auto` takes central differences
+where a check on a few examples finds them right, since they are the cheaper form on every model
 measured, and the exact form otherwise.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from selectflow.batches import Batch, num_examples
 from selectflow.chunking import Chunks, ChunkSize
+from selectflow.directions import has_queries, over_queries, split, step_size
 from selectflow.objective import Objective, check_finite
 from selectflow.params import Params
 
@@ -35,10 +35,6 @@ Curvature = Literal["exact", "fisher", "none"]
 
 _log = logging.getLogger(__name__)
 
-# Norm of the perturbation over norm of the parameters: (losses, gradients). Losses lose fewer
-# digits to cancellation than gradients do, so they afford a smaller step and less curvature.
-_STEP = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-6, 1e-5)}
-_SMALLEST_RMS = 1e-2  # parameters smaller than this, as zeros at the start, count as this large
 _NO_FORWARD_MODE = ("forward AD", "forward mode AD", "functorch")  # as torch says it
 _NUM_CHECKED = 8  # examples on which the two forms are compared
 # Relative error at which central differences still rank a pool rightly; a Hessian product is a
@@ -223,7 +219,7 @@ class Derivatives:
                 )[:2]
                 return losses, slopes
 
-            return _over_queries(toward, params, direction, (None, 0))
+            return over_queries(toward, params, direction, (None, 0))
 
         with plain_attention():
             losses, slopes = zip(*map(both, self._chunks.of(params, batch)), strict=True)
@@ -232,10 +228,10 @@ class Derivatives:
     def _along_central(
         self, params: Params, direction: Params, batch: Batch, shrink: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        if _has_queries(params, direction):
-            each = [self._along_central(params, one, batch, shrink) for one in _split(direction)]
+        if has_queries(params, direction):
+            each = [self._along_central(params, one, batch, shrink) for one in split(direction)]
             return each[0][0], torch.stack([slopes for _, slopes in each])
-        step = shrink * _step(params, direction, 0)
+        step = shrink * step_size(params, direction, 0)
         if step == 0:
             losses = self._losses(params, batch)
             return losses, torch.zeros_like(losses)
@@ -255,17 +251,17 @@ class Derivatives:
                 return bent
 
             with plain_attention():
-                products = _over_queries(product, params, direction, 0)
+                products = over_queries(product, params, direction, 0)
             total = total.add(Params(products).detach(), 1 / size)
         return total
 
     def _hessian_central(
         self, params: Params, direction: Params, batch: Batch, shrink: float = 1.0
     ) -> Params:
-        if _has_queries(params, direction):
-            each = [self._hessian_central(params, one, batch, shrink) for one in _split(direction)]
+        if has_queries(params, direction):
+            each = [self._hessian_central(params, one, batch, shrink) for one in split(direction)]
             return Params((name, torch.stack([one[name] for one in each])) for name in direction)
-        step = shrink * _step(params, direction, 1)
+        step = shrink * step_size(params, direction, 1)
         if step == 0:
             return direction.zeros_like()
         _, ahead = self.gradient(params.add(direction, step), batch)
@@ -281,8 +277,8 @@ class Derivatives:
             self._check_forward_mode(use, params, direction, batch)
             return "exact"
         if use not in self.decided or use in self._unchecked:
-            if _has_queries(params, direction):
-                direction = next(_split(direction))
+            if has_queries(params, direction):
+                direction = next(split(direction))
             few = next(self._chunks.of(params, batch, _NUM_CHECKED))
             form, why = self._compare(use, params, direction, few)
             if form != self.decided.get(use):
@@ -352,49 +348,8 @@ class Derivatives:
         return losses if use == "losses" else gradients
 
 
-_Found = TypeVar("_Found")
-
-
 def _reason(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
-
-
-def _has_queries(params: Params, direction: Params) -> bool:
-    """Whether `direction` holds several directions along a leading dimension."""
-    name = next(iter(direction))
-    return direction[name].ndim > params[name].ndim
-
-
-def _split(directions: Params) -> Iterator[Params]:
-    for tensors in zip(*directions.values(), strict=True):
-        yield Params(zip(directions, tensors, strict=True))
-
-
-def _over_queries(
-    function: Callable[[dict[str, Tensor]], _Found], params: Params, direction: Params, out: Any
-) -> _Found:
-    """`function` of one direction at all of them; `out`: where its results get the dimension."""
-    if _has_queries(params, direction):
-        function = torch.func.vmap(function, out_dims=out)
-    return function(dict(direction))
-
-
-def _step(params: Params, direction: Params, order: int) -> float:
-    """Step size with |step * direction| a fixed share of |params|; 0 for a direction of zeros.
-
-    Parameters that `direction` does not name stay where they are, and do not count.
-    """
-    params = params.pick(direction)
-    dtype = next(iter(params.values())).dtype
-    if dtype not in _STEP:
-        raise ValueError(
-            f"central differences need float32 or float64 parameters, got {dtype}; "
-            "keep the parameters in float32 and use autocast in the training step"
-        )
-    length = direction.norm()
-    num_entries = sum(tensor.numel() for tensor in params.values())
-    scale = max(params.norm(), _SMALLEST_RMS * math.sqrt(num_entries))
-    return _STEP[dtype][order] * scale / length if length > 0 else 0.0
 
 
 @contextmanager
