@@ -95,7 +95,7 @@ class Replay:
         if any(made.what == "lr_multiplier" and made.moved for made in read_decisions(run_dir)):
             warnings.warn(
                 f"the controller changed the learning rate of the run in {run_dir}: a replay "
-                "trains on the same samples at the rates of its own schedule, so its weights differ",
+                "trains on the same samples at the rates of its own schedule: its weights differ",
                 stacklevel=2,
             )
         self.last: Selection | None = None
