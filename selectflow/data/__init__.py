@@ -8,10 +8,11 @@ from selectflow.data.inspect import contact_sheet, head, verify
 from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, write_manifest
 from selectflow.data.remote import Cache
 from selectflow.data.shards import write_split
-from selectflow.data.source_text import make_code
 from selectflow.data.splits import read_batches, read_metadata, read_split
 from selectflow.data.stream import PoolStream
 from selectflow.data.subset import write_subset
+from selectflow.data.text import TextOptions, make_text
+from selectflow.data.tokenizers import Tokenizer, open_tokenizer
 
 __all__ = [
     "Cache",
@@ -21,12 +22,15 @@ __all__ = [
     "PoolStream",
     "Shard",
     "Sources",
+    "TextOptions",
+    "Tokenizer",
     "contact_sheet",
     "head",
-    "make_code",
     "make_digits",
     "make_folder",
+    "make_text",
     "make_torchvision",
+    "open_tokenizer",
     "read_batches",
     "read_manifest",
     "read_metadata",

@@ -10,6 +10,7 @@ from selectflow.data.fields import Sample
 from selectflow.data.manifest import DataError, Manifest
 from selectflow.data.sources import open_catalog
 from selectflow.data.splits import read_split
+from selectflow.data.tokenizers import copy_tokenizer
 
 _DEFAULT_LAYOUT = Layout()
 
@@ -52,7 +53,8 @@ def write_subset(
         **made_from,
     }
     chosen = _chosen(source, split, set(keys))
-    return build(root, lambda: {split: chosen}, options, seed, layout)
+    tokenizer = copy_tokenizer(source, root)
+    return build(root, lambda: {split: chosen}, options, seed, layout, tokenizer)
 
 
 def _chosen(source: Sources, split: str, keys: set[str]) -> Iterator[Sample]:
