@@ -30,17 +30,23 @@ def _add_make(kinds: Any) -> None:
     make = kinds.add_parser("make", help="write a dataset")
     make.add_argument(
         "dataset", metavar="DATASET", type=_dataset,
-        help="digits; code: the standard library's text; torchvision:NAME, as torchvision:CIFAR10; "
-        "folder:PATH, images as PATH/<class>/<name>.png",
+        help="digits; torchvision:NAME, as torchvision:CIFAR10; folder:PATH, images as "
+        "PATH/<class>/<name>.png; text: what comes with Python; text:files:FOLDER, text as "
+        "FOLDER/<domain>/<name>.txt; text:jsonl:FILE; text:hf:NAME",
     )  # fmt: skip
     make.add_argument("--root", type=Path, required=True, metavar="DIR", help="where to write")
     make.add_argument("--seed", type=int, default=0, metavar="N", help="of random choices")
     for name, kind, metavar, text in (
         ("label-noise", float, "SHARE", "share of training labels made wrong, in [0, 1] (images)"),
         ("target", int, "N", "samples of the target set"),
-        ("test", int, "N", "samples of the test set (folder, code)"),
+        ("test", int, "N", "samples of the test set (folder, text)"),
         ("size", int, "PIXELS", "height and width of the images (folder)"),
-        ("block", int, "BYTES", "length of a block of text (code)"),
+        ("train", int, "N", "samples of the training set (text; needed for a mixture)"),
+        ("block", int, "TOKENS", "length of a block (text; default 128)"),
+        ("tokenizer", str, "NAME", "bytes, bpe:SIZE, or an existing one (text; default bytes)"),
+        ("domain", str, "NAME", "of the target and test sets (text; default code)"),
+        ("rest", str, "RULE", "of what fills no block: drop, pad or pack (text; default drop)"),
+        ("mixture", _mixture, "NAME=SHARE,...", "domains and shuffled, duplicate, boilerplate"),
     ):
         make.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     add_layout(make)
@@ -50,43 +56,54 @@ def _add_make(kinds: Any) -> None:
 def add_layout(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how samples are laid out in shards."""
     for name, text in (
-        ("per-shard", "samples of a shard (default 256)"),
+        ("per-shard", "samples of a shard (default 256; text 4096)"),
         ("max-bytes", "bytes of contents that close a shard"),
-        ("pack", "samples of a record, for small ones (default 1)"),
+        ("pack", "samples of a record, for small ones (default 1; text 64)"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
 
 
-def layout_of(args: argparse.Namespace) -> Any:
-    """The `Layout` that the options of `add_layout` say."""
+def layout_of(args: argparse.Namespace, **defaults: int) -> Any:
+    """The `Layout` that the options of `add_layout` say; `defaults` for those left out."""
     from selectflow.data import Layout  # noqa: PLC0415
 
     given = {name: getattr(args, name) for name in _LAYOUT}
-    return Layout(**{name: value for name, value in given.items() if value is not None})
+    named = {name: value for name, value in given.items() if value is not None}
+    return Layout(**(defaults | named))
 
 
 # option of the command line -> argument of the function, for each dataset
 _NOISE = {"label_noise": "label_noise"}
 _OPTIONS = {
     "digits": _NOISE,
-    "code": {"target": "num_target", "test": "num_test", "block": "block"},
     "torchvision": _NOISE | {"target": "num_target"},
     "folder": _NOISE | {"target": "num_target", "test": "num_test", "size": "size"},
-}
+    "text": {
+        "train": "num_train", "target": "num_target", "test": "num_test", "block": "block",
+        "tokenizer": "tokenizer", "domain": "target_domain", "rest": "rest", "mixture": "mixture",
+    },
+}  # fmt: skip
 _LAYOUT = ("per_shard", "max_bytes", "pack")
 
 
 def _dataset(text: str) -> tuple[str, str]:
     kind, colon, argument = text.partition(":")
-    if (
-        kind not in _OPTIONS
-        or bool(argument) != (kind in ("torchvision", "folder"))
-        or (colon and not argument)
-    ):
+    needs = {"digits": (False,), "torchvision": (True,), "folder": (True,), "text": (False, True)}
+    if bool(argument) not in needs.get(kind, ()) or (colon and not argument):
         raise argparse.ArgumentTypeError(
-            f"must be digits, code, torchvision:NAME or folder:PATH, got {text!r}"
+            f"must be digits, torchvision:NAME, folder:PATH, text or text:SOURCE, got {text!r}"
         )
     return kind, argument
+
+
+def _mixture(text: str) -> dict[str, float]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {name: float(share) for name, share in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be NAME=SHARE,..., as code=0.2,prose=0.5,shuffled=0.3, got {text!r}"
+        ) from None
 
 
 def _make(args: argparse.Namespace) -> None:
@@ -102,11 +119,13 @@ def _make(args: argparse.Namespace) -> None:
                 f"it takes {', '.join('--' + name.replace('_', '-') for name in names)}"
             )
     options = {names[name]: given[name] for name in names if name in given} | {"seed": args.seed}
-    layout = layout_of(args)
+    layout = layout_of(args, **({"per_shard": 4096, "pack": 64} if kind == "text" else {}))
     if kind == "digits":
         manifest = data.make_digits(args.root, **options, **vars(layout))
-    elif kind == "code":
-        manifest = data.make_code(args.root, **options, layout=layout)
+    elif kind == "text":
+        seed = options.pop("seed")
+        made = data.TextOptions(argument or "python", **options)
+        manifest = data.make_text(args.root, made, seed=seed, layout=layout)
     elif kind == "torchvision":
         manifest = data.make_torchvision(args.root, argument, **options, layout=layout)
     else:

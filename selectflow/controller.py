@@ -59,9 +59,13 @@ class Decision:
     measures: Mapping[str, float]
     step: int = 0
 
+    @property
+    def moved(self) -> bool:
+        """Whether the value changed."""
+        return self.before != self.after
+
     def __str__(self) -> str:
-        kept = self.before == self.after
-        change = f"stays {self.after:g}" if kept else f"{self.before:g} -> {self.after:g}"
+        change = f"{self.before:g} -> {self.after:g}" if self.moved else f"stays {self.after:g}"
         return f"step {self.step}: {self.what} {change}: {self.reason}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +68,18 @@ class DecisionLog:
         if self._path.exists():
             os.truncate(self._path, state["bytes"])
         self.measured = dict(state["measured"])
+
+
+def read_decisions(run_dir: str | Path) -> Iterator[Decision]:
+    """The decisions of a run, in order; none where nothing was under control.
+
+    A last line that is still being written is left out.
+    """
+    path = Path(run_dir, DECISIONS)
+    if not path.exists():
+        return
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            values = json.loads(line)
+            known = {key: x for key, x in values["measures"].items() if x is not None}
+            yield Decision(**values | {"measures": known})

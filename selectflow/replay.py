@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from selectflow.batches import Batch, take
+from selectflow.decision_log import read_decisions
 from selectflow.ledger import last_step, read_parts, read_stream
 from selectflow.selection import Selection
 
@@ -20,7 +22,7 @@ class ReplayError(ValueError):
     """A run that cannot be replayed here; the message names the difference."""
 
 
-class Decision(NamedTuple):
+class Choice(NamedTuple):
     """What the ledger says of one step.
 
     Attributes:
@@ -36,8 +38,8 @@ class Decision(NamedTuple):
     scores: Tensor
 
 
-def read_decisions(run_dir: str | Path, after: int = 0) -> Iterator[Decision]:
-    """The decisions of a run, step by step.
+def read_choices(run_dir: str | Path, after: int = 0) -> Iterator[Choice]:
+    """The choices of a run, step by step.
 
     Args:
         run_dir: a run directory with a ledger.
@@ -51,14 +53,14 @@ def read_decisions(run_dir: str | Path, after: int = 0) -> Iterator[Decision]:
         starts = np.flatnonzero(np.diff(steps, prepend=0))
         for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
             if steps[start] > after:
-                yield _decision(int(steps[start]), part.slice(start, end - start))
+                yield _choice(int(steps[start]), part.slice(start, end - start))
 
 
-def _decision(step: int, rows: Any) -> Decision:
+def _choice(step: int, rows: Any) -> Choice:
     scores = torch.tensor(rows["score"].to_numpy())
     kept = torch.tensor(rows["kept"].to_numpy()).nonzero().flatten()
     order = scores[kept].argsort(descending=True, stable=True)  # as the selector does
-    return Decision(step, rows["key"].to_pylist(), kept[order], scores)
+    return Choice(step, rows["key"].to_pylist(), kept[order], scores)
 
 
 class Replay:
@@ -75,6 +77,9 @@ class Replay:
     Raises:
         LedgerError: it has no ledger, or a part cannot be read.
         ReplayError: it was of other pools, or did not come as far.
+
+    Warns:
+        UserWarning: the controller changed its learning rate, which a replay does not repeat.
     """
 
     max_peeked = num_peeked = 0  # nothing is looked at ahead of its time
@@ -87,6 +92,12 @@ class Replay:
                 f"steps must be <= {recorded}, the steps recorded in {run_dir}, got {steps}; "
                 "train for fewer"
             )
+        if any(made.what == "lr_multiplier" and made.moved for made in read_decisions(run_dir)):
+            warnings.warn(
+                f"the controller changed the learning rate of the run in {run_dir}: a replay "
+                "trains on the same samples at the rates of its own schedule: its weights differ",
+                stacklevel=2,
+            )
         self.last: Selection | None = None
 
     def stream(self, pools: Iterable[Batch]) -> Iterator[Batch]:
@@ -98,17 +109,17 @@ class Replay:
         Raises:
             ReplayError: a pool is another than the recorded one; names the step.
         """
-        for decision, pool in zip(read_decisions(self._run_dir, self._step), pools, strict=False):
+        for choice, pool in zip(read_choices(self._run_dir, self._step), pools, strict=False):
             began = time.perf_counter()
-            _check_pool(self._run_dir, decision, pool["key"])
-            self._step = decision.step
-            batch = take(pool, decision.indices)
+            _check_pool(self._run_dir, choice, pool["key"])
+            self._step = choice.step
+            batch = take(pool, choice.indices)
             self.last = Selection(
                 pool=pool,
-                indices=decision.indices,
-                scores=decision.scores,
+                indices=choice.indices,
+                scores=choice.scores,
                 losses=None,
-                step=decision.step - 1,
+                step=choice.step - 1,
                 horizon=None,
                 age=0,
                 target_loss=None,
@@ -140,17 +151,17 @@ def _check_same(run_dir: str | Path, theirs: Mapping[str, Any], ours: Mapping[st
         )
 
 
-def _check_pool(run_dir: str | Path, decision: Decision, keys: list[str]) -> None:
-    if keys == decision.keys:
+def _check_pool(run_dir: str | Path, choice: Choice, keys: list[str]) -> None:
+    if keys == choice.keys:
         return
-    pairs = zip(decision.keys, keys, strict=False)
+    pairs = zip(choice.keys, keys, strict=False)
     place = next((i for i, (theirs, ours) in enumerate(pairs) if theirs != ours), None)
     what = (
-        f"{len(keys)} candidates instead of {len(decision.keys)}"
+        f"{len(keys)} candidates instead of {len(choice.keys)}"
         if place is None
-        else f"{keys[place]!r} instead of {decision.keys[place]!r} at place {place}"
+        else f"{keys[place]!r} instead of {choice.keys[place]!r} at place {place}"
     )
     raise ReplayError(
-        f"the pool of step {decision.step} must be the one recorded in {run_dir}, got {what}; use "
+        f"the pool of step {choice.step} must be the one recorded in {run_dir}, got {what}; use "
         "its dataset, pool size and seed"
     )

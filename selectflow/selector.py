@@ -452,5 +452,4 @@ class _Scoring:
         self.control_s += time.perf_counter() - began
         if decision is not None:
             self.decisions.append(replace(decision, step=self.step))
-            moved = decision.before != decision.after
-            _log.log(logging.INFO if moved else logging.DEBUG, "%s", self.decisions[-1])
+            _log.log(logging.INFO if decision.moved else logging.DEBUG, "%s", self.decisions[-1])

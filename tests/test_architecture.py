@@ -99,7 +99,7 @@ MAY_IMPORT = {
     "tracking": {"tracking"},
     "atomic": set(),
     "ledger": {"atomic", "selection"},
-    "replay": {"batches", "ledger", "selection"},
+    "replay": {"decision_log", "batches", "ledger", "selection"},
     "data": {"atomic", "data"},
     "checkpoints": {"batches"},
     "run_dir": {"decision_log", "checkpoints", "config", "ledger"},

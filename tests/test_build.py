@@ -1,6 +1,5 @@
 """Datasets as they are made: packed and unpacked, from folders, torchvision and source text."""
 
-import sysconfig
 from itertools import islice
 from pathlib import Path
 
@@ -16,12 +15,10 @@ from selectflow.data import (
     Layout,
     Manifest,
     PoolStream,
-    make_code,
     make_digits,
     make_folder,
     make_torchvision,
     read_manifest,
-    read_metadata,
     read_split,
     verify,
     write_manifest,
@@ -122,40 +119,6 @@ def test_sizes_out_of_range_are_refused(tmp_path, option):
 
 
 # datasets
-
-
-@pytest.fixture(scope="module")
-def code(tmp_path_factory):
-    root = tmp_path_factory.mktemp("code")
-    make_code(root, layout=Layout(4096, pack=64))
-    return root
-
-
-def test_code_blocks_are_the_text_of_their_files_in_order(code):
-    texts = {}
-    for each in islice(read_split(code, "train"), 400):
-        texts.setdefault(each["json"]["file"], []).append(bytes(each["npy"]))
-    for name, blocks in texts.items():
-        data = Path(sysconfig.get_path("stdlib"), f"{name}.py").read_bytes()
-        assert data.startswith(b"".join(blocks))
-
-
-def test_target_and_test_code_is_of_files_that_train_has_not(code):
-    files = {}
-    for split, count in {"train": None, "target": 200, "test": 400}.items():
-        metadata = read_metadata(code, split).values()
-        assert count in (None, len(metadata))
-        files[split] = {each["file"] for each in metadata}
-        domains = {each["domain"] for each in metadata}
-        assert domains == ({"code", "prose"} if split == "train" else {"code"})
-    assert files["train"].isdisjoint(files["target"] | files["test"])
-    assert files["target"].isdisjoint(files["test"])
-
-
-def test_code_streams_as_tokens(code):
-    batch = next(PoolStream(code, pool=8, seed=0))
-    assert batch["tokens"].shape == (8, 512)
-    assert 0 <= batch["tokens"].min() <= batch["tokens"].max() < 256
 
 
 def write_pictures(folder, count=12):
@@ -275,13 +238,16 @@ def test_verify_names_every_fault(tmp_path, capsys):
     assert "2 faults in 2 shards: train-000000.tar, train-000002.tar" in captured.err
 
 
-@pytest.mark.parametrize("dataset", ["digit", "folder", "folder:", "torchvision", "code:x"])
+@pytest.mark.parametrize("dataset", ["digit", "folder", "folder:", "torchvision", "text:"])
 def test_unknown_datasets_are_refused(tmp_path, dataset, capsys):
     with pytest.raises(SystemExit):
         main(["shards", "make", dataset, "--root", str(tmp_path)])
-    assert "must be digits, code, torchvision:NAME or folder:PATH" in capsys.readouterr().err
+    assert (
+        "must be digits, torchvision:NAME, folder:PATH, text or text:SOURCE"
+        in capsys.readouterr().err
+    )
 
 
 def test_options_of_another_dataset_are_refused(tmp_path, capsys):
-    assert main(["shards", "make", "code", "--root", str(tmp_path), "--size", "3"]) == 2
-    assert "--size must be left out for code, got 3; it takes" in capsys.readouterr().err
+    assert main(["shards", "make", "text", "--root", str(tmp_path), "--size", "3"]) == 2
+    assert "--size must be left out for text, got 3; it takes" in capsys.readouterr().err

@@ -19,10 +19,11 @@ NUM_KILLS = 9  # in each setting: 54
 
 DEMO = {"select.horizon": 0, "select.interval": 4}
 LOOK_AHEAD = {"select.horizon": 2, "select.interval": 3}
+AUTO = {"select.horizon": "auto", "select.lr": "auto"}
 SETTINGS = {
     f"{name}-{num_workers}-workers": options
     | ({"data.num_workers": num_workers, "data.memory_gib": 0} if num_workers else {})
-    for name, options in {"demo": DEMO, "look-ahead": LOOK_AHEAD}.items()
+    for name, options in {"demo": DEMO, "look-ahead": LOOK_AHEAD, "auto": AUTO}.items()
     for num_workers in (0, 1, 2)
 }
 

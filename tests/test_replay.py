@@ -9,8 +9,9 @@ from torch import nn
 
 from selectflow.config import ConfigError, load
 from selectflow.data import PoolStream
+from selectflow.decision_log import read_decisions
 from selectflow.ledger import read_ledger
-from selectflow.replay import ReplayError, read_decisions
+from selectflow.replay import ReplayError, read_choices
 from selectflow.run import RunError, train
 from selectflow.selector import Selector
 
@@ -121,7 +122,20 @@ def test_decisions_keep_the_order_in_which_they_were_trained_on(digits, tmp_path
         return made.loss_fn(model, batch)
 
     run_dir = train(config(tmp_path), type(made)(**{**vars(made), "loss_fn": loss_fn}))
-    decisions = list(read_decisions(run_dir))
+    decisions = list(read_choices(run_dir))
     assert [decision.step for decision in decisions] == list(range(1, 8))
     assert [[d.keys[i] for i in d.indices.tolist()] for d in decisions] == seen
-    assert [decision.step for decision in read_decisions(run_dir, after=4)] == [5, 6, 7]
+    assert [decision.step for decision in read_choices(run_dir, after=4)] == [5, 6, 7]
+
+
+def test_a_run_under_rate_control_is_replayed_with_a_warning(digits, tmp_path):
+    """Same samples, each step; the controller's learning rates are not part of the ledger."""
+    select = {"horizon": "auto", "lr": "auto"}
+    train(config(tmp_path, name="recorded", select=select, steps=24), task(digits))
+    decided = list(read_decisions(tmp_path / "recorded"))
+    assert any(decision.what == "lr_multiplier" and decision.moved for decision in decided)
+    replay = {"replay": tmp_path / "recorded"}
+    with pytest.warns(UserWarning, match="changed the learning rate"):
+        run_dir = train(config(tmp_path, name="again", select=replay, steps=24), task(digits))
+    columns = ["step", "key", "kept"]
+    assert read_ledger(run_dir, columns).equals(read_ledger(tmp_path / "recorded", columns))

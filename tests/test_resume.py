@@ -64,11 +64,12 @@ def assert_same(first, second):
         assert all(torch.equal(state[name], second[1]["state"][index][name]) for name in state)
 
 
+AUTO = {"horizon": "auto", "lr": "auto"}
 FALLING = {"horizon": 4, "horizon_schedule": {"name": "linear"}, "interval": 2}
 
 
 @pytest.mark.parametrize(
-    "select", [{}, {"horizon": 3, "interval": 2}, FALLING, {"strategy": "uniform"}]
+    "select", [{}, {"horizon": 3, "interval": 2}, FALLING, AUTO, {"strategy": "uniform"}]
 )
 @pytest.mark.parametrize("at", [1, 4, 5, 11, 24])
 def test_a_killed_run_resumes_to_the_same_end(digits, tmp_path, select, at):

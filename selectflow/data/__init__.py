@@ -8,11 +8,12 @@ from selectflow.data.inspect import contact_sheet, head, picture, verify
 from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, write_manifest
 from selectflow.data.remote import Cache
 from selectflow.data.shards import write_split
-from selectflow.data.source_text import make_code
 from selectflow.data.sources import find_manifest
 from selectflow.data.splits import read_batches, read_metadata, read_samples, read_split
 from selectflow.data.stream import PoolStream
 from selectflow.data.subset import write_subset
+from selectflow.data.text import TextOptions, make_text
+from selectflow.data.tokenizers import Tokenizer, open_tokenizer
 
 __all__ = [
     "Cache",
@@ -22,13 +23,16 @@ __all__ = [
     "PoolStream",
     "Shard",
     "Sources",
+    "TextOptions",
+    "Tokenizer",
     "contact_sheet",
     "find_manifest",
     "head",
-    "make_code",
     "make_digits",
     "make_folder",
+    "make_text",
     "make_torchvision",
+    "open_tokenizer",
     "picture",
     "read_batches",
     "read_manifest",

@@ -45,6 +45,7 @@ def build(
     options: Mapping[str, Any],
     seed: int,
     layout: Layout,
+    tokenizer: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write the splits and then the manifest, or reuse what is there.
 
@@ -54,6 +55,7 @@ def build(
         options: What the samples are made from, the builder's own name under "name".
         seed: Seed of the builder.
         layout: How to lay them out.
+        tokenizer: What the manifest says of the tokenizer; read once the splits are made.
 
     Returns:
         The manifest of the directory.
@@ -73,7 +75,9 @@ def build(
             )
         )
         fields |= written.names
-    manifest = Manifest(shards, tuple(sorted(fields)), options, seed, layout.pack)
+    manifest = Manifest(
+        shards, tuple(sorted(fields)), options, seed, layout.pack, dict(tokenizer or {})
+    )
     write_manifest(root, manifest)  # last: its presence says that the dataset is whole
     return manifest
 

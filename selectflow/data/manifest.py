@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ class Shard:
     sha256: str
 
     def __post_init__(self) -> None:
-        for field, kind in {"name": str, "count": int, "bytes": int, "sha256": str}.items():
-            if not isinstance(getattr(self, field), kind):
-                raise DataError(f"{field} must be of type {kind.__name__} in {self}")
+        for name, kind in {"name": str, "count": int, "bytes": int, "sha256": str}.items():
+            if not isinstance(getattr(self, name), kind):
+                raise DataError(f"{name} must be of type {kind.__name__} in {self}")
         if self.count < 1 or Path(self.name).name != self.name:
             raise DataError(f"count must be >= 1 and name a plain file name in {self}")
 
@@ -51,6 +51,8 @@ class Manifest:
         seed: Seed of the builder.
         pack: Samples in each record of a shard but the last, >= 1; above 1 a sample's key is
             "<shard>/<record>/<row>".
+        tokenizer: Of a dataset of tokens: "name", "num_tokens" (ids are below it), "end" (id that
+            ends a document), and "sha256" of the file beside the shards; else empty.
         version: Version of this format.
     """
 
@@ -59,6 +61,7 @@ class Manifest:
     options: dict[str, Any]
     seed: int
     pack: int = 1
+    tokenizer: dict[str, Any] = field(default_factory=dict)
     version: int = MANIFEST_VERSION
 
     def __post_init__(self) -> None:
@@ -143,7 +146,10 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 
 
 def _to_json(manifest: Manifest) -> str:
-    return json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
+    values = asdict(manifest)
+    if not manifest.tokenizer:
+        del values["tokenizer"]  # of datasets without tokens, as it has always been
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
 def _from_json(text: bytes) -> Manifest:
@@ -159,4 +165,5 @@ def _from_json(text: bytes) -> Manifest:
         options=dict(raw["options"]),
         seed=int(raw["seed"]),
         pack=raw.get("pack", 1),
+        tokenizer=dict(raw.get("tokenizer", {})),
     )

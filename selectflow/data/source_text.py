@@ -1,108 +1,93 @@
-"""The standard library's own source and prose as blocks of bytes, for language models."""
+"""The standard library's own text: code, docstrings, prose, tables and C headers."""
 
-import platform
+from __future__ import annotations
+
+import ast
 import sysconfig
-import zlib
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from selectflow.data.build import Layout, build
-from selectflow.data.fields import Sample
-from selectflow.data.manifest import DataError, Manifest
+from selectflow.data.documents import Document, Unit
 
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "pydoc_data"}
 _LEFT_OUT |= {"__pycache__", "ensurepip", "turtledemo"}
+_TABLES = "encodings"  # its modules are lists of characters, made by a program
 
-Text = tuple[str, str, str]  # key, domain, text
+SOURCE_DOMAINS = ("code", "docstrings", "prose", "tables", "headers")
 
 
-def make_code(
-    root: str | Path,
-    *,
-    block: int = 512,
-    num_target: int = 200,
-    num_test: int = 400,
-    seed: int = 0,
-    layout: Layout | None = None,
-) -> Manifest:
-    """Write the source of the standard library and the prose of the language reference.
+def source_text() -> list[Unit]:
+    """The text that comes with Python; it depends on its version.
 
-    A sample is a block of UTF-8 bytes as tokens, uint8 (block,), with the json
-    `{"domain": "code" | "prose", "file": str}`. Target and test are code alone; train is code of
-    other files, and all of the prose. A file's rest that does not fill a block is left out. The
-    text depends on the version of Python, which the manifest names.
-
-    Args:
-        root: Dataset directory, made if missing.
-        block: Bytes of a block, >= 1.
-        num_target: Blocks of the target set, >= 1.
-        num_test: Blocks of the test set, >= 1.
-        seed: Chooses the files of each split, >= 0.
-        layout: How to lay the samples out in shards.
-
-    Returns:
-        The manifest of the directory.
-
-    Raises:
-        DataError: An option is out of its range, or the directory holds another dataset.
+    "code" is the source of the standard library without its docstrings, which are "docstrings", one
+    document for each file. "prose" is the language reference, "tables" the modules of `encodings`,
+    "headers" Python's own C headers, where they are installed.
     """
-    sizes = {"block": block, "num_target": num_target, "num_test": num_test}
-    for name, value in sizes.items():
-        if value < 1:
-            raise DataError(f"{name} must be >= 1, got {value}; leave it out for the default")
-
-    def make_splits() -> dict[str, Iterable[Sample]]:
-        # a file belongs to one split whole, by its name; a tenth each is for target and test
-        parts: dict[str, list[Text]] = {"train": [], "target": [], "test": []}
-        for text in _code():
-            place = zlib.crc32(f"{seed}/{text[0]}".encode()) % 10
-            parts[{0: "target", 1: "test"}.get(place, "train")].append(text)
-        held_out = {
-            name: list(islice(_blocks(parts[name], block), count))
-            for name, count in {"target": num_target, "test": num_test}.items()
-        }
-        for name, samples in held_out.items():
-            if len(samples) < (wanted := sizes[f"num_{name}"]):
-                raise DataError(
-                    f"num_{name} must be at most {len(samples)}, got {wanted}; lower it or block"
-                )
-        return {"train": _blocks([*parts["train"], *_prose()], block), **held_out}
-
-    options = {"name": "code", "python": platform.python_version(), **sizes}
-    return build(root, make_splits, options, seed, layout or Layout())
+    units = []
+    for name, path in _python_files():
+        key = str(name.with_suffix(""))
+        read = partial(_table if name.parts[0] == _TABLES else _module, path, key)
+        units.append(Unit(key, read))
+    include = Path(sysconfig.get_path("include"))
+    for path in sorted(include.rglob("*.h")):
+        key = f"include/{path.relative_to(include).with_suffix('')}"
+        units.append(Unit(key, partial(_header, path, key)))
+    return [*units, *_reference()]
 
 
 def python_sources() -> Iterator[str]:
-    """The standard library's source files, in the order of their paths."""
-    for _, _, text in _code():
-        yield text
+    """The standard library's source files as they are, in the order of their paths."""
+    for _, path in _python_files():
+        yield path.read_text(encoding="utf-8")
 
 
-def _code() -> Iterator[Text]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
+def _python_files() -> Iterator[tuple[Path, Path]]:
+    """Relative and absolute paths."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        name = path.relative_to(library)
         if not _LEFT_OUT & set(name.parts):
-            yield str(name.with_suffix("")), "code", path.read_text(encoding="utf-8")
+            yield name, path
 
 
-def _prose() -> Iterator[Text]:
+def _module(path: Path, key: str) -> Iterator[Document]:
+    code, docstrings = split_docstrings(path.read_text(encoding="utf-8"))
+    yield Document(key, "code", code)
+    if docstrings:
+        yield Document(f"{key}/docstrings", "docstrings", docstrings)
+
+
+def _table(path: Path, key: str) -> Iterator[Document]:
+    yield Document(key, "tables", path.read_text(encoding="utf-8"))
+
+
+def _header(path: Path, key: str) -> Iterator[Document]:
+    yield Document(key, "headers", path.read_text(encoding="utf-8"))
+
+
+def _reference() -> Iterator[Unit]:
     from pydoc_data.topics import topics  # noqa: PLC0415 - a long text that few need
 
     for name, text in sorted(topics.items()):
-        yield f"topics/{name}", "prose", text
+        key = f"topics/{name}"
+        yield Unit(key, partial(_topic, key, text))
 
 
-def _blocks(texts: Iterable[Text], size: int) -> Iterator[Sample]:
-    for name, domain, text in texts:
-        data = np.frombuffer(text.encode(), np.uint8)
-        key = "".join(c if c.isascii() and (c.isalnum() or c in "_-/") else "-" for c in name)
-        for index in range(len(data) // size):
-            yield {
-                "__key__": f"{key.removeprefix('__')}-{index:05d}",
-                "npy": data[index * size : (index + 1) * size],
-                "json": {"domain": domain, "file": name},
-            }
+def _topic(key: str, text: str) -> Iterator[Document]:
+    yield Document(key, "prose", text)
+
+
+def split_docstrings(source: str) -> tuple[str, str]:
+    """Python source without its docstrings, and the docstrings, joined by empty lines."""
+    lines: list[str | None] = [*source.split("\n")]  # as ast counts them: not at form feeds
+    docstrings = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text is not None:
+                docstrings.append(text)
+                statement = node.body[0]
+                first, last = statement.lineno - 1, statement.end_lineno
+                lines[first:last] = [None] * len(lines[first:last])
+    return "\n".join(line for line in lines if line is not None), "\n\n".join(docstrings)

@@ -10,6 +10,7 @@ from selectflow.data.fields import Sample
 from selectflow.data.manifest import DataError, Manifest
 from selectflow.data.sources import open_catalog
 from selectflow.data.splits import read_split
+from selectflow.data.tokenizers import copy_tokenizer
 
 _DEFAULT_LAYOUT = Layout()
 
@@ -58,7 +59,8 @@ def write_subset(
         options["copied"] = others
     splits = {split: _chosen(source, split, set(keys))}
     splits |= {other: read_split(source, other) for other in others}
-    return build(root, lambda: splits, options, seed, layout)
+    tokenizer = copy_tokenizer(source, root)
+    return build(root, lambda: splits, options, seed, layout, tokenizer)
 
 
 def _chosen(source: Sources, split: str, keys: set[str]) -> Iterator[Sample]:

@@ -24,8 +24,9 @@ from selectflow.data import (
     Layout,
     Manifest,
     PoolStream,
-    make_code,
+    TextOptions,
     make_digits,
+    make_text,
     read_batches,
     read_manifest,
     write_manifest,
@@ -49,8 +50,8 @@ DATASETS = {
     "digits": make_digits,
     "digits, packed by 64": partial(make_digits, pack=64),
     "colour images 32 x 32": make_images,
-    "text, blocks of 512": make_code,
-    "text, packed by 64": partial(make_code, layout=Layout(4096, pack=64)),
+    "text, blocks of 512": partial(make_text, options=TextOptions(block=512), layout=Layout()),
+    "text, packed by 64": partial(make_text, options=TextOptions(block=512)),
 }
 
 
