@@ -40,6 +40,7 @@ format: $(READY)
 # Cost of a step and its parts, and the digits study, each printing the figures of the README.
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/step_cost.py
+	$(BIN)/python tests/benchmarks/control_cost.py
 	$(BIN)/python tests/benchmarks/sweep_cost.py
 	$(BIN)/python tests/benchmarks/data_throughput.py
 	$(BIN)/python tests/benchmarks/digits_study.py

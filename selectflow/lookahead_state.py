@@ -1,7 +1,8 @@
-"""What a look-ahead found, for checkpoints."""
+"""What a selector found and was asked for, in checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from selectflow.lookahead import LookAhead
@@ -38,3 +39,13 @@ def restored(saved: dict[str, Any], params: Params) -> LookAhead:
             )
         gammas.append(Params((name, gamma[name].to(params[name])) for name in params))
     return LookAhead(saved["horizon"], saved["target_loss"], gammas)
+
+
+def check_same_options(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the differences, unless a saved selector had our options."""
+    differing = [name for name in ours if saved[name] != ours[name]]
+    if differing:
+        listed = ", ".join(
+            f"{name}: {saved[name]!r} saved, {ours[name]!r} here" for name in differing
+        )
+        raise ValueError(f"selector options must be those of the saved state, got {listed}")

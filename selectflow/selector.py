@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -23,11 +22,12 @@ from selectflow.derivatives import Curvature, Derivatives, Method
 from selectflow.horizon_control import HorizonControl
 from selectflow.horizons import Horizon, as_horizon
 from selectflow.lookahead import LookAhead
-from selectflow.lookahead_state import plain, restored
+from selectflow.lookahead_state import check_same_options, plain, restored
 from selectflow.objective import LossFn, Objective, check_finite
 from selectflow.offload import Offload
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
+from selectflow.peeking import PeekedPools
 from selectflow.policy import NominalChoice, Policy
 from selectflow.rate_control import RateControl
 from selectflow.scored_params import scored_names
@@ -180,7 +180,7 @@ class Selector:
             "pools_per_update": pools_per_update,
             "seed": seed,
         }
-        self._peeked: deque[Batch] = deque()
+        self._peeked = PeekedPools()
         self._ahead: LookAhead | None = None
         self._refreshed_at = 0  # optimizer step of the last look-ahead
         self._num_lookaheads = 0
@@ -201,13 +201,8 @@ class Selector:
             Batches of the pools' type with the kept examples, best first.
         """
         source = iter(pools)
-        while True:
-            if not self._peeked:
-                self._peeked.extend(islice(source, 1))
-            if not self._peeked:
-                return
-            pool = self._peeked.popleft()
-            yield self.select(pool, self._peek(source))
+        for pool in self._peeked.handed_out(source):
+            yield self.select(pool, self._peeked.upcoming(source))
 
     def select(self, pool: Batch, upcoming: Iterable[Batch] = ()) -> Batch:
         """The part of one pool to train on now.
@@ -277,17 +272,6 @@ class Selector:
             )
         check_finite("scores", scores, scoring.pool)
         return scores
-
-    def _peek(self, source: Iterator[Batch]) -> Iterator[Batch]:
-        """The pools to come, remembered for `stream` as they are drawn."""
-        position = 0
-        while True:
-            if position == len(self._peeked):
-                self._peeked.extend(islice(source, 1))
-            if position == len(self._peeked):
-                return
-            yield self._peeked[position]
-            position += 1
 
     # --- looking ahead --------------------------------------------------------------------
 
@@ -370,7 +354,7 @@ class Selector:
             "target_position": self._target.position,
             "horizon_control": self._control and self._control.state_dict(),
             "rate_control": self._rate and self._rate.state_dict(),
-            "peeked": list(self._peeked) if with_peeked else [],
+            "peeked": self._peeked.pools() if with_peeked else [],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -379,15 +363,7 @@ class Selector:
         Raises:
             ValueError: the state is of a selector with other options, or of another model.
         """
-        differing = [
-            name for name in self._options if state["options"][name] != self._options[name]
-        ]
-        if differing:
-            listed = ", ".join(
-                f"{name}: {state['options'][name]!r} saved, {self._options[name]!r} here"
-                for name in differing
-            )
-            raise ValueError(f"selector options must be those of the saved state, got {listed}")
+        check_same_options(state["options"], self._options)
         params, names = self._optimizer.params(), self._scored_names()
         params = params if names is None else params.pick(names)
         self._ahead = state["ahead"] and restored(state["ahead"], params)
@@ -401,7 +377,7 @@ class Selector:
             self._control.load_state_dict(state["horizon_control"])
         if self._rate is not None:
             self._rate.load_state_dict(state["rate_control"])
-        self._peeked = deque(state["peeked"])
+        self._peeked = PeekedPools(state["peeked"])
 
 
 class _Scoring:

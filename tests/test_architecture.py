@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "selection": {"batches", "controller"},
     "controller": set(),
     "update_state": {"dynamics"},
+    "peeking": {"batches"},
     "policy": {
         "batches", "derivatives", "dynamics", "lookahead", "nominal", "offload", "params",
         "selection",
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "selector": {
         "arguments", "batches", "chunking", "controller", "derivatives", "horizon_control",
         "horizons", "lookahead", "lookahead_state", "objective", "offload", "optimizers", "params",
-        "policy",
+        "peeking", "policy",
         "rate_control", "scored_params", "selection", "strategies",
     },
     "arguments": set(),

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from selectflow import Selector
 from selectflow.huggingface import STATE_FILE, SelectTrainerMixin
 from selectflow.language import causal_lm_losses
+from selectflow.policy import Policy
 
 # between the three libraries, each at its own pace
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
@@ -335,14 +336,14 @@ def test_sft_scores_are_of_the_completions(tmp_path):
 def test_lora_leaves_nothing_outside_the_adapters(tmp_path):
     trainer = sft_trainer(tmp_path, lora=True)
     visited = []
-    look_ahead = Selector._look_ahead
+    look_ahead = Policy.look_ahead
 
-    def watched(self, state, *args):
+    def watched(self, horizon, updates, state, *args):
         visited.extend(name for part in state for name in part)
-        return look_ahead(self, state, *args)
+        return look_ahead(self, horizon, updates, state, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Selector, "_look_ahead", watched)
+        patch.setattr(Policy, "look_ahead", watched)
         trainer.train()
     names = [*visited, *(n for gamma in trainer.selector._ahead.sensitivities for n in gamma)]
     assert names
