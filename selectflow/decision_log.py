@@ -65,7 +65,7 @@ class DecisionLog:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after `state_dict`; later lines are cut off."""
-        if self._path.exists():
+        if self._path.exists() and self._path.stat().st_size > state["bytes"]:
             os.truncate(self._path, state["bytes"])
         self.measured = dict(state["measured"])
 

@@ -69,21 +69,21 @@ class GPT2(nn.Module):
         return self.head(self.norm(x))
 
 
-def gpt2():
+def gpt2(vocabulary=8192, context=128, **sizes):
     def loss_fn(model, tokens):
         logits = model(tokens[:, :-1])
         return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
 
     # Zipf-like tokens with structure to learn: each is a function of the one before, or random.
     def batch(num):
-        tokens = (8192 ** torch.rand(num, 129)).long().clamp(max=8191)
-        for position in range(1, 129):
+        tokens = (vocabulary ** torch.rand(num, context + 1)).long().clamp(max=vocabulary - 1)
+        for position in range(1, context + 1):
             copied = torch.rand(num) < 0.5
-            following = (tokens[:, position - 1] * 31 + 7) % 8192
+            following = (tokens[:, position - 1] * 31 + 7) % vocabulary
             tokens[:, position] = torch.where(copied, following, tokens[:, position])
         return tokens
 
-    return GPT2(), loss_fn, batch, 3e-4
+    return GPT2(vocabulary, context=context, **sizes), loss_fn, batch, 3e-4
 
 
 def mlp():
