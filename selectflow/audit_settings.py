@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from selectflow.audit_config import AuditConfig, Model
 from selectflow.audit_images import cnn, digits, image_loss, mlp
-from selectflow.audit_text import gpt2, llama, source_blocks, with_lora
+from selectflow.audit_text import gpt2, llama, source_blocks, with_adapters
 from selectflow.batches import Batch, num_examples, take
 from selectflow.config_errors import ConfigError
 from selectflow.language import causal_lm_losses
@@ -42,7 +42,7 @@ PROBLEMS = {
     "mlp": Problem(mlp, lambda _: digits(), image_loss),
     "cnn": Problem(cnn, lambda _: digits(), image_loss),
     "gpt2": Problem(gpt2, source_blocks, causal_lm_losses),
-    "llama": Problem(llama, source_blocks, causal_lm_losses, with_lora),
+    "llama": Problem(llama, source_blocks, causal_lm_losses, with_adapters),
 }
 
 

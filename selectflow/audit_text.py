@@ -7,17 +7,15 @@ rounding would be as large as the effect of one example.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from selectflow.audit_config import GPT2Model, LlamaModel
 from selectflow.batches import Batch
-from selectflow.config_errors import ConfigError
 from selectflow.data.source_text import python_sources
+from selectflow.text_models import load_pretrained, with_lora
 
 # Shapes by name, as arguments of GPT2Config and LlamaConfig. GPT2Config's defaults are the 124M.
 _BYTES = {"vocab_size": 256, "bos_token_id": None, "eos_token_id": None}
@@ -37,10 +35,7 @@ _LLAMA: dict[str, dict[str, Any]] = {
         "bos_token_id": 128000, "eos_token_id": 128001,
     },
 }  # fmt: skip
-_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _CHARACTERS_PER_FILE = 4096  # so that a few long files do not make up the text
-
-_Model = TypeVar("_Model")
 
 
 def source_blocks(config: GPT2Model | LlamaModel) -> Batch:
@@ -56,7 +51,7 @@ def source_blocks(config: GPT2Model | LlamaModel) -> Batch:
     if config.pretrained is not None:
         from transformers import AutoTokenizer  # noqa: PLC0415
 
-        encode = _pretrained(AutoTokenizer.from_pretrained, config.pretrained).encode
+        encode = load_pretrained(AutoTokenizer.from_pretrained, config.pretrained).encode
     tokens = [encode(text[:_CHARACTERS_PER_FILE]) for text in python_sources()]
     blocks = [
         torch.tensor(file)[: len(file) // config.block * config.block].view(-1, config.block)
@@ -74,7 +69,7 @@ def gpt2(config: GPT2Model) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415
 
     if config.pretrained is not None:
-        return _pretrained(GPT2LMHeadModel.from_pretrained, config.pretrained)
+        return load_pretrained(GPT2LMHeadModel.from_pretrained, config.pretrained)
     shape = {"n_positions": config.block} | _GPT2[config.shape]
     return GPT2LMHeadModel(GPT2Config(**shape))
 
@@ -88,23 +83,16 @@ def llama(config: LlamaModel) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
     if config.pretrained is not None:
-        model = _pretrained(LlamaForCausalLM.from_pretrained, config.pretrained)
+        model = load_pretrained(LlamaForCausalLM.from_pretrained, config.pretrained)
     else:
         model = LlamaForCausalLM(LlamaConfig(**_LLAMA[config.shape]))
     _norms_in_own_precision(model)
     return model
 
 
-def with_lora(config: LlamaModel, model: nn.Module) -> nn.Module:
+def with_adapters(config: LlamaModel, model: nn.Module) -> nn.Module:
     """The model with new adapters on all its projections; only they are trained."""
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
-
-    rank = config.lora_rank
-    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_PROJECTIONS)
-    with warnings.catch_warnings():  # peft asks transformers in words that it has deprecated
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        adapted: nn.Module = get_peft_model(model, adapters)
-    return adapted
+    return with_lora(model, "llama", config.lora_rank)
 
 
 class RMSNorm(nn.Module):
@@ -130,15 +118,3 @@ def _norms_in_own_precision(model: nn.Module) -> None:
 
 def _bytes(text: str) -> list[int]:
     return list(text.encode())
-
-
-def _pretrained(load: Callable[[str], _Model], name: str) -> _Model:
-    try:
-        return load(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            "model.pretrained must be a folder that save_pretrained wrote, or a Hugging Face name "
-            f"that is cached or can be downloaded, got {name!r} ({reason}); fetch it where there "
-            "is a network, with `hf download`, or leave it out for random weights"
-        ) from error

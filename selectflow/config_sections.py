@@ -2,6 +2,7 @@
 
 import math
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -96,16 +97,47 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class TextConfig(Section):
+    """What blocks of text are made of, as `selectflow shards make text` makes them."""
+
+    source: str = Field(
+        default="python",
+        description="python: what comes with it; files:FOLDER; jsonl:FILE; hf:NAME",
+    )
+    tokenizer: str = Field(
+        default="bytes", description="bytes; bpe:SIZE, trained on the text; or an existing one"
+    )
+    block: Annotated[int, Field(ge=2)] = Field(default=128, description="tokens of an example")
+    rest: Literal["drop", "pad", "pack"] = Field(
+        default="drop", description="what becomes of tokens that fill no block"
+    )
+    target_domain: str | None = Field(
+        default="code", description="domain of the target and test sets; null: all"
+    )
+    mixture: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = Field(
+        default=None,
+        description="shares of domains and of dirt (shuffled, duplicate, boilerplate) in the "
+        "stream; null: all clean text",
+    )
+    num_train: Count | None = Field(
+        default=None, description="examples of the stream; null: all; needed for a mixture"
+    )
+    num_target: Count = Field(default=200, description="examples of the target set")
+    num_test: Count = Field(default=400, description="examples of the test set")
+
+
 class DataConfig(Section):
     """Where the examples come from."""
 
-    name: Literal["digits", "shards"] = Field(
-        default="digits", description="digits: written on first use; shards: an existing directory"
+    name: Literal["digits", "text", "shards"] = Field(
+        default="digits",
+        description="digits, text: written on first use; shards: an existing directory",
     )
+    text: TextConfig = Field(default=TextConfig(), description="how text is made (text)")
     root: Annotated[Location | None, BeforeValidator(_path_or_url)] = Field(
         default=None,
         description="directory of the shards, or its URL (s3, gs, hf, https: extra `remote`); "
-        "null: data/<name and options> for digits",
+        "null: data/<name and options> for digits and text",
     )
     label_noise: float = Field(
         default=0.0, ge=0, lt=1, description="share of training labels made wrong (digits)"
@@ -129,17 +161,44 @@ class DataConfig(Section):
     @property
     def directory(self) -> Path | str:
         """The directory or URL of the shards, `root` or the one derived from the options."""
-        return self.root or Path("data", f"digits-noise{self.label_noise:g}-seed{self.seed}")
+        if self.root is not None:
+            return self.root
+        if self.name == "text":
+            options = zlib.crc32(self.text.model_dump_json().encode())
+            return Path("data", f"text-{options:08x}-seed{self.seed}")
+        return Path("data", f"digits-noise{self.label_noise:g}-seed{self.seed}")
 
 
 class ModelConfig(Section):
     """The network that is trained."""
 
-    name: Literal["mlp", "cnn", "resnet18"] = Field(default="mlp", description="architecture")
+    name: Literal["mlp", "cnn", "resnet18", "gpt2", "llama"] = Field(
+        default="mlp",
+        description="architecture: mlp, cnn, resnet18 (trainers/vision.py), gpt2, llama "
+        "(trainers/language.py)",
+    )
     hidden: tuple[Count, ...] = Field(
         default=(128, 128), strict=False, description="units of each hidden layer (mlp)"
     )
-    width: Count = Field(default=16, description="channels of the first convolution (cnn)")
+    width: Count = Field(
+        default=16,
+        description="channels of the first convolution (cnn); size of a token's embedding, a "
+        "multiple of `heads` (gpt2, llama)",
+    )
+    layers: Count = Field(default=4, description="transformer blocks (gpt2, llama)")
+    heads: Count = Field(default=4, description="attention heads of a block (gpt2, llama)")
+    positions: Count | None = Field(
+        default=None,
+        description="longest sequence, in tokens; null: that of the data (gpt2, llama)",
+    )
+    pretrained: str | None = Field(
+        default=None,
+        description="weights to begin with: a folder of save_pretrained or a Hugging Face name, "
+        "whose sizes then hold (gpt2, llama)",
+    )
+    lora_rank: int = Field(
+        default=0, ge=0, description="rank of LoRA adapters; 0: every weight is trained"
+    )
 
 
 class OptimizerConfig(Section):

@@ -117,7 +117,7 @@ class _Run:
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
         self.tracker = _tracker(config, saved)
         records = Ledger(config.run_dir, stream), DecisionLog(config.run_dir)
-        self.log = RunLog(*records, self.tracker, task.altered, upfront_s)
+        self.log = RunLog(*records, self.tracker, task.kinds, upfront_s)
         if saved is not None:
             self.load_state_dict(saved)
 

@@ -42,7 +42,7 @@ class RunLog:
         ledger: takes what was kept.
         decisions: takes what the controller decided.
         tracker: takes the metrics.
-        altered: ids of the samples whose label was altered, to report how many are kept.
+        kinds: ids of samples by what they are, to report which share of the kept they make up.
         upfront_s: seconds of selection before the first step.
     """
 
@@ -51,10 +51,10 @@ class RunLog:
         ledger: Ledger,
         decisions: DecisionLog,
         tracker: Tracker,
-        altered: frozenset[str],
+        kinds: Mapping[str, frozenset[str]],
         upfront_s: float = 0.0,
     ) -> None:
-        self._ledger, self._tracker, self._altered = ledger, tracker, altered
+        self._ledger, self._tracker, self._kinds = ledger, tracker, kinds
         self._decisions = decisions
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
@@ -74,11 +74,12 @@ class RunLog:
         self._sums["select/lr_multiplier"] += selection.lr_multiplier
         if selection.horizon is not None:
             self._sums["select/horizon"] += selection.horizon
-        self._sums["select/kept_altered"] += (
-            sum(key in self._altered for key in batch["key"]) / kept
-        )
+        for kind, keys in self._kinds.items():
+            self._sums[f"select/kept_{kind}"] += sum(key in keys for key in batch["key"]) / kept
         self._counts["steps"] += 1
         self._counts["seen"] += kept
+        if "tokens" in batch:
+            self._counts["tokens"] += batch["tokens"].numel()
         if selection.losses is not None:
             self._counts["scored"] += size
         self._select_s += selection.seconds
@@ -102,6 +103,7 @@ class RunLog:
                 "train/lr": lr,
                 "data/samples_seen": self._counts["seen"],
                 "data/samples_scored": self._counts["scored"],
+                **({"data/tokens_seen": self._counts["tokens"]} if self._counts["tokens"] else {}),
                 "perf/select_s": self._select_s,
                 "perf/step_s": (wall_s - self._wall_s_before) / num_steps,
             }

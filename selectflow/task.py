@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -23,8 +23,8 @@ class Task:
         pools: the stream of candidate pools: mappings with a list "key" of sample ids.
         target: batches that define the goal; never trained on.
         test: batches that only evaluation sees.
-        altered: ids of training samples with an altered label. For reports: selection never
-            sees them.
+        kinds: ids of training samples by what they are, as "altered" or a domain. For reports:
+            selection never sees them.
         source: the dataset whose split "train" the pools come from, as `PoolStream` takes it;
             offline selection reads the kept samples there.
     """
@@ -35,5 +35,5 @@ class Task:
     pools: Iterable[Batch]
     target: Sequence[Batch]
     test: Sequence[Batch]
-    altered: frozenset[str] = frozenset()
+    kinds: Mapping[str, frozenset[str]] = field(default_factory=dict)
     source: Sources | None = None

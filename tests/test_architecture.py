@@ -76,7 +76,8 @@ MAY_IMPORT = {
     "sparse": {"derivatives", "dynamics", "lookahead", "params", "trajectory"},
     "audit_config": {"config_errors", "yaml_io"},
     "audit_images": {"audit_config", "batches"},
-    "audit_text": {"audit_config", "batches", "config_errors", "data"},
+    "audit_text": {"audit_config", "batches", "data", "text_models"},
+    "text_models": {"config_errors"},
     "audit_settings": {
         "audit_config", "audit_images", "audit_text", "batches", "config_errors", "language",
         "objective", "recording", "trajectory",
@@ -116,6 +117,7 @@ MAY_IMPORT = {
         "batches", "checkpoints", "config", "ledger", "offline_run", "replay", "report",
         "run_dir", "run_log", "selector", "task", "tracking", "training",
     },
+    "trainer": {"config", "config_errors", "run", "task"},
     "report": {"config_sections", "data", "ledger", "report", "run_dir", "tracking", "yaml_io"},
     "sweep_space": {"config_errors"},
     "sweep": {"config", "config_errors", "config_sections", "sweep_space", "yaml_io"},

@@ -57,7 +57,8 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
             "optimizer.lr_rate must be a known key, got 1; did you mean optimizer.lr?",
             "model.lr must be a known key, got 1; did you mean select.lr?",
             "optimizer.eps must be finite, got inf",
-            "model.name must be one of mlp, cnn, resnet18, got 'mpl'; did you mean mlp?",
+            "model.name must be one of mlp, cnn, resnet18, gpt2, llama, got 'mpl'; did you mean "
+            "mlp?",
             "model.hidden.1 must be an integer, got '64'",
             "select.keep must be <= data.pool (64), got 65; keep fewer or enlarge it",
             "select.horizn must be a known key, got 1; did you mean select.horizon?",
@@ -230,7 +231,8 @@ def test_digits_directory_says_what_is_in_it(tmp_path):
 def test_every_shipped_config_loads_and_says_how_to_run_it(path):
     config = load(path, ["seed=1"])
     assert config.run_name == f"{path.stem}-s1"
-    assert f"python trainers/vision.py configs/{path.name}" in path.read_text()
+    trainer = "language" if config.data.name == "text" else "vision"
+    assert f"python trainers/{trainer}.py configs/{path.name}" in path.read_text()
 
 
 def test_the_demo_pair_trains_on_batches_of_one_size():

@@ -50,7 +50,7 @@ def task(root, pools=None):
         pools=pools or PoolStream(root, pool=32, seed=0),
         target=read_batches(root, "target", 200),
         test=read_batches(root, "test", 400),
-        altered=frozenset(key for key, made in metadata.items() if made["altered"]),
+        kinds={"altered": frozenset(key for key, made in metadata.items() if made["altered"])},
     )
 
 
@@ -100,7 +100,7 @@ def test_the_ledger_holds_every_decision(digits, tmp_path):
     # the loss of a decision is the loss that the step then trains on: the model has no dropout
     assert metrics[1]["train/loss"] == pytest.approx(np.mean(trained_on[:3]), rel=1e-5)
     first = ledger.slice(0, 3 * 32).filter(ledger["kept"].slice(0, 3 * 32))["key"].to_pylist()
-    share = sum(key in made.altered for key in first) / len(first)
+    share = sum(key in made.kinds["altered"] for key in first) / len(first)
     assert metrics[1]["select/kept_altered"] == pytest.approx(share)
 
 

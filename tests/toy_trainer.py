@@ -30,7 +30,6 @@ def main(arguments):
         pools=PoolStream(root, pool=config.data.pool, seed=config.seed),
         target=read_batches(root, "target", 100),
         test=read_batches(root, "test", 400),
-        altered=frozenset(),
     )
     try:
         train(config, task)

@@ -7,7 +7,6 @@ The configuration says everything; `selectflow schema` lists what it can say.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,10 +18,11 @@ import torchvision
 from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
-from selectflow.config import RunConfig, load
+from selectflow.config import RunConfig
 from selectflow.config_sections import ModelConfig
 from selectflow.data import PoolStream, make_digits, read_batches, read_metadata
-from selectflow.run import Task, train
+from selectflow.task import Task
+from selectflow.trainer import check_choice, trainer_main
 
 Batch = dict[str, Any]
 EVAL_BATCH = 512
@@ -86,6 +86,8 @@ def evaluate(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
 def build_task(config: RunConfig) -> Task:
     """The model, its data and how it is judged; the same for the same configuration."""
     data = config.data
+    check_choice("model.name", config.model.name, tuple(MODELS))
+    check_choice("data.name", data.name, ("digits", "shards"))
     if data.name == "digits":
         make_digits(data.directory, label_noise=data.label_noise, seed=data.seed)
     pools = PoolStream(
@@ -111,28 +113,14 @@ def build_task(config: RunConfig) -> Task:
         pools=pools,
         target=target,
         test=test,
-        altered=frozenset(key for key, made in metadata.items() if made.get("altered")),
+        kinds={"altered": frozenset(key for key, made in metadata.items() if made.get("altered"))},
         source=data.directory,
     )
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a configuration; 0, or 2 with a message where the input is at fault."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if arguments else 2
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("selectflow").setLevel(logging.INFO)
-    try:
-        config = load(arguments[0], arguments[1:])
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        run_dir = train(config, build_task(config))
-    except (ValueError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {run_dir}")
-    return 0
+    """Run a configuration; the exit status."""
+    return trainer_main(arguments, build_task, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,188 @@
+"""Train a causal language model with data selection.
+
+    python trainers/language.py configs/text_online.yaml [key=value ...]
+
+The configuration says everything; `selectflow schema` lists what it can say.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from selectflow.config import ConfigError, RunConfig
+from selectflow.config_sections import DataConfig, ModelConfig
+from selectflow.data import (
+    PoolStream,
+    TextOptions,
+    Tokenizer,
+    make_text,
+    open_tokenizer,
+    read_batches,
+    read_metadata,
+)
+from selectflow.data.tokenizers import load_tokenizer, same_vocabulary
+from selectflow.language import IGNORED, causal_lm_losses
+from selectflow.task import Task
+from selectflow.text_models import load_pretrained, with_lora
+from selectflow.trainer import check_choice, trainer_main
+
+Batch = dict[str, Any]
+EVAL_BATCH = 64
+# scores and training are to see one model
+_NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def gpt2(config: ModelConfig, length: int, tokenizer: Tokenizer) -> PreTrainedModel:
+    """GPT-2, its output layer tied to the embedding."""
+    if config.pretrained is not None:
+        load = partial(GPT2LMHeadModel.from_pretrained, dtype=torch.float32, **_NO_DROPOUT)
+        return load_pretrained(load, config.pretrained)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=tokenizer.num_tokens,
+            bos_token_id=tokenizer.end,
+            eos_token_id=tokenizer.end,
+            n_positions=config.positions or length,
+            n_embd=config.width,
+            n_layer=config.layers,
+            n_head=config.heads,
+            **_NO_DROPOUT,
+        )
+    )
+
+
+def llama(config: ModelConfig, length: int, tokenizer: Tokenizer) -> PreTrainedModel:
+    """Llama, its feed-forward layers three times as wide as the embedding."""
+    if config.pretrained is not None:
+        load = partial(LlamaForCausalLM.from_pretrained, dtype=torch.float32)
+        return load_pretrained(load, config.pretrained)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokenizer.num_tokens,
+            bos_token_id=tokenizer.end,
+            eos_token_id=tokenizer.end,
+            max_position_embeddings=config.positions or length,
+            hidden_size=config.width,
+            intermediate_size=3 * config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+        )
+    )
+
+
+MODELS = {"gpt2": gpt2, "llama": llama}
+
+
+def build_model(config: ModelConfig, length: int, tokenizer: Tokenizer) -> nn.Module:
+    """The configured model, which fits sequences of `length` tokens and the tokenizer."""
+    if config.pretrained is None and config.width % config.heads:
+        raise ConfigError(
+            f"model.width must be a multiple of model.heads ({config.heads}), got {config.width}"
+        )
+    model = MODELS[config.name](config, length, tokenizer)
+    positions = int(model.config.max_position_embeddings)
+    if length > positions:
+        raise ConfigError(
+            f"data.text.block must be at most the model's {positions} positions, got sequences of "
+            f"{length} tokens; shorten it, or raise model.positions"
+        )
+    return with_lora(model, config.name, config.lora_rank) if config.lora_rank else model
+
+
+def check_tokenizer(config: ModelConfig, tokenizer: Any) -> None:
+    """Refuse weights that were trained on other tokens than those of the shards."""
+    if config.pretrained is None:
+        return
+    if not same_vocabulary(tokenizer, load_pretrained(load_tokenizer, config.pretrained)):
+        raise ConfigError(
+            f"data.text.tokenizer must be that of model.pretrained, {config.pretrained!r}, got "
+            "another vocabulary in the shards' manifest; write the shards again with it"
+        )
+
+
+def loss_fn(end: int) -> Callable[[nn.Module, Batch], Tensor]:
+    """Mean cross-entropy over the tokens of each example, shape (N,); padding does not count."""
+
+    def losses(model: nn.Module, batch: Batch) -> Tensor:
+        tokens = batch["tokens"]
+        padding = tokens == end
+        padding[:, 1:] &= padding[:, :-1].clone()  # the first `end` ends the document
+        padding[:, 0] = False
+        labels = tokens.masked_fill(padding, IGNORED)
+        return causal_lm_losses(model, {"input_ids": tokens, "labels": labels, "key": batch["key"]})
+
+    return losses
+
+
+def mean_loss(
+    losses: Callable[[nn.Module, Batch], Tensor], model: nn.Module, batches: Sequence[Batch]
+) -> dict[str, float]:
+    """Mean loss over all examples of `batches`."""
+    found = torch.cat([losses(model, batch) for batch in batches])
+    return {"loss": float(found.mean())}
+
+
+def kinds_of(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, frozenset[str]]:
+    """Ids of the samples by recorded origin, and of all that were altered."""
+    kinds: dict[str, set[str]] = defaultdict(set, altered=set())
+    for key, made in metadata.items():
+        kinds[made.get("origin", "unknown")].add(key)
+        if made.get("altered"):
+            kinds["altered"].add(key)
+    return {kind: frozenset(keys) for kind, keys in kinds.items()}
+
+
+def make_data(data: DataConfig) -> None:
+    """Write the shards, where they are ours to write and are not there yet."""
+    if data.name == "text":
+        make_text(data.directory, TextOptions(**data.text.model_dump()), seed=data.seed)
+
+
+def build_task(config: RunConfig) -> Task:
+    """The model, its data and how it is judged; the same for the same configuration."""
+    data = config.data
+    check_choice("model.name", config.model.name, tuple(MODELS))
+    check_choice("data.name", data.name, ("text", "shards"))
+    make_data(data)
+    tokenizer = open_tokenizer(data.directory)
+    check_tokenizer(config.model, tokenizer)
+    pools = PoolStream(
+        data.directory,
+        "train",
+        pool=data.pool,
+        seed=config.seed,
+        buffer=data.buffer,
+        num_workers=data.num_workers,
+        memory_gib=data.memory_gib,
+        max_errors=data.max_errors,
+    )
+    target = read_batches(data.directory, "target", data.target_batch)
+    torch.manual_seed(config.seed)
+    losses = loss_fn(tokenizer.end)
+    return Task(
+        model=build_model(config.model, target[0]["tokens"].shape[1], tokenizer),
+        loss_fn=losses,
+        evaluate=partial(mean_loss, losses),
+        pools=pools,
+        target=target,
+        test=read_batches(data.directory, "test", EVAL_BATCH),
+        kinds=kinds_of(read_metadata(data.directory, "train")),
+        source=data.directory,
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a configuration; the exit status."""
+    return trainer_main(arguments, build_task, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
