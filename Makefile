@@ -41,6 +41,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/step_cost.py
 	$(BIN)/python tests/benchmarks/control_cost.py
+	$(BIN)/python tests/benchmarks/scored_part_cost.py
 	$(BIN)/python tests/benchmarks/sweep_cost.py
 	$(BIN)/python tests/benchmarks/data_throughput.py
 	$(BIN)/python tests/benchmarks/digits_study.py
