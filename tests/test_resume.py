@@ -14,6 +14,7 @@ from test_run import config, digits, read_lines, task
 
 from selectflow.checkpoints import Checkpoints
 from selectflow.data import PoolStream
+from selectflow.decision_log import DECISIONS
 from selectflow.run import RunError, train
 from selectflow.run_dir import lock
 
@@ -42,13 +43,20 @@ def killed_at(step, made):
 
 
 def outcome(run_dir):
-    """All that a run must reproduce: weights, metrics without times, and the ledger."""
+    """All that a run must reproduce: weights, metrics and decisions without times, the ledger."""
     newest = Checkpoints(run_dir / "checkpoints").newest()
     metrics = [
         {key: value for key, value in line.items() if not key.startswith("perf/")}
         for line in read_lines(run_dir / "metrics.jsonl")
     ]
-    return newest["model"], newest["optimizer"], metrics, ledger_files(run_dir)
+    return newest["model"], newest["optimizer"], metrics, ledger_files(run_dir), decisions(run_dir)
+
+
+def decisions(run_dir):
+    """What was decided and from what; the reason in words also names seconds."""
+    path = run_dir / DECISIONS
+    lines = read_lines(path) if path.exists() else []
+    return [{key: value for key, value in line.items() if key != "reason"} for line in lines]
 
 
 def ledger_files(run_dir):
@@ -59,6 +67,7 @@ def ledger_files(run_dir):
 def assert_same(first, second):
     assert first[2] == second[2]
     assert first[3] == second[3]
+    assert first[4] == second[4]
     assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
     for index, state in first[1]["state"].items():
         assert all(torch.equal(state[name], second[1]["state"][index][name]) for name in state)
@@ -77,6 +86,17 @@ def test_a_killed_run_resumes_to_the_same_end(digits, tmp_path, select, at):
     killed = config(tmp_path, name="killed", select=select, **OPTIONS)
     with pytest.raises(Killed):
         train(killed, killed_at(at, task(digits)))
+    train(killed, task(digits))
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
+
+
+def test_decisions_of_a_run_killed_before_its_first_checkpoint_are_not_kept(digits, tmp_path):
+    options = OPTIONS | {"checkpoint_every": 100}
+    train(config(tmp_path, name="whole", select=AUTO, **options), task(digits))
+    killed = config(tmp_path, name="killed", select=AUTO, **options)
+    with pytest.raises(Killed):
+        train(killed, killed_at(20, task(digits)))
+    assert decisions(tmp_path / "killed")
     train(killed, task(digits))
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
 

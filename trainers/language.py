@@ -101,7 +101,7 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any) -> None:
     """Refuse weights that were trained on other tokens than those of the shards."""
     if config.pretrained is None:
         return
-    if not same_vocabulary(tokenizer, load_pretrained(load_tokenizer, config.pretrained)):
+    if not same_vocabulary(tokenizer, load_tokenizer(config.pretrained)):
         raise ConfigError(
             f"data.text.tokenizer must be that of model.pretrained, {config.pretrained!r}, got "
             "another vocabulary in the shards' manifest; write the shards again with it"
@@ -153,7 +153,6 @@ def build_task(config: RunConfig) -> Task:
     check_choice("data.name", data.name, ("text", "shards"))
     make_data(data)
     tokenizer = open_tokenizer(data.directory)
-    check_tokenizer(config.model, tokenizer)
     pools = PoolStream(
         data.directory,
         "train",
@@ -166,9 +165,11 @@ def build_task(config: RunConfig) -> Task:
     )
     target = read_batches(data.directory, "target", data.target_batch)
     torch.manual_seed(config.seed)
+    model = build_model(config.model, target[0]["tokens"].shape[1], tokenizer)
+    check_tokenizer(config.model, tokenizer)
     losses = loss_fn(tokenizer.end)
     return Task(
-        model=build_model(config.model, target[0]["tokens"].shape[1], tokenizer),
+        model=model,
         loss_fn=losses,
         evaluate=partial(mean_loss, losses),
         pools=pools,
