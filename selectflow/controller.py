@@ -250,8 +250,8 @@ class AutoHorizon:
     largest: int = 8
     tolerance: float = 0.35
     contest_steps: int = 4
-    gap: int = 25
-    longest_gap: int = 200
+    gap: int = 50
+    longest_gap: int = 400
 
     def __post_init__(self) -> None:
         if self.largest < 0 or not 0 < self.tolerance < 0.5:

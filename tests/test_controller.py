@@ -228,7 +228,7 @@ def test_horizon_rule_goes_on_from_its_state():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"largest": -1}, {"tolerance": 0.5}, {"contest_steps": 0}, {"gap": 300}]
+    "settings", [{"largest": -1}, {"tolerance": 0.5}, {"contest_steps": 0}, {"gap": 500}]
 )
 def test_bad_horizon_settings(settings):
     with pytest.raises(ValueError, match="must be"):
