@@ -168,6 +168,11 @@ class DataConfig(Section):
             return Path("data", f"text-{options:08x}-seed{self.seed}")
         return Path("data", f"digits-noise{self.label_noise:g}-seed{self.seed}")
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Arguments of `PoolStream` that say how shards are read, not what comes of them."""
+        return self.model_dump(include={"buffer", "num_workers", "memory_gib", "max_errors"})
+
 
 class ModelConfig(Section):
     """The network that is trained."""

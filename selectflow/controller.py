@@ -20,11 +20,11 @@ earn more than the window's whole progress before it is taken. With
     P = sum of (start - end)   G = sum of (end - end at half the rate)   U = the same at twice
 
 over the windows since the last change, each counting half of the one after it: double if
-U > max(G, 0), halve if G > max(P, 0). A turn back doubles the number of windows that the next
-change needs, so it cannot oscillate for long. A window in which the target loss rose by more than
-`rise` is a failed step: it is taken back, and replaced by its replay at a half or a quarter. The
-first window is a line search, since the rate may be off by much and there is no noise to average
-out yet; upwards only to twice.
+U > max(G, 0) and P + U > 0, halve if G > max(P, 0). A turn back doubles the number of windows that
+the next change needs, so it cannot oscillate for long. A window in which the target loss rose by
+more than `rise` is a failed step: it is taken back, and replaced by its replay at a half or a
+quarter. The first window is a line search, since the rate may be off by much and there is no noise
+to average out yet; upwards only to twice.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ class AutoHorizon:
         tolerance: relative error of first order that is accepted, in (0, 0.5).
         contest_steps: optimizer steps over which two horizons are compared, >= 1.
         gap: optimizer steps between two contests, >= 1; doubles up to `longest_gap` while the
-            horizon stays.
+            horizon stays for a reason, not for want of contests.
         longest_gap: the most.
     """
 
@@ -322,13 +322,14 @@ class HorizonRule:
             f"H = {longer} leads H = {shorter} by {mean:+.2%} +- {error:.2%} over {len(leads)} "
             f"contests at {cost:.2g} x the cost; trust ratio {ratio:.2f}, error {off:.2f}"
         )
+        decided = len(leads) >= _LEAST_CONTESTS
         if ratio <= 0 and longer == mine:
             self.horizon, reason = 0, f"{numbers}: the prediction has the wrong sign"
         elif math.isinf(losses[longer]) and not math.isinf(losses[shorter]):
             self.horizon, reason = shorter, f"{numbers}: the longer one diverged"
         elif off > accepted:
             self.horizon, reason = shorter, f"{numbers}: above {accepted:.2f}, not trusted"
-        elif len(leads) < _LEAST_CONTESTS:
+        elif not decided:
             reason = f"{numbers}: too few"
         elif mean > error:
             self.horizon, reason = longer, f"{numbers}: worth it"
@@ -337,8 +338,10 @@ class HorizonRule:
         else:
             self.horizon, reason = shorter, f"{numbers}: buys nothing"
         self._upward = not self._upward
-        moved = self.horizon != before
-        self.gap = self.settings.gap if moved else min(2 * self.gap, self.settings.longest_gap)
+        if self.horizon != before:
+            self.gap = self.settings.gap
+        elif decided:
+            self.gap = min(2 * self.gap, self.settings.longest_gap)
         measures = {f"loss_at_{h}": loss for h, loss in losses.items()}
         measures |= dict(trust)
         return Decision("horizon", before, self.horizon, reason, measures)

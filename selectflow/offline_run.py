@@ -59,9 +59,8 @@ def select_offline(config: RunConfig, task: Task) -> tuple[Task, float]:
         with atomic_file(report) as file:
             file.write((json.dumps(found, indent=2) + "\n").encode())
     found = json.loads(report.read_text("utf-8"))
-    reading = config.data.model_dump(include={"buffer", "num_workers", "memory_gib", "max_errors"})
     root, size = config.run_dir / "selected", int(found["batch_size"])
-    pools = PoolStream(root, pool=size, seed=config.seed, **reading)
+    pools = PoolStream(root, pool=size, seed=config.seed, **config.data.reading)
     return replace(task, pools=pools), found["upfront_s"]
 
 

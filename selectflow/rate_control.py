@@ -134,14 +134,18 @@ class RateControl:
         self._window = _Window(step, start, target, self._loss(state, target))
 
     def _close(self, window: _Window) -> tuple[Decision, bool]:
-        replays: dict[float, State] = {}
+        best, best_loss = window.start, math.inf  # of the replays: the one that may be taken over
 
         def replay(factor: float) -> float:
+            nonlocal best, best_loss
             try:
-                replays[factor] = window.replay(self._derivatives, factor)
-                return self._loss(replays[factor], window.target)
+                end = window.replay(self._derivatives, factor)
+                loss = self._loss(end, window.target)
             except FloatingPointError:
                 return math.inf
+            if loss < best_loss:
+                best, best_loss = end, loss
+            return loss
 
         end = self._optimizer.state()
         if self._faithful is None:
@@ -150,11 +154,10 @@ class RateControl:
         decision, replace = self._rule.decide(
             window.start_loss, end_loss, replay, rising=window.rises
         )
-        factor = decision.after / decision.before
         self._set(decision.after)
         replace = replace and self._faithful
         if replace:
-            self._optimizer.write(replays[factor])
+            self._optimizer.write(best)
         return decision, replace
 
     def _check(self, window: _Window, end: State) -> bool:

@@ -218,6 +218,14 @@ def test_gaps_grow_while_nothing_changes():
     assert rule.gap == 200
 
 
+def test_gaps_do_not_grow_before_there_is_an_opinion():
+    rule = HorizonRule(AutoHorizon(gap=25, longest_gap=200))
+    made = contests(rule, 5, lead=0.05)  # three with the shorter neighbour, two with the longer
+    undecided = [decision for decision in made if "too few" in decision.reason]
+    assert len(undecided) == 4
+    assert rule.gap == 50  # doubled once, by the one contest that had an opinion
+
+
 def test_horizon_rule_goes_on_from_its_state():
     whole, half = HorizonRule(AutoHorizon()), HorizonRule(AutoHorizon())
     contests(whole, 5, lead=0.02)

@@ -153,16 +153,8 @@ def build_task(config: RunConfig) -> Task:
     check_choice("data.name", data.name, ("text", "shards"))
     make_data(data)
     tokenizer = open_tokenizer(data.directory)
-    pools = PoolStream(
-        data.directory,
-        "train",
-        pool=data.pool,
-        seed=config.seed,
-        buffer=data.buffer,
-        num_workers=data.num_workers,
-        memory_gib=data.memory_gib,
-        max_errors=data.max_errors,
-    )
+    reading = {"pool": data.pool, "seed": config.seed} | data.reading
+    pools = PoolStream(data.directory, "train", **reading)
     target = read_batches(data.directory, "target", data.target_batch)
     torch.manual_seed(config.seed)
     model = build_model(config.model, target[0]["tokens"].shape[1], tokenizer)

@@ -90,16 +90,8 @@ def build_task(config: RunConfig) -> Task:
     check_choice("data.name", data.name, ("digits", "shards"))
     if data.name == "digits":
         make_digits(data.directory, label_noise=data.label_noise, seed=data.seed)
-    pools = PoolStream(
-        data.directory,
-        "train",
-        pool=data.pool,
-        seed=config.seed,
-        buffer=data.buffer,
-        num_workers=data.num_workers,
-        memory_gib=data.memory_gib,
-        max_errors=data.max_errors,
-    )
+    reading = {"pool": data.pool, "seed": config.seed} | data.reading
+    pools = PoolStream(data.directory, "train", **reading)
     target = read_batches(data.directory, "target", data.target_batch)
     test = read_batches(data.directory, "test", EVAL_BATCH)
     metadata = read_metadata(data.directory, "train")
