@@ -10,10 +10,9 @@ import torch
 
 from selectflow.batches import Batch, num_examples
 from selectflow.controller import AutoHorizon, Decision, HorizonRule
-from selectflow.dynamics import State, Update
 from selectflow.optimizers import OptimizerReader
 from selectflow.perturbations import selection
-from selectflow.policy import Policy
+from selectflow.policy import Outlook, Policy
 from selectflow.proxy import probe
 from selectflow.selection import num_kept
 
@@ -73,13 +72,14 @@ class HorizonControl:
             return None
         present, rival = self._rule.horizon, self._rule.rival()
         longer = max(present, rival)
-        state, updates = self._optimizer.state(), self._optimizer.updates(num_updates)
+        updates, state = self._optimizer.updates(num_updates), self._optimizer.state()
+        outlook = Outlook(updates, state, pools, target)
         losses, seconds = {}, {}
         for horizon in sorted((present, rival)):
             losses[horizon], seconds[horizon] = self._loss(
-                horizon, updates, state, pools, target, self._num_steps(longer)
+                horizon, outlook, self._num_steps(longer)
             )
-        measures = self._trust(longer, updates, state, pools, target) if longer else {}
+        measures = self._trust(longer, outlook)  # two horizons differ: the longer is above 0
         decision = self._rule.decide(rival, losses, seconds, measures)
         self._next = step + self._rule.gap
         return decision
@@ -87,43 +87,24 @@ class HorizonControl:
     def _num_steps(self, longer: int) -> int:
         return max(self._settings.contest_steps, longer)
 
-    def _loss(
-        self,
-        horizon: int,
-        updates: Sequence[Update],
-        state: State,
-        pools: Sequence[Batch],
-        target: Batch,
-        num_steps: int,
-    ) -> tuple[float, float]:
+    def _loss(self, horizon: int, outlook: Outlook, num_steps: int) -> tuple[float, float]:
         """Target loss after a policy's steps, infinite where they diverge; seconds of a step."""
         try:
-            end, seconds = self._policy.roll(
-                horizon, updates, state, pools, target, self._generator, num_steps
-            )
-            losses = self._policy.derivatives.losses(end.params, target)
+            end, seconds = self._policy.roll(horizon, outlook, self._generator, num_steps)
+            losses = self._policy.derivatives.losses(end.params, outlook.target)
         except FloatingPointError:
             return math.inf, math.nan
         return losses.mean().item(), seconds
 
-    def _trust(
-        self,
-        horizon: int,
-        updates: Sequence[Update],
-        state: State,
-        pools: Sequence[Batch],
-        target: Batch,
-    ) -> Mapping[str, float]:
+    def _trust(self, horizon: int, outlook: Outlook) -> Mapping[str, float]:
         """First and second order of the whole selection over a window of `horizon` updates.
 
         With several pools to an update, the window is made from the first of each.
         """
-        policy = self._policy
+        policy, (updates, state, pools, target) = self._policy, outlook
         window = pools[: horizon * policy.pools_per_update : policy.pools_per_update]
         try:
-            ahead = policy.look_ahead(
-                horizon, updates, state, pools, target, self._generator, num_sensitivities=horizon
-            )
+            ahead = policy.look_ahead(horizon, outlook, self._generator, num_sensitivities=horizon)
             selected = [
                 policy.positions(gamma, state, pool)
                 for gamma, pool in zip(ahead.sensitivities, window, strict=True)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,26 @@ from selectflow.params import Params
 from selectflow.selection import num_kept
 
 NominalChoice = Literal["random", "policy"]
+
+
+class Outlook(NamedTuple):
+    """Where training stands, and what it is about to meet.
+
+    Attributes:
+        updates: the next optimizer updates, in order.
+        state: before the first of them.
+        pools: the pools to come, the present one first.
+        target: batch whose mean loss is the target, as it is scored.
+    """
+
+    updates: Sequence[Update]
+    state: State
+    pools: Sequence[Batch]
+    target: Batch
+
+    def after(self, num_updates: int, num_pools: int, state: State) -> Outlook:
+        """The outlook at a later state."""
+        return Outlook(self.updates[num_updates:], state, self.pools[num_pools:], self.target)
 
 
 @dataclass(frozen=True)
@@ -54,24 +74,19 @@ class Policy:
     def look_ahead(
         self,
         horizon: int,
-        updates: Sequence[Update],
-        state: State,
-        pools: Sequence[Batch],
-        target: Batch,
+        outlook: Outlook,
         generator: torch.Generator,
         num_sensitivities: int | None = None,
     ) -> LookAhead:
-        """Sensitivities of the next updates, from `state`, over as many as `pools` last for.
+        """Sensitivities of the next updates, over as many of H as the pools last for.
 
         Args:
             horizon: H, >= 0.
-            updates: the next max(1, H) or more.
-            state: before the first.
-            pools: the pools to come, the present one first.
-            target: batch whose mean loss is the target, as it is scored.
+            outlook: max(1, H) updates or more.
             generator: chooses the nominal batches.
             num_sensitivities: how many at most; None: those until the next look-ahead.
         """
+        updates, state, pools, target = outlook
         names = self.names()
         if horizon == 0:
             return immediate(self.derivatives, updates[0], state, target, names)
@@ -98,10 +113,7 @@ class Policy:
     def roll(
         self,
         horizon: int,
-        updates: Sequence[Update],
-        state: State,
-        pools: Sequence[Batch],
-        target: Batch,
+        outlook: Outlook,
         generator: torch.Generator,
         num_steps: int,
     ) -> tuple[State, float]:
@@ -109,10 +121,7 @@ class Policy:
 
         Args:
             horizon: H of its look-aheads.
-            updates: num_steps + H of them or more.
-            state: before the first; is not changed.
-            pools: as many as num_steps + H updates use; the last look-aheads take fewer.
-            target: as for `look_ahead`.
+            outlook: num_steps + H updates and their pools; is not changed.
             generator: chooses the nominal batches.
             num_steps: >= 1.
 
@@ -121,13 +130,12 @@ class Policy:
         """
         began, per = time.perf_counter(), self.pools_per_update
         for step in range(num_steps):
-            at, left = updates[step:], pools[step * per :]
             if step % self.interval == 0:
-                ahead = self.look_ahead(horizon, at, state, left, target, generator)
-            gammas = ahead.sensitivities
+                ahead = self.look_ahead(horizon, outlook, generator)
+            state, gammas = outlook.state, ahead.sensitivities
             gamma = gammas[min(step % self.interval, len(gammas) - 1)]
-            kept = [take(pool, self.positions(gamma, state, pool)) for pool in left[:per]]
+            kept = [take(pool, self.positions(gamma, state, pool)) for pool in outlook.pools[:per]]
             batch = kept[0] if len(kept) == 1 else MicroBatches(kept)
             _, grad = self.derivatives.gradient(state.params, batch)
-            state = at[0].advance(state, grad)
-        return state, (time.perf_counter() - began) / num_steps
+            outlook = outlook.after(1, per, outlook.updates[0].advance(state, grad))
+        return outlook.state, (time.perf_counter() - began) / num_steps

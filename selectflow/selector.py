@@ -28,7 +28,7 @@ from selectflow.offload import Offload
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
 from selectflow.peeking import PeekedPools
-from selectflow.policy import NominalChoice, Policy
+from selectflow.policy import NominalChoice, Outlook, Policy
 from selectflow.rate_control import RateControl
 from selectflow.scored_params import scored_names
 from selectflow.selection import Selection, num_kept
@@ -297,10 +297,9 @@ class Selector:
         if self._num_lookaheads % _RECHECK_EVERY == 0:
             self._derivatives.recheck()
         horizon, target = self._horizon.at(step), self._next_target()
-        state, updates = self._optimizer.state(), self._optimizer.updates(max(1, horizon))
-        self._ahead = self._policy.look_ahead(
-            horizon, updates, state, pools, target, self._generator
-        )
+        updates, state = self._optimizer.updates(max(1, horizon)), self._optimizer.state()
+        outlook = Outlook(updates, state, pools, target)
+        self._ahead = self._policy.look_ahead(horizon, outlook, self._generator)
         self._refreshed_at = step
         self._num_lookaheads += 1
 

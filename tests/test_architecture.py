@@ -35,8 +35,7 @@ MAY_IMPORT = {
         "selection",
     },
     "horizon_control": {
-        "batches", "controller", "dynamics", "optimizers", "perturbations", "policy", "proxy",
-        "selection",
+        "batches", "controller", "optimizers", "perturbations", "policy", "proxy", "selection",
     },
     "rate_control": {
         "batches", "controller", "derivatives", "dynamics", "optimizers", "params", "update_state",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from selectflow import AutoHorizon, Selector
+from selectflow.policy import Outlook
 from tests import reference
 from tests.problems import PROBLEMS
 
@@ -28,7 +29,7 @@ def test_the_policy_of_horizon_0_is_simulated_as_it_is_carried_out(problem):
     control = selector._control
     updates, state = selector._optimizer.updates(6), selector._optimizer.state()
     with selector._objective.scoring():
-        found, _ = control._loss(0, updates, state, pools, target, 3)
+        found, _ = control._loss(0, Outlook(updates, state, pools, target), 3)
     twin, other = reference.clone(model, optimizer)
     real = Selector(twin, other, problem.loss_fn, [target], 4, 0)
     twin.eval()
@@ -46,7 +47,7 @@ def test_an_interval_is_simulated_too():
     pools = [make(10) for _ in range(8)]
     updates, state = selector._optimizer.updates(8), selector._optimizer.state()
     with selector._objective.scoring():
-        found, _ = selector._control._loss(0, updates, state, pools, target, 5)
+        found, _ = selector._control._loss(0, Outlook(updates, state, pools, target), 5)
     twin, other = reference.clone(model, optimizer)
     real = Selector(twin, other, problem.loss_fn, [target], 4, 0, interval=3)
     for batch in real.stream(pools[:5]):
@@ -87,7 +88,7 @@ def test_trust_is_the_proxy_of_the_whole_selection():
     pools = [make(10) for _ in range(8)]
     updates, state = selector._optimizer.updates(8), selector._optimizer.state()
     with selector._objective.scoring():
-        found = selector._control._trust(4, updates, state, pools, target)
+        found = selector._control._trust(4, Outlook(updates, state, pools, target))
     first, second = found["proxy_first_order"], found["proxy_second_order"]
     assert first < 0  # what is selected is expected to lower the target loss
     assert found["relative_error"] == pytest.approx(abs(second / first))

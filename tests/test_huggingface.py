@@ -338,9 +338,9 @@ def test_lora_leaves_nothing_outside_the_adapters(tmp_path):
     visited = []
     look_ahead = Policy.look_ahead
 
-    def watched(self, horizon, updates, state, *args):
-        visited.extend(name for part in state for name in part)
-        return look_ahead(self, horizon, updates, state, *args)
+    def watched(self, horizon, outlook, *args):
+        visited.extend(name for part in outlook.state for name in part)
+        return look_ahead(self, horizon, outlook, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Policy, "look_ahead", watched)
