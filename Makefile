@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 SEEDS ?= 0 1 2
 
-.PHONY: demo test test-slow lint format bench study-proxy study-adaptive clean
+.PHONY: demo test test-slow lint format results bench study-proxy study-adaptive clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -37,14 +37,19 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Cost of a step and its parts, and the digits study, each printing the figures of the README.
+# Selection against plain training, over seeds: the tables and figures of the README, in runs/results/.
+# TASKS="noised clean" makes a part; finished runs are not repeated.
+TASKS ?= noised clean imbalanced text
+results: $(READY)
+	$(BIN)/python tests/benchmarks/results.py --tasks $(TASKS)
+
+# Cost of a step and its parts, each printing the figures of the README.
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/step_cost.py
 	$(BIN)/python tests/benchmarks/control_cost.py
 	$(BIN)/python tests/benchmarks/scored_part_cost.py
 	$(BIN)/python tests/benchmarks/sweep_cost.py
 	$(BIN)/python tests/benchmarks/data_throughput.py
-	$(BIN)/python tests/benchmarks/digits_study.py
 
 # The error proxy: predicted against true error, by learning rate and horizon.
 study-proxy: $(READY)

@@ -13,14 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-_COLUMNS = 3
 
-
-def draw(panels: Sequence[Panel | Histogram]) -> Figure:
-    """Panels side by side, at most three in a row, with one legend for the groups.
+def draw(panels: Sequence[Panel | Histogram], columns: int = 3) -> Figure:
+    """Panels side by side, with one legend for the groups.
 
     Args:
         panels: at least one.
+        columns: panels in a row, at most.
 
     Returns:
         The figure: the mean line of each group, and a band of one standard deviation over seeds.
@@ -29,7 +28,7 @@ def draw(panels: Sequence[Panel | Histogram]) -> Figure:
     # draws with Agg and leaves pyplot's global state alone.
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    columns = min(_COLUMNS, len(panels))
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.4 * columns, 3.6 * rows + 0.6), layout="constrained")
     handles: dict[str, Line2D] = {}
@@ -75,14 +74,15 @@ def _draw_histogram(axes: Axes, panel: Histogram) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def write_png(panels: Sequence[Panel | Histogram], path: Path) -> None:
+def write_png(panels: Sequence[Panel | Histogram], path: Path, columns: int = 3) -> None:
     """Write the picture of `draw` as PNG.
 
     Args:
         panels: at least one.
         path: the file.
+        columns: panels in a row, at most.
 
     Raises:
         OSError: the file cannot be written.
     """
-    draw(panels).savefig(path, format="png", dpi=150)
+    draw(panels, columns).savefig(path, format="png", dpi=150)

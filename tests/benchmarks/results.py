@@ -1,0 +1,377 @@
+"""The results of the README from scratch: tables and figures, at equal steps and in equal time.
+
+    python tests/benchmarks/results.py [--tasks noised clean imbalanced text] [--seeds 5]
+
+Every method is run by the trainers in `trainers/` from a file of `configs/`; the digits all at one
+learning rate, that of the configurations, stated and not searched. `uniform` goes on for as many
+seconds as the slowest method of its seed took, and is read where it stood after the same steps and
+after the same seconds: selection counts, and so do offline's recording and sweep; evaluation does
+not. Nothing is chosen by the test set. The second table of a task gives every method the early
+stopping that a target set allows: each is read where its target loss was lowest so far.
+
+Finished runs stay in --out and are not repeated; runs.jsonl has a line for each. results.md and the
+figures are written there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from selectflow.config import RunConfig, load
+from selectflow.data import make_digits, read_metadata, write_subset
+from selectflow.report import words
+from selectflow.report.align import end, value_at
+from selectflow.report.chart import write_png
+from selectflow.report.compare import Comparison, summarize
+from selectflow.report.panels import Panel, curves
+from selectflow.report.quantities import (
+    ACCURACY,
+    AXES,
+    STEP,
+    TARGET_LOSS,
+    TEST_LOSS,
+    WALL,
+    quantity,
+)
+from selectflow.report.runs import Run, load_run
+from selectflow.report.seeds import Stat, stat
+from selectflow.report.table import Grid, grids
+
+ROOT = Path(__file__).parents[2]
+UNIFORM = "uniform"
+RAREST = 0.05  # of the imbalanced task: share of the last class's samples that are there
+
+Options = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is compared.
+
+    Attributes:
+        title: what a reader calls it.
+        trainer: program in trainers/.
+        methods: name -> its file in configs/ and what differs from it.
+        data: (folder of the task, seed) -> the options that say which data.
+        judged: metrics of the tables.
+        seeds: seeds unless told otherwise.
+    """
+
+    title: str
+    trainer: str
+    methods: dict[str, tuple[str, Options]]
+    data: Callable[[Path, int], Options]
+    judged: tuple[str, ...]
+    seeds: int
+
+
+def imbalanced(folder: Path, seed: int) -> Options:
+    """Clean digits; a sample of class c is there with probability 0.05^(c / 9), drawn by seed.
+
+    Target and test have all classes alike.
+    """
+    whole, root = folder / "whole", folder / f"data-s{seed}"
+    make_digits(whole)
+    rng, share = np.random.default_rng(seed), RAREST ** (np.arange(10) / 9)
+    labels = {key: made["true_label"] for key, made in read_metadata(whole, "train").items()}
+    keys = [key for key, label in sorted(labels.items()) if rng.random() < share[label]]
+    made_from = {"imbalance": RAREST}
+    write_subset(root, whole, "train", keys, made_from, seed=seed, copied=("target", "test"))
+    return {"data.name": "shards", "data.root": root}
+
+
+def noised(share: float) -> Callable[[Path, int], Options]:
+    """Digits with a share of wrong labels."""
+    return lambda _folder, seed: {"data.label_noise": share, "data.seed": seed}
+
+
+DIGITS: dict[str, tuple[str, Options]] = {
+    UNIFORM: ("digits_uniform", {}),
+    "largest loss": ("digits_online", {"select.strategy": "loss"}),
+    "influence, H = 0": ("digits_online", {"select.horizon": 0}),
+    "influence, H = 1": ("digits_online", {"select.horizon": 1}),
+    "influence, H = 4": ("digits_online", {"select.horizon": 4}),
+    "adaptive H and lr": ("digits_adaptive", {}),
+    "offline": ("digits_offline", {}),
+}
+# The oracle trains on what a selection that knows every origin would keep of an endless stream.
+TEXT: dict[str, tuple[str, Options]] = {
+    UNIFORM: ("text_uniform", {}),
+    "largest loss": ("text_online", {"select.strategy": "loss"}),
+    "influence": ("text_online", {}),
+    "oracle": ("text_uniform", {"data.text.mixture": "{code: 1.0}"}),
+}
+BOTH = (TEST_LOSS, ACCURACY)
+TASKS = {
+    "noised": Task("Digits, 40% wrong labels", "vision", DIGITS, noised(0.4), BOTH, 5),
+    "clean": Task("Digits, all labels right", "vision", DIGITS, noised(0), BOTH, 5),
+    "imbalanced": Task("Digits, imbalanced classes", "vision", DIGITS, imbalanced, BOTH, 5),
+    "text": Task(
+        "Text mixture", "language", TEXT, lambda _, seed: {"data.seed": seed}, (TEST_LOSS,), 3
+    ),
+}
+
+
+# --- running
+
+
+def configure(task: Task, method: str, seed: int, folder: Path, common: Options) -> list[str]:
+    """The command line of a run, that of its trainer."""
+    config, options = task.methods[method]
+    name = re.sub(r"\W+", "-", method).strip("-")
+    options = common | options | task.data(folder, seed) | {
+        "root": folder, "name": f"{name}-s{seed}", "seed": seed, "overwrite": "true",
+        "track.wandb": "disabled", "num_threads": 1,
+    }  # fmt: skip
+    overrides = [f"{key}={value}" for key, value in options.items()]
+    return [str(ROOT / "configs" / f"{config}.yaml"), *overrides]
+
+
+def run(task: Task, method: str, arguments: list[str], record: Path) -> Run:
+    """The run of a command line, repeated only where it is not there yet or was another."""
+    config = load(arguments[0], arguments[1:])
+    if is_there(config):
+        return load_run(config.run_dir)
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = trainer(task.trainer)(arguments)
+    if status != 0:
+        sys.exit(status)
+    found = load_run(config.run_dir)
+    line = {
+        "task": task.title, "method": method, "seed": config.seed, "folder": str(config.run_dir),
+        "steps": found.last_step, WALL: end(found, WALL), TEST_LOSS: end(found, TEST_LOSS),
+        ACCURACY: end(found, ACCURACY), "date": time.strftime("%Y-%m-%d %H:%M"),
+        "commit": commit(), "machine": machine(),
+    }  # fmt: skip
+    with record.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    return found
+
+
+@cache
+def trainer(name: str) -> Callable[[Sequence[str]], int]:
+    """`main` of a program in trainers/, executed once for all runs."""
+    main: Callable[[Sequence[str]], int] = runpy.run_path(str(ROOT / f"trainers/{name}.py"))["main"]
+    return main
+
+
+def is_there(config: RunConfig) -> bool:
+    """Whether a finished run of the same configuration is stored, at least as long."""
+    if not (config.run_dir / "summary.json").exists():
+        return False
+    stored = load_run(config.run_dir)
+    mine, theirs = config.model_dump(mode="json"), dict(stored.config)
+    long_enough = (theirs.pop("max_wall_s") or math.inf) >= (mine.pop("max_wall_s") or math.inf)
+    return stored.status == "finished" and long_enough and mine == theirs
+
+
+def run_task(
+    task: Task, folder: Path, record: Path, seeds: int, common: Options
+) -> dict[str, list[Run]]:
+    """All runs by method. Seeds outside: a drift of the machine's speed meets all methods alike."""
+    found: dict[str, list[Run]] = {method: [] for method in task.methods}
+    for seed in range(seeds):
+        for method in sorted(task.methods, key=UNIFORM.__eq__):  # uniform last: see `longer`
+            arguments = configure(task, method, seed, folder, common)
+            if method == UNIFORM:
+                others = [runs[-1] for runs in found.values() if runs[seed:]]
+                arguments += longer(load(arguments[0], arguments[1:]), others)
+            began = time.perf_counter()
+            found[method].append(run(task, method, arguments, record))
+            seconds = time.perf_counter() - began
+            print(f"{task.title}, seed {seed}, {method}: {seconds:.1f} s", flush=True)
+    return found
+
+
+def longer(config: RunConfig, others: Sequence[Run]) -> list[str]:
+    """Overrides that let uniform run on to the second at which the slowest of the others ended.
+
+    With a schedule of the learning rate that ends with the run there is no going on: its rate
+    would be another from the first step, and the comparison in the same time is left empty.
+    """
+    if config.schedule.name != "constant":
+        return []
+    steps = config.steps if not others else others[0].last_step
+    seconds = max((end(other, WALL) or 0.0 for other in others), default=0.0)
+    return [f"steps={1000 * steps}", f"max_wall_s={math.ceil(seconds + 1)}"]
+
+
+# --- reading
+
+
+def best_by_target(run: Run) -> Run:
+    """The run under early stopping: at every step what the best model so far has on the test set.
+
+    The best model is that of the evaluation with the lowest target loss; the test set decides
+    nothing.
+    """
+    best: dict[str, object] = {}
+    lowest, metrics = math.inf, []
+    for line in run.metrics:
+        if (loss := line.get(TARGET_LOSS)) is not None and loss < lowest:
+            lowest, best = loss, {name: line[name] for name in BOTH if name in line}
+        metrics.append(line | best)
+    return replace(run, metrics=metrics)
+
+
+def compare(found: dict[str, list[Run]], metric: str) -> Comparison:
+    """The methods against uniform by one metric.
+
+    To `compare` they are strategies of one task, which it could not see by itself: each seed draws
+    its own imbalanced digits, and the oracle of text is uniform on another mixture.
+    """
+    first = next(iter(found.values()))[0].config["data"]
+    runs = []
+    for method, members in found.items():
+        for run in members:
+            data = first | {"seed": run.config["data"]["seed"]}
+            config = run.config | {"data": data, "select": {"strategy": method}}
+            runs.append(replace(run, config=config))
+    return summarize(runs, quality=metric)
+
+
+# --- writing
+
+
+def headline(comparisons: Sequence[Comparison], with_noise: bool) -> Grid:
+    """One row a method: values at equal steps, uniform's in the same time, and what is seen."""
+    first, step = comparisons[0], comparisons[0].step
+    head = [f"at step {step:.0f}", "seconds"]
+    titles = {TEST_LOSS: "loss", ACCURACY: "accuracy"}
+    head += [titles[each.quality] for each in comparisons]
+    head += [f"{UNIFORM} in the same time: {titles[each.quality]}" for each in comparisons]
+    head += ["difference to it at equal steps", "in the same time"]
+    cells = []
+    for rows in zip(*(each.rows for each in comparisons), strict=True):
+        name = rows[0].label
+        seconds = stat([value_at(run, WALL, step) for run in first.runs[name]])
+        line = [name, words.spread(seconds, 1)]
+        both = list(zip(rows, comparisons, strict=True))
+        line += [shown(row.quality_at_step, of) for row, of in both]
+        line += [shown(row.baseline_in_same_time, of) for row, of in both]
+        line.append(said(words.verdict(row.at_equal_steps, of) for row, of in both))
+        line.append(said(words.verdict(row.in_same_time, of) for row, of in both))
+        cells.append(line + ([words.spread(rows[0].kept_altered, 1, 100)] if with_noise else []))
+    return Grid("", head + (["wrong among kept (%)"] if with_noise else []), cells)
+
+
+def shown(found: Stat | None, comparison: Comparison) -> str:
+    """Mean ± standard deviation in the unit of the quality."""
+    scale = quantity(comparison.quality).scale
+    return words.spread(found, words.quality_digits(comparison), scale)
+
+
+def said(verdicts: Iterable[str]) -> str:
+    """Verdicts on loss and accuracy, said once where they agree."""
+    found = list(verdicts)
+    return found[0] if len(set(found)) == 1 else ", ".join(found)
+
+
+def markdown(grid: Grid) -> str:
+    """A table in Markdown."""
+    lines = [grid.head, ["---"] * len(grid.head), *grid.cells]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def report(task: Task, found: dict[str, list[Run]], noise: bool) -> str:
+    """The section of a task: both tables, and the paired differences behind them."""
+    parts = [f"## {task.title}\n"]
+    stopped = {name: [*map(best_by_target, runs)] for name, runs in found.items()}
+    for title, runs in (("As it stands", found), ("Stopped at the lowest target loss", stopped)):
+        comparisons = [compare(runs, metric) for metric in task.judged]
+        parts.append(f"### {title}\n\n{markdown(headline(comparisons, noise))}")
+        for each in comparisons:
+            tests = [grid for grid in grids(each) if grid.title.startswith("difference")]
+            parts += [f"{each.quality}, {grid.title}\n\n{markdown(grid)}" for grid in tests]
+    return "\n".join(parts)
+
+
+def figure(task: Task, found: dict[str, list[Run]]) -> Iterator[Panel]:
+    """Each metric over steps, as far as all go, and over seconds."""
+    axes = {axis.metric: axis for axis in AXES}
+    for metric in task.judged:
+        whole = compare(found, metric)
+        upto = {name: [until(run, whole.step) for run in runs] for name, runs in found.items()}
+        yield curves(compare(upto, metric), axes[STEP])[0]
+        yield curves(whole, axes[WALL])[0]
+
+
+def until(run: Run, step: float | None) -> Run:
+    """The run as it was at a step."""
+    return replace(run, metrics=[line for line in run.metrics if line[STEP] <= (step or math.inf)])
+
+
+def machine() -> str:
+    """What decides the seconds."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cpus} CPUs ({platform.machine()}), one thread, torch {torch.__version__}"
+
+
+@cache
+def commit() -> str:
+    """The commit of the code, with -dirty where files have been changed."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def origin(record: Path, command: str) -> str:
+    """What the tables were made with: the command, and date, commit and machine of their runs."""
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    last = {line["folder"]: line for line in lines}.values()  # a run that was repeated counts once
+    dates, commits, machines = (
+        sorted({line[key] for line in last}) for key in ("date", "commit", "machine")
+    )
+    return (
+        f"`{command}`, {len(last)} runs from {dates[0]} to {dates[-1]}, commit "
+        f"{', '.join(commits)}; {'; '.join(machines)}.\n\nMean ± standard deviation over seeds. "
+        "Differences to uniform are tested in pairs of the same seed (t test, corrected by Holm "
+        "for the number of methods): where it says no difference seen, p is not below 0.05. "
+        "Where loss and accuracy disagree, the first word is for the loss.\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", type=int, help="default: 5, of text 3")
+    parser.add_argument("--steps", type=int, help="default: those of the configurations")
+    parser.add_argument("--lr", type=float, help="default: those of the configurations")
+    parser.add_argument("--out", type=Path, default=Path("runs/results"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    record, sections = args.out / "runs.jsonl", []
+    common = {} if args.lr is None else {"optimizer.lr": args.lr}
+    common |= {} if args.steps is None else {"steps": args.steps}
+    for name in args.tasks:
+        task = TASKS[name]
+        found = run_task(task, args.out / name, record, args.seeds or task.seeds, common)
+        sections.append(report(task, found, name == "noised"))
+        write_png([*figure(task, found)], args.out / f"{name}.png", columns=2)
+        print(f"\n{sections[-1]}", flush=True)
+    command = " ".join(["python", "tests/benchmarks/results.py", *sys.argv[1:]])
+    text = "\n".join(["# Results\n", origin(record, command), *sections])
+    (args.out / "results.md").write_text(text)
+    print(f"wrote {args.out / 'results.md'}")
+
+
+if __name__ == "__main__":
+    main()
