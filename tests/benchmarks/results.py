@@ -57,6 +57,7 @@ from selectflow.report.table import Grid, grids
 
 ROOT = Path(__file__).parents[2]
 UNIFORM = "uniform"
+TEXT_UNIFORM = ROOT / "configs" / "text_uniform.yaml"
 RAREST = 0.05  # of the imbalanced task: share of the last class's samples that are there
 
 Options = dict[str, object]
@@ -112,12 +113,23 @@ DIGITS: dict[str, tuple[str, Options]] = {
     "adaptive H and lr": ("digits_adaptive", {}),
     "offline": ("digits_offline", {}),
 }
-# The oracle trains on what a selection that knows every origin would keep of an endless stream.
+
+
+def oracle() -> Options:
+    """As many blocks of the target's domain as the mixture has, and no others: a perfect choice."""
+    text = load(TEXT_UNIFORM).data.text
+    domain, mixture = str(text.target_domain), text.mixture or {}
+    if not mixture.get(domain) or text.num_train is None:
+        raise ValueError(f"data.text.mixture of {TEXT_UNIFORM} must have {domain}, got {mixture}")
+    there = round(mixture[domain] * text.num_train)
+    return {"data.text.mixture": f"{{{domain}: 1.0}}", "data.text.num_train": there}
+
+
 TEXT: dict[str, tuple[str, Options]] = {
     UNIFORM: ("text_uniform", {}),
     "largest loss": ("text_online", {"select.strategy": "loss"}),
     "influence": ("text_online", {}),
-    "oracle": ("text_uniform", {"data.text.mixture": "{code: 1.0}"}),
+    "oracle": ("text_uniform", oracle()),
 }
 BOTH = (TEST_LOSS, ACCURACY)
 TASKS = {

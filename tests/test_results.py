@@ -1,0 +1,142 @@
+"""What the results are read from, by hand: `make results`."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from benchmarks import results
+from synthetic_runs import make_run
+
+from selectflow.config import load
+from selectflow.data import read_metadata
+from selectflow.report.quantities import ACCURACY, TARGET_LOSS, TEST_LOSS
+
+ONLINE = str(results.ROOT / "configs" / "digits_online.yaml")
+
+
+@pytest.fixture
+def found(tmp_path):
+    """Two seeds of uniform, 0.1 s a step, and of offline, 0.2 s a step after 3 s of recording."""
+    uniform = [[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.7, 0.6], [0.1, 0.2, 0.3, 0.4, 0.9, 1.0, 0.8, 0.7]]
+    offline = [[0.5, 0.9], [0.6, 0.8]]
+    return {
+        "uniform": [
+            make_run(tmp_path / f"u{seed}", values, strategy="uniform", seed=seed)
+            for seed, values in enumerate(uniform)
+        ],
+        "offline": [
+            make_run(tmp_path / f"o{seed}", values, seed=seed, step_s=0.2, upfront_s=3)
+            for seed, values in enumerate(offline)
+        ],
+    }
+
+
+def with_target(run, losses):
+    lines = zip(run.metrics, losses, strict=True)
+    return replace(run, metrics=[line | {TARGET_LOSS: loss} for line, loss in lines])
+
+
+def test_equal_time_counts_what_was_spent_before_the_first_step(found):
+    comparison = results.compare(found, ACCURACY)
+    uniform, offline = comparison.rows
+    assert comparison.step == 20
+    # offline ends at 3 + 20 * 0.2 = 7 s, when uniform has done 70 steps; at equal steps it has 20
+    assert offline.baseline_in_same_time.mean == pytest.approx((0.7 + 0.8) / 2)
+    assert offline.in_same_time.mean == pytest.approx((0.2 + 0.0) / 2)
+    assert uniform.quality_at_step.mean == pytest.approx((0.4 + 0.2) / 2)
+    assert offline.at_equal_steps.mean == pytest.approx((0.5 + 0.6) / 2)
+
+
+def test_the_table_has_every_method_at_equal_steps_and_in_the_same_time(found):
+    grid = results.headline([results.compare(found, m) for m in (TEST_LOSS, ACCURACY)], True)
+    # seconds of uniform are those at step 20, not at its end; sd of 0.4 and 0.2 is 0.1 sqrt 2
+    assert grid.cells == [
+        ["uniform", "2.0 ± 0.0", "0.700 ± 0.141", "30.0 ± 14.1", *"----", "45.0 ± 0.0"],
+        [
+            "offline", "7.0 ± 0.0", "0.150 ± 0.071", "85.0 ± 7.1", "0.250 ± 0.071", "75.0 ± 7.1",
+            # 0.5 and 0.6: t = 11 on one degree of freedom, p = 0.06; 0.2 and 0: p = 0.5
+            "no difference seen", "no difference seen", "15.0 ± 0.0",
+        ],
+    ]  # fmt: skip
+    lines = results.markdown(grid).splitlines()
+    assert {line.count("|") for line in lines} == {len(grid.head) + 1}
+
+
+def test_loss_and_accuracy_are_named_apart_only_where_they_disagree():
+    assert results.said(["better", "better"]) == "better"
+    assert results.said(["worse", "no difference seen"]) == "worse, no difference seen"
+
+
+def test_early_stopping_reads_the_test_set_where_the_target_loss_was_lowest(found):
+    run = with_target(found["uniform"][0], [5, 4, 4, 3, 6, 2.5, 1, 1.5])
+    stopped = results.best_by_target(run)
+    read = [line[ACCURACY] for line in stopped.metrics]
+    # a tie changes nothing, the higher accuracy of 0.8 is not known, the later 0.7 is kept
+    assert read == [0.3, 0.4, 0.4, 0.6, 0.6, 0.8, 0.7, 0.7]
+    assert [line["perf/wall_s"] for line in stopped.metrics] == [
+        line["perf/wall_s"] for line in run.metrics
+    ]
+    # in the same 7 s uniform may have stopped before, at a target loss that is lower
+    late = with_target(found["uniform"][0], [5, 4, 4, 3, 6, 1, 2, 2])
+    runs = {"uniform": [late], "offline": [with_target(found["offline"][0], [2, 1])]}
+    runs = {name: [*map(results.best_by_target, each)] for name, each in runs.items()}
+    assert results.compare(runs, ACCURACY).rows[1].baseline_in_same_time.mean == 0.8
+
+
+def test_methods_of_one_strategy_on_other_data_are_compared_as_named(tmp_path):
+    data = {"name": "text", "seed": 0, "text": {"mixture": {"code": 0.2, "prose": 0.8}}}
+    clean = data | {"text": {"mixture": {"code": 1.0}}}
+    runs = {
+        "uniform": [make_run(tmp_path / "u", [0.1, 0.2], strategy="uniform", data=data)],
+        "oracle": [make_run(tmp_path / "o", [0.3, 0.5], strategy="uniform", data=clean)],
+    }
+    rows = results.compare(runs, ACCURACY).rows
+    assert [(row.label, row.quality_at_step.mean) for row in rows] == [
+        ("uniform", 0.2),
+        ("oracle", 0.5),
+    ]
+    assert results.until(runs["oracle"][0], 10).last_step == 10
+
+
+def test_uniform_goes_on_until_the_slowest_has_ended(found):
+    assert results.longer(load(ONLINE), found["offline"]) == ["steps=20000", "max_wall_s=8"]
+    cosine = load(ONLINE, ["schedule.name=cosine"])
+    assert results.longer(cosine, found["offline"]) == []  # its rate would be another throughout
+
+
+def test_a_run_is_repeated_where_its_configuration_is_another(tmp_path, capsys):
+    task = results.TASKS["clean"]
+    common = {"steps": 20, "eval_every": 10, "data.root": tmp_path / "digits"}
+    arguments = results.configure(task, "influence, H = 4", 3, tmp_path, common)
+    assert not results.is_there(load(arguments[0], arguments[1:]))
+    first = results.run(task, "influence, H = 4", arguments, tmp_path / "runs.jsonl")
+    assert first.seed == (3, 3)
+    assert first.where == str(tmp_path / "influence-H-4-s3")
+    assert results.run(task, "influence, H = 4", arguments, tmp_path / "runs.jsonl") == first
+    record = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert len(record) == 1  # the second was read
+    for option, there in {
+        "steps=20": True,
+        "max_wall_s=9": True,  # the stored one had no limit
+        "optimizer.lr=0.1": False,
+        "select.horizon=.inf": False,
+    }.items():
+        assert results.is_there(load(arguments[0], [*arguments[1:], option])) is there
+    assert "1 runs from" in results.origin(tmp_path / "runs.jsonl", "make results")
+
+
+def test_imbalanced_digits_are_drawn_by_seed_and_judged_by_all_classes_alike(tmp_path):
+    def classes(seed, split):
+        root = results.imbalanced(tmp_path, seed)["data.root"]
+        return Counter(made["true_label"] for made in read_metadata(root, split).values())
+
+    whole = classes(0, "train")
+    assert whole != classes(1, "train")
+    labels = read_metadata(tmp_path / "whole", "train").values()
+    counts = Counter(made["true_label"] for made in labels)
+    assert whole[0] == counts[0]  # probability 1
+    for label in range(1, 10):
+        share = 0.05 ** (label / 9)
+        spread = (counts[label] * share * (1 - share)) ** 0.5
+        assert abs(whole[label] - counts[label] * share) < 3.5 * spread + 1
+    assert min(classes(0, "target").values()) >= 19
