@@ -128,9 +128,7 @@ def oracle() -> Options:
 TEXT: dict[str, tuple[str, Options]] = {
     UNIFORM: ("text_uniform", {}),
     "largest loss": ("text_online", {"select.strategy": "loss"}),
-    "influence, H = 0": ("text_online", {"select.horizon": 0, "select.interval": 1}),
     "influence, H = 4": ("text_online", {}),
-    "adaptive H and lr": ("text_online", {"select.horizon": "auto", "select.lr": "auto"}),
     "oracle": ("text_uniform", oracle()),
 }
 BOTH = (TEST_LOSS, ACCURACY)
