@@ -35,6 +35,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+_PATIENCE_TO_LOWER = 2  # windows at most before the rate is lowered
+_NOTICEABLE = 0.01  # share of the target loss that twice the rate must gain
 _RESOLUTION = 1e-6  # relative difference of two losses below which they are the same
 _LEAST_CONTESTS = 3  # before an opinion about two horizons
 
@@ -115,6 +117,7 @@ class RateRule:
         self._patience = 1  # windows before a change
         self._direction = 0  # of the last change
         self._is_first = True
+        self._seen = math.inf  # the target loss at the end of the last window
 
     def decide(
         self, start: float, end: float, replay: Callable[[float], float], *, rising: bool = False
@@ -140,13 +143,17 @@ class RateRule:
                 losses[factor] = replay(factor) if allowed else math.inf
             return losses[factor]
 
+        rise = 1 + self.settings.rise
         if self._is_first:
-            factor, redo, reason = self._search(at)
-        elif end > (1 + self.settings.rise) * start:
+            factor, redo, reason = self._search(at, "line search over the first window")
+        elif start > rise * self._seen:  # between two windows, where nobody looked
+            risen = f"the target loss had risen from {self._seen:.4g} to {start:.4g}; line search"
+            factor, redo, reason = self._search(at, risen, upwards=False)
+        elif end > rise * start:
             factor, redo, reason = self._take_back(start, end, at)
         else:
             factor, redo, reason = self._weigh(start, end, at)
-        self._is_first = False
+        self._is_first, self._seen = False, at(factor) if redo else end
         before, self.multiplier = self.multiplier, self.multiplier * factor
         self._note(factor)
         named = {f"loss_at_{factor:g}": loss for factor, loss in losses.items()}
@@ -161,15 +168,17 @@ class RateRule:
             <= self.settings.highest * tight
         )
 
-    def _search(self, at: Callable[[float], float]) -> tuple[float, bool, str]:
+    def _search(
+        self, at: Callable[[float], float], why: str, *, upwards: bool = True
+    ) -> tuple[float, bool, str]:
         best = 1.0
         while at(best / 2) < at(best):
             best /= 2
-        if best == 1.0 and at(2.0) < at(1.0):
+        if upwards and best == 1.0 and at(2.0) < at(1.0):
             best = 2.0
         if best == 1.0:
-            return 1.0, False, "line search over the first window: the rate as it is was best"
-        return best, True, f"line search over the first window: x {best:g} was best"
+            return 1.0, False, f"{why}: the rate as it is was best"
+        return best, True, f"{why}: x {best:g} was best"
 
     def _take_back(
         self, start: float, end: float, at: Callable[[float], float]
@@ -193,12 +202,13 @@ class RateRule:
         self._num += 1
         progress, slower, faster = self._sums
         numbers = f"progress {progress:.3g}, at half {slower:+.3g}, at twice {faster:+.3g}"
+        # Too high a rate can ruin a run, too low a one only slows it: patience is for raising.
+        if self._num >= min(self._patience, _PATIENCE_TO_LOWER) and slower > max(progress, 0.0):
+            return 0.5, False, f"{numbers}: half the rate gains more than training did"
         if self._num < self._patience:
             return 1.0, False, f"{numbers}: {self._patience - self._num} more windows to see"
-        if faster > max(slower, 0.0) and progress + faster > 0:
+        if faster > max(slower, _NOTICEABLE * abs(end)) and progress + faster > 0:
             return 2.0, False, f"{numbers}: twice the rate gains"
-        if slower > max(progress, 0.0):
-            return 0.5, False, f"{numbers}: half the rate gains more than training did"
         bound = self.settings
         if not self._allows(2.0) or not self._allows(0.5):
             return 1.0, False, f"{numbers}; at a bound of [{bound.lowest:g}, {bound.highest:g}]"
