@@ -23,6 +23,7 @@ from selectflow.config_sections import (
     Section,
     SelectConfig,
     TrackConfig,
+    TrainConfig,
 )
 from selectflow.yaml_io import dump_yaml, read_yaml, set_key
 
@@ -64,6 +65,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     select: SelectConfig = SelectConfig()
     track: TrackConfig = TrackConfig()

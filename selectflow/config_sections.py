@@ -49,6 +49,16 @@ def _is_horizon(value: object) -> bool:
     return is_count or value in (math.inf, "auto")
 
 
+_AUTOCAST = (
+    "bf16 or null (not fp16: its gradients underflow unless the loss is scaled, and a scaler skips "
+    "steps that the look-ahead counts on; bf16 has the range of float32)"
+)
+
+
+def _is_autocast(value: object) -> bool:
+    return value in ("bf16", None)
+
+
 def _path_or_url(value: object) -> object:
     return Path(value) if isinstance(value, str) and "://" not in value else value
 
@@ -223,6 +233,31 @@ class OptimizerConfig(Section):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum (sgd)")
     max_grad_norm: float | None = Field(
         default=None, gt=0, description="clip the gradient to this norm; null: no clipping"
+    )
+
+
+class TrainConfig(Section):
+    """How the gradient of an update is computed. Scores and look-aheads are in float32, whole."""
+
+    accumulate: Count = Field(
+        default=1,
+        description="micro-batches that the kept samples of an update are passed in, one after the "
+        "other: less memory, the same gradient (but for batch norm)",
+    )
+    autocast: Annotated[Literal["bf16"] | None, _must_be(_AUTOCAST, _is_autocast)] = Field(
+        default=None,
+        description="bf16: matrix products of the training step in bfloat16; parameters, their "
+        "gradients and all scores stay in float32. null: everything in float32",
+    )
+    checkpointing: bool = Field(
+        default=False,
+        description="recompute the activations of each transformer block in the backward pass of "
+        "the training step: less memory, the same gradient, a third more time (gpt2, llama)",
+    )
+    compile: bool = Field(
+        default=False,
+        description="torch.compile the model of the training step: its first steps take long, and "
+        "it needs a C++ compiler",
     )
 
 

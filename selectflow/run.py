@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selectflow.batches import to_device
+from selectflow.batches import Batch, to_device
 from selectflow.checkpoints import (
     Checkpoints,
     PoolSource,
@@ -39,6 +39,7 @@ from selectflow.task import Task
 from selectflow.tracking import Progress, Tracker
 from selectflow.training import (
     build_horizon,
+    build_losses,
     build_optimizer,
     build_rate,
     build_schedule,
@@ -108,6 +109,7 @@ class _Run:
         self.model = task.model.to(self.device)
         self.target = [to_device(batch, self.device) for batch in task.target]
         self.test = [to_device(batch, self.device) for batch in task.test]
+        self.losses = build_losses(self.model, task.loss_fn, config.train, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)
         stream = identity_of(task.pools)
@@ -147,8 +149,7 @@ class _Run:
         with Progress(config.steps, every=config.eval_every, description=config.run_name) as bar:
             self.watch.start()
             for batch in islice(self.selector.stream(self.pools), remaining):
-                args = self.model, self.task.loss_fn, batch, self.optimizer
-                loss = update(*args, config.optimizer.max_grad_norm, self.step)
+                loss = self.update(batch)
                 assert self.selector.last is not None
                 lr = self.optimizer.param_groups[0]["lr"] * self.selector.last.lr_multiplier
                 self.scheduler.step()
@@ -168,6 +169,18 @@ class _Run:
                     return f"stopped by {stop.name}"
                 self.watch.start()
         return "finished"  # the pools have come to their end
+
+    def update(self, batch: Batch) -> float:
+        """One optimizer step on the kept samples; their mean loss before it."""
+        return update(
+            self.model,
+            self.losses,
+            batch,
+            self.optimizer,
+            self.step,
+            max_grad_norm=self.config.optimizer.max_grad_norm,
+            accumulate=self.config.train.accumulate,
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Means over the target and the test set, by metric name, and the data's errors."""
