@@ -155,6 +155,12 @@ class DataConfig(Section):
     seed: int = Field(
         default=0, ge=0, description="seed of the written shards: which labels are altered"
     )
+    separate_documents: bool = Field(
+        default=False,
+        description="documents that share a block (text.rest: pack) do not see each other: "
+        "positions begin again after each end token. A block's loss and score are then the means "
+        "of its documents', weighted by their predicted tokens (language)",
+    )
     pool: Count = Field(default=64, description="P: candidate examples of one optimizer step")
     num_workers: int = Field(
         default=0, ge=0, description="processes that read and decode; 0: the training process"
