@@ -443,3 +443,9 @@ class TrackConfig(Section):
         default=None, description="W&B job type; null: the strategy, or replay"
     )
     tags: tuple[str, ...] = Field(default=(), strict=False, description="W&B tags")
+    samples: int = Field(
+        default=0,
+        ge=0,
+        description="examples of the highest and as many of the lowest scores that are shown with "
+        "each evaluation, and at the end for the whole run: on stdout, and at W&B where it is used",
+    )

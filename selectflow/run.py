@@ -34,6 +34,7 @@ from selectflow.offline_run import select_offline
 from selectflow.replay import Replay
 from selectflow.run_dir import RunError, is_finished, lock, open_run_dir
 from selectflow.run_log import RunLog, Stopwatch
+from selectflow.sample_table import SampleTable, lines, one_line
 from selectflow.selector import Selector
 from selectflow.task import Task
 from selectflow.tracking import Progress, Tracker
@@ -120,6 +121,7 @@ class _Run:
         self.tracker = _tracker(config, saved)
         records = Ledger(config.run_dir, stream), DecisionLog(config.run_dir)
         self.log = RunLog(*records, self.tracker, task.kinds, upfront_s)
+        self.samples = SampleTable(config.track.samples, task.kinds, task.show)
         if saved is not None:
             self.load_state_dict(saved)
 
@@ -157,9 +159,12 @@ class _Run:
 
                 wall_s = self.watch.stop()  # evaluation, logging and saving are not counted
                 self.log.step(self.step, batch, loss, self.selector.last)
+                if self.shows_samples:
+                    self.samples.add(self.step, self.selector.last)
                 is_last = self.step == config.steps or wall_s >= (config.max_wall_s or math.inf)
                 if self.step % config.eval_every == 0 or is_last:
                     self.log.flush(self.step, lr, wall_s, self.evaluate())
+                    self.show_recent()
                 if self.step % config.checkpoint_every == 0 or is_last or stop.name:
                     self.save()
                 bar.update(self.step, self.log.summary())
@@ -191,14 +196,39 @@ class _Run:
                 found |= {f"{split}/{name}": value for name, value in means.items()}
         return found | {"data/errors": self.pools.num_errors}
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether the run compares its samples: its scores are not random, nor those of another."""
+        return self.config.select.strategy != "uniform" and not self.config.select.replay
+
+    @property
+    def shows_samples(self) -> bool:
+        """Whether samples are shown while the run goes on; offline selection was before it."""
+        return (
+            self.config.track.samples > 0 and self.is_scored and not self.config.select.is_offline
+        )
+
+    def show_recent(self) -> None:
+        """Show the samples of the highest and of the lowest scores since the last evaluation."""
+        if rows := self.samples.rows():
+            print(lines(rows, f"scores of the pools up to step {self.step}"), flush=True)
+            self.tracker.show(lambda: rows, "recent")
+        self.samples.clear()
+
     def show_samples(self) -> None:
-        """Send the samples of the highest and of the lowest scores to W&B, where it is in use."""
+        """Show the same by mean score over the whole run, at W&B always."""
         from selectflow.report.samples import extreme_rows  # noqa: PLC0415
 
-        scored = self.config.select.strategy != "uniform" and not self.config.select.replay
-        if self.task.source is not None and scored:
-            source, run_dir = self.task.source, self.config.run_dir
-            self.tracker.show(lambda: extreme_rows(run_dir, source))
+        source, run_dir = self.task.source, self.config.run_dir
+        if source is None or not self.is_scored:
+            return
+        if num := self.config.track.samples:
+            rows = [
+                row | {"origin": row["facts"], "text": one_line(row["text"])}
+                for row in extreme_rows(run_dir, source, num)
+            ]
+            print(lines(rows, "mean scores of the whole run"), flush=True)
+        self.tracker.show(lambda: extreme_rows(run_dir, source))
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one."""
@@ -222,6 +252,7 @@ class _Run:
             "selector": self.selector.state_dict(with_peeked=False),
             "pools": self.pools.state_dict(self.selector.num_peeked),
             "log": self.log.state_dict(),
+            "samples": self.samples.state_dict(),
             "tracker": self.tracker.state_dict(),
             "wall_s": self.watch.seconds,
             "generators": generator_states(),
@@ -232,6 +263,7 @@ class _Run:
         for name in ("model", "optimizer", "scheduler", "selector", "pools"):
             getattr(self, name).load_state_dict(state[name])
         self.log.load_state_dict(state["log"], self.step)
+        self.samples.load_state_dict(state.get("samples", {}))
         restore_generators(state["generators"])
 
 

@@ -105,6 +105,7 @@ MAY_IMPORT = {
     "checkpoints": {"batches"},
     "run_dir": {"decision_log", "checkpoints", "config", "ledger"},
     "run_log": {"batches", "decision_log", "ledger", "selection", "tracking"},
+    "sample_table": {"batches", "selection"},
     "task": {"batches", "data", "objective"},
     "training": {"controller", "batches", "config_sections", "horizons", "objective", "run_dir"},
     "offline_run": {
@@ -114,7 +115,7 @@ MAY_IMPORT = {
     "run": {
         "decision_log",
         "batches", "checkpoints", "config", "ledger", "offline_run", "replay", "report",
-        "run_dir", "run_log", "selector", "task", "tracking", "training",
+        "run_dir", "run_log", "sample_table", "selector", "task", "tracking", "training",
     },
     "trainer": {"config", "config_errors", "run", "task"},
     "report": {"config_sections", "data", "ledger", "report", "run_dir", "tracking", "yaml_io"},

@@ -188,6 +188,7 @@ def build_task(config: RunConfig) -> Task:
         test=read_batches(data.directory, "test", EVAL_BATCH),
         kinds=kinds_of(read_metadata(data.directory, "train")),
         source=data.directory,
+        show=lambda batch, index: tokenizer.decode(batch["tokens"][index].tolist()),
         score_view=partial(score_view, tokenizer.end, data.separate_documents),
     )
 
