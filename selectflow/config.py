@@ -108,6 +108,10 @@ def _disagreements(values: Mapping[str, Any]) -> Iterator[str]:
             f"select.replay must be null when select.horizon is .inf, got {str(replay)!r}; give a "
             "finite horizon"
         )
+    for key, default in (("score_view", None), ("pools_per_update", 1)):
+        if horizon == math.inf and (value := _get(values, "select", key)) != default:
+            only = "null" if default is None else default
+            yield f"select.{key} must be {only} when select.horizon is .inf, got {value!r}"
     schedule = _get(values, "select", "horizon_schedule")
     shape = schedule.get("name") if isinstance(schedule, dict) else None
     if shape in ("linear", "step") and (isinstance(horizon, str) or horizon == math.inf):

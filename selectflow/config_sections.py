@@ -371,10 +371,19 @@ class SelectConfig(Section):
         description="patterns of the parameters that scores are taken over, '!' leaves out, as "
         "['!*wte*']; null: all",
     )
+    score_view: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="tokens of each example of the pools and of the target that are scored, the "
+        "first ones that count; training is on all of them. null: all (gpt2, llama)",
+    )
+    pools_per_update: Count = Field(
+        default=1,
+        description="pools whose kept examples make one optimizer step together",
+    )
     chunk_size: Count | Literal["auto"] | None = Field(
         default=None,
-        description="examples scored at once; null: the whole pool; auto: as many as a gradient "
-        "pass takes within memory_gib",
+        description="examples scored at once; null: the whole pool; auto: as many as one pass "
+        "takes within memory_gib",
     )
     memory_gib: float = Field(
         default=1.0,
@@ -424,6 +433,7 @@ class SelectConfig(Section):
             "record_lr",
             "keep_samples",
             "replay",
+            "score_view",  # a function, which the task makes
         }
         options = self.model_dump(exclude=apart)
         if self.is_offline:

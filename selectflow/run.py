@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selectflow.batches import Batch, to_device
+from selectflow.batches import Batch, MicroBatches, to_device
 from selectflow.checkpoints import (
     Checkpoints,
     PoolSource,
@@ -35,6 +35,7 @@ from selectflow.replay import Replay
 from selectflow.run_dir import RunError, is_finished, lock, open_run_dir
 from selectflow.run_log import RunLog, Stopwatch
 from selectflow.sample_table import SampleTable, lines, one_line
+from selectflow.selection import Selection
 from selectflow.selector import Selector
 from selectflow.task import Task
 from selectflow.tracking import Progress, Tracker
@@ -44,6 +45,7 @@ from selectflow.training import (
     build_optimizer,
     build_rate,
     build_schedule,
+    build_view,
     resolve_device,
     update,
 )
@@ -128,7 +130,8 @@ class _Run:
     def _build_selector(self, stream: dict[str, Any]) -> Selector | Replay:
         config = self.config
         if config.select.replay:
-            return Replay(config.select.replay, config.steps, stream)
+            pools = config.select.pools_per_update
+            return Replay(config.select.replay, config.steps, stream, pools)
         return Selector(
             self.model,
             self.optimizer,
@@ -139,6 +142,7 @@ class _Run:
             seed=config.seed,
             horizon=build_horizon(config.select, config.steps),
             lr=build_rate(config.select),
+            score_view=build_view(config.select, self.task),
             **config.select.selector_options(),
         )
 
@@ -150,17 +154,17 @@ class _Run:
         remaining = config.steps - self.step
         with Progress(config.steps, every=config.eval_every, description=config.run_name) as bar:
             self.watch.start()
-            for batch in islice(self.selector.stream(self.pools), remaining):
-                loss = self.update(batch)
-                assert self.selector.last is not None
-                lr = self.optimizer.param_groups[0]["lr"] * self.selector.last.lr_multiplier
+            for parts in self.kept(remaining):
+                loss = self.update([batch for batch, _ in parts])
+                lr = self.optimizer.param_groups[0]["lr"] * parts[-1][1].lr_multiplier
                 self.scheduler.step()
                 self.step += 1
 
                 wall_s = self.watch.stop()  # evaluation, logging and saving are not counted
-                self.log.step(self.step, batch, loss, self.selector.last)
+                self.log.step(self.step, parts, loss)
                 if self.shows_samples:
-                    self.samples.add(self.step, self.selector.last)
+                    for _, selection in parts:
+                        self.samples.add(self.step, selection)
                 is_last = self.step == config.steps or wall_s >= (config.max_wall_s or math.inf)
                 if self.step % config.eval_every == 0 or is_last:
                     self.log.flush(self.step, lr, wall_s, self.evaluate())
@@ -175,8 +179,21 @@ class _Run:
                 self.watch.start()
         return "finished"  # the pools have come to their end
 
-    def update(self, batch: Batch) -> float:
+    def kept(self, steps: int) -> Iterator[list[tuple[Batch, Selection]]]:
+        """What each of so many steps trains on: the kept samples of its pools, and the choice."""
+        num = self.config.select.pools_per_update
+        stream = islice(self.selector.stream(self.pools), steps * num)
+        parts: list[tuple[Batch, Selection]] = []
+        for batch in stream:
+            assert self.selector.last is not None
+            parts.append((batch, self.selector.last))
+            if len(parts) == num:
+                yield parts
+                parts = []
+
+    def update(self, batches: Sequence[Batch]) -> float:
         """One optimizer step on the kept samples; their mean loss before it."""
+        batch = batches[0] if len(batches) == 1 else MicroBatches(batches)
         return update(
             self.model,
             self.losses,

@@ -18,6 +18,7 @@ from selectflow.controller import AutoHorizon, AutoRate
 from selectflow.horizons import HorizonSchedule
 from selectflow.objective import LossFn
 from selectflow.run_dir import RunError
+from selectflow.task import Task
 
 
 def build_losses(
@@ -176,6 +177,22 @@ def build_horizon(config: SelectConfig, steps: int) -> int | HorizonSchedule | A
     if schedule.name == "linear":
         return HorizonSchedule([(0, first), (steps - 1, schedule.final)], "linear")
     return HorizonSchedule([(0, first), *schedule.milestones], "step")
+
+
+def build_view(config: SelectConfig, task: Task) -> Callable[[Batch], Batch] | None:
+    """The configured view of batches that is scored in their stead; None: they are.
+
+    Raises:
+        RunError: the task's examples have none.
+    """
+    if config.score_view is None:
+        return None
+    if task.score_view is None:
+        raise RunError(
+            "select.score_view must be null for a task whose examples are no sequences of tokens, "
+            f"got {config.score_view}"
+        )
+    return task.score_view(config.score_view)
 
 
 def build_rate(config: SelectConfig) -> Literal["schedule"] | AutoRate:

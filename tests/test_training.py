@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import runpy
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from test_resume import Killed, assert_same, outcome
 from test_run import config, digits, task
 from torch import nn
 
+from selectflow import Selector
 from selectflow.batches import MicroBatches, take
 from selectflow.config import ConfigError, RunConfig, load
 from selectflow.config_sections import TrainConfig
 from selectflow.data import PoolStream, TextOptions, make_text
 from selectflow.ledger import read_ledger
+from selectflow.replay import ReplayError
 from selectflow.run import RunError, train
 from selectflow.training import build_losses, update
 
@@ -186,6 +189,62 @@ def test_a_nan_in_a_micro_batch_names_the_step_and_its_samples(digits, tmp_path)
         train(config(tmp_path, **options), task(digits, pools()))
 
 
+# --- several pools to an update --------------------------------------------------------------
+
+
+def test_pools_of_one_update_are_trained_on_together(digits, tmp_path):
+    """As the documented loop does with a Selector of the same options."""
+    select = {"horizon": 2, "pools_per_update": 2}
+    made = task(digits)
+    run_dir = train(config(tmp_path, select=select, train={"accumulate": 3}), made)
+    assert metrics(run_dir)["data/samples_seen"] == 7 * 2 * 8
+    ledger = read_ledger(run_dir).to_pylist()
+    assert [row["step"] for row in ledger] == [n for n in range(1, 8) for _ in range(2 * 32)]
+
+    plain = task(digits)
+    optimizer = torch.optim.AdamW(plain.model.parameters(), 3e-3, weight_decay=0.01)
+    arguments = plain.model, optimizer, plain.loss_fn, plain.target
+    selector = Selector(*arguments, keep=8, horizon=2, pools_per_update=2)
+    batches, seen = [], []
+    for batch in islice(selector.stream(plain.pools), 14):
+        batches.append(batch)
+        seen += batch["key"]
+        if len(batches) == 2:
+            optimizer.zero_grad()
+            sum(plain.loss_fn(plain.model, each).sum() / 16 for each in batches).backward()
+            optimizer.step()
+            batches = []
+    assert {row["key"] for row in ledger if row["kept"]} == set(seen)
+    for one, other in zip(made.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_with_several_pools_resumes_and_replays(digits, tmp_path):
+    select = {"horizon": 2, "interval": 2, "pools_per_update": 3, "lr": "auto"}
+    settings = {"select": select, "resume": "auto", "checkpoint_every": 3}
+    whole, broken = (config(tmp_path, name=name, **settings) for name in "ab")
+    first = task(digits)
+    train(whole, first)
+    with pytest.raises(Killed):
+        train(broken, killed_in_micro_batch(14, task(digits)))
+    train(broken, task(digits))
+    assert_same(outcome(whole.run_dir), outcome(broken.run_dir))
+    again, replay = task(digits), {"replay": whole.run_dir}
+    train(config(tmp_path, name="c", select=replay | {"pools_per_update": 3}), again)
+    assert all(map(torch.equal, first.model.parameters(), again.model.parameters()))
+    with pytest.raises(ReplayError, match=r"pools_per_update must be that of the run .* got 5"):
+        train(config(tmp_path, name="d", select=replay | {"pools_per_update": 5}), task(digits))
+
+
+def test_options_that_offline_selection_does_not_have(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a\nselect: {horizon: .inf, pools_per_update: 2, score_view: 4}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert "select.score_view must be null when select.horizon is .inf, got 4" in str(caught.value)
+    assert "select.pools_per_update must be 1 when select.horizon is .inf" in str(caught.value)
+
+
 # --- transformers ---------------------------------------------------------------------------
 
 TEXT = {"block": 16, "num_train": 160, "num_target": 8, "num_test": 8, "source": "python"}
@@ -262,6 +321,36 @@ def test_fp16_is_refused_with_its_reason(tmp_path):
     path.write_text("name: a\ntrain: {autocast: fp16}\n")
     with pytest.raises(ConfigError, match=r"train.autocast must be bf16 or null \(not fp16: its"):
         load(path)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_run_scores_a_window_of_the_tokens(tmp_path, text, separate):
+    """The scores of the first pool are those of its blocks cut short; training is on them whole."""
+    data = text | {"separate_documents": separate}
+    settings, made = language(tmp_path, data, "cut", "gpt2", select=VIEWED | {"score_view": 7})
+    _, plain = language(tmp_path, data, "whole", "gpt2")
+    pool = next(iter(plain.pools))
+    optimizer = torch.optim.AdamW(plain.model.parameters(), 3e-3)
+    target = [short(batch) for batch in plain.target]
+    selector = Selector(plain.model, optimizer, plain.loss_fn, target, keep=8, horizon=0)
+    selector.select(short(pool))
+    run_dir = train(settings, made)
+    first = read_ledger(run_dir, ["key", "score"]).slice(0, 16).to_pydict()
+    assert first["key"] == pool["key"]
+    assert torch.allclose(torch.tensor(first["score"]).float(), selector.last.scores, rtol=1e-3)
+    assert metrics(run_dir)["data/tokens_seen"] == 4 * 8 * 16
+
+
+VIEWED = {"keep": 8, "horizon": 0}
+
+
+def short(batch):
+    return batch | {"tokens": batch["tokens"][:, :7]}
+
+
+def test_a_window_of_what_is_no_sequence_is_refused(digits, tmp_path):
+    with pytest.raises(RunError, match=r"select.score_view must be null for a task .* got 5"):
+        train(config(tmp_path, select={"score_view": 5}), task(digits))
 
 
 # --- torch.compile --------------------------------------------------------------------------
