@@ -36,7 +36,7 @@ GIB = 2**30
 ChunkSize = int | Literal["auto"] | None
 
 # Growth of resident memory over what is counted, over many passes in a row: 0.6 to 2.9 as measured
-# by tests/benchmarks/chunk_memory.py. malloc keeps freed blocks. Not measured on a GPU.
+# on the models of tests/benchmarks/chunk_memory.py. malloc keeps freed blocks. No GPU was measured.
 _HELD_BACK = 3.0
 
 
