@@ -23,6 +23,7 @@ from selectflow.config_sections import (
     Section,
     SelectConfig,
     TrackConfig,
+    TrainConfig,
 )
 from selectflow.yaml_io import dump_yaml, read_yaml, set_key
 
@@ -64,6 +65,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     select: SelectConfig = SelectConfig()
     track: TrackConfig = TrackConfig()
@@ -106,6 +108,10 @@ def _disagreements(values: Mapping[str, Any]) -> Iterator[str]:
             f"select.replay must be null when select.horizon is .inf, got {str(replay)!r}; give a "
             "finite horizon"
         )
+    for key, default in (("score_view", None), ("pools_per_update", 1)):
+        if horizon == math.inf and (value := _get(values, "select", key)) != default:
+            only = "null" if default is None else default
+            yield f"select.{key} must be {only} when select.horizon is .inf, got {value!r}"
     schedule = _get(values, "select", "horizon_schedule")
     shape = schedule.get("name") if isinstance(schedule, dict) else None
     if shape in ("linear", "step") and (isinstance(horizon, str) or horizon == math.inf):

@@ -49,6 +49,16 @@ def _is_horizon(value: object) -> bool:
     return is_count or value in (math.inf, "auto")
 
 
+_AUTOCAST = (
+    "bf16 or null (not fp16: its gradients underflow unless the loss is scaled, and a scaler skips "
+    "steps that the look-ahead counts on; bf16 has the range of float32)"
+)
+
+
+def _is_autocast(value: object) -> bool:
+    return value in ("bf16", None)
+
+
 def _path_or_url(value: object) -> object:
     return Path(value) if isinstance(value, str) and "://" not in value else value
 
@@ -145,6 +155,12 @@ class DataConfig(Section):
     seed: int = Field(
         default=0, ge=0, description="seed of the written shards: which labels are altered"
     )
+    separate_documents: bool = Field(
+        default=False,
+        description="documents that share a block (text.rest: pack) do not see each other: "
+        "positions begin again after each end token. A block's loss and score are then the means "
+        "of its documents', weighted by their predicted tokens (language)",
+    )
     pool: Count = Field(default=64, description="P: candidate examples of one optimizer step")
     num_workers: int = Field(
         default=0, ge=0, description="processes that read and decode; 0: the training process"
@@ -223,6 +239,31 @@ class OptimizerConfig(Section):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum (sgd)")
     max_grad_norm: float | None = Field(
         default=None, gt=0, description="clip the gradient to this norm; null: no clipping"
+    )
+
+
+class TrainConfig(Section):
+    """How the gradient of an update is computed. Scores and look-aheads are in float32, whole."""
+
+    accumulate: Count = Field(
+        default=1,
+        description="micro-batches that the kept samples of an update are passed in, one after the "
+        "other: less memory, the same gradient (but for batch norm)",
+    )
+    autocast: Annotated[Literal["bf16"] | None, _must_be(_AUTOCAST, _is_autocast)] = Field(
+        default=None,
+        description="bf16: matrix products of the training step in bfloat16; parameters, their "
+        "gradients and all scores stay in float32. null: everything in float32",
+    )
+    checkpointing: bool = Field(
+        default=False,
+        description="recompute the activations of each transformer block in the backward pass of "
+        "the training step: less memory, the same gradient, a third more time (gpt2, llama)",
+    )
+    compile: bool = Field(
+        default=False,
+        description="torch.compile the model of the training step: its first steps take long, and "
+        "it needs a C++ compiler",
     )
 
 
@@ -330,10 +371,19 @@ class SelectConfig(Section):
         description="patterns of the parameters that scores are taken over, '!' leaves out, as "
         "['!*wte*']; null: all",
     )
+    score_view: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="tokens of each example of the pools and of the target that are scored, the "
+        "first ones that count; training is on all of them. null: all (gpt2, llama)",
+    )
+    pools_per_update: Count = Field(
+        default=1,
+        description="pools whose kept examples make one optimizer step together",
+    )
     chunk_size: Count | Literal["auto"] | None = Field(
         default=None,
-        description="examples scored at once; null: the whole pool; auto: as many as a gradient "
-        "pass takes within memory_gib",
+        description="examples scored at once; null: the whole pool; auto: as many as one pass "
+        "takes within memory_gib",
     )
     memory_gib: float = Field(
         default=1.0,
@@ -383,6 +433,7 @@ class SelectConfig(Section):
             "record_lr",
             "keep_samples",
             "replay",
+            "score_view",  # a function, which the task makes
         }
         options = self.model_dump(exclude=apart)
         if self.is_offline:
@@ -402,3 +453,9 @@ class TrackConfig(Section):
         default=None, description="W&B job type; null: the strategy, or replay"
     )
     tags: tuple[str, ...] = Field(default=(), strict=False, description="W&B tags")
+    samples: int = Field(
+        default=0,
+        ge=0,
+        description="examples of the highest and as many of the lowest scores that are shown with "
+        "each evaluation, and at the end for the whole run: on stdout, and at W&B where it is used",
+    )

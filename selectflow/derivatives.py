@@ -18,14 +18,14 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from selectflow.batches import Batch, num_examples
-from selectflow.chunking import Chunks, ChunkSize
+from selectflow.chunking import Chunks, ChunkSize, Pass
 from selectflow.directions import has_queries, over_queries, split, step_size
 from selectflow.objective import Objective, check_finite
 from selectflow.params import Params
@@ -49,8 +49,8 @@ class Derivatives:
         objective: the per-example losses.
         method: "exact", "central" or "auto": decided at the first use, for losses and gradients
             apart, and kept in `decided`.
-        chunk_size: examples per pass; None: all at once; "auto": as many as a gradient pass takes
-            within `memory_gib`, see `chunking`.
+        chunk_size: examples per pass; None: all at once; "auto": as many as a pass of its kind
+            takes within `memory_gib`, see `chunking`.
         memory_gib: limit for "auto", in GiB.
     """
 
@@ -221,8 +221,10 @@ class Derivatives:
 
             return over_queries(toward, params, direction, (None, 0))
 
+        by = Pass("slopes", _num_queries(params, direction), both)
         with plain_attention():
-            losses, slopes = zip(*map(both, self._chunks.of(params, batch)), strict=True)
+            parts = self._chunks.of(params, batch, by=by)
+            losses, slopes = zip(*map(both, parts), strict=True)
         return torch.cat(losses), torch.cat(slopes, -1)
 
     def _along_central(
@@ -240,19 +242,20 @@ class Derivatives:
         return (ahead + behind) / 2, (ahead - behind) / (2 * step)
 
     def _hessian_exact(self, params: Params, direction: Params, batch: Batch) -> Params:
+        def product(part: Batch) -> dict[str, Tensor]:
+            gradient = torch.func.grad(lambda p: self.objective.call(p, part).sum())
+
+            def bent(to: dict[str, Tensor]) -> dict[str, Tensor]:
+                found: dict[str, Tensor] = torch.func.jvp(gradient, (dict(params),), (to,))[1]
+                return found
+
+            return over_queries(bent, params, direction, 0)
+
         size, total = num_examples(batch), direction.zeros_like()
-        for part in self._chunks.of(params, batch):
-            gradient = torch.func.grad(lambda p, part=part: self.objective.call(p, part).sum())
-
-            def product(
-                to: dict[str, Tensor], gradient: Callable[..., Any] = gradient
-            ) -> dict[str, Tensor]:
-                bent: dict[str, Tensor] = torch.func.jvp(gradient, (dict(params),), (to,))[1]
-                return bent
-
-            with plain_attention():
-                products = over_queries(product, params, direction, 0)
-            total = total.add(Params(products).detach(), 1 / size)
+        by = Pass("products", _num_queries(params, direction), product)
+        with plain_attention():
+            for part in self._chunks.of(params, batch, by=by):
+                total = total.add(Params(product(part)).detach(), 1 / size)
         return total
 
     def _hessian_central(
@@ -346,6 +349,10 @@ class Derivatives:
             return torch.cat([tensor.flatten() for tensor in product.values()])
 
         return losses if use == "losses" else gradients
+
+
+def _num_queries(params: Params, direction: Params) -> int | None:
+    return len(next(iter(direction.values()))) if has_queries(params, direction) else None
 
 
 def _reason(error: Exception) -> str:

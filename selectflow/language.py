@@ -81,6 +81,25 @@ def shifted_labels(batch: Mapping[str, Any]) -> Tensor:
     return F.pad(torch.where(counts, labels[:, 1:], IGNORED), (0, 1), value=IGNORED)
 
 
+def document_positions(tokens: Tensor, end: int) -> Tensor:
+    """Position of each token in its document, shape (N, L), from 0 after each `end` token.
+
+    As `position_ids` they keep documents that were packed into one row apart: transformers lets no
+    token see another document (with eager, sdpa and flex attention), and `shifted_labels` leaves
+    the first token of each out. Each document then has the losses that it has in a row of its own,
+    and what is said of the row is the mean over documents, weighted by their tokens that count:
+
+        loss(row) = sum_d num_d loss(d) / sum_d num_d,   and so for its gradient and score.
+
+    Args:
+        tokens: ids, (N, L). What a row begins with is taken for the start of a document.
+        end: id that ends a document; it is the last token of its document.
+    """
+    index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    begins = F.pad(tokens[:, :-1] == end, (1, 0), value=True)
+    return index - torch.where(begins, index, 0).cummax(1).values
+
+
 def token_window(num_tokens: int) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """A view of token batches that is cheaper to score: `num_tokens` tokens of each sequence.
 

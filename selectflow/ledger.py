@@ -59,21 +59,21 @@ class Ledger:
         self._batches: list[Any] = []  # of the open part
         self._num_open = self._num_written = self._num_closed = 0  # rows: of it, on disk, before
 
-    def add(self, step: int, selection: Selection) -> None:
-        """Append one decision.
+    def add(self, step: int, *selections: Selection) -> None:
+        """Append the decisions of one step.
 
         Args:
-            step: optimizer step that the pool was for; larger than the last.
-            selection: of a pool that is a mapping with a list "key", and maybe a list "epoch".
+            step: optimizer step that the pools were for; larger than the last.
+            selections: of its pools, mappings with a list "key", and maybe a list "epoch".
 
         Raises:
             OSError: a part that is full cannot be written; it names the file.
         """
-        batch = _rows(step, selection, self._schema)
         if not self._batches:
             self._first = step
-        self._batches.append(batch)
-        self._num_open += batch.num_rows
+        for selection in selections:
+            self._batches.append(_rows(step, selection, self._schema))
+            self._num_open += self._batches[-1].num_rows
         if self._num_open >= _PART_ROWS:
             self.flush()
             self._num_closed += self._num_open

@@ -26,8 +26,8 @@ from selectflow.update_state import plain_update, restored_update
 
 _log = logging.getLogger(__name__)
 
-# How far, relative to the way of the window, a replay may end from the real training (dropout, or
-# a loss of your own in the loop, move it). Beyond, replays are compared with a replay.
+# How far, relative to the way of the window, a replay may end from the real training (dropout,
+# autocast or a loss of your own in the loop move it). Beyond, replays are compared with a replay.
 _FAITHFUL = 0.05
 
 
@@ -167,8 +167,8 @@ class RateControl:
         faithful = apart <= _FAITHFUL * way
         if not faithful:
             _log.info(
-                "replays end %.0f%% of the way from the real training (dropout, or another loss in "
-                "the loop): the lr control compares replays with replays, and takes no step back",
+                "replays end %.0f%% of the way from the real training (dropout, autocast, another "
+                "loss in the loop): the lr control compares replays, and takes no step back",
                 100 * apart / way,
             )
         return faithful

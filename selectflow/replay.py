@@ -38,22 +38,33 @@ class Choice(NamedTuple):
     scores: Tensor
 
 
-def read_choices(run_dir: str | Path, after: int = 0) -> Iterator[Choice]:
-    """The choices of a run, step by step.
+def read_choices(run_dir: str | Path, after: int = 0, num_pools: int = 1) -> Iterator[Choice]:
+    """The choices of a run, step by step, pool by pool.
 
     Args:
         run_dir: a run directory with a ledger.
         after: the first one is that of step `after` + 1.
+        num_pools: pools of a step, all of one size.
 
     Raises:
         LedgerError: there is none, or a part cannot be read.
+        ReplayError: a step cannot be of that many pools.
     """
     for part in read_parts(run_dir, ["step", "key", "score", "kept"]):
         steps = part["step"].to_numpy()
         starts = np.flatnonzero(np.diff(steps, prepend=0))
         for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
-            if steps[start] > after:
-                yield _choice(int(steps[start]), part.slice(start, end - start))
+            if steps[start] <= after:
+                continue
+            size, left = divmod(int(end - start), num_pools)
+            if left:
+                raise ReplayError(
+                    f"select.pools_per_update must be that of the run in {run_dir}, got "
+                    f"{num_pools}, which do not make up the {end - start} candidates of step "
+                    f"{steps[start]}"
+                )
+            for place in range(num_pools):
+                yield _choice(int(steps[start]), part.slice(start + place * size, size))
 
 
 def _choice(step: int, rows: Any) -> Choice:
@@ -73,6 +84,7 @@ class Replay:
         run_dir: the recorded run.
         steps: optimizer steps that are wanted of it.
         stream: what the pools here depend on, as `PoolStream.identity`; {} where it is not known.
+        pools_per_update: pools of a step, all of one size; as many as the run had.
 
     Raises:
         LedgerError: it has no ledger, or a part cannot be read.
@@ -84,8 +96,14 @@ class Replay:
 
     max_peeked = num_peeked = 0  # nothing is looked at ahead of its time
 
-    def __init__(self, run_dir: str | Path, steps: int, stream: Mapping[str, Any]) -> None:
-        self._run_dir, self._step = run_dir, 0
+    def __init__(
+        self,
+        run_dir: str | Path,
+        steps: int,
+        stream: Mapping[str, Any],
+        pools_per_update: int = 1,
+    ) -> None:
+        self._run_dir, self._step, self._num_pools = run_dir, 0, pools_per_update
         _check_same(run_dir, read_stream(run_dir), stream)
         if steps > (recorded := last_step(run_dir)):
             raise ReplayError(
@@ -109,7 +127,8 @@ class Replay:
         Raises:
             ReplayError: a pool is another than the recorded one; names the step.
         """
-        for choice, pool in zip(read_choices(self._run_dir, self._step), pools, strict=False):
+        choices = read_choices(self._run_dir, self._step, self._num_pools)
+        for choice, pool in zip(choices, pools, strict=False):
             began = time.perf_counter()
             _check_pool(self._run_dir, choice, pool["key"])
             self._step = choice.step

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selectflow.batches import to_device
+from selectflow.batches import Batch, MicroBatches, to_device
 from selectflow.checkpoints import (
     Checkpoints,
     PoolSource,
@@ -34,14 +34,18 @@ from selectflow.offline_run import select_offline
 from selectflow.replay import Replay
 from selectflow.run_dir import RunError, is_finished, lock, open_run_dir
 from selectflow.run_log import RunLog, Stopwatch
+from selectflow.sample_table import SampleTable, lines, one_line
+from selectflow.selection import Selection
 from selectflow.selector import Selector
 from selectflow.task import Task
 from selectflow.tracking import Progress, Tracker
 from selectflow.training import (
     build_horizon,
+    build_losses,
     build_optimizer,
     build_rate,
     build_schedule,
+    build_view,
     resolve_device,
     update,
 )
@@ -108,6 +112,7 @@ class _Run:
         self.model = task.model.to(self.device)
         self.target = [to_device(batch, self.device) for batch in task.target]
         self.test = [to_device(batch, self.device) for batch in task.test]
+        self.losses = build_losses(self.model, task.loss_fn, config.train, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)
         stream = identity_of(task.pools)
@@ -118,13 +123,15 @@ class _Run:
         self.tracker = _tracker(config, saved)
         records = Ledger(config.run_dir, stream), DecisionLog(config.run_dir)
         self.log = RunLog(*records, self.tracker, task.kinds, upfront_s)
+        self.samples = SampleTable(config.track.samples, task.kinds, task.show)
         if saved is not None:
             self.load_state_dict(saved)
 
     def _build_selector(self, stream: dict[str, Any]) -> Selector | Replay:
         config = self.config
         if config.select.replay:
-            return Replay(config.select.replay, config.steps, stream)
+            pools = config.select.pools_per_update
+            return Replay(config.select.replay, config.steps, stream, pools)
         return Selector(
             self.model,
             self.optimizer,
@@ -135,6 +142,7 @@ class _Run:
             seed=config.seed,
             horizon=build_horizon(config.select, config.steps),
             lr=build_rate(config.select),
+            score_view=build_view(config.select, self.task),
             **config.select.selector_options(),
         )
 
@@ -146,19 +154,21 @@ class _Run:
         remaining = config.steps - self.step
         with Progress(config.steps, every=config.eval_every, description=config.run_name) as bar:
             self.watch.start()
-            for batch in islice(self.selector.stream(self.pools), remaining):
-                args = self.model, self.task.loss_fn, batch, self.optimizer
-                loss = update(*args, config.optimizer.max_grad_norm, self.step)
-                assert self.selector.last is not None
-                lr = self.optimizer.param_groups[0]["lr"] * self.selector.last.lr_multiplier
+            for parts in self.kept(remaining):
+                loss = self.update([batch for batch, _ in parts])
+                lr = self.optimizer.param_groups[0]["lr"] * parts[-1][1].lr_multiplier
                 self.scheduler.step()
                 self.step += 1
 
                 wall_s = self.watch.stop()  # evaluation, logging and saving are not counted
-                self.log.step(self.step, batch, loss, self.selector.last)
+                self.log.step(self.step, parts, loss)
+                if self.shows_samples:
+                    for _, selection in parts:
+                        self.samples.add(self.step, selection)
                 is_last = self.step == config.steps or wall_s >= (config.max_wall_s or math.inf)
                 if self.step % config.eval_every == 0 or is_last:
                     self.log.flush(self.step, lr, wall_s, self.evaluate())
+                    self.show_recent()
                 if self.step % config.checkpoint_every == 0 or is_last or stop.name:
                     self.save()
                 bar.update(self.step, self.log.summary())
@@ -169,6 +179,31 @@ class _Run:
                 self.watch.start()
         return "finished"  # the pools have come to their end
 
+    def kept(self, steps: int) -> Iterator[list[tuple[Batch, Selection]]]:
+        """What each of so many steps trains on: the kept samples of its pools, and the choice."""
+        num = self.config.select.pools_per_update
+        stream = islice(self.selector.stream(self.pools), steps * num)
+        parts: list[tuple[Batch, Selection]] = []
+        for batch in stream:
+            assert self.selector.last is not None
+            parts.append((batch, self.selector.last))
+            if len(parts) == num:
+                yield parts
+                parts = []
+
+    def update(self, batches: Sequence[Batch]) -> float:
+        """One optimizer step on the kept samples; their mean loss before it."""
+        batch = batches[0] if len(batches) == 1 else MicroBatches(batches)
+        return update(
+            self.model,
+            self.losses,
+            batch,
+            self.optimizer,
+            self.step,
+            max_grad_norm=self.config.optimizer.max_grad_norm,
+            accumulate=self.config.train.accumulate,
+        )
+
     def evaluate(self) -> dict[str, float]:
         """Means over the target and the test set, by metric name, and the data's errors."""
         found: dict[str, float] = {}
@@ -178,14 +213,39 @@ class _Run:
                 found |= {f"{split}/{name}": value for name, value in means.items()}
         return found | {"data/errors": self.pools.num_errors}
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether the run compares its samples: its scores are not random, nor those of another."""
+        return self.config.select.strategy != "uniform" and not self.config.select.replay
+
+    @property
+    def shows_samples(self) -> bool:
+        """Whether samples are shown while the run goes on; offline selection was before it."""
+        return (
+            self.config.track.samples > 0 and self.is_scored and not self.config.select.is_offline
+        )
+
+    def show_recent(self) -> None:
+        """Show the samples of the highest and of the lowest scores since the last evaluation."""
+        if rows := self.samples.rows():
+            print(lines(rows, f"scores of the pools up to step {self.step}"), flush=True)
+            self.tracker.show(lambda: rows, "recent")
+        self.samples.clear()
+
     def show_samples(self) -> None:
-        """Send the samples of the highest and of the lowest scores to W&B, where it is in use."""
+        """Show the same by mean score over the whole run, at W&B always."""
         from selectflow.report.samples import extreme_rows  # noqa: PLC0415
 
-        scored = self.config.select.strategy != "uniform" and not self.config.select.replay
-        if self.task.source is not None and scored:
-            source, run_dir = self.task.source, self.config.run_dir
-            self.tracker.show(lambda: extreme_rows(run_dir, source))
+        source, run_dir = self.task.source, self.config.run_dir
+        if source is None or not self.is_scored:
+            return
+        if num := self.config.track.samples:
+            rows = [
+                row | {"origin": row["facts"], "text": one_line(row["text"])}
+                for row in extreme_rows(run_dir, source, num)
+            ]
+            print(lines(rows, "mean scores of the whole run"), flush=True)
+        self.tracker.show(lambda: extreme_rows(run_dir, source))
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one."""
@@ -209,6 +269,7 @@ class _Run:
             "selector": self.selector.state_dict(with_peeked=False),
             "pools": self.pools.state_dict(self.selector.num_peeked),
             "log": self.log.state_dict(),
+            "samples": self.samples.state_dict(),
             "tracker": self.tracker.state_dict(),
             "wall_s": self.watch.seconds,
             "generators": generator_states(),
@@ -219,6 +280,7 @@ class _Run:
         for name in ("model", "optimizer", "scheduler", "selector", "pools"):
             getattr(self, name).load_state_dict(state[name])
         self.log.load_state_dict(state["log"], self.step)
+        self.samples.load_state_dict(state.get("samples", {}))
         restore_generators(state["generators"])
 
 

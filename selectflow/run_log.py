@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selectflow.batches import num_examples
@@ -65,25 +65,39 @@ class RunLog:
         """Put the rest of the ledger on the disk."""
         self._ledger.flush()
 
-    def step(self, step: int, batch: Mapping[str, Any], loss: float, selection: Selection) -> None:
-        """Record one optimizer step: the batch trained on, its mean loss, and its selection."""
-        size, kept = num_examples(selection.pool), num_examples(batch)
+    def step(
+        self, step: int, parts: Sequence[tuple[Mapping[str, Any], Selection]], loss: float
+    ) -> None:
+        """Record one optimizer step.
+
+        Args:
+            step: its number, from 1.
+            parts: what was trained on, and the selection it comes from, for each of its pools.
+            loss: mean over all of it.
+        """
         self._sums["train/loss"] += loss
-        self._sums["select/score_mean"] += float(selection.scores[selection.indices].mean())
-        self._sums["select/kept_fraction"] += kept / size
-        self._sums["select/lr_multiplier"] += selection.lr_multiplier
-        if selection.horizon is not None:
-            self._sums["select/horizon"] += selection.horizon
-        for kind, keys in self._kinds.items():
-            self._sums[f"select/kept_{kind}"] += sum(key in keys for key in batch["key"]) / kept
         self._counts["steps"] += 1
+        for batch, selection in parts:
+            self._pool(batch, selection, 1 / len(parts))
+        self._ledger.add(step, *(selection for _, selection in parts))
+
+    def _pool(self, batch: Mapping[str, Any], selection: Selection, share: float) -> None:
+        size, kept = num_examples(selection.pool), num_examples(batch)
+        score = float(selection.scores[selection.indices].mean())
+        self._sums["select/score_mean"] += share * score
+        self._sums["select/kept_fraction"] += share * kept / size
+        self._sums["select/lr_multiplier"] += share * selection.lr_multiplier
+        if selection.horizon is not None:
+            self._sums["select/horizon"] += share * selection.horizon
+        for kind, keys in self._kinds.items():
+            found = sum(key in keys for key in batch["key"])
+            self._sums[f"select/kept_{kind}"] += share * found / kept
         self._counts["seen"] += kept
         if "tokens" in batch:
             self._counts["tokens"] += batch["tokens"].numel()
         if selection.losses is not None:
             self._counts["scored"] += size
         self._select_s += selection.seconds
-        self._ledger.add(step, selection)
         for decision in selection.decisions:
             self._decisions.add(decision)
 

@@ -82,7 +82,7 @@ class Selector:
         pools_per_update: pools that make one optimizer step, where you accumulate the gradients
             of their kept examples; the look-ahead then does so, too.
         chunk_size: examples to a pass when scoring and looking ahead; None: all at once; "auto":
-            as many as a gradient pass takes within `memory_gib`.
+            as many as one pass takes within `memory_gib` of resident memory, of each kind of pass.
         memory_gib: limit for the states a look-ahead keeps, in GiB; recomputes beyond it.
         offload: where it keeps them: "none" on their device, "cpu", or "disk", in the system's
             folder for temporary files.

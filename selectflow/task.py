@@ -27,6 +27,9 @@ class Task:
             selection never sees them.
         source: the dataset whose split "train" the pools come from, as `PoolStream` takes it;
             offline selection reads the kept samples there.
+        show: `show(batch, index)` -> an example as text, for tables of samples.
+        score_view: `score_view(num_tokens)` -> the `score_view` of a `Selector`, a window of that
+            many tokens of each example; None: the examples have none.
     """
 
     model: nn.Module
@@ -37,3 +40,5 @@ class Task:
     test: Sequence[Batch]
     kinds: Mapping[str, frozenset[str]] = field(default_factory=dict)
     source: Sources | None = None
+    show: Callable[[Batch, int], str] | None = None
+    score_view: Callable[[int], Callable[[Batch], Batch]] | None = None

@@ -105,8 +105,11 @@ MAY_IMPORT = {
     "checkpoints": {"batches"},
     "run_dir": {"decision_log", "checkpoints", "config", "ledger"},
     "run_log": {"batches", "decision_log", "ledger", "selection", "tracking"},
+    "sample_table": {"batches", "selection"},
     "task": {"batches", "data", "objective"},
-    "training": {"controller", "batches", "config_sections", "horizons", "objective", "run_dir"},
+    "training": {
+        "controller", "batches", "config_sections", "horizons", "objective", "run_dir", "task",
+    },
     "offline_run": {
         "atomic", "batches", "config", "data", "derivatives", "offline", "recording", "run_dir",
         "sample_scores", "selection", "task", "training", "trajectory",
@@ -114,7 +117,8 @@ MAY_IMPORT = {
     "run": {
         "decision_log",
         "batches", "checkpoints", "config", "ledger", "offline_run", "replay", "report",
-        "run_dir", "run_log", "selector", "task", "tracking", "training",
+        "run_dir", "run_log", "sample_table", "selection", "selector", "task", "tracking",
+        "training",
     },
     "trainer": {"config", "config_errors", "run", "task"},
     "report": {"config_sections", "data", "ledger", "report", "run_dir", "tracking", "yaml_io"},

@@ -29,7 +29,7 @@ from selectflow.data import (
     read_metadata,
 )
 from selectflow.data.tokenizers import load_tokenizer, same_vocabulary
-from selectflow.language import IGNORED, causal_lm_losses
+from selectflow.language import IGNORED, causal_lm_losses, document_positions, token_window
 from selectflow.task import Task
 from selectflow.text_models import load_pretrained, with_lora
 from selectflow.trainer import check_choice, trainer_main
@@ -108,18 +108,37 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any) -> None:
         )
 
 
-def loss_fn(end: int) -> Callable[[nn.Module, Batch], Tensor]:
+def model_inputs(batch: Batch, end: int, separate: bool) -> Batch:
+    """What the model takes of a batch of blocks; padding does not count.
+
+    Args:
+        batch: `tokens`, (N, L), and `key`.
+        end: id that ends a document, and fills a block that it leaves empty.
+        separate: whether documents in one block are kept apart.
+    """
+    tokens = batch["tokens"]
+    padding = tokens == end
+    padding[:, 1:] &= padding[:, :-1].clone()  # the first `end` ends the document
+    padding[:, 0] = False
+    labels = tokens.masked_fill(padding, IGNORED)
+    inputs = {"input_ids": tokens, "labels": labels, "key": batch["key"]}
+    return inputs | ({"position_ids": document_positions(tokens, end)} if separate else {})
+
+
+def loss_fn(end: int, separate: bool = False) -> Callable[[nn.Module, Batch], Tensor]:
     """Mean cross-entropy over the tokens of each example, shape (N,); padding does not count."""
 
     def losses(model: nn.Module, batch: Batch) -> Tensor:
-        tokens = batch["tokens"]
-        padding = tokens == end
-        padding[:, 1:] &= padding[:, :-1].clone()  # the first `end` ends the document
-        padding[:, 0] = False
-        labels = tokens.masked_fill(padding, IGNORED)
-        return causal_lm_losses(model, {"input_ids": tokens, "labels": labels, "key": batch["key"]})
+        is_view = "input_ids" in batch  # as `score_view` makes it
+        return causal_lm_losses(model, batch if is_view else model_inputs(batch, end, separate))
 
     return losses
+
+
+def score_view(end: int, separate: bool, num_tokens: int) -> Callable[[Batch], Batch]:
+    """A view of blocks that is cheaper to score: `num_tokens` tokens of each."""
+    window = token_window(num_tokens)
+    return lambda batch: window(model_inputs(batch, end, separate))
 
 
 def mean_loss(
@@ -159,7 +178,7 @@ def build_task(config: RunConfig) -> Task:
     torch.manual_seed(config.seed)
     model = build_model(config.model, target[0]["tokens"].shape[1], tokenizer)
     check_tokenizer(config.model, tokenizer)
-    losses = loss_fn(tokenizer.end)
+    losses = loss_fn(tokenizer.end, data.separate_documents)
     return Task(
         model=model,
         loss_fn=losses,
@@ -169,6 +188,8 @@ def build_task(config: RunConfig) -> Task:
         test=read_batches(data.directory, "test", EVAL_BATCH),
         kinds=kinds_of(read_metadata(data.directory, "train")),
         source=data.directory,
+        show=lambda batch, index: tokenizer.decode(batch["tokens"][index].tolist()),
+        score_view=partial(score_view, tokenizer.end, data.separate_documents),
     )
 
 

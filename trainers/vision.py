@@ -107,6 +107,7 @@ def build_task(config: RunConfig) -> Task:
         test=test,
         kinds={"altered": frozenset(key for key, made in metadata.items() if made.get("altered"))},
         source=data.directory,
+        show=lambda batch, index: f"label {int(batch['label'][index])}",
     )
 
 

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from selectflow.atomic import atomic_file
 from selectflow.data.manifest import MANIFEST_NAME, DataError, Manifest, read_manifest
+from selectflow.data.remote import Cache, is_remote
+from selectflow.data.sources import find_manifest
 
 TOKENIZER_NAME = "tokenizer.json"
 _END = "<|endoftext|>"
@@ -181,13 +183,13 @@ def open_tokenizer(root: str | Path, manifest: Manifest | None = None) -> Bytes 
     """The tokenizer that a dataset was written with.
 
     Args:
-        root: Dataset directory.
+        root: Dataset directory, local or remote.
         manifest: Its manifest, if it has been read.
 
     Raises:
         DataError: The dataset has no tokens, or its tokenizer is missing or another one.
     """
-    facts = (manifest or read_manifest(root)).tokenizer
+    facts = (manifest or find_manifest(root)).tokenizer
     if not facts:
         raise DataError(
             f"dataset at {str(root)!r} must name its tokenizer, got none in the manifest; "
@@ -195,7 +197,7 @@ def open_tokenizer(root: str | Path, manifest: Manifest | None = None) -> Bytes 
         )
     if facts["name"] == "bytes":
         return Bytes()
-    path = Path(root) / TOKENIZER_NAME
+    path = _stored(root)
     fix = "restore the file, or write the dataset again"
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -206,7 +208,26 @@ def open_tokenizer(root: str | Path, manifest: Manifest | None = None) -> Bytes 
             f"{path} must be the tokenizer of the manifest, sha256 {facts['sha256'][:12]}..., "
             f"got {digest[:12]}...: tokens would mean something else; {fix}"
         )
-    return load_tokenizer(path)
+    return _of_file(path)
+
+
+def _stored(root: str | Path) -> Path:
+    """The tokenizer.json of a dataset, fetched where that is remote."""
+    if not is_remote(str(root)):
+        return Path(root) / TOKENIZER_NAME
+    url, cache = f"{str(root).rstrip('/')}/{TOKENIZER_NAME}", Cache()
+    cache.forget(url)  # it may have changed, and is checked against the manifest
+    return cache.fetch(url)
+
+
+def _of_file(path: Path) -> Pieces:
+    library = _library()
+    try:
+        return Pieces(library.Tokenizer.from_str(path.read_text("utf-8")))
+    except DataError:
+        raise
+    except Exception as error:  # the library raises plain Exceptions
+        raise DataError(f"{path} must hold a tokenizer, got {error}; restore it") from error
 
 
 def copy_tokenizer(source: object, root: str | Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from selectflow.report.runs import Run
 from selectflow.report.selected import Sample, Selected, read_selected
 
 if TYPE_CHECKING:
-    from selectflow.data import Sources
+    from selectflow.data import Sources, Tokenizer
 
 _SIDE = 64  # pixels
 _LENGTH = 280  # characters of a text
@@ -145,9 +146,17 @@ def extremes(
     ends = ranked[:num], ranked[len(ranked) - num :][::-1]
     found = read_samples(root, "train", [sample.key for part in ends for sample in part])
 
+    tokenizers = _tokenizers(root)
+
+    def source_of(key: str) -> str:
+        return key.partition("/")[0] if isinstance(root, Mapping) else ""
+
     def shown(part: Sequence[Sample]) -> list[Shown]:
         known = (sample for sample in part if sample.key in found)
-        return [show(s, found[s.key], metadata.get(s.key, {})) for s in known]
+        return [
+            show(s, found[s.key], metadata.get(s.key, {}), tokenizers.get(source_of(s.key)))
+            for s in known
+        ]
 
     return shown(ends[0]), shown(ends[1])
 
@@ -182,13 +191,34 @@ def extreme_rows(run_dir: Path, source: Sources, num: int = 16) -> list[dict[str
     ]  # fmt: skip
 
 
-def show(sample: Sample, fields: Mapping[str, Any], made: Mapping[str, Any]) -> Shown:
+def _tokenizers(root: Sources) -> dict[str, Tokenizer]:
+    """What the tokens of each source are read with, by name; "" where there is one source.
+
+    Without one are images, shards that have no manifest, and a lost tokenizer: ids can be shown.
+    """
+    from selectflow.data import DataError, open_tokenizer  # noqa: PLC0415
+
+    found: dict[str, Tokenizer] = {}
+    for name, source in (root if isinstance(root, Mapping) else {"": root}).items():
+        if isinstance(source, str | Path):
+            with suppress(DataError):
+                found[name] = open_tokenizer(source)
+    return found
+
+
+def show(
+    sample: Sample,
+    fields: Mapping[str, Any],
+    made: Mapping[str, Any],
+    tokenizer: Tokenizer | None = None,
+) -> Shown:
     """A sample as a picture or text.
 
     Args:
         sample: its scores.
         fields: its content, as `read_split` yields it.
         made: what the writer of the data recorded about it.
+        tokenizer: of its tokens; None: bytes are text, others stay ids.
     """
     facts = [f"score {sample.score:+.2f} sd", f"kept {sample.kept} of {sample.times}"]
     if "cls" in fields:
@@ -201,7 +231,7 @@ def show(sample: Sample, fields: Mapping[str, Any], made: Mapping[str, Any]) -> 
     image = next((fields[f] for f in ("png", "jpg", "jpeg", "npy") if f in fields), None)
     if image is not None and np.ndim(image) == 3:
         return Shown(sample.key, facts, _png(dict(fields)), "", altered)
-    return Shown(sample.key, facts, None, _text(fields)[:_LENGTH], altered)
+    return Shown(sample.key, facts, None, _text(fields, tokenizer)[:_LENGTH], altered)
 
 
 def _png(fields: dict[str, Any]) -> bytes:
@@ -212,10 +242,12 @@ def _png(fields: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def _text(fields: Mapping[str, Any]) -> str:
+def _text(fields: Mapping[str, Any], tokenizer: Tokenizer | None) -> str:
     if "txt" in fields:
         return str(fields["txt"])
     tokens = np.asarray(fields.get("npy", []))
+    if tokenizer is not None and tokens.ndim == 1:
+        return tokenizer.decode(tokens.tolist())
     if tokens.dtype == np.uint8:  # bytes are text
         return tokens.tobytes().decode("utf-8", "replace")
     return "tokens " + " ".join(map(str, tokens.ravel()[:_LENGTH].tolist()))

@@ -82,23 +82,23 @@ def log(run: Any, metrics: Mapping[str, float | int]) -> None:
     run.log(dict(metrics) | again)
 
 
-def show(run: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def show(run: Any, rows: Sequence[Mapping[str, Any]], name: str) -> None:
     """Send samples as a table, and their pictures by "end" (highest, lowest) as media."""
     import wandb  # noqa: PLC0415
 
     if not rows:
         return
     pictures: dict[str, list[Any]] = {}
-    table = wandb.Table(columns=["sample", *(name for name in rows[0] if name != "png")])
+    table = wandb.Table(columns=["sample", *(column for column in rows[0] if column != "png")])
     for row in rows:
-        facts = {name: value for name, value in row.items() if name != "png"}
+        facts = {column: value for column, value in row.items() if column != "png"}
         shown: Any = facts.get("text", "")
-        if row["png"] is not None:
+        if row.get("png") is not None:
             shown = _image(row["png"], str(facts.get("facts", "")))
             pictures.setdefault(str(facts.get("end", "all")), []).append(shown)
         table.add_data(shown, *facts.values())
-    run.log({f"samples/{end}": images for end, images in pictures.items()})
-    run.log({"samples/table": table})
+    run.log({f"{name}/{end}": images for end, images in pictures.items()})
+    run.log({f"{name}/table": table})
 
 
 def _image(png: bytes, caption: str) -> Any:

@@ -100,13 +100,16 @@ class Tracker:
         self._last = dict(state["last"])
         self._resumed_at = [*state.get("resumed_at", ()), self._last.get("train/step", 0)]
 
-    def show(self, samples: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
+    def show(
+        self, samples: Callable[[], Sequence[Mapping[str, Any]]], name: str = "samples"
+    ) -> None:
         """Send samples to W&B, as pictures or text; without W&B they are not asked for.
 
         Args:
-            samples: call for rows of equal keys: plain values, and under "png" a picture or None.
+            samples: call for rows of equal keys: plain values, and maybe under "png" a picture.
+            name: what they are logged under.
         """
-        self._to_wandb(lambda run: sink.show(run, samples()))
+        self._to_wandb(lambda run: sink.show(run, samples(), name))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json and close W&B, which takes the ledger and what was selected along.
