@@ -128,7 +128,7 @@ def oracle() -> Options:
 TEXT: dict[str, tuple[str, Options]] = {
     UNIFORM: ("text_uniform", {}),
     "largest loss": ("text_online", {"select.strategy": "loss"}),
-    "influence": ("text_online", {}),
+    "influence, as configured": ("text_online", {}),
     "oracle": ("text_uniform", oracle()),
 }
 BOTH = (TEST_LOSS, ACCURACY)
@@ -223,7 +223,12 @@ def longer(config: RunConfig, others: Sequence[Run]) -> list[str]:
         return []
     steps = config.steps if not others else others[0].last_step
     seconds = max((end(other, WALL) or 0.0 for other in others), default=0.0)
-    return [f"steps={1000 * steps}", f"max_wall_s={math.ceil(seconds + 1)}"]
+    every = math.gcd(steps, config.eval_every)  # so that it is read at the others' last step too
+    return [
+        f"steps={1000 * steps}",
+        f"max_wall_s={math.ceil(seconds + 1)}",
+        f"eval_every={every}",
+    ]
 
 
 # --- reading
