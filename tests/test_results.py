@@ -127,6 +127,20 @@ def test_a_run_is_repeated_where_its_configuration_is_another(tmp_path, capsys):
     assert "1 runs from" in results.origin(tmp_path / "runs.jsonl", "make results")
 
 
+def test_a_run_that_was_stopped_ends_the_study(tmp_path, monkeypatch):
+    def stopped(arguments):
+        run_dir = load(arguments[0], arguments[1:]).run_dir
+        make_run(run_dir, [0.5], status="stopped by SIGTERM")
+        return 0  # as the trainers do
+
+    monkeypatch.setattr(results, "trainer", lambda name: stopped)
+    task, record = results.TASKS["clean"], tmp_path / "runs.jsonl"
+    arguments = results.configure(task, "uniform", 0, tmp_path, {})
+    with pytest.raises(SystemExit, match="uniform-s0: stopped at step 10; start again"):
+        results.run(task, "uniform", arguments, record)
+    assert not record.exists()
+
+
 def test_imbalanced_digits_are_drawn_by_seed_and_judged_by_all_classes_alike(tmp_path):
     def classes(seed, split):
         root = results.imbalanced(tmp_path, seed)["data.root"]

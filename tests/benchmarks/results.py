@@ -167,6 +167,8 @@ def run(task: Task, method: str, arguments: list[str], record: Path) -> Run:
     if status != 0:
         sys.exit(status)
     found = load_run(config.run_dir)
+    if found.status != "finished":  # Ctrl-C or SIGTERM: a run ends without an error
+        sys.exit(f"{found.where}: {found.status} at step {found.last_step}; start again to go on")
     line = {
         "task": task.title, "method": method, "seed": config.seed, "folder": str(config.run_dir),
         "steps": found.last_step, WALL: end(found, WALL), TEST_LOSS: end(found, TEST_LOSS),
