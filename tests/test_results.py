@@ -99,7 +99,9 @@ def test_methods_of_one_strategy_on_other_data_are_compared_as_named(tmp_path):
 
 
 def test_uniform_goes_on_until_the_slowest_has_ended(found):
-    assert results.longer(load(ONLINE), found["offline"]) == ["steps=20000", "max_wall_s=8"]
+    longer = results.longer(load(ONLINE), found["offline"])
+    # they end at 7 s and step 20, where an evaluation every 50 steps would miss it
+    assert longer == ["steps=20000", "max_wall_s=8", "eval_every=10"]
     cosine = load(ONLINE, ["schedule.name=cosine"])
     assert results.longer(cosine, found["offline"]) == []  # its rate would be another throughout
 
@@ -123,6 +125,20 @@ def test_a_run_is_repeated_where_its_configuration_is_another(tmp_path, capsys):
     }.items():
         assert results.is_there(load(arguments[0], [*arguments[1:], option])) is there
     assert "1 runs from" in results.origin(tmp_path / "runs.jsonl", "make results")
+
+
+def test_a_run_that_was_stopped_ends_the_study(tmp_path, monkeypatch):
+    def stopped(arguments):
+        run_dir = load(arguments[0], arguments[1:]).run_dir
+        make_run(run_dir, [0.5], status="stopped by SIGTERM")
+        return 0  # as the trainers do
+
+    monkeypatch.setattr(results, "trainer", lambda name: stopped)
+    task, record = results.TASKS["clean"], tmp_path / "runs.jsonl"
+    arguments = results.configure(task, "uniform", 0, tmp_path, {})
+    with pytest.raises(SystemExit, match="uniform-s0: stopped at step 10; start again"):
+        results.run(task, "uniform", arguments, record)
+    assert not record.exists()
 
 
 def test_imbalanced_digits_are_drawn_by_seed_and_judged_by_all_classes_alike(tmp_path):

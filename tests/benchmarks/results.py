@@ -167,6 +167,8 @@ def run(task: Task, method: str, arguments: list[str], record: Path) -> Run:
     if status != 0:
         sys.exit(status)
     found = load_run(config.run_dir)
+    if found.status != "finished":  # Ctrl-C or SIGTERM: a run ends without an error
+        sys.exit(f"{found.where}: {found.status} at step {found.last_step}; start again to go on")
     line = {
         "task": task.title, "method": method, "seed": config.seed, "folder": str(config.run_dir),
         "steps": found.last_step, WALL: end(found, WALL), TEST_LOSS: end(found, TEST_LOSS),
@@ -223,7 +225,12 @@ def longer(config: RunConfig, others: Sequence[Run]) -> list[str]:
         return []
     steps = config.steps if not others else others[0].last_step
     seconds = max((end(other, WALL) or 0.0 for other in others), default=0.0)
-    return [f"steps={1000 * steps}", f"max_wall_s={math.ceil(seconds + 1)}"]
+    every = math.gcd(steps, config.eval_every)  # so that it is read at the others' last step too
+    return [
+        f"steps={1000 * steps}",
+        f"max_wall_s={math.ceil(seconds + 1)}",
+        f"eval_every={every}",
+    ]
 
 
 # --- reading
