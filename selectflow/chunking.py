@@ -5,11 +5,10 @@ share of an example.
 
 For a gradient pass it is exact arithmetic over shapes, the same on every device: what autograd
 saves, and at the height of the backward pass the gradient of the largest saved tensor and a
-temporary of its size (for a language model, its logits). Measured, the tensors of GPT-2, Llama and
-MLP shapes take 0.25 to 1.0 times that, of convolutions, whose kernels have workspaces, 1.2 times.
+temporary of its size (for a language model, its logits). Workspaces of kernels come on top.
 
 Forward mode carries a tangent with each tensor, and attention by its plain formula: an exact
-Hessian product takes 2 to 7 times a gradient pass, more with longer sequences. There the tensors
+Hessian product takes several times a gradient pass, more with longer sequences. There the tensors
 that live at once are counted while the small passes run.
 
 What the process takes from the system is more than its tensors: `_HELD_BACK` times as much.
@@ -35,8 +34,8 @@ from selectflow.params import Params
 GIB = 2**30
 ChunkSize = int | Literal["auto"] | None
 
-# Growth of resident memory over what is counted, over many passes in a row: 0.6 to 2.9 as measured
-# on the models of tests/benchmarks/chunk_memory.py. malloc keeps freed blocks. No GPU was measured.
+# Growth of resident memory over what is counted, over many passes in a row: up to 2.3 as printed by
+# tests/benchmarks/chunk_memory.py. malloc keeps freed blocks. No GPU was measured.
 _HELD_BACK = 3.0
 
 

@@ -19,12 +19,14 @@ earn more than the window's whole progress before it is taken. With
 
     P = sum of (start - end)   G = sum of (end - end at half the rate)   U = the same at twice
 
-over the windows since the last change, each counting half of the one after it: double if
-U > max(G, 0) and P + U > 0, halve if G > max(P, 0). A turn back doubles the number of windows that
-the next change needs, so it cannot oscillate for long. A window in which the target loss rose by
-more than `rise` is a failed step: it is taken back, and replaced by its replay at a half or a
-quarter. The first window is a line search, since the rate may be off by much and there is no noise
-to average out yet; upwards only to twice.
+over the windows since the last change, each counting half of the one after it: halve if G > max(P,
+0); double if U > G, U is a noticeable share of the loss, and P + U > 0. A turn back doubles the
+number of windows that the next raise needs, so it cannot oscillate for long; to lower takes two at
+most, for too high a rate can ruin a run where too low a one only slows it. A window in which the
+target loss rose by more than `rise` is a failed step: it is taken back, and replaced by its replay
+at a half or a quarter. The first window is a line search, since the rate may be off by much and
+there is no noise to average out yet; upwards only to twice. So is, downwards, a window that begins
+as much above the end of the last one: the loss rose where no window was looking.
 """
 
 from __future__ import annotations
@@ -114,13 +116,19 @@ class RateRule:
         self.gap = settings.window  # steps to the next window
         self._sums = [0.0, 0.0, 0.0]  # P, G and U
         self._num = 0
-        self._patience = 1  # windows before a change
+        self._patience = 1  # windows before a raise
         self._direction = 0  # of the last change
         self._is_first = True
         self._seen = math.inf  # the target loss at the end of the last window
 
     def decide(
-        self, start: float, end: float, replay: Callable[[float], float], *, rising: bool = False
+        self,
+        start: float,
+        end: float,
+        replay: Callable[[float], float],
+        *,
+        rising: bool = False,
+        replaceable: bool = True,
     ) -> tuple[Decision, bool]:
         """What a window of training and its replays say.
 
@@ -130,6 +138,7 @@ class RateRule:
             replay: factor on the learning rate -> target loss after the window at that rate;
                 infinite where it diverges.
             rising: the user's own schedule raises the rate, as in a warm-up: faster is not tried.
+            replaceable: a replay may stand for what was really trained.
 
         Returns:
             The decision, and whether the window is to be replaced by its replay at
@@ -153,6 +162,7 @@ class RateRule:
             factor, redo, reason = self._take_back(start, end, at)
         else:
             factor, redo, reason = self._weigh(start, end, at)
+        redo = redo and replaceable
         self._is_first, self._seen = False, at(factor) if redo else end
         before, self.multiplier = self.multiplier, self.multiplier * factor
         self._note(factor)
@@ -202,7 +212,6 @@ class RateRule:
         self._num += 1
         progress, slower, faster = self._sums
         numbers = f"progress {progress:.3g}, at half {slower:+.3g}, at twice {faster:+.3g}"
-        # Too high a rate can ruin a run, too low a one only slows it: patience is for raising.
         if self._num >= min(self._patience, _PATIENCE_TO_LOWER) and slower > max(progress, 0.0):
             return 0.5, False, f"{numbers}: half the rate gains more than training did"
         if self._num < self._patience:

@@ -152,10 +152,13 @@ class RateControl:
             self._faithful = self._check(window, end)
         end_loss = self._loss(end, window.target) if self._faithful else replay(1.0)
         decision, replace = self._rule.decide(
-            window.start_loss, end_loss, replay, rising=window.rises
+            window.start_loss,
+            end_loss,
+            replay,
+            rising=window.rises,
+            replaceable=self._faithful,
         )
         self._set(decision.after)
-        replace = replace and self._faithful
         if replace:
             self._optimizer.write(best)
         return decision, replace

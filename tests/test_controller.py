@@ -138,6 +138,16 @@ def test_a_rise_between_two_windows_is_searched_downwards_and_taken_back():
     assert rule.decide(0.8, 0.8, lambda factor: 0.8)[0].after == 0.25
 
 
+def test_what_cannot_be_replaced_is_not_taken_for_replaced():
+    rule = settled(rise=0.2)
+    losses = {0.5: 1.5, 0.25: 1.1, 0.125: 0.5}
+    decision, redo = rule.decide(1.0, 2.0, losses.__getitem__, replaceable=False)
+    assert (decision.after, redo) == (0.25, False)
+    # training goes on from 2.0, not from the replay's 1.1: no rise has been missed
+    decision, _ = rule.decide(2.0, 1.9, lambda factor: 1.95)
+    assert "had risen" not in decision.reason
+
+
 def test_bounds_hold_and_are_named():
     rule = settled(lowest=0.5, highest=4.0)
     made = drive(rule, curve(1024.0), 8, progress=0.0)

@@ -147,16 +147,22 @@ def test_micro_batches_change_no_selection(digits, tmp_path, select):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+def train_with_a_kill(whole, broken, digits, batches):
+    """A run, and one killed in between and resumed, which ends the same; the task of the first."""
+    first = task(digits)
+    train(whole, first)
+    with pytest.raises(Killed):
+        train(broken, killed_in_micro_batch(batches, task(digits)))
+    train(broken, task(digits))
+    assert_same(outcome(whole.run_dir), outcome(broken.run_dir))
+    return first
+
+
 @pytest.mark.parametrize("options", [{"accumulate": 3}, {"autocast": "bf16", "accumulate": 2}])
 def test_a_run_resumes_and_replays_with_them(digits, tmp_path, options):
     settings = {"train": options, "resume": "auto", "checkpoint_every": 3}
     whole, broken, replayed = (config(tmp_path, name=name, **settings) for name in "abc")
-    first = task(digits)
-    train(whole, first)
-    with pytest.raises(Killed):
-        train(broken, killed_in_micro_batch(12, task(digits)))
-    train(broken, task(digits))
-    assert_same(outcome(whole.run_dir), outcome(broken.run_dir))
+    first = train_with_a_kill(whole, broken, digits, 12)
     again = task(digits)
     select = {"select": {"keep": 8, "replay": whole.run_dir}}
     train(RunConfig.model_validate(replayed.model_dump() | select), again)
@@ -223,12 +229,7 @@ def test_a_run_with_several_pools_resumes_and_replays(digits, tmp_path):
     select = {"horizon": 2, "interval": 2, "pools_per_update": 3, "lr": "auto"}
     settings = {"select": select, "resume": "auto", "checkpoint_every": 3}
     whole, broken = (config(tmp_path, name=name, **settings) for name in "ab")
-    first = task(digits)
-    train(whole, first)
-    with pytest.raises(Killed):
-        train(broken, killed_in_micro_batch(14, task(digits)))
-    train(broken, task(digits))
-    assert_same(outcome(whole.run_dir), outcome(broken.run_dir))
+    first = train_with_a_kill(whole, broken, digits, 14)
     again, replay = task(digits), {"replay": whole.run_dir}
     train(config(tmp_path, name="c", select=replay | {"pools_per_update": 3}), again)
     assert all(map(torch.equal, first.model.parameters(), again.model.parameters()))

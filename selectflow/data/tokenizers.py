@@ -224,8 +224,6 @@ def _of_file(path: Path) -> Pieces:
     library = _library()
     try:
         return Pieces(library.Tokenizer.from_str(path.read_text("utf-8")))
-    except DataError:
-        raise
     except Exception as error:  # the library raises plain Exceptions
         raise DataError(f"{path} must hold a tokenizer, got {error}; restore it") from error
 
