@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from selectflow.batches import Batch, chunks, describe, num_examples
-from selectflow.config_sections import OptimizerConfig, ScheduleConfig, SelectConfig, TrainConfig
+from selectflow.config_schedules import ScheduleConfig
+from selectflow.config_select import SelectConfig
+from selectflow.config_training import OptimizerConfig, TrainConfig
 from selectflow.controller import AutoHorizon, AutoRate
 from selectflow.horizons import HorizonSchedule
 from selectflow.objective import LossFn

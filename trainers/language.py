@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selectflow.config import ConfigError, RunConfig
-from selectflow.config_sections import DataConfig, ModelConfig
+from selectflow.config_data import DataConfig
+from selectflow.config_training import ModelConfig
 from selectflow.data import (
     PoolStream,
     TextOptions,
