@@ -113,6 +113,7 @@ MAY_IMPORT = {
     "run_dir": {"decision_log", "checkpoints", "config", "ledger"},
     "run_log": {"batches", "decision_log", "ledger", "selection", "tracking"},
     "sample_table": {"batches", "selection"},
+    "sample_display": {"config", "report", "sample_table", "selection", "task", "tracking"},
     "task": {"batches", "data", "objective"},
     "training": {
         "controller", "batches", "config_schedules", "config_select", "config_training", "horizons",
@@ -124,9 +125,8 @@ MAY_IMPORT = {
     },
     "run": {
         "decision_log",
-        "batches", "checkpoints", "config", "ledger", "offline_run", "replay", "report",
-        "run_dir", "run_log", "sample_table", "selection", "selector", "task", "tracking",
-        "training",
+        "batches", "checkpoints", "config", "ledger", "offline_run", "replay", "run_dir",
+        "run_log", "sample_display", "selection", "selector", "task", "tracking", "training",
     },
     "trainer": {"config", "config_errors", "run", "task"},
     "report": {"config_data", "data", "ledger", "report", "run_dir", "tracking", "yaml_io"},
