@@ -67,9 +67,6 @@ def _checkpoint(model: nn.Module) -> None:
             "train.accumulate instead"
         )
     enable({"use_reentrant": False})
-    # It lets embeddings require gradients by a hook, for the reentrant form, under frozen weights.
-    # This form needs none, and torch.func, which scores go through, does not take it.
-    model.disable_input_require_grads()  # type: ignore[operator]
 
 
 def _explained(losses: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
