@@ -1,8 +1,9 @@
 """A configuration becomes a run directory: the training loop.
 
 `runs/<name>/` holds `config.yaml` (resolved), `metrics.jsonl`, `selection/` (the ledger),
-`decisions.jsonl` (the controller's), `checkpoints/step-*.pt` and `summary.json`; after offline
-selection also the score file, `selected/` (shards) and `offline.json` (what selecting took).
+`decisions.jsonl` (the controller's), `checkpoints/step-*.pt` and `summary.json`; where the task can
+save it, `model/`, at the end; after offline selection also the score file, `selected/` (shards) and
+`offline.json` (what selecting took).
 """
 
 from __future__ import annotations
@@ -221,6 +222,8 @@ class _Run:
         """Write the rest of the log, and how the run ended."""
         self.log.close()
         if status == "finished":
+            if self.task.save:
+                self.task.save(self.config.run_dir / "model")
             self.samples.show_all()
         upfront = {"perf/upfront_s": self.upfront_s} if self.config.select.is_offline else {}
         self.tracker.finish({"status": status, "steps": self.step} | upfront)
