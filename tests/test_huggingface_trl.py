@@ -9,6 +9,7 @@ from test_huggingface import CHECKPOINTING, KEEP, POOL, VOCABULARY, llama, weigh
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from selectflow.dynamics import Update
 from selectflow.huggingface import SelectTrainerMixin
 from selectflow.policy import Policy
 
@@ -114,20 +115,28 @@ def test_sft_scores_are_of_the_completions(tmp_path):
 
 
 def test_lora_leaves_nothing_outside_the_adapters(tmp_path):
+    """Neither the states of a look-ahead, its adjoints and sensitivities, nor the optimizer's."""
     trainer = sft_trainer(tmp_path, lora=True)
-    visited = []
-    look_ahead = Policy.look_ahead
+    states, adjoints = [], []
+    look_ahead, adjoint = Policy.look_ahead, Update.adjoint
 
     def watched(self, horizon, outlook, *args):
-        visited.extend(name for part in outlook.state for name in part)
+        states.extend(outlook.state)
         return look_ahead(self, horizon, outlook, *args)
+
+    def swept(self, after, *args):
+        gamma, before = adjoint(self, after, *args)
+        adjoints.extend([gamma, *after, *before])
+        return gamma, before
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Policy, "look_ahead", watched)
+        patch.setattr(Update, "adjoint", swept)
         trainer.train()
-    names = [*visited, *(n for gamma in trainer.selector._ahead.sensitivities for n in gamma)]
-    assert names
-    assert all("lora_" in name for name in names)
+    for held in (states, adjoints, trainer.selector._ahead.sensitivities):
+        names = [name for params in held for name in params]
+        assert names
+        assert all("lora_" in name for name in names)
     states = trainer.optimizer.optimizer.state
     adapters = {p for n, p in trainer.model.named_parameters() if "lora_" in n}
     assert set(states) == adapters
