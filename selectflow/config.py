@@ -10,21 +10,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from selectflow.config_data import DataConfig
 from selectflow.config_errors import ConfigError, describe, nearest_key
-from selectflow.config_sections import (
-    Count,
-    DataConfig,
-    Device,
-    Directory,
-    ModelConfig,
-    OptimizerConfig,
-    RunName,
-    ScheduleConfig,
-    Section,
-    SelectConfig,
-    TrackConfig,
-    TrainConfig,
-)
+from selectflow.config_fields import Count, Device, Directory, RunName, Section
+from selectflow.config_schedules import ScheduleConfig
+from selectflow.config_select import SelectConfig, TrackConfig
+from selectflow.config_training import ModelConfig, OptimizerConfig, TrainConfig
 from selectflow.yaml_io import dump_yaml, read_yaml, set_key
 
 __all__ = ["ConfigError", "RunConfig", "json_schema", "known_keys", "load", "to_yaml"]

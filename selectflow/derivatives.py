@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from selectflow.batches import Batch, num_examples
+from selectflow.batches import Batch, chunks, num_examples
 from selectflow.chunking import Chunks, ChunkSize, Pass
 from selectflow.directions import has_queries, over_queries, split, step_size
 from selectflow.objective import Objective, check_finite
@@ -37,9 +37,10 @@ _log = logging.getLogger(__name__)
 
 _NO_FORWARD_MODE = ("forward AD", "forward mode AD", "functorch")  # as torch says it
 _NUM_CHECKED = 8  # examples on which the two forms are compared
-# Relative error at which central differences still rank a pool rightly; a Hessian product is a
+# Relative error at which central differences still rank a pool rightly: up to it, Spearman with the
+# exact form was 0.99 and more (tests/benchmarks/derivative_agreement.py). A Hessian product is a
 # correction to the adjoint, and across the kinks of ReLU the two forms need not agree.
-_TOLERANCE = {"losses": 0.02, "gradients": 0.05}
+_TOLERANCE = 0.05
 
 
 class Derivatives:
@@ -282,7 +283,7 @@ class Derivatives:
         if use not in self.decided or use in self._unchecked:
             if has_queries(params, direction):
                 direction = next(split(direction))
-            few = next(self._chunks.of(params, batch, _NUM_CHECKED))
+            few = next(chunks(batch, _NUM_CHECKED))
             form, why = self._compare(use, params, direction, few)
             if form != self.decided.get(use):
                 _log.info("derivatives of %s: %s (%s)", use, form, why)
@@ -321,12 +322,15 @@ class Derivatives:
             if not self._is_said:
                 _log.info("no forward-mode derivative of this model (%s)", _reason(error))
                 self._is_said = True
-        scale = reference.norm()
-        apart = float((central - reference).norm() / scale) if scale > 0 else 0.0
-        agrees = apart <= _TOLERANCE[use]
+        apart = _apart(central, reference)
+        if use == "losses":
+            # What all examples share moves no rank, however large: what tells them apart counts.
+            about_mean = [slopes - slopes.mean() for slopes in (central, reference)]
+            apart = max(apart, _apart(*about_mean))
+        agrees = apart <= _TOLERANCE
         if not agrees and against == "half the step":
             raise FloatingPointError(
-                f"central differences of {use} must agree to {_TOLERANCE[use]:.0%} between a "
+                f"central differences of {use} must agree to {_TOLERANCE:.0%} between a "
                 f"step and half of it, got {apart:.1%}, and the model has no forward-mode "
                 "derivative; compute the losses in float32 without autocast, make the model smooth"
                 + ("" if use == "losses" else ", or set curvature to 'none'")
@@ -349,6 +353,12 @@ class Derivatives:
             return torch.cat([tensor.flatten() for tensor in product.values()])
 
         return losses if use == "losses" else gradients
+
+
+def _apart(found: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over that of the reference; 0 where the reference is."""
+    scale = reference.norm()
+    return float((found - reference).norm() / scale) if scale > 0 else 0.0
 
 
 def _num_queries(params: Params, direction: Params) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -75,7 +76,7 @@ class Objective:
     def scoring(self) -> Iterator[None]:
         """Deterministic losses: dropout off, batch norm on running statistics.
 
-        Modes and random generators are as before afterwards, also after an exception.
+        Modes, hooks and random generators are as before afterwards, also after an exception.
         """
         training = [module for module in self.model.modules() if module.training]
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
@@ -83,7 +84,7 @@ class Objective:
         for module in training:
             module.training = False
         try:
-            with torch.random.fork_rng(devices=list(devices)):
+            with torch.random.fork_rng(devices=list(devices)), _unmarked(self.model):
                 yield
         finally:
             for module in training:
@@ -102,6 +103,31 @@ class _Bound(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self._loss_fn(self.model, batch)
+
+
+@contextmanager
+def _unmarked(model: nn.Module) -> Iterator[None]:
+    """Without the hooks that let embeddings require gradients, for reentrant checkpointing.
+
+    transformers, peft and TRL set them, under names that begin alike. The training step may need
+    them; `torch.func` does not take them.
+    """
+    found = []
+    for module in model.modules():
+        hooks = module._forward_hooks
+        if any(_marks_inputs(hook) for hook in hooks.values()):
+            found.append((module, hooks))
+            rest = {key: hook for key, hook in hooks.items() if not _marks_inputs(hook)}
+            module._forward_hooks = OrderedDict(rest)
+    try:
+        yield
+    finally:
+        for module, hooks in found:
+            module._forward_hooks = hooks
+
+
+def _marks_inputs(hook: Callable[..., object]) -> bool:
+    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
 
 
 def check_finite(name: str, values: Tensor, batch: Batch) -> None:

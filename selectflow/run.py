@@ -1,8 +1,9 @@
 """A configuration becomes a run directory: the training loop.
 
 `runs/<name>/` holds `config.yaml` (resolved), `metrics.jsonl`, `selection/` (the ledger),
-`decisions.jsonl` (the controller's), `checkpoints/step-*.pt` and `summary.json`; after offline
-selection also the score file, `selected/` (shards) and `offline.json` (what selecting took).
+`decisions.jsonl` (the controller's), `checkpoints/step-*.pt` and `summary.json`; where the task can
+save it, `model/`, at the end; after offline selection also the score file, `selected/` (shards) and
+`offline.json` (what selecting took).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from selectflow.offline_run import select_offline
 from selectflow.replay import Replay
 from selectflow.run_dir import RunError, is_finished, lock, open_run_dir
 from selectflow.run_log import RunLog, Stopwatch
-from selectflow.sample_table import SampleTable, lines, one_line
+from selectflow.sample_display import SampleDisplay
 from selectflow.selection import Selection
 from selectflow.selector import Selector
 from selectflow.task import Task
@@ -123,7 +124,7 @@ class _Run:
         self.tracker = _tracker(config, saved)
         records = Ledger(config.run_dir, stream), DecisionLog(config.run_dir)
         self.log = RunLog(*records, self.tracker, task.kinds, upfront_s)
-        self.samples = SampleTable(config.track.samples, task.kinds, task.show)
+        self.samples = SampleDisplay(config, task, self.tracker)
         if saved is not None:
             self.load_state_dict(saved)
 
@@ -162,13 +163,12 @@ class _Run:
 
                 wall_s = self.watch.stop()  # evaluation, logging and saving are not counted
                 self.log.step(self.step, parts, loss)
-                if self.shows_samples:
-                    for _, selection in parts:
-                        self.samples.add(self.step, selection)
+                for _, selection in parts:
+                    self.samples.add(self.step, selection)
                 is_last = self.step == config.steps or wall_s >= (config.max_wall_s or math.inf)
                 if self.step % config.eval_every == 0 or is_last:
                     self.log.flush(self.step, lr, wall_s, self.evaluate())
-                    self.show_recent()
+                    self.samples.show_recent(self.step)
                 if self.step % config.checkpoint_every == 0 or is_last or stop.name:
                     self.save()
                 bar.update(self.step, self.log.summary())
@@ -213,40 +213,6 @@ class _Run:
                 found |= {f"{split}/{name}": value for name, value in means.items()}
         return found | {"data/errors": self.pools.num_errors}
 
-    @property
-    def is_scored(self) -> bool:
-        """Whether the run compares its samples: its scores are not random, nor those of another."""
-        return self.config.select.strategy != "uniform" and not self.config.select.replay
-
-    @property
-    def shows_samples(self) -> bool:
-        """Whether samples are shown while the run goes on; offline selection was before it."""
-        return (
-            self.config.track.samples > 0 and self.is_scored and not self.config.select.is_offline
-        )
-
-    def show_recent(self) -> None:
-        """Show the samples of the highest and of the lowest scores since the last evaluation."""
-        if rows := self.samples.rows():
-            print(lines(rows, f"scores of the pools up to step {self.step}"), flush=True)
-            self.tracker.show(lambda: rows, "recent")
-        self.samples.clear()
-
-    def show_samples(self) -> None:
-        """Show the same by mean score over the whole run, at W&B always."""
-        from selectflow.report.samples import extreme_rows  # noqa: PLC0415
-
-        source, run_dir = self.task.source, self.config.run_dir
-        if source is None or not self.is_scored:
-            return
-        if num := self.config.track.samples:
-            rows = [
-                row | {"origin": row["facts"], "text": one_line(row["text"])}
-                for row in extreme_rows(run_dir, source, num)
-            ]
-            print(lines(rows, "mean scores of the whole run"), flush=True)
-        self.tracker.show(lambda: extreme_rows(run_dir, source))
-
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one."""
         if not self.checkpoints.has(self.step):
@@ -256,7 +222,9 @@ class _Run:
         """Write the rest of the log, and how the run ended."""
         self.log.close()
         if status == "finished":
-            self.show_samples()
+            if self.task.save:
+                self.task.save(self.config.run_dir / "model")
+            self.samples.show_all()
         upfront = {"perf/upfront_s": self.upfront_s} if self.config.select.is_offline else {}
         self.tracker.finish({"status": status, "steps": self.step} | upfront)
 

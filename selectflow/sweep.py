@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from selectflow.config import RunConfig, load
 from selectflow.config_errors import ConfigError, describe
-from selectflow.config_sections import Count, Section
+from selectflow.config_fields import Count, Section
 from selectflow.sweep_space import OTHERS_OF_WANDB, Choice, Domain, Range, Setting, read_domains
 from selectflow.yaml_io import read_yaml
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
@@ -30,6 +31,7 @@ class Task:
         show: `show(batch, index)` -> an example as text, for tables of samples.
         score_view: `score_view(num_tokens)` -> the `score_view` of a `Selector`, a window of that
             many tokens of each example; None: the examples have none.
+        save: `save(folder)` writes the trained model in its library's own form.
     """
 
     model: nn.Module
@@ -42,3 +44,4 @@ class Task:
     source: Sources | None = None
     show: Callable[[Batch, int], str] | None = None
     score_view: Callable[[int], Callable[[Batch], Batch]] | None = None
+    save: Callable[[Path], None] | None = None

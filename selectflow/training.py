@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from selectflow.batches import Batch, chunks, describe, num_examples
-from selectflow.config_sections import OptimizerConfig, ScheduleConfig, SelectConfig, TrainConfig
+from selectflow.config_schedules import ScheduleConfig
+from selectflow.config_select import SelectConfig
+from selectflow.config_training import OptimizerConfig, TrainConfig
 from selectflow.controller import AutoHorizon, AutoRate
 from selectflow.horizons import HorizonSchedule
 from selectflow.objective import LossFn
@@ -65,9 +67,6 @@ def _checkpoint(model: nn.Module) -> None:
             "train.accumulate instead"
         )
     enable({"use_reentrant": False})
-    # It lets embeddings require gradients by a hook, for the reentrant form, under frozen weights.
-    # This form needs none, and torch.func, which scores go through, does not take it.
-    model.disable_input_require_grads()  # type: ignore[operator]
 
 
 def _explained(losses: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:

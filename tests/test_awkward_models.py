@@ -163,3 +163,31 @@ def test_a_loss_that_the_model_has_averaged():
     selector = Selector(model, optimizer, fused, [ids], keep=2)
     with pytest.raises(ValueError, match=r"got \(\).*selectflow.language.causal_lm_losses"):
         selector.select(ids)
+
+
+def test_hooks_that_mark_embeddings_are_off_in_scoring_alone():
+    """As peft, transformers and TRL set them, here twice; another hook acts on scores, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(8, 4))
+    model[0].weight.requires_grad_(False)
+
+    def make_inputs_require_grad(module, inputs, output):
+        output.requires_grad_(True)
+
+    def doubled(module, inputs, output):
+        return 2 * output
+
+    data = {"x": torch.randint(7, (9, 2)), "y": torch.randint(4, (9,))}
+    scores = {}
+    for hooks in ([], [doubled], [make_inputs_require_grad, doubled, make_inputs_require_grad]):
+        handles = [model[0].register_forward_hook(hook) for hook in hooks]
+        optimizer = torch.optim.AdamW(model[2].parameters())
+        selector = Selector(model, optimizer, loss_fn, [data], keep=3, derivative="exact")
+        selector.select(data)
+        scores[len(hooks)] = selector.last.scores
+        assert model[0](data["x"]).requires_grad == (len(hooks) == 3)  # they are there again
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(scores[3], scores[1])
+    assert not torch.equal(scores[1], scores[0])
+    assert not model[0](data["x"]).requires_grad  # the handles still hold

@@ -219,6 +219,78 @@ def test_auto_takes_the_exact_form_where_central_differences_fail():
     assert relative(found, slopes(model, loss_fn, batch, direction)) < 1e-2
 
 
+class Wave(nn.Module):
+    """Losses with slopes `shared` + spread, of which one part is a wave as short as the step.
+
+    A central difference sees sin(x) / x of the wave's slope, x being the step over its length.
+    """
+
+    def __init__(self, length, shared, *, waves_are_shared):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.length, self.shared, self.waves_are_shared = length, shared, waves_are_shared
+
+    def forward(self, spread):
+        wave = self.length * ((self.weight - 1) / self.length).sin()
+        parts = (wave, self.weight) if self.waves_are_shared else (self.weight, wave)
+        return self.shared * parts[0] + spread * parts[1]
+
+
+STEP = 1e-6  # of float64, for a weight of 1
+
+
+@pytest.mark.parametrize(
+    ("unseen", "shared", "waves_are_shared", "expected"),
+    [
+        (0.03, 0.0, False, "central"),
+        (0.10, 0.0, False, "exact"),
+        (0.03, 1e3, False, "central"),
+        (0.10, 1e3, False, "exact"),  # 1e-4 of the slopes, but a tenth of what they differ by
+        (0.10, 1e3, True, "exact"),  # no rank moves, but a Fisher product would be wrong
+        (0.03, 1e3, True, "central"),
+    ],
+)
+def test_auto_judges_by_what_tells_the_examples_apart(unseen, shared, waves_are_shared, expected):
+    x = (6 * unseen) ** 0.5  # sin(x) / x ~ 1 - x^2 / 6
+    model = Wave(STEP / x, shared, waves_are_shared=waves_are_shared)
+    derivatives = Derivatives(Objective(model, lambda m, spread: m(spread)), "auto")
+    spread = torch.linspace(-1, 2, 24, dtype=torch.float64)
+    params = Params(model.named_parameters()).detach()
+    direction = params.map(torch.ones_like)
+    _, found = derivatives.along(params, direction, spread)
+    assert derivatives.decided == {"losses": expected}
+    exact = spread + shared
+    error = found - exact
+    if expected == "exact":
+        assert relative(found, exact) < 1e-12
+    else:  # as constructed
+        assert error.norm() / (shared * torch.ones(24) if waves_are_shared else spread).norm() == (
+            pytest.approx(unseen, rel=0.05)
+        )
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_auto_takes_the_exact_form_where_a_silent_entry_drowns_the_others(chunk_size):
+    """A dead unit of ReLU has second moments of 0, and so a sensitivity of lr / eps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    with torch.no_grad():
+        model[1].weight[0], model[1].bias[0] = 0, -1
+    params = Params(model.named_parameters()).detach()
+    direction, batch = params.map(torch.randn_like), images(16)
+    objective = Objective(model, image_loss)
+    derivatives = Derivatives(objective, "auto", chunk_size)
+    derivatives.along(params, direction, batch)
+    assert derivatives.decided == {"losses": "central"}
+    direction["1.bias"][0] = 1e8
+    derivatives.recheck()
+    found = derivatives.along(params, direction, batch)[1]
+    assert derivatives.decided == {"losses": "exact"}
+    assert relative(found, slopes(model, image_loss, batch, direction)) < 1e-5
+    central = Derivatives(objective, "central").along(params, direction, batch)[1]
+    assert relative(central, found) > 0.5  # it sees next to nothing
+
+
 def test_no_usable_form_is_an_error():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
@@ -228,7 +300,7 @@ def test_no_usable_form_is_an_error():
 
     params = Params(model.named_parameters()).detach()
     derivatives = Derivatives(Objective(model, loss_fn), "auto")
-    with pytest.raises(FloatingPointError, match=r"must agree to 2%.*no forward-mode"):
+    with pytest.raises(FloatingPointError, match=r"must agree to 5%.*no forward-mode"):
         derivatives.along(params, params.map(torch.randn_like), images(16))
 
 

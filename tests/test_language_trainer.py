@@ -12,7 +12,7 @@ from test_resume import Killed, assert_same, killed_at, outcome
 
 from selectflow.checkpoints import Checkpoints
 from selectflow.config import ConfigError, RunConfig
-from selectflow.data import TextOptions, make_text, read_metadata
+from selectflow.data import DataError, TextOptions, make_text, read_metadata
 from selectflow.ledger import read_ledger
 from selectflow.run import train
 
@@ -152,10 +152,9 @@ def test_pretrained_weights_want_their_own_tokens(tmp_path, data):
         "target_domain": None,
     }
     own = data | {"root": tmp_path / "own", "text": made}
-    model = TRAINER["build_task"](configured(tmp_path, own, KINDS["gpt2"])).model
-    folder = tmp_path / "weights"
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes((tmp_path / "own/tokenizer.json").read_bytes())
+    task, folder = TRAINER["build_task"](configured(tmp_path, own, KINDS["gpt2"])), tmp_path / "w"
+    model = task.model
+    task.save(folder)
     pretrained = {"name": "gpt2", "pretrained": str(folder)}
     loaded = TRAINER["build_task"](configured(tmp_path, own, pretrained)).model
     for param, other in zip(model.parameters(), loaded.parameters(), strict=True):
@@ -163,6 +162,34 @@ def test_pretrained_weights_want_their_own_tokens(tmp_path, data):
     refused(
         configured(tmp_path, data, pretrained), "data.text.tokenizer must be that of model.pret"
     )
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_of_bytes_leaves_weights_that_another_begins_with(tmp_path, data, rank):
+    """Bytes have no tokenizer to store; the ids of the model say that they are what it reads."""
+    kind = KINDS["llama"] | {"lora_rank": 0}
+    config = configured(tmp_path, data, kind)
+    task = TRAINER["build_task"](config)
+    folder = train(config, task) / "model"
+    pretrained = {"name": "llama", "pretrained": str(folder), "lora_rank": rank}
+    options = {"name": "tuned", "optimizer": {"lr": 0.05}}
+    tuned = TRAINER["build_task"](configured(tmp_path, data, pretrained, **options))
+    loaded = tuned.model.get_base_model() if rank else tuned.model
+    ours = {
+        n.replace(".base_layer", ""): p for n, p in loaded.named_parameters() if "lora" not in n
+    }
+    before = {name: param.detach().clone() for name, param in task.model.named_parameters()}
+    assert ours.keys() == before.keys()
+    assert all(torch.equal(param, before[name]) for name, param in ours.items())
+
+    saved = train(configured(tmp_path, data, pretrained, **options), tuned) / "model"
+    assert (saved / "adapter_model.safetensors").exists() == bool(rank)
+    assert (saved / "model.safetensors").exists() != bool(rank)  # with adapters, they alone
+    # other ids than those of bytes, without a tokenizer
+    task.model.config.eos_token_id = 254
+    task.model.save_pretrained(folder)
+    with pytest.raises(DataError, match="tokenizer must be bytes"):
+        TRAINER["build_task"](configured(tmp_path, data, pretrained))
 
 
 def test_the_vision_trainer_says_that_it_trains_no_language_model(tmp_path):

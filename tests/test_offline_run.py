@@ -8,7 +8,7 @@ import torch
 from test_resume import OPTIONS, Killed, assert_same, killed_at, outcome
 from test_run import ROOT, config, digits, loss_fn, read_lines, run_trainer, task
 
-from selectflow.config_sections import OptimizerConfig
+from selectflow.config_training import OptimizerConfig
 from selectflow.data import PoolStream, read_manifest, read_metadata, read_split
 from selectflow.ledger import read_ledger
 from selectflow.offline import score_samples

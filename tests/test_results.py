@@ -4,14 +4,15 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from benchmarks import results
+import results
+import results_tasks
 from synthetic_runs import make_run
 
 from selectflow.config import load
 from selectflow.data import read_metadata
 from selectflow.report.quantities import ACCURACY, TARGET_LOSS, TEST_LOSS
 
-ONLINE = str(results.ROOT / "configs" / "digits_online.yaml")
+ONLINE = str(results_tasks.ROOT / "configs" / "digits_online.yaml")
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_uniform_goes_on_until_the_slowest_has_ended(found):
 
 
 def test_a_run_is_repeated_where_its_configuration_is_another(tmp_path, capsys):
-    task = results.TASKS["clean"]
+    task = results_tasks.TASKS["clean"]
     common = {"steps": 20, "eval_every": 10, "data.root": tmp_path / "digits"}
     arguments = results.configure(task, "influence, H = 4", 3, tmp_path, common)
     assert not results.is_there(load(arguments[0], arguments[1:]))
@@ -134,7 +135,7 @@ def test_a_run_that_was_stopped_ends_the_study(tmp_path, monkeypatch):
         return 0  # as the trainers do
 
     monkeypatch.setattr(results, "trainer", lambda name: stopped)
-    task, record = results.TASKS["clean"], tmp_path / "runs.jsonl"
+    task, record = results_tasks.TASKS["clean"], tmp_path / "runs.jsonl"
     arguments = results.configure(task, "uniform", 0, tmp_path, {})
     with pytest.raises(SystemExit, match="uniform-s0: stopped at step 10; start again"):
         results.run(task, "uniform", arguments, record)
@@ -143,7 +144,7 @@ def test_a_run_that_was_stopped_ends_the_study(tmp_path, monkeypatch):
 
 def test_imbalanced_digits_are_drawn_by_seed_and_judged_by_all_classes_alike(tmp_path):
     def classes(seed, split):
-        root = results.imbalanced(tmp_path, seed)["data.root"]
+        root = results_tasks.imbalanced(tmp_path, seed)["data.root"]
         return Counter(made["true_label"] for made in read_metadata(root, split).values())
 
     whole = classes(0, "train")
@@ -156,3 +157,49 @@ def test_imbalanced_digits_are_drawn_by_seed_and_judged_by_all_classes_alike(tmp
         spread = (counts[label] * share * (1 - share)) ** 0.5
         assert abs(whole[label] - counts[label] * share) < 3.5 * spread + 1
     assert min(classes(0, "target").values()) >= 19
+
+
+def test_the_oracle_has_the_code_of_the_mixture_and_nothing_else():
+    for task in ("text", "lora"):
+        config, options = results_tasks.TASKS[task].methods["oracle"]
+        overrides = [f"{key}={value}" for key, value in options.items()]
+        text = load(results_tasks.CONFIGS / f"{config}.yaml", overrides).data.text
+        assert text.mixture == {"code": 1.0}
+        assert text.num_train == 3600  # a fifth of 18,000
+
+
+def test_one_base_is_trained_for_all_seeds(tmp_path, monkeypatch):
+    calls = []
+
+    def trained(arguments):
+        calls.append(arguments)
+        make_run(load(arguments[0], arguments[1:]).run_dir, [0.5])
+        return 0
+
+    monkeypatch.setattr(results_tasks, "trainer", lambda name: trained)
+    bases = {results_tasks.adapted(tmp_path, seed)["model.pretrained"] for seed in range(3)}
+    assert bases == {tmp_path / "text_lora_base" / "model"}
+    assert len(calls) == 1
+    monkeypatch.setattr(results_tasks, "trainer", lambda name: lambda arguments: 2)
+    with pytest.raises(SystemExit, match="the base was not trained"):
+        results_tasks.adapted(tmp_path / "other", 0)
+
+
+def test_origins_of_the_kept_are_means_over_the_steps_that_all_have(tmp_path):
+    def with_code(run, shares):
+        lines = zip(run.metrics, shares, strict=True)
+        return replace(run, metrics=[line | {"select/kept_code": x} for line, x in lines])
+
+    runs = {
+        "uniform": [with_code(make_run(tmp_path / "u", [0.1] * 3), [0.2, 0.3, 0.9])],
+        "oracle": [
+            with_code(make_run(tmp_path / f"o{seed}", [0.2] * 2, seed=seed), [1, share])
+            for seed, share in enumerate([0.9, 0.7])
+        ],
+    }
+    grid = results.kept_origins(runs)
+    assert grid.head == ["", "code"]
+    # in %: uniform's third evaluation is beyond the others' end; 95 and 85 have sd 7.07
+    assert grid.cells == [["uniform", "25.0"], ["oracle", "90.0 ± 7.1"]]
+    plain = {"uniform": [make_run(tmp_path / "plain", [0.1])]}
+    assert results.kept_origins(plain).cells == []

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from selectflow.config import RunConfig
-from selectflow.config_sections import ScheduleConfig, SelectConfig
+from selectflow.config_schedules import ScheduleConfig
+from selectflow.config_select import SelectConfig
 from selectflow.data import PoolStream, make_digits, read_batches, read_metadata
 from selectflow.horizons import as_horizon
 from selectflow.ledger import read_ledger

@@ -132,6 +132,17 @@ def test_the_mixture_is_as_asked_and_its_origins_are_recorded(mixed):
         assert [each["origin"] for each in held_out] == ["code"] * count
 
 
+def test_a_mixture_without_the_targets_domain(tmp_path):
+    """There is nothing to make dirt of, which matters only where some is asked for."""
+    options = {"num_train": 40, "num_target": 5, "num_test": 5, "block": 64}
+    make_text(tmp_path, TextOptions(mixture={"prose": 0.5, "tables": 0.5}, **options))
+    made = read_metadata(tmp_path, "train").values()
+    assert Counter(each["origin"] for each in made) == {"prose": 20, "tables": 20}
+    assert {each["origin"] for each in read_metadata(tmp_path, "target").values()} == {"code"}
+    with pytest.raises(DataError, match="must have clean text to make dirt of"):
+        make_text(tmp_path / "b", TextOptions(mixture={"prose": 0.5, "shuffled": 0.5}, **options))
+
+
 def test_no_document_is_in_two_splits(mixed):
     files = {}
     for split in ("train", "target", "test"):

@@ -17,7 +17,7 @@ from torch import nn
 from selectflow import Selector
 from selectflow.batches import MicroBatches, take
 from selectflow.config import ConfigError, RunConfig, load
-from selectflow.config_sections import TrainConfig
+from selectflow.config_training import TrainConfig
 from selectflow.data import PoolStream, TextOptions, make_text
 from selectflow.ledger import read_ledger
 from selectflow.replay import ReplayError

@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selectflow.config import ConfigError, RunConfig
-from selectflow.config_sections import DataConfig, ModelConfig
+from selectflow.config_data import DataConfig
+from selectflow.config_training import ModelConfig
 from selectflow.data import (
     PoolStream,
     TextOptions,
@@ -28,7 +30,13 @@ from selectflow.data import (
     read_batches,
     read_metadata,
 )
-from selectflow.data.tokenizers import load_tokenizer, same_vocabulary
+from selectflow.data.tokenizers import (
+    TOKENIZER_NAME,
+    Bytes,
+    Pieces,
+    load_tokenizer,
+    same_vocabulary,
+)
 from selectflow.language import IGNORED, causal_lm_losses, document_positions, token_window
 from selectflow.task import Task
 from selectflow.text_models import load_pretrained, with_lora
@@ -97,15 +105,35 @@ def build_model(config: ModelConfig, length: int, tokenizer: Tokenizer) -> nn.Mo
     return with_lora(model, config.name, config.lora_rank) if config.lora_rank else model
 
 
-def check_tokenizer(config: ModelConfig, tokenizer: Any) -> None:
+def check_tokenizer(config: ModelConfig, tokenizer: Any, model: nn.Module) -> None:
     """Refuse weights that were trained on other tokens than those of the shards."""
     if config.pretrained is None:
         return
-    if not same_vocabulary(tokenizer, load_tokenizer(config.pretrained)):
+    if has_bytes(config.pretrained, model):
+        theirs: Any = Bytes()
+    else:
+        theirs = load_tokenizer(config.pretrained)
+    if not same_vocabulary(tokenizer, theirs):
         raise ConfigError(
             f"data.text.tokenizer must be that of model.pretrained, {config.pretrained!r}, got "
             "another vocabulary in the shards' manifest; write the shards again with it"
         )
+
+
+def has_bytes(pretrained: str, model: Any) -> bool:
+    """Whether a model of a folder reads bytes: there is no tokenizer, and its ids are theirs."""
+    folder, ids = Path(pretrained), (model.config.vocab_size, model.config.eos_token_id)
+    is_alone = folder.is_dir() and not (folder / TOKENIZER_NAME).exists()
+    return is_alone and ids == (Bytes.num_tokens, Bytes.end)
+
+
+def save(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write what `model.pretrained` reads: weights, or adapters alone, and the tokenizer."""
+    # peft would else look for the base model on Hugging Face, to see whether tokens were added
+    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(folder, **options)
+    if isinstance(tokenizer, Pieces):
+        (folder / TOKENIZER_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
 
 
 def model_inputs(batch: Batch, end: int, separate: bool) -> Batch:
@@ -177,7 +205,7 @@ def build_task(config: RunConfig) -> Task:
     target = read_batches(data.directory, "target", data.target_batch)
     torch.manual_seed(config.seed)
     model = build_model(config.model, target[0]["tokens"].shape[1], tokenizer)
-    check_tokenizer(config.model, tokenizer)
+    check_tokenizer(config.model, tokenizer, model)
     losses = loss_fn(tokenizer.end, data.separate_documents)
     return Task(
         model=model,
@@ -190,6 +218,7 @@ def build_task(config: RunConfig) -> Task:
         source=data.directory,
         show=lambda batch, index: tokenizer.decode(batch["tokens"][index].tolist()),
         score_view=partial(score_view, tokenizer.end, data.separate_documents),
+        save=partial(save, model, tokenizer),
     )
 
 

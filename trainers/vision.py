@@ -19,7 +19,7 @@ from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
 from selectflow.config import RunConfig
-from selectflow.config_sections import ModelConfig
+from selectflow.config_training import ModelConfig
 from selectflow.data import PoolStream, make_digits, read_batches, read_metadata
 from selectflow.task import Task
 from selectflow.trainer import check_choice, trainer_main

@@ -64,6 +64,8 @@ def boilerplate(tokenizer: Tokenizer, size: int, count: int, seed: int) -> list[
 
 
 def _draw(blocks: Sequence[Block], count: int, rng: np.random.Generator) -> list[Block]:
+    if not count:  # as where the mixture has no text of the target's domain
+        return []
     if not blocks:
         raise DataError("mixture must have clean text to make dirt of, got none; add a domain")
     chosen = rng.choice(len(blocks), size=count, replace=count > len(blocks))

@@ -1,6 +1,6 @@
 """The results of the README from scratch: tables and figures, at equal steps and in equal time.
 
-    python tests/benchmarks/results.py [--tasks noised clean imbalanced text] [--seeds 5]
+    python tests/benchmarks/results.py [--tasks noised clean imbalanced text lora] [--seeds 5]
 
 Every method is run by the trainers in `trainers/` from a file of `configs/`; the digits all at one
 learning rate, that of the configurations, stated and not searched. `uniform` goes on for as many
@@ -23,20 +23,19 @@ import math
 import os
 import platform
 import re
-import runpy
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
+from results_tasks import BOTH, ROOT, TASKS, UNIFORM, Options, Task, trainer
 
 from selectflow.config import RunConfig, load
-from selectflow.data import make_digits, read_metadata, write_subset
 from selectflow.report import words
 from selectflow.report.align import end, value_at
 from selectflow.report.chart import write_png
@@ -45,6 +44,8 @@ from selectflow.report.panels import Panel, curves
 from selectflow.report.quantities import (
     ACCURACY,
     AXES,
+    KEPT,
+    KEPT_ALTERED,
     STEP,
     TARGET_LOSS,
     TEST_LOSS,
@@ -54,93 +55,6 @@ from selectflow.report.quantities import (
 from selectflow.report.runs import Run, load_run
 from selectflow.report.seeds import Stat, stat
 from selectflow.report.table import Grid, grids
-
-ROOT = Path(__file__).parents[2]
-UNIFORM = "uniform"
-TEXT_UNIFORM = ROOT / "configs" / "text_uniform.yaml"
-RAREST = 0.05  # of the imbalanced task: share of the last class's samples that are there
-
-Options = dict[str, object]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is compared.
-
-    Attributes:
-        title: what a reader calls it.
-        trainer: program in trainers/.
-        methods: name -> its file in configs/ and what differs from it.
-        data: (folder of the task, seed) -> the options that say which data.
-        judged: metrics of the tables.
-        seeds: seeds unless told otherwise.
-    """
-
-    title: str
-    trainer: str
-    methods: dict[str, tuple[str, Options]]
-    data: Callable[[Path, int], Options]
-    judged: tuple[str, ...]
-    seeds: int
-
-
-def imbalanced(folder: Path, seed: int) -> Options:
-    """Clean digits; a sample of class c is there with probability 0.05^(c / 9), drawn by seed.
-
-    Target and test have all classes alike.
-    """
-    whole, root = folder / "whole", folder / f"data-s{seed}"
-    make_digits(whole)
-    rng, share = np.random.default_rng(seed), RAREST ** (np.arange(10) / 9)
-    labels = {key: made["true_label"] for key, made in read_metadata(whole, "train").items()}
-    keys = [key for key, label in sorted(labels.items()) if rng.random() < share[label]]
-    made_from = {"imbalance": RAREST}
-    write_subset(root, whole, "train", keys, made_from, seed=seed, copied=("target", "test"))
-    return {"data.name": "shards", "data.root": root}
-
-
-def noised(share: float) -> Callable[[Path, int], Options]:
-    """Digits with a share of wrong labels."""
-    return lambda _folder, seed: {"data.label_noise": share, "data.seed": seed}
-
-
-DIGITS: dict[str, tuple[str, Options]] = {
-    UNIFORM: ("digits_uniform", {}),
-    "largest loss": ("digits_online", {"select.strategy": "loss"}),
-    "influence, H = 0": ("digits_online", {"select.horizon": 0}),
-    "influence, H = 1": ("digits_online", {"select.horizon": 1}),
-    "influence, H = 4": ("digits_online", {"select.horizon": 4}),
-    "adaptive H and lr": ("digits_adaptive", {}),
-    "offline": ("digits_offline", {}),
-}
-
-
-def oracle() -> Options:
-    """As many blocks of the target's domain as the mixture has, and no others: a perfect choice."""
-    text = load(TEXT_UNIFORM).data.text
-    domain, mixture = str(text.target_domain), text.mixture or {}
-    if not mixture.get(domain) or text.num_train is None:
-        raise ValueError(f"data.text.mixture of {TEXT_UNIFORM} must have {domain}, got {mixture}")
-    there = round(mixture[domain] * text.num_train)
-    return {"data.text.mixture": f"{{{domain}: 1.0}}", "data.text.num_train": there}
-
-
-TEXT: dict[str, tuple[str, Options]] = {
-    UNIFORM: ("text_uniform", {}),
-    "largest loss": ("text_online", {"select.strategy": "loss"}),
-    "influence, H = 4": ("text_online", {}),
-    "oracle": ("text_uniform", oracle()),
-}
-BOTH = (TEST_LOSS, ACCURACY)
-TASKS = {
-    "noised": Task("Digits, 40% wrong labels", "vision", DIGITS, noised(0.4), BOTH, 5),
-    "clean": Task("Digits, all labels right", "vision", DIGITS, noised(0), BOTH, 5),
-    "imbalanced": Task("Digits, imbalanced classes", "vision", DIGITS, imbalanced, BOTH, 5),
-    "text": Task(
-        "Text mixture", "language", TEXT, lambda _, seed: {"data.seed": seed}, (TEST_LOSS,), 3
-    ),
-}
-
 
 # --- running
 
@@ -178,13 +92,6 @@ def run(task: Task, method: str, arguments: list[str], record: Path) -> Run:
     with record.open("a") as file:
         file.write(json.dumps(line) + "\n")
     return found
-
-
-@cache
-def trainer(name: str) -> Callable[[Sequence[str]], int]:
-    """`main` of a program in trainers/, executed once for all runs."""
-    main: Callable[[Sequence[str]], int] = runpy.run_path(str(ROOT / f"trainers/{name}.py"))["main"]
-    return main
 
 
 def is_there(config: RunConfig) -> bool:
@@ -320,7 +227,34 @@ def report(task: Task, found: dict[str, list[Run]], noise: bool) -> str:
         for each in comparisons:
             tests = [grid for grid in grids(each) if grid.title.startswith("difference")]
             parts += [f"{each.quality}, {grid.title}\n\n{markdown(grid)}" for grid in tests]
+    if any(kept_origins(found).cells):
+        parts.append(f"### Share of each origin among the kept\n\n{markdown(kept_origins(found))}")
     return "\n".join(parts)
+
+
+def kept_origins(found: dict[str, list[Run]]) -> Grid:
+    """What the kept examples were, in % over all steps, one column an origin; empty where unknown.
+
+    Of digits there is the share of wrong labels alone, which has its own column above.
+    """
+    step = compare(found, TEST_LOSS).step
+    apart = {f"{KEPT}fraction", KEPT_ALTERED}
+    runs = [until(run, step) for members in found.values() for run in members]
+    names = {name for run in runs for line in run.metrics for name in line if KEPT in name}
+    columns, cells = sorted(names - apart), []
+    for method, members in found.items() if columns else ():
+        line = [method]
+        for column in columns:
+            each = [mean_of(until(run, step), column) for run in members]
+            line.append(words.spread(stat([value for value in each if value is not None]), 1, 100))
+        cells.append(line)
+    return Grid("", ["", *(name.removeprefix(KEPT) for name in columns)], cells)
+
+
+def mean_of(run: Run, metric: str) -> float | None:
+    """Mean over the lines that have a metric, each of as many steps; None: no line has it."""
+    values = [line[metric] for line in run.metrics if line.get(metric) is not None]
+    return statistics.fmean(values) if values else None
 
 
 def figure(task: Task, found: dict[str, list[Run]]) -> Iterator[Panel]:
@@ -371,7 +305,7 @@ def origin(record: Path, command: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", type=int, help="default: 5, of text 3")
+    parser.add_argument("--seeds", type=int, help="default: 5, of text and lora 3")
     parser.add_argument("--steps", type=int, help="default: those of the configurations")
     parser.add_argument("--lr", type=float, help="default: those of the configurations")
     parser.add_argument("--out", type=Path, default=Path("runs/results"))

@@ -1,0 +1,130 @@
+"""What `results.py` compares: the tasks, the methods of each, and their data."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from selectflow.config import load
+from selectflow.data import make_digits, read_metadata, write_subset
+from selectflow.report.quantities import ACCURACY, TEST_LOSS
+from selectflow.run_dir import is_finished
+
+ROOT = Path(__file__).parents[2]
+UNIFORM = "uniform"
+CONFIGS = ROOT / "configs"
+RAREST = 0.05  # of the imbalanced task: share of the last class's samples that are there
+
+Options = dict[str, object]
+
+
+@cache
+def trainer(name: str) -> Callable[[Sequence[str]], int]:
+    """`main` of a program in trainers/, executed once for all runs."""
+    main: Callable[[Sequence[str]], int] = runpy.run_path(str(ROOT / f"trainers/{name}.py"))["main"]
+    return main
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is compared.
+
+    Attributes:
+        title: what a reader calls it.
+        trainer: program in trainers/.
+        methods: name -> its file in configs/ and what differs from it.
+        data: (folder of the task, seed) -> the options that say which data.
+        judged: metrics of the tables.
+        seeds: seeds unless told otherwise.
+    """
+
+    title: str
+    trainer: str
+    methods: dict[str, tuple[str, Options]]
+    data: Callable[[Path, int], Options]
+    judged: tuple[str, ...]
+    seeds: int
+
+
+def imbalanced(folder: Path, seed: int) -> Options:
+    """Clean digits; a sample of class c is there with probability 0.05^(c / 9), drawn by seed.
+
+    Target and test have all classes alike.
+    """
+    whole, root = folder / "whole", folder / f"data-s{seed}"
+    make_digits(whole)
+    rng, share = np.random.default_rng(seed), RAREST ** (np.arange(10) / 9)
+    labels = {key: made["true_label"] for key, made in read_metadata(whole, "train").items()}
+    keys = [key for key, label in sorted(labels.items()) if rng.random() < share[label]]
+    made_from = {"imbalance": RAREST}
+    write_subset(root, whole, "train", keys, made_from, seed=seed, copied=("target", "test"))
+    return {"data.name": "shards", "data.root": root}
+
+
+def noised(share: float) -> Callable[[Path, int], Options]:
+    """Digits with a share of wrong labels."""
+    return lambda _folder, seed: {"data.label_noise": share, "data.seed": seed}
+
+
+DIGITS: dict[str, tuple[str, Options]] = {
+    UNIFORM: ("digits_uniform", {}),
+    "largest loss": ("digits_online", {"select.strategy": "loss"}),
+    "influence, H = 0": ("digits_online", {"select.horizon": 0}),
+    "influence, H = 1": ("digits_online", {"select.horizon": 1}),
+    "influence, H = 4": ("digits_online", {"select.horizon": 4}),
+    "adaptive H and lr": ("digits_adaptive", {}),
+    "offline": ("digits_offline", {}),
+}
+
+
+def oracle(config: str) -> Options:
+    """As many blocks of the target's domain as the mixture has, and no others: a perfect choice."""
+    path = CONFIGS / f"{config}.yaml"
+    text = load(path).data.text
+    domain, mixture = str(text.target_domain), text.mixture or {}
+    if not mixture.get(domain) or text.num_train is None:
+        raise ValueError(f"data.text.mixture of {path} must have {domain}, got {mixture}")
+    there = round(mixture[domain] * text.num_train)
+    return {"data.text.mixture": f"{{{domain}: 1.0}}", "data.text.num_train": there}
+
+
+def mixture(_folder: Path, seed: int) -> Options:
+    """The text mixture, drawn by seed."""
+    return {"data.seed": seed}
+
+
+def adapted(folder: Path, seed: int) -> Options:
+    """The text mixture, and one base for all seeds, which is trained if it is not there."""
+    path, options = CONFIGS / "text_lora_base.yaml", [f"root={folder}", "resume=auto"]
+    run_dir = load(path, options).run_dir
+    if not is_finished(run_dir) and trainer("language")([str(path), *options]) != 0:
+        raise SystemExit(f"{run_dir}: the base was not trained")
+    return mixture(folder, seed) | {"model.pretrained": run_dir / "model"}
+
+
+TEXT: dict[str, tuple[str, Options]] = {
+    UNIFORM: ("text_uniform", {}),
+    "largest loss": ("text_online", {"select.strategy": "loss"}),
+    "influence, H = 4": ("text_online", {}),
+    "oracle": ("text_uniform", oracle("text_uniform")),
+}
+LORA: dict[str, tuple[str, Options]] = {
+    UNIFORM: ("text_lora_uniform", {}),
+    "largest loss": ("text_lora_online", {"select.strategy": "loss"}),
+    "influence, H = 0": ("text_lora_online", {"select.horizon": 0, "select.interval": 1}),
+    "influence, H = 2": ("text_lora_online", {}),
+    "oracle": ("text_lora_uniform", oracle("text_lora_uniform")),
+}
+BOTH = (TEST_LOSS, ACCURACY)
+TASKS = {
+    "noised": Task("Digits, 40% wrong labels", "vision", DIGITS, noised(0.4), BOTH, 5),
+    "clean": Task("Digits, all labels right", "vision", DIGITS, noised(0), BOTH, 5),
+    "imbalanced": Task("Digits, imbalanced classes", "vision", DIGITS, imbalanced, BOTH, 5),
+    "text": Task("Text mixture", "language", TEXT, mixture, (TEST_LOSS,), 3),
+    "lora": Task("Text mixture, LoRA on a Llama", "language", LORA, adapted, (TEST_LOSS,), 3),
+}

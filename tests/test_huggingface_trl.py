@@ -1,0 +1,155 @@
+"""Selection inside TRL's SFTTrainer, with LoRA and without."""
+
+import datasets
+import peft
+import pytest
+import torch
+import trl
+from test_huggingface import CHECKPOINTING, KEEP, POOL, VOCABULARY, llama, weights
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from selectflow.dynamics import Update
+from selectflow.huggingface import SelectTrainerMixin
+from selectflow.policy import Policy
+
+# between the three libraries, each at its own pace
+pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
+
+WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
+
+
+def tokenizer():
+    vocabulary = {word: at for at, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def conversations(num, seed):
+    """Prompts of 2 to 5 words and completions of 3 to 7."""
+    torch.manual_seed(seed)
+
+    def some(least, most):
+        num = int(torch.randint(least, most + 1, ()))
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (num,)))
+
+    rows = [{"prompt": some(2, 5) + " ", "completion": some(3, 7)} for _ in range(num)]
+    return datasets.Dataset.from_list(rows)
+
+
+class SelectSFTTrainer(SelectTrainerMixin, trl.SFTTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.trained_on = [*getattr(self, "trained_on", []), inputs["input_ids"].tolist()]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def sft_trainer(folder, lora=False, **options):
+    settings = {
+        "output_dir": str(folder), "per_device_train_batch_size": POOL, "max_steps": 6,
+        "per_device_eval_batch_size": 10, "learning_rate": 3e-3, "report_to": "none",
+        "save_strategy": "steps", "save_steps": 4, "disable_tqdm": True, "use_cpu": True,
+        "max_length": 16, "dataset_num_proc": None, "logging_steps": 2, "seed": 3,
+        "dataloader_pin_memory": False, "bf16": False, "gradient_checkpointing": None,
+    }  # fmt: skip
+    return SelectSFTTrainer(
+        llama(),
+        trl.SFTConfig(**(settings | options)),
+        train_dataset=conversations(80, 1),
+        eval_dataset={"target": conversations(20, 2)},
+        processing_class=tokenizer(),
+        peft_config=peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None,
+        target="target",
+        keep=KEEP,
+        select_options={"horizon": 2},
+    )
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_sft_trainer_selects_and_resumes(tmp_path, lora):
+    whole = sft_trainer(tmp_path, lora)
+    whole.train()
+    assert all(len(batch) == KEEP for batch in whole.trained_on)
+    rest = sft_trainer(tmp_path, lora)
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert rest.trained_on == whole.trained_on[4:]
+    assert torch.equal(weights(rest.model), weights(whole.model))
+    line = next(line for line in whole.state.log_history if "loss" in line)
+    assert {"select/score_mean", "num_tokens"} <= line.keys()  # ours and theirs
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kwargs", CHECKPOINTING)
+def test_activations_that_are_recomputed_change_nothing(tmp_path, kwargs, lora):
+    """SFTConfig recomputes them unless told otherwise; under LoRA peft sets a hook, too."""
+    plain = sft_trainer(tmp_path / "plain", lora)
+    plain.train()
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    recomputed = sft_trainer(tmp_path, lora, **options)
+    recomputed.train()
+    assert recomputed.trained_on == plain.trained_on
+    assert torch.equal(weights(recomputed.model), weights(plain.model))
+    assert any(
+        getattr(part, "gradient_checkpointing", False) for part in recomputed.model.modules()
+    )
+
+
+def test_sft_scores_are_of_the_completions(tmp_path):
+    """Scores follow from the tokens that SFTTrainer trains on, each with padding of its own."""
+    trainer = sft_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    selection, (gamma, *_) = trainer.selector.last, trainer.selector._ahead.sensitivities
+    model = llama()  # as it was at the first step
+    named = dict(model.named_parameters())
+    for at in range(POOL):
+        row = {k: v[at] for k, v in selection.pool.items()}
+        ids, labels = (row[k][row["attention_mask"].bool()][None] for k in ("input_ids", "labels"))
+        counted = int((labels != -100).sum())
+        assert 3 < counted < ids.shape[1]  # some are the prompt's; the end of the text is another
+        loss = model(input_ids=ids, labels=labels).loss
+        grads = torch.autograd.grad(loss, list(named.values()))
+        score = -sum((g * gamma[name]).sum() for name, g in zip(named, grads, strict=True))
+        assert selection.scores[at].item() == pytest.approx(score.item(), rel=2e-2, abs=1e-5)
+
+
+def test_lora_leaves_nothing_outside_the_adapters(tmp_path):
+    """Neither the states of a look-ahead, its adjoints and sensitivities, nor the optimizer's."""
+    trainer = sft_trainer(tmp_path, lora=True)
+    states, adjoints = [], []
+    look_ahead, adjoint = Policy.look_ahead, Update.adjoint
+
+    def watched(self, horizon, outlook, *args):
+        states.extend(outlook.state)
+        return look_ahead(self, horizon, outlook, *args)
+
+    def swept(self, after, *args):
+        gamma, before = adjoint(self, after, *args)
+        adjoints.extend([gamma, *after, *before])
+        return gamma, before
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Policy, "look_ahead", watched)
+        patch.setattr(Update, "adjoint", swept)
+        trainer.train()
+    for held in (states, adjoints, trainer.selector._ahead.sensitivities):
+        names = [name for params in held for name in params]
+        assert names
+        assert all("lora_" in name for name in names)
+    states = trainer.optimizer.optimizer.state
+    adapters = {p for n, p in trainer.model.named_parameters() if "lora_" in n}
+    assert set(states) == adapters
+    assert len(adapters) == 8
+
+
+def test_batches_without_rows_are_refused(tmp_path):
+    trainer = sft_trainer(tmp_path)
+
+    def flattened(examples):
+        ids = torch.tensor([[token for row in examples for token in row["input_ids"]]])
+        return {"input_ids": ids, "labels": ids}
+
+    trainer.data_collator = flattened
+    with pytest.raises(ValueError, match="got a single row; switch padding_free off"):
+        trainer.train()
