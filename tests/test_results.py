@@ -107,6 +107,19 @@ def test_uniform_goes_on_until_the_slowest_has_ended(found):
     assert results.longer(cosine, found["offline"]) == []  # its rate would be another throughout
 
 
+def test_a_schedule_is_stretched_over_the_seconds_of_the_slowest(found):
+    cosine = load(ONLINE, ["schedule.name=cosine", "steps=20", "seed=1"])
+    uniform = results.until(found["uniform"][1], 20)  # 2 s, the slowest 7 s
+    name = "name=uniform-schedule-stretched-s1"
+    assert results.stretched(cosine, uniform, found["offline"]) == ["steps=70", name]
+    assert results.stretched(cosine, found["offline"][1], [uniform]) == []
+    assert results.stretched(load(ONLINE), uniform, found["offline"]) == []  # `longer` does it
+    said = results.as_long(found["uniform"], (ACCURACY,))
+    assert said == (
+        "uniform, schedule stretched: 80, 80 steps, 8.0 ± 0.0 s: test/accuracy 0.650 ± 0.071."
+    )
+
+
 def test_a_run_is_repeated_where_its_configuration_is_another(tmp_path, capsys):
     task = results_tasks.TASKS["clean"]
     common = {"steps": 20, "eval_every": 10, "data.root": tmp_path / "digits"}

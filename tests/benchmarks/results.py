@@ -56,19 +56,25 @@ from selectflow.report.runs import Run, load_run
 from selectflow.report.seeds import Stat, stat
 from selectflow.report.table import Grid, grids
 
+STRETCHED = f"{UNIFORM}, schedule stretched"
+
 # --- running
 
 
 def configure(task: Task, method: str, seed: int, folder: Path, common: Options) -> list[str]:
     """The command line of a run, that of its trainer."""
     config, options = task.methods[method]
-    name = re.sub(r"\W+", "-", method).strip("-")
     options = common | options | task.data(folder, seed) | {
-        "root": folder, "name": f"{name}-s{seed}", "seed": seed, "overwrite": "true",
+        "root": folder, "name": name_of(method, seed), "seed": seed, "overwrite": "true",
         "track.wandb": "disabled", "num_threads": 1,
     }  # fmt: skip
     overrides = [f"{key}={value}" for key, value in options.items()]
     return [str(ROOT / "configs" / f"{config}.yaml"), *overrides]
+
+
+def name_of(method: str, seed: int) -> str:
+    """Folder of a run."""
+    return f"{re.sub(r'[^a-zA-Z0-9]+', '-', method).strip('-')}-s{seed}"
 
 
 def run(task: Task, method: str, arguments: list[str], record: Path) -> Run:
@@ -112,32 +118,50 @@ def run_task(
     for seed in range(seeds):
         for method in sorted(task.methods, key=UNIFORM.__eq__):  # uniform last: see `longer`
             arguments = configure(task, method, seed, folder, common)
+            config = load(arguments[0], arguments[1:])
+            others = [runs[seed] for runs in found.values() if runs[seed:]]
             if method == UNIFORM:
-                others = [runs[-1] for runs in found.values() if runs[seed:]]
-                arguments += longer(load(arguments[0], arguments[1:]), others)
+                arguments += longer(config, others)
             began = time.perf_counter()
             found[method].append(run(task, method, arguments, record))
             seconds = time.perf_counter() - began
             print(f"{task.title}, seed {seed}, {method}: {seconds:.1f} s", flush=True)
+        if overrides := stretched(config, found[UNIFORM][seed], others):
+            arguments += overrides
+            found.setdefault(STRETCHED, []).append(run(task, STRETCHED, arguments, record))
     return found
 
 
 def longer(config: RunConfig, others: Sequence[Run]) -> list[str]:
     """Overrides that let uniform run on to the second at which the slowest of the others ended.
 
-    With a schedule of the learning rate that ends with the run there is no going on: its rate
-    would be another from the first step, and the comparison in the same time is left empty.
+    With a schedule of the learning rate that ends with the run there is no going on: see
+    `stretched`.
     """
     if config.schedule.name != "constant":
         return []
     steps = config.steps if not others else others[0].last_step
-    seconds = max((end(other, WALL) or 0.0 for other in others), default=0.0)
+    seconds = slowest(others)
     every = math.gcd(steps, config.eval_every)  # so that it is read at the others' last step too
     return [
         f"steps={1000 * steps}",
         f"max_wall_s={math.ceil(seconds + 1)}",
         f"eval_every={every}",
     ]
+
+
+def stretched(config: RunConfig, uniform: Run, others: Sequence[Run]) -> list[str]:
+    """Overrides that give uniform the seconds of the slowest, its schedule stretched over them."""
+    own = end(uniform, WALL)
+    if config.schedule.name == "constant" or not own or slowest(others) <= own:
+        return []
+    steps = round(config.steps * slowest(others) / own)
+    return [f"steps={steps}", f"name={name_of(STRETCHED, config.seed)}"]
+
+
+def slowest(runs: Sequence[Run]) -> float:
+    """Seconds of the run that took longest."""
+    return max((end(run, WALL) or 0.0 for run in runs), default=0.0)
 
 
 # --- reading
@@ -219,7 +243,9 @@ def markdown(grid: Grid) -> str:
 
 def report(task: Task, found: dict[str, list[Run]], noise: bool) -> str:
     """The section of a task: both tables, and the paired differences behind them."""
-    parts = [f"## {task.title}\n"]
+    parts, found = [f"## {task.title}\n"], dict(found)
+    if longest := found.pop(STRETCHED, None):
+        parts.append(f"{as_long(longest, task.judged)}\n")
     stopped = {name: [*map(best_by_target, runs)] for name, runs in found.items()}
     for title, runs in (("As it stands", found), ("Stopped at the lowest target loss", stopped)):
         comparisons = [compare(runs, metric) for metric in task.judged]
@@ -230,6 +256,14 @@ def report(task: Task, found: dict[str, list[Run]], noise: bool) -> str:
     if any(kept_origins(found).cells):
         parts.append(f"### Share of each origin among the kept\n\n{markdown(kept_origins(found))}")
     return "\n".join(parts)
+
+
+def as_long(runs: Sequence[Run], metrics: Sequence[str]) -> str:
+    """What uniform comes to in the seconds of the slowest method."""
+    steps = ", ".join(str(run.last_step) for run in runs)
+    seconds = words.spread(stat([end(run, WALL) for run in runs]), 1)
+    ends = (f"{name} {words.spread(stat([end(run, name) for run in runs]), 3)}" for name in metrics)
+    return f"{STRETCHED}: {steps} steps, {seconds} s: {', '.join(ends)}."
 
 
 def kept_origins(found: dict[str, list[Run]]) -> Grid:
@@ -260,6 +294,7 @@ def mean_of(run: Run, metric: str) -> float | None:
 def figure(task: Task, found: dict[str, list[Run]]) -> Iterator[Panel]:
     """Each metric over steps, as far as all go, and over seconds."""
     axes = {axis.metric: axis for axis in AXES}
+    found = {name: runs for name, runs in found.items() if name != STRETCHED}
     for metric in task.judged:
         whole = compare(found, metric)
         upto = {name: [until(run, whole.step) for run in runs] for name, runs in found.items()}

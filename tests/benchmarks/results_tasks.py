@@ -110,7 +110,8 @@ def adapted(folder: Path, seed: int) -> Options:
 TEXT: dict[str, tuple[str, Options]] = {
     UNIFORM: ("text_uniform", {}),
     "largest loss": ("text_online", {"select.strategy": "loss"}),
-    "influence, H = 4": ("text_online", {}),
+    "influence, H = 0": ("text_online", {"select.horizon": 0, "select.interval": 1}),
+    "influence, H = 2": ("text_online", {}),
     "oracle": ("text_uniform", oracle("text_uniform")),
 }
 LORA: dict[str, tuple[str, Options]] = {
