@@ -19,8 +19,18 @@ rule, read from the last line to the first, gives
 
 `adjoint` returns all but H gamma, which needs the model; `lookahead` adds it. The equations are
 those of Deng et al. 2026 (arXiv 2605.18814) for AdamW without eps_root, as torch computes it.
+
 `Adam` differs in one line (weight decay is part of the gradient), SGD has only m, the momentum
 buffer. Adjoints may carry leading query dimensions; states and gradients never do.
+
+Clipping by norm, `torch.nn.utils.clip_grad_norm_`, makes g of the batch's own gradient u:
+
+    g       = s u,  s = limit / (|u| + 1e-6)  where that is below 1; else g = u
+    dg      = s du + u ds,  ds = - s d|u| / (|u| + 1e-6),  d|u| = (u . du) / |u|
+    gamma_u = s (gamma - u (u . gamma) / (|u| (|u| + 1e-6)))
+
+so that almost nothing is left of gamma along u: what is clipped cannot grow longer. In the sweep
+gamma_u stands for gamma, in H gamma too.
 """
 
 from __future__ import annotations
@@ -32,9 +42,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from selectflow.params import Params, merge
 
+_CLIP_EPS = 1e-6  # torch's, in the norm that it divides by
 SILENT_RMS = 1e-8  # a gradient of this root mean square is float32 rounding, not a signal
 
 
@@ -207,10 +219,10 @@ class Update:
     max_grad_norm: float | None = None
 
     def clip_scale(self, grad: Params) -> float:
-        """The factor `torch.nn.utils.clip_grad_norm_` applies; constant in every derivative."""
+        """The factor that `torch.nn.utils.clip_grad_norm_` applies to a gradient."""
         if self.max_grad_norm is None:
             return 1.0
-        return min(1.0, self.max_grad_norm / (grad.norm() + 1e-6))
+        return min(1.0, self.max_grad_norm / (grad.norm() + _CLIP_EPS))
 
     def at_rate(self, factor: float) -> Update:
         """The same update at `factor` times the learning rate; decoupled decay follows it."""
@@ -247,8 +259,8 @@ class Update:
             grad: the gradient it was made with, before clipping.
 
         Returns:
-            gamma, d target / d grad (the unclipped gradient), and (a, b, c) before the update
-            with a still lacking H gamma.
+            gamma, d target / d grad (the gradient before clipping, whose norm the clip factor
+            follows), and (a, b, c) before the update with a still lacking H gamma.
         """
         scale = self.clip_scale(grad)
         parts = zip(
@@ -261,7 +273,9 @@ class Update:
         )
         pulled = [rule.adjoint(back, now, then, g) for rule, back, now, then, g in parts]
         gamma = merge(gamma for gamma, _ in pulled)
-        return _scaled(gamma, scale), _join(before for _, before in pulled)
+        if scale < 1.0:
+            gamma = _through_clipping(gamma, grad, scale)
+        return gamma, _join(before for _, before in pulled)
 
     def immediate(self, state: State, grad: Params) -> Params:
         """Sensitivity at horizon 0: target gradient `grad` through the present preconditioner.
@@ -307,3 +321,17 @@ def _join(states: Iterable[State]) -> State:
 
 def _scaled(params: Params, scale: float) -> Params:
     return params if scale == 1.0 else scale * params
+
+
+def _through_clipping(gamma: Params, grad: Params, scale: float) -> Params:
+    """Derivative in `grad`, from gamma in `scale * grad`, where the scale follows |grad|."""
+    norm = grad.norm()
+    along = torch.stack([_query_dot(gamma[name], u) for name, u in grad.items()]).sum(0)
+    share = along / (norm * (norm + _CLIP_EPS))
+    return scale * (gamma - grad.map(lambda u: share.reshape(share.shape + (1,) * u.ndim) * u))
+
+
+def _query_dot(queries: Tensor, other: Tensor) -> Tensor:
+    """Inner product of each query with `other`; shape: the leading dimensions of the queries."""
+    leading = queries.shape[: queries.ndim - other.ndim]
+    return (queries * other).reshape((*leading, -1)).sum(-1)

@@ -65,16 +65,14 @@ def rerun(
     target,
     *,
     lrs=None,
-    clip_scales=None,
     max_grad_norm=None,
     weights=(),
     reduce=torch.mean,
 ):
     """Target loss after really training copies on `batches` with `torch.optim`.
 
-    lrs: learning rate of each step, else the optimizer's. clip_scales: factor on each step's
-    gradient. weights: (step, example, extra) adds `extra` to the example's weight 1/B.
-    reduce: of the target's per-example losses.
+    lrs: learning rate of each step, else the optimizer's. weights: (step, example, extra) adds
+    `extra` to the example's weight 1/B. reduce: of the target's per-example losses.
     """
     model, optimizer = clone(model, optimizer)
     for step, batch in enumerate(batches):
@@ -88,10 +86,6 @@ def rerun(
                 weight[index] += extra
         optimizer.zero_grad()
         (losses * weight).sum().backward()
-        if clip_scales is not None:
-            for param in model.parameters():
-                if param.grad is not None:
-                    param.grad.mul_(clip_scales[step])
         if max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()

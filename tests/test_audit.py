@@ -96,6 +96,29 @@ def test_influence_is_the_derivative_of_a_whole_run(problem):
         assert relative(found[row], slope) < 1e-5
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+def test_influence_is_the_derivative_of_a_whole_clipped_run(problem, optimizer):
+    """A rerun clips again: the norm, and with it the factor, moves with the weights."""
+    lr = 0.1 if optimizer is torch.optim.SGD else 3e-3
+    model, optimizer, batches, queries = setting(problem, 40, optimizer=optimizer, lr=lr)
+    args = model, optimizer, problem.loss_fn, batches, queries
+    trajectory = recorded(*args[:2], problem, batches, max_grad_norm=0.5, spacing=16)
+    pairs = [(0, 1), (7, 0), (39, 5)]
+    found = influence(trajectory, queries, pairs)
+    for row, pair in enumerate(pairs):
+
+        def change(share, pair=pair):
+            how = {"weights": removal(*pair, SIZE, share), "max_grad_norm": 0.5}
+            return rerun(*args, reduce=keep_all, **how)
+
+        slope = (change(1e-5) - change(-1e-5)) / 2e-5
+        assert slope.norm() > 1e-6
+        assert relative(found[row], slope) < 1e-5
+    first, _ = expand(trajectory, queries, [Removal(*pair, 40) for pair in pairs])
+    assert relative(first, found) < 1e-9
+
+
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
 def test_second_order_is_half_the_second_derivative(problem):
     model, optimizer, batches, queries = setting(problem)

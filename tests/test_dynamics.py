@@ -214,17 +214,51 @@ def test_adjoint_where_the_second_moment_is_zero():
     assert float(before.exp_avg["x"]) == pytest.approx(-0.9 * (0.1 / c1) / 1e-3, rel=1e-10)
 
 
-def test_clipped_sensitivity_is_in_the_unclipped_gradient():
-    rule = AdamW(("x",), 7, 0.1, 0.9, 0.99, 1e-8, 0.1)
-    state, grad = random_state(rule)
-    scale = Update((rule,), 0.5).clip_scale(grad)
-    assert scale == pytest.approx(0.5 / (float(grad["x"].norm()) + 1e-6))
-    adjoint = Adjoint(*(part.map(torch.ones_like) for part in state))
-    clipped, plain = Update((rule,), 0.5), Update((rule,))
-    after = clipped.advance(state, grad)
-    gamma, _ = clipped.adjoint(adjoint, state, after, grad)
-    expected, _ = plain.adjoint(adjoint, state, after, scale * grad)
-    assert torch.allclose(gamma["x"], scale * expected["x"], rtol=1e-12)
+def clipped_by_hand(grad, limit):
+    """What `clip_grad_norm_` makes of gradients, with its derivative."""
+    norm = sum(tensor.square().sum() for tensor in grad.values()).sqrt()
+    return grad.map(lambda tensor: tensor * (limit / (norm + 1e-6)).clamp(max=1.0))
+
+
+@pytest.mark.parametrize("limit", [0.5, 100.0])
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)], ids=str)
+def test_the_adjoint_goes_through_clipping(leading, limit):
+    """By autograd: |u|, the norm that all groups share, moves with every entry of u."""
+    model = quadratic()
+    optimizer = two_groups(model, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1))
+    run_both(model, optimizer, 3, limit)
+    reader = OptimizerReader(model, optimizer, None, limit)
+    (update,), state, grad = reader.updates(1), reader.state(), gradients(model, 9)
+    assert (update.clip_scale(grad) < 1) == (limit < 1)
+    after = update.advance(state, grad)
+    queries = Adjoint(
+        *(part.map(lambda t: torch.randn((*leading, *t.shape)).double()) for part in state)
+    )
+    gamma, _ = update.adjoint(queries, state, after, grad)
+    plain = Update(update.rules)
+    for query in itertools.product(*map(range, leading)):
+        leaves = grad.map(lambda t: t.clone().requires_grad_())
+        moved = plain.advance(state, clipped_by_hand(leaves, limit))
+        parts = zip(moved, queries, strict=True)
+        value = sum((part[n] * a[n][query]).sum() for part, a in parts for n in part)
+        expected = Params(zip(leaves, torch.autograd.grad(value, [*leaves.values()]), strict=True))
+        found = gamma.map(lambda t, q=query: t[q])
+        assert (found - expected).norm() < 1e-12 * expected.norm()
+
+
+def test_nothing_is_gained_along_a_clipped_gradient():
+    """By hand: u -> (1 + x) u leaves g, so gamma . u = s (u . gamma_g) 1e-6 / (|u| + 1e-6)."""
+    rule = SGD(("x",), 1, 0.1, 0.0, 0.0, 0.0, False)
+    u = Params(x=torch.tensor([3.0, 4.0]).double())
+    state = State(u.zeros_like(), Params(), Params())
+    update = Update((rule,), 0.5)
+    one = Adjoint(Params(x=torch.ones(2).double()), Params(), Params())
+    gamma, _ = update.adjoint(one, state, update.advance(state, u), u)
+    s = 0.5 / (5 + 1e-6)
+    assert float(gamma.dot(u)) == pytest.approx(s * -0.1 * 7 * 1e-6 / (5 + 1e-6), rel=1e-6)
+    along = -0.1 * 7 / (5 * (5 + 1e-6))
+    expected = [s * (-0.1 - along * 3), s * (-0.1 - along * 4)]
+    assert gamma["x"].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_immediate_ignores_entries_without_a_second_moment():
