@@ -97,7 +97,7 @@ MAY_IMPORT = {
     "yaml_io": {"config_errors"},
     "config_sections": set(),
     "config": {"config_errors", "config_sections", "yaml_io"},
-    "tracking": {"tracking"},
+    "tracking": {"atomic", "tracking"},
     "atomic": set(),
     "ledger": {"atomic", "selection"},
     "replay": {"decision_log", "batches", "ledger", "selection"},
@@ -121,7 +121,10 @@ MAY_IMPORT = {
         "training",
     },
     "trainer": {"config", "config_errors", "run", "task"},
-    "report": {"config_sections", "data", "ledger", "report", "run_dir", "tracking", "yaml_io"},
+    "report": {
+        "config_sections", "controller", "data", "ledger", "report", "run_dir", "tracking",
+        "yaml_io",
+    },
     "sweep_space": {"config_errors"},
     "sweep": {"config", "config_errors", "config_sections", "sweep_space", "yaml_io"},
     "tune_runs": set(),
@@ -138,7 +141,7 @@ MAY_IMPORT = {
         "cli_shards", "cli_tune", "config", "report",
     },
     "__main__": {"cli"},
-    "decision_log": {"controller"},
+    "decision_log": {"atomic", "controller"},
     "__init__": {"controller", "horizons", "selection", "selector", "strategies"},
 }  # fmt: skip
 ONLY_IN = {  # a library -> the only files that may import it
