@@ -58,7 +58,10 @@ class Selector:
             controller decides, from contests of horizons and the error proxy. At the end of a
             stream the look-ahead is as long as the pools that are left.
         interval: optimizer steps between two look-aheads, >= 1. Steps between use the
-            sensitivities that the last sweep left for them, beyond its horizon the last one.
+            sensitivities that the last sweep left for them, beyond its horizon the last one. Keep
+            it within the horizon where gradients turn fast: in a mixture of texts, sensitivities
+            older than that kept shuffled code, and trained worse than a random choice. On digits
+            H = 0 at an interval of 4 does as well as at every step.
         strategy: "uniform", "loss", "influence" or a function of `Candidates`.
         derivative: "exact" (forward mode), "central" (differences) or "auto".
         curvature: Hessian of the look-ahead: "exact", "fisher" (empirical Fisher) or "none".
