@@ -71,8 +71,8 @@ class Selector:
         seed: of the selector's own random numbers.
         lr: "schedule" leaves the learning rate to you. "auto" or an `AutoRate`: the controller
             multiplies it, whatever your schedule makes of it, within `optimizer.step()` alone; a
-            few steps that made the target loss rise are replaced by their replay at a lower rate,
-            parameters and moments in place.
+            few steps that made the target loss rise are taken back, or replaced by their replay at
+            a lower rate, parameters and moments in place.
         nominal: which part of each pool the look-ahead simulates: a "random" one, or what the
             current "policy" would keep.
         params: patterns of the names of the parameters that scores are taken over, as
