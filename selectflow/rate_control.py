@@ -121,9 +121,9 @@ class RateControl:
             decision, replaced = self._end(window, step)
         if self._window is None:
             self._open(step, self._next_target())
-        if self._window is not None:
-            self._window.updates += self._optimizer.updates(1)
-            self._window.batches.append([])
+        assert self._window is not None
+        self._window.updates += self._optimizer.updates(1)
+        self._window.batches.append([])
         return decision, replaced
 
     def trained_on(self, batch: Batch) -> None:
@@ -160,8 +160,8 @@ class RateControl:
         state = self._optimizer.state()
         start = State(*(part.map(lambda x: x.clone()) for part in state))
         loss = self._loss(state, target) if loss is None else loss
-        lowest = min(loss, lowest)
-        self._window = _Window(step, start, target, loss, lowest, step >= self._next)
+        is_due = step >= self._next
+        self._window = _Window(step, start, target, loss, min(loss, lowest), is_due)
 
     def _judge(self, window: _Window, end_loss: float) -> tuple[Decision, bool, float]:
         """What the rule decides, whether the window is replaced, and the loss it now ends at."""
