@@ -39,3 +39,15 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, once all of them are on the disk; 0 where there is none.
+
+    For what states how far a file is to be trusted: the file must not be lost where that is not.
+    """
+    if not path.exists():
+        return 0
+    with path.open("ab") as file:
+        os.fsync(file.fileno())
+        return file.tell()

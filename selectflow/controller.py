@@ -20,13 +20,16 @@ earn more than the window's whole progress before it is taken. With
     P = sum of (start - end)   G = sum of (end - end at half the rate)   U = the same at twice
 
 over the windows since the last change, each counting half of the one after it: halve if G > max(P,
-0); double if U > G, U is a noticeable share of the loss, and P + U > 0. A turn back doubles the
-number of windows that the next raise needs, so it cannot oscillate for long; to lower takes two at
-most, for too high a rate can ruin a run where too low a one only slows it. A window in which the
-target loss rose by more than `rise` is a failed step: it is taken back, and replaced by its replay
-at a half or a quarter. The first window is a line search, since the rate may be off by much and
-there is no noise to average out yet; upwards only to twice. So is, downwards, a window that begins
-as much above the end of the last one: the loss rose where no window was looking.
+0); double if U > G, U is a noticeable share of the loss, and P + U > 0. A turn downwards doubles
+the number of windows that the next raise needs, so it cannot oscillate for long; to lower takes two
+at most, for too high a rate can ruin a run where too low a one only slows it. The first window is a
+line search, since the rate may be off by much and there is no noise to average out yet; upwards
+only to twice.
+
+A window in which the target loss rose by more than `rise` is a failed step: it is taken back.
+Training goes on from its start, or from its replay at half the rate where that ends lower; at half
+the rate, or at a quarter where it rises in the replay too. So it is with steps between two windows:
+there the target loss is looked at now and then, and replayed only once it has risen.
 """
 
 from __future__ import annotations
@@ -84,8 +87,9 @@ class AutoRate:
         lowest: smallest multiplier of the user's schedule.
         highest: largest multiplier.
         window: optimizer steps that are replayed, >= 1.
-        longest_gap: most steps between two windows, >= 0; a gap doubles while nothing changes.
-        rise: relative rise of the target loss over a window that takes it back.
+        longest_gap: most steps between two windows, >= 0; a gap doubles while nothing changes. In
+            a gap the target loss is looked at every `window` steps, forward only.
+        rise: relative rise of the target loss that takes the last `window` steps back.
     """
 
     lowest: float = 1 / 64
@@ -119,7 +123,6 @@ class RateRule:
         self._patience = 1  # windows before a raise
         self._direction = 0  # of the last change
         self._is_first = True
-        self._seen = math.inf  # the target loss at the end of the last window
 
     def decide(
         self,
@@ -133,7 +136,7 @@ class RateRule:
         """What a window of training and its replays say.
 
         Args:
-            start: target loss before the window.
+            start: target loss before the window; between two, the lowest since the first.
             end: target loss after it.
             replay: factor on the learning rate -> target loss after the window at that rate;
                 infinite where it diverges.
@@ -141,8 +144,8 @@ class RateRule:
             replaceable: a replay may stand for what was really trained.
 
         Returns:
-            The decision, and whether the window is to be replaced by its replay at
-            after / before.
+            The decision, and whether training is to go on from the lowest loss of the window's
+            start and its replays.
         """
         losses = {1.0: end}
 
@@ -152,23 +155,23 @@ class RateRule:
                 losses[factor] = replay(factor) if allowed else math.inf
             return losses[factor]
 
-        rise = 1 + self.settings.rise
         if self._is_first:
-            factor, redo, reason = self._search(at, "line search over the first window")
-        elif start > rise * self._seen:  # between two windows, where nobody looked
-            risen = f"the target loss had risen from {self._seen:.4g} to {start:.4g}; line search"
-            factor, redo, reason = self._search(at, risen, upwards=False)
-        elif end > rise * start:
+            factor, redo, reason = self._search(at)
+        elif self.has_risen(start, end):
             factor, redo, reason = self._take_back(start, end, at)
         else:
             factor, redo, reason = self._weigh(start, end, at)
-        redo = redo and replaceable
-        self._is_first, self._seen = False, at(factor) if redo else end
+        self._is_first = False
         before, self.multiplier = self.multiplier, self.multiplier * factor
         self._note(factor)
         named = {f"loss_at_{factor:g}": loss for factor, loss in losses.items()}
         measures = {"loss_before": start, **named}
-        return Decision("lr_multiplier", before, self.multiplier, reason, measures), redo
+        decision = Decision("lr_multiplier", before, self.multiplier, reason, measures)
+        return decision, redo and replaceable
+
+    def has_risen(self, start: float, end: float) -> bool:
+        """Whether the target loss rose by so much that the steps between are taken back."""
+        return end > (1 + self.settings.rise) * start
 
     def _allows(self, factor: float) -> bool:
         tight = 1 + 1e-9
@@ -178,14 +181,13 @@ class RateRule:
             <= self.settings.highest * tight
         )
 
-    def _search(
-        self, at: Callable[[float], float], why: str, *, upwards: bool = True
-    ) -> tuple[float, bool, str]:
+    def _search(self, at: Callable[[float], float]) -> tuple[float, bool, str]:
         best = 1.0
         while at(best / 2) < at(best):
             best /= 2
-        if upwards and best == 1.0 and at(2.0) < at(1.0):
+        if best == 1.0 and at(2.0) < at(1.0):
             best = 2.0
+        why = "line search over the first window"
         if best == 1.0:
             return 1.0, False, f"{why}: the rate as it is was best"
         return best, True, f"{why}: x {best:g} was best"
@@ -194,14 +196,10 @@ class RateRule:
         self, start: float, end: float, at: Callable[[float], float]
     ) -> tuple[float, bool, str]:
         risen = f"the target loss rose from {start:.4g} to {end:.4g}"
-        factor = 1.0
-        while factor > 0.25 and at(factor) > (1 + self.settings.rise) * start:
-            if not at(factor / 2) < at(factor):
-                break
-            factor /= 2
-        if factor == 1.0:
-            return 1.0, False, f"{risen}, but a lower rate would not have helped"
-        return factor, True, f"{risen}: taken back, trained again at x {factor:g}"
+        if not self._allows(0.5):
+            return 1.0, False, f"{risen}, at the lowest rate"
+        factor = 0.25 if self.has_risen(start, at(0.5)) and self._allows(0.25) else 0.5
+        return factor, True, f"{risen}: taken back, on at x {factor:g}"
 
     def _weigh(
         self, start: float, end: float, at: Callable[[float], float]
@@ -236,7 +234,7 @@ class RateRule:
             self.gap = min(max(1, 2 * self.gap), self.settings.longest_gap)
             return
         direction = 1 if factor > 1 else -1
-        if self._direction and direction != self._direction:
+        if direction < self._direction:  # the last raise, or the rate at first, was too high
             self._patience = min(2 * self._patience, 16)
         self._direction, self._num, self._sums = direction, 0, [0.0, 0.0, 0.0]
         self.gap = 0  # the next window says whether the change was right

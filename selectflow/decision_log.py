@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from selectflow.atomic import size_on_disk
 from selectflow.controller import Decision
 
 DECISIONS = "decisions.jsonl"
@@ -59,9 +60,8 @@ class DecisionLog:
                 self.measured[f"select/{name}"] = value
 
     def state_dict(self) -> dict[str, Any]:
-        """How long the file is, and the last measures."""
-        size = self._path.stat().st_size if self._path.exists() else 0
-        return {"bytes": size, "measured": dict(self.measured)}
+        """How long the file is, all of it on the disk, and the last measures."""
+        return {"bytes": size_on_disk(self._path), "measured": dict(self.measured)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after `state_dict`; later lines are cut off."""

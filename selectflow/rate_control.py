@@ -33,12 +33,18 @@ _FAITHFUL = 0.05
 
 @dataclass
 class _Window:
-    """Steps that were really trained, as a replay needs them."""
+    """Steps that were really trained, as a replay needs them.
+
+    A window that is due is weighed at its end. The others fill the gap between two such: they are
+    all judged by one target batch, and come to nothing unless its loss has risen.
+    """
 
     first_step: int
     start: State
     target: Batch
     start_loss: float
+    lowest: float  # of the target; in a gap since it began
+    is_due: bool
     updates: list[Update] = field(default_factory=list)
     batches: list[list[Batch]] = field(default_factory=list)  # those of one step together
 
@@ -63,9 +69,11 @@ class _Window:
 class RateControl:
     """Multiplies the learning rate of the user's schedule by what replays of training favour.
 
-    Every so many steps a window of steps is kept: the state before it, and the batches that were
-    selected in it. At its end the controller compares it with replays at other rates. A failed
-    window is replaced by its replay: parameters and moments are written in place.
+    A window of steps is kept: the state before it, and the batches that were selected in it. Every
+    so often the controller compares one, at its end, with replays at other rates. In between, the
+    end of each costs one forward pass of a target batch, the same one until the next comparison,
+    and replays only where its loss has risen. A failed window is taken back: parameters and moments
+    of its start, or of a replay, are written in place.
 
     Args:
         settings: of the control.
@@ -88,7 +96,7 @@ class RateControl:
         self._rule = RateRule(settings)
         self._multiplier = _StepMultiplier(optimizer.optimizer)
         self._window: _Window | None = None
-        self._next = 0  # optimizer step at which the next window opens
+        self._next = 0  # optimizer step at which the next window that is due opens
         self._last_step = -1
         self._faithful: bool | None = None  # whether replays repeat the real training
 
@@ -109,14 +117,13 @@ class RateControl:
         decision, replaced = None, False
         if window is not None and step - window.first_step != len(window.updates):
             self._window = window = None  # steps were taken that were not selected for
-        if window is not None and len(window.updates) == self._settings.window:
-            decision, replaced = self._close(window)
-            self._window, self._next = None, step + self._rule.gap
-        if self._window is None and step >= self._next:
-            self._open(step)
-        if self._window is not None:
-            self._window.updates += self._optimizer.updates(1)
-            self._window.batches.append([])
+        if window is not None and self._is_over(window, step):
+            decision, replaced = self._end(window, step)
+        if self._window is None:
+            self._open(step, self._next_target())
+        assert self._window is not None
+        self._window.updates += self._optimizer.updates(1)
+        self._window.batches.append([])
         return decision, replaced
 
     def trained_on(self, batch: Batch) -> None:
@@ -128,13 +135,37 @@ class RateControl:
             else:
                 parts.append(batch)
 
-    def _open(self, step: int) -> None:
-        state, target = self._optimizer.state(), self._next_target()
-        start = State(*(part.map(lambda x: x.clone()) for part in state))
-        self._window = _Window(step, start, target, self._loss(state, target))
+    def _is_over(self, window: _Window, step: int) -> bool:
+        is_full = len(window.updates) == self._settings.window
+        return is_full or (not window.is_due and step >= self._next)
 
-    def _close(self, window: _Window) -> tuple[Decision, bool]:
-        best, best_loss = window.start, math.inf  # of the replays: the one that may be taken over
+    def _end(self, window: _Window, step: int) -> tuple[Decision | None, bool]:
+        """Judge a window that is due, or in which the target loss rose; else only look at it."""
+        decision, replaced = None, False
+        loss = self._loss(self._optimizer.state(), window.target)
+        lowest = min(window.lowest, loss)
+        if window.is_due or self._rule.has_risen(window.lowest, loss):
+            decision, replaced, loss = self._judge(window, loss)
+            lowest = loss
+            self._next = step + self._rule.gap
+        self._window = None
+        if step < self._next:
+            self._open(step, window.target, loss, lowest)
+        return decision, replaced
+
+    def _open(
+        self, step: int, target: Batch, loss: float | None = None, lowest: float = math.inf
+    ) -> None:
+        """Begin a window; the target loss is read unless it is known."""
+        state = self._optimizer.state()
+        start = State(*(part.map(lambda x: x.clone()) for part in state))
+        loss = self._loss(state, target) if loss is None else loss
+        is_due = step >= self._next
+        self._window = _Window(step, start, target, loss, min(loss, lowest), is_due)
+
+    def _judge(self, window: _Window, end_loss: float) -> tuple[Decision, bool, float]:
+        """What the rule decides, whether the window is replaced, and the loss it now ends at."""
+        best, best_loss = window.start, window.start_loss  # what may be taken over
 
         def replay(factor: float) -> float:
             nonlocal best, best_loss
@@ -150,10 +181,9 @@ class RateControl:
         end = self._optimizer.state()
         if self._faithful is None:
             self._faithful = self._check(window, end)
-        end_loss = self._loss(end, window.target) if self._faithful else replay(1.0)
         decision, replace = self._rule.decide(
-            window.start_loss,
-            end_loss,
+            window.lowest,
+            end_loss if self._faithful else replay(1.0),
             replay,
             rising=window.rises,
             replaceable=self._faithful,
@@ -161,7 +191,7 @@ class RateControl:
         self._set(decision.after)
         if replace:
             self._optimizer.write(best)
-        return decision, replace
+        return decision, replace, best_loss if replace else end_loss
 
     def _check(self, window: _Window, end: State) -> bool:
         """Whether a replay of the first window repeats it."""
@@ -249,6 +279,8 @@ def _plain_window(window: _Window) -> dict[str, Any]:
         "start": [dict(part) for part in window.start],
         "target": window.target,
         "start_loss": window.start_loss,
+        "lowest": window.lowest,
+        "is_due": window.is_due,
         "updates": [plain_update(update) for update in window.updates],
         "batches": [list(parts) for parts in window.batches],
     }
@@ -263,6 +295,8 @@ def _restored_window(plain: Mapping[str, Any], params: Params) -> _Window:
         State(*map(part, plain["start"])),
         plain["target"],
         plain["start_loss"],
+        plain["lowest"],
+        plain["is_due"],
         [restored_update(update) for update in plain["updates"]],
         [list(parts) for parts in plain["batches"]],
     )

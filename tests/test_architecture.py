@@ -104,7 +104,7 @@ MAY_IMPORT = {
         "config_data", "config_errors", "config_fields", "config_schedules", "config_select",
         "config_training", "yaml_io",
     },
-    "tracking": {"tracking"},
+    "tracking": {"atomic", "tracking"},
     "atomic": set(),
     "ledger": {"atomic", "selection"},
     "replay": {"decision_log", "batches", "ledger", "selection"},
@@ -129,7 +129,9 @@ MAY_IMPORT = {
         "run_log", "sample_display", "selection", "selector", "task", "tracking", "training",
     },
     "trainer": {"config", "config_errors", "run", "task"},
-    "report": {"config_data", "data", "ledger", "report", "run_dir", "tracking", "yaml_io"},
+    "report": {
+        "config_data", "controller", "data", "ledger", "report", "run_dir", "tracking", "yaml_io",
+    },
     "sweep_space": {"config_errors"},
     "sweep": {"config", "config_errors", "config_fields", "sweep_space", "yaml_io"},
     "tune_runs": set(),
@@ -146,7 +148,7 @@ MAY_IMPORT = {
         "cli_shards", "cli_tune", "config", "report",
     },
     "__main__": {"cli"},
-    "decision_log": {"controller"},
+    "decision_log": {"atomic", "controller"},
     "__init__": {"controller", "horizons", "selection", "selector", "strategies"},
 }  # fmt: skip
 ONLY_IN = {  # a library -> the only files that may import it

@@ -7,6 +7,7 @@ import pytest
 from test_resume import OPTIONS, assert_same, outcome
 from test_run import config, digits, task
 
+from selectflow.checkpoints import Checkpoints
 from selectflow.cli import main
 from selectflow.data import make_digits, read_manifest
 from selectflow.ledger import read_ledger
@@ -109,3 +110,25 @@ def test_a_read_only_directory_is_named_before_anything_is_trained(digits, disk)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(OSError, match=r"Read-only file system: '.*disk/\.trial\.lock'"):
         train(config(disk), filled_at(1, task(digits), disk, 0))
+
+
+def test_what_a_checkpoint_counts_is_on_the_disk_before_it(digits, tmp_path, monkeypatch):
+    """A machine that dies keeps of a file what was fsynced: cutting it back must find it all."""
+    on_disk, counted = {}, []
+    real_fsync, real_save = os.fsync, Checkpoints.save
+
+    def fsync(fd):
+        real_fsync(fd)
+        on_disk[os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))] = os.fstat(fd).st_size
+
+    def save(self, step, state):
+        sizes = state["tracker"]["metrics_bytes"], state["log"]["decisions"]["bytes"]
+        counted.append((sizes, (on_disk["metrics.jsonl"], on_disk.get("decisions.jsonl", 0))))
+        return real_save(self, step, state)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    train(config(tmp_path, select={"horizon": "auto", "lr": "auto"}, **OPTIONS), task(digits))
+    assert len(counted) == 6
+    assert all(states == files for states, files in counted)
+    assert 0 < counted[2][0][1] < counted[-1][0][1]

@@ -60,9 +60,9 @@ def start(main, argv, prepare=lambda: None):
         os._exit(status)
 
 
-def finish(main, argv):
+def finish(main, argv, prepare=lambda: None):
     """Run to the end."""
-    _, status = os.waitpid(start(main, argv), 0)
+    _, status = os.waitpid(start(main, argv, prepare), 0)
     assert os.waitstatus_to_exitcode(status) == 0
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from itertools import cycle
 
 import pytest
 import torch
@@ -19,18 +20,21 @@ from tests.problems import PROBLEMS
 MLP = PROBLEMS[0]
 
 
-def parts(lr=1e-2, kind=torch.optim.AdamW, settings=None, pools_per_update=1, **options):
+def parts(
+    lr=1e-2, kind=torch.optim.AdamW, settings=None, pools_per_update=1, num_targets=1, **options
+):
     """A model in training, its control, and a function that takes one selected step."""
     model, make = MLP.make()
     optimizer = kind(model.parameters(), lr=lr, **options)
     objective = Objective(model, MLP.loss_fn)
     reader = OptimizerReader(model, optimizer)
     target = make(40)
+    targets = cycle([target, *(make(40) for _ in range(num_targets - 1))])
     control = RateControl(
         settings or AutoRate(window=4),
         reader,
         Derivatives(objective),
-        lambda: target,
+        targets.__next__,
         pools_per_update,
     )
 
@@ -179,6 +183,70 @@ def test_decisions_are_made_from_really_training_at_the_other_rates():
         factor = float(name.removeprefix("loss_at_"))
         real = reference.rerun(*start, MLP.loss_fn, batches, target, lrs=[1e-3 * factor] * 4)
         assert loss == pytest.approx(real, rel=1e-9)
+
+
+IN_GAPS = AutoRate(window=4, longest_gap=32, highest=1.0)
+
+
+@pytest.mark.parametrize("quiet", [0, 1, 3, 5])
+def test_a_rise_in_a_gap_is_taken_back_within_a_window(quiet):
+    """The user raises the rate a thousandfold; the next window due opens at step 68."""
+    model, optimizer, reader, control, step, make, target = parts(1e-3, settings=IN_GAPS)
+    decided = [n for n in range(36) if step(make(8))[0]]
+    assert decided == [4, 16]  # gaps of 8, 16 and, from step 36, 32
+    batches, lrs, starts = [], [], []
+    while True:
+        lrs.append(1e-3 if len(batches) < quiet else 1.0)
+        optimizer.param_groups[0]["lr"] = lrs[-1]
+        with Objective(model, MLP.loss_fn).scoring():
+            decision, replaced = control.before(reader.num_steps())
+        if replaced:
+            break
+        assert len(batches) < quiet + IN_GAPS.window
+        if len(batches) % IN_GAPS.window == 0:  # here the control opens a window
+            start, begun = reference.clone(model, optimizer), len(batches)
+            starts.append(MLP.loss_fn(model, target).mean().item())
+        batches.append(make(8))
+        step(batches[-1])
+    real = [
+        reference.rerun(
+            *start, MLP.loss_fn, batches[begun:], target, lrs=[rate * lr for lr in lrs[begun:-1]]
+        )
+        for rate in (1.0, 0.5)
+    ]
+    assert decision.measures["loss_before"] == pytest.approx(min(starts), rel=1e-9)
+    assert decision.measures["loss_at_1"] == pytest.approx(real[0], rel=1e-9)
+    assert decision.measures["loss_at_0.5"] == pytest.approx(real[1], rel=1e-9)
+    assert real[0] > 1.2 * min(starts)
+    assert decision.after == (0.25 if real[1] > 1.2 * min(starts) else 0.5)
+    now = MLP.loss_fn(model, target).mean().item()
+    assert now == pytest.approx(min(starts[-1], real[1]), rel=1e-9)
+
+
+def test_a_quiet_gap_costs_one_forward_pass_a_window(monkeypatch):
+    """Of the same target batch, so that an easy one after a hard one is no rise."""
+    passes, drawn = [], []
+    for name in ("losses", "gradient"):
+        real = getattr(Derivatives, name)
+
+        def counted(self, params, batch, *args, name=name, real=real, **how):
+            passes.append((name, batch["label"].tolist()))
+            return real(self, params, batch, *args, **how)
+
+        monkeypatch.setattr(Derivatives, name, counted)
+    _, _, _, control, step, make, _ = parts(1e-3, settings=IN_GAPS, num_targets=3)
+    for _ in range(37):
+        step(make(8))
+    passes.clear()
+    decisions = []
+    for _ in range(31):
+        decisions.append(step(make(8)))
+        drawn.append(control._window.target["label"].tolist())
+    assert decisions == [(None, False)] * 31
+    assert passes == [("losses", drawn[0])] * 7  # at steps 40, 44, ... 64; the gap ends at 68
+    step(make(8))
+    assert [name for name, _ in passes[7:]] == ["losses", "losses"]
+    assert passes[8][1] != drawn[0]  # the window that is due has the next batch
 
 
 def test_dropout_is_seen_and_nothing_is_replaced():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from selectflow.controller import AutoHorizon
 from selectflow.report.cells import Cell, Cells, sort_cells
 
 if TYPE_CHECKING:
@@ -21,19 +22,18 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-TOLERANCE = 0.35  # of the relative error, the controller's
 _SAFE = "#D55E00"  # Okabe and Ito's vermilion: seen on every tone of viridis
 _MAX_COLUMNS = 12  # more learning rates than that share columns
 
 Fields = list[list[Cell | None]]
 
 
-def draw_map(found: Cells, tolerance: float = TOLERANCE) -> Figure:
+def draw_map(found: Cells, tolerance: float = AutoHorizon.tolerance) -> Figure:
     """The final loss over horizon x learning rate.
 
     Args:
         found: the cells of a sweep, at least one.
-        tolerance: largest relative error that is called safe.
+        tolerance: largest relative error that is called safe; unless told, the controller's.
 
     Returns:
         The figure: colour and number where a cell was run to its end, a star on the best; hatched

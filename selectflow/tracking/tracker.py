@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from selectflow.atomic import size_on_disk
 from selectflow.tracking import sink
 
 Mode = Literal["disabled", "offline", "online"]
@@ -85,11 +86,10 @@ class Tracker:
         self._to_wandb(lambda run: sink.log(run, finite))
 
     def state_dict(self) -> dict[str, Any]:
-        """The W&B run and how long metrics.jsonl is."""
-        size = self._metrics.stat().st_size if self._metrics.exists() else 0
+        """The W&B run and how long metrics.jsonl is, all of it on the disk."""
         return {
             "run_id": self.run_id,
-            "metrics_bytes": size,
+            "metrics_bytes": size_on_disk(self._metrics),
             "last": dict(self._last),
             "resumed_at": list(self._resumed_at),
         }
