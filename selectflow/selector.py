@@ -21,22 +21,19 @@ from selectflow.controller import AutoHorizon, AutoRate, Decision
 from selectflow.derivatives import Curvature, Derivatives, Method
 from selectflow.horizon_control import HorizonControl
 from selectflow.horizons import Horizon, as_horizon
-from selectflow.lookahead import LookAhead
-from selectflow.lookahead_state import check_same_options, plain, restored
+from selectflow.lookahead_state import check_same_options
 from selectflow.objective import LossFn, Objective, check_finite
 from selectflow.offload import Offload
 from selectflow.optimizers import OptimizerReader
-from selectflow.params import Params
 from selectflow.peeking import PeekedPools
-from selectflow.policy import NominalChoice, Outlook, Policy
+from selectflow.policy import NominalChoice, Policy
 from selectflow.rate_control import RateControl
 from selectflow.scored_params import scored_names
 from selectflow.selection import Selection, num_kept
+from selectflow.sensitivities import Sensitivities
 from selectflow.strategies import Candidates, Strategy, resolve
 
 _log = logging.getLogger(__name__)
-
-_RECHECK_EVERY = 100  # look-aheads between two checks that central differences still agree
 
 
 class Selector:
@@ -151,8 +148,9 @@ class Selector:
             self._scored_names,
             offload,
         )
-        self._keep, self._interval = keep, interval
+        self._keep = keep
         self._generator = torch.Generator().manual_seed(seed)
+        self._sensitivities = Sensitivities(self._policy, self._optimizer, self._generator)
         if horizon == "auto":
             horizon = AutoHorizon()
         self._control: HorizonControl | None = None
@@ -184,9 +182,6 @@ class Selector:
             "seed": seed,
         }
         self._peeked = PeekedPools()
-        self._ahead: LookAhead | None = None
-        self._refreshed_at = 0  # optimizer step of the last look-ahead
-        self._num_lookaheads = 0
         self.last: Selection | None = None
 
     # --- selecting ------------------------------------------------------------------------
@@ -237,7 +232,7 @@ class Selector:
         kept = take(pool, indices)
         if self._rate is not None:
             self._rate.trained_on(kept)
-        ahead = self._ahead
+        ahead = self._sensitivities.ahead
         self.last = Selection(
             pool=pool,
             indices=indices,
@@ -245,7 +240,7 @@ class Selector:
             losses=None if scoring.losses is None else scoring.losses.cpu(),
             step=scoring.step,
             horizon=ahead.horizon if ahead else None,
-            age=scoring.step - self._refreshed_at if ahead else 0,
+            age=self._sensitivities.age(scoring.step) if ahead else 0,
             target_loss=ahead.target_loss if ahead else None,
             lr_multiplier=self._optimizer.lr_multiplier,
             decisions=tuple(scoring.decisions),
@@ -278,33 +273,12 @@ class Selector:
 
     # --- looking ahead --------------------------------------------------------------------
 
-    def _is_due(self, step: int) -> bool:
-        return self._ahead is None or not 0 <= step - self._refreshed_at < self._interval
-
-    def _sensitivity(self, step: int) -> Params:
-        """Gamma for the update after `step`; beyond the last horizon, the last one there is."""
-        assert self._ahead is not None
-        gammas = self._ahead.sensitivities
-        return gammas[min(step - self._refreshed_at, len(gammas) - 1)]
-
     def _scored_names(self) -> tuple[str, ...] | None:
         return scored_names(self._params, self._optimizer.params(), self._objective.model)
 
     def _next_target(self) -> Batch:
         """The next batch of the target set, as it is scored."""
         return through(self._score_view, self._target.next())
-
-    def _refresh(self, step: int, pools: list[Batch]) -> None:
-        """Look ahead over `pools`, the present one first, as far as the present horizon."""
-        self._ahead = None  # its memory is of use now; should this fail, the next call looks ahead
-        if self._num_lookaheads % _RECHECK_EVERY == 0:
-            self._derivatives.recheck()
-        horizon, target = self._horizon.at(step), self._next_target()
-        updates, state = self._optimizer.updates(max(1, horizon)), self._optimizer.state()
-        outlook = Outlook(updates, state, pools, target)
-        self._ahead = self._policy.look_ahead(horizon, outlook, self._generator)
-        self._refreshed_at = step
-        self._num_lookaheads += 1
 
     # --- controlling ----------------------------------------------------------------------
 
@@ -316,7 +290,7 @@ class Selector:
         with self._objective.scoring():
             decision, replaced = self._rate.before(scoring.step)
         if replaced:
-            self._ahead = None  # it was of the steps that were taken back
+            self._sensitivities.ahead = None  # it was of the steps that were taken back
         scoring.note(decision, began)
 
     def _adapt_horizon(self, scoring: _Scoring, pools: list[Batch]) -> None:
@@ -349,9 +323,7 @@ class Selector:
             "options": self._options,
             "generator": self._generator.get_state(),
             "num_steps": self._optimizer.num_steps(),
-            "refreshed_at": self._refreshed_at,
-            "num_lookaheads": self._num_lookaheads,
-            "ahead": self._ahead and plain(self._ahead),
+            **self._sensitivities.state_dict(),
             "decided": dict(self._derivatives.decided),
             "target_position": self._target.position,
             "horizon_control": self._control and self._control.state_dict(),
@@ -368,11 +340,9 @@ class Selector:
         check_same_options(state["options"], self._options)
         params, names = self._optimizer.params(), self._scored_names()
         params = params if names is None else params.pick(names)
-        self._ahead = state["ahead"] and restored(state["ahead"], params)
+        self._sensitivities.load_state_dict(state, params)
         self._generator.set_state(state["generator"])
         self._optimizer.resume_at(state["num_steps"])
-        self._refreshed_at = state["refreshed_at"]
-        self._num_lookaheads = state["num_lookaheads"]
         self._derivatives.decided = dict(state["decided"])
         self._target.seek(state["target_position"])
         if self._control is not None:
@@ -403,7 +373,8 @@ class _Scoring:
 
     def read_influence(self) -> Tensor:
         selector = self._selector
-        is_due = selector._is_due(self.step)
+        sensitivities = selector._sensitivities
+        is_due = sensitivities.is_due(self.step)
         control = selector._control if is_due else None
         if control is not None and not control.is_due(self.step):
             control = None
@@ -418,10 +389,11 @@ class _Scoring:
                 selector._adapt_horizon(self, pools)
             if is_due:
                 began = time.perf_counter()
-                selector._refresh(self.step, pools)
+                horizon, target = selector._horizon.at(self.step), selector._next_target()
+                sensitivities.refresh(horizon, self.step, pools, target)
                 self.lookahead_s = time.perf_counter() - began
             params = selector._optimizer.params().detach()
-            gamma = selector._sensitivity(self.step)
+            gamma = sensitivities.at(self.step)
             self.losses, slopes = selector._derivatives.along(params, gamma, self.seen)
         return -slopes
 

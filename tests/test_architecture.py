@@ -40,11 +40,13 @@ MAY_IMPORT = {
     "rate_control": {
         "batches", "controller", "derivatives", "dynamics", "optimizers", "params", "update_state",
     },
+    "sensitivities": {
+        "batches", "lookahead", "lookahead_state", "optimizers", "params", "policy",
+    },
     "selector": {
         "arguments", "batches", "chunking", "controller", "derivatives", "horizon_control",
-        "horizons", "lookahead", "lookahead_state", "objective", "offload", "optimizers", "params",
-        "peeking", "policy",
-        "rate_control", "scored_params", "selection", "strategies",
+        "horizons", "lookahead_state", "objective", "offload", "optimizers", "peeking", "policy",
+        "rate_control", "scored_params", "selection", "sensitivities", "strategies",
     },
     "arguments": set(),
     "lookahead_state": {"lookahead", "params"},

@@ -100,7 +100,10 @@ def test_sft_scores_are_of_the_completions(tmp_path):
     """Scores follow from the tokens that SFTTrainer trains on, each with padding of its own."""
     trainer = sft_trainer(tmp_path, max_steps=1)
     trainer.train()
-    selection, (gamma, *_) = trainer.selector.last, trainer.selector._ahead.sensitivities
+    selection, (gamma, *_) = (
+        trainer.selector.last,
+        trainer.selector._sensitivities.ahead.sensitivities,
+    )
     model = llama()  # as it was at the first step
     named = dict(model.named_parameters())
     for at in range(POOL):
@@ -133,7 +136,7 @@ def test_lora_leaves_nothing_outside_the_adapters(tmp_path):
         patch.setattr(Policy, "look_ahead", watched)
         patch.setattr(Update, "adjoint", swept)
         trainer.train()
-    for held in (states, adjoints, trainer.selector._ahead.sensitivities):
+    for held in (states, adjoints, trainer.selector._sensitivities.ahead.sensitivities):
         names = [name for params in held for name in params]
         assert names
         assert all("lora_" in name for name in names)

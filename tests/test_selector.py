@@ -80,7 +80,7 @@ def test_keeps_the_examples_with_the_largest_influence(problem, horizon):
     batches = selector.stream(pools)
     train(model, optimizer, problem.loss_fn, batches, 5)
     next(batches)
-    gamma = selector._ahead.sensitivities[0]
+    gamma = selector._sensitivities.ahead.sensitivities[0]
     expected = -slopes(model, problem.loss_fn, pools[5], gamma)
     scores = selector.last.scores
     assert torch.allclose(scores.double(), expected, rtol=1e-8, atol=1e-12)
@@ -174,7 +174,7 @@ def test_steps_between_use_the_sensitivities_of_the_same_sweep():
         pool = pools[step]
         train(model, optimizer, image_loss, [], 0)
         batch = next(batches)
-        gammas = selector._ahead.sensitivities
+        gammas = selector._sensitivities.ahead.sensitivities
         assert len(gammas) == 2
         gamma = gammas[min(step, 1)]  # beyond the horizon: the last one
         assert torch.allclose(selector.last.scores, -slopes(model, image_loss, pool, gamma))
@@ -201,7 +201,7 @@ def test_micro_batches_of_one_step_share_a_look_ahead(kind):
     assert [entry[0] for entry in found] == [step for step in range(4) for _ in range(3)]
     assert [entry[1] for entry in found] == [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1]
     assert fresh == [0, 6]
-    assert selector._num_lookaheads == 2
+    assert selector._sensitivities._num_lookaheads == 2
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
@@ -396,7 +396,7 @@ def test_a_target_that_is_a_generator_is_iterated_again_and_again():
     generated = selector_for(model, optimizer, (batch for batch in target))
     for pool in pools[:5]:
         for selector in (listed, generated):
-            selector._ahead = None
+            selector._sensitivities.ahead = None
             selector.select(pool)
         assert torch.equal(listed.last.scores, generated.last.scores)
 

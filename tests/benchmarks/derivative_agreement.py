@@ -62,7 +62,10 @@ def pools(
         batch = take(pool, torch.arange(KEEP))
         if step % every == 0:
             batch = selector.select(pool, islice(stream, horizon))
-            (gamma, *_), derivatives = selector._ahead.sensitivities, selector._derivatives
+            (gamma, *_), derivatives = (
+                selector._sensitivities.ahead.sensitivities,
+                selector._derivatives,
+            )
             params = selector._optimizer.params()
             with torch.no_grad(), selector._objective.scoring():
                 exact = derivatives._along_exact(params, gamma, pool)[1].double()

@@ -1,0 +1,84 @@
+"""The sensitivities that pools are scored with: of the last look-ahead, until the next is due."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from selectflow.batches import Batch
+from selectflow.lookahead import LookAhead
+from selectflow.lookahead_state import plain, restored
+from selectflow.optimizers import OptimizerReader
+from selectflow.params import Params
+from selectflow.policy import Outlook, Policy
+
+_RECHECK_EVERY = 100  # look-aheads between two checks that central differences still agree
+
+
+class Sensitivities:
+    """Keeps a look-ahead for as many optimizer steps as it serves.
+
+    Args:
+        policy: makes the look-aheads; its interval says for how long one serves.
+        optimizer: whose updates and state they begin with.
+        generator: chooses their nominal batches.
+
+    Attributes:
+        ahead: the last look-ahead; None: the next pool needs one.
+    """
+
+    def __init__(
+        self, policy: Policy, optimizer: OptimizerReader, generator: torch.Generator
+    ) -> None:
+        self._policy, self._optimizer, self._generator = policy, optimizer, generator
+        self.ahead: LookAhead | None = None
+        self._refreshed_at = 0  # optimizer step of the last look-ahead
+        self._num_lookaheads = 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is no look-ahead that serves the update after `step`."""
+        return self.ahead is None or not 0 <= self.age(step) < self._policy.interval
+
+    def age(self, step: int) -> int:
+        """Optimizer steps since the last look-ahead."""
+        return step - self._refreshed_at
+
+    def at(self, step: int) -> Params:
+        """Gamma for the update after `step`; beyond the last horizon, the last one there is."""
+        assert self.ahead is not None
+        gammas = self.ahead.sensitivities
+        return gammas[min(self.age(step), len(gammas) - 1)]
+
+    def refresh(self, horizon: int, step: int, pools: Sequence[Batch], target: Batch) -> None:
+        """Look ahead from `step`.
+
+        Args:
+            horizon: H, >= 0.
+            step: optimizer steps taken so far.
+            pools: the pools to come, the present one first.
+            target: batch whose mean loss is the target, as it is scored.
+        """
+        self.ahead = None  # its memory is of use now; should this fail, the next call looks ahead
+        if self._num_lookaheads % _RECHECK_EVERY == 0:
+            self._policy.derivatives.recheck()
+        updates, state = self._optimizer.updates(max(1, horizon)), self._optimizer.state()
+        outlook = Outlook(updates, state, pools, target)
+        self.ahead = self._policy.look_ahead(horizon, outlook, self._generator)
+        self._refreshed_at = step
+        self._num_lookaheads += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next selections depend on."""
+        return {
+            "refreshed_at": self._refreshed_at,
+            "num_lookaheads": self._num_lookaheads,
+            "ahead": self.ahead and plain(self.ahead),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], params: Params) -> None:
+        """Continue from `state_dict`; `params` are the parameters that scores are taken over."""
+        self.ahead = state["ahead"] and restored(state["ahead"], params)
+        self._refreshed_at = state["refreshed_at"]
+        self._num_lookaheads = state["num_lookaheads"]
