@@ -191,7 +191,7 @@ def test_one_base_is_trained_for_all_seeds(tmp_path, monkeypatch):
 
     monkeypatch.setattr(results_tasks, "trainer", lambda name: trained)
     bases = {results_tasks.adapted(tmp_path, seed)["model.pretrained"] for seed in range(3)}
-    assert bases == {tmp_path / "text_lora_base" / "model"}
+    assert bases == {tmp_path / "text_lora_base-s0" / "model"}
     assert len(calls) == 1
     monkeypatch.setattr(results_tasks, "trainer", lambda name: lambda arguments: 2)
     with pytest.raises(SystemExit, match="the base was not trained"):

@@ -128,7 +128,7 @@ def has_bytes(pretrained: str, model: Any) -> bool:
 
 
 def save(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write what `model.pretrained` reads: weights, or adapters alone, and the tokenizer."""
+    """Write the weights as `model.pretrained` reads them, or adapters alone, and the tokenizer."""
     # peft would else look for the base model on Hugging Face, to see whether tokens were added
     options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     model.save_pretrained(folder, **options)
