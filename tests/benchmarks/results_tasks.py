@@ -117,8 +117,7 @@ TEXT: dict[str, tuple[str, Options]] = {
 LORA: dict[str, tuple[str, Options]] = {
     UNIFORM: ("text_lora_uniform", {}),
     "largest loss": ("text_lora_online", {"select.strategy": "loss"}),
-    "influence, H = 0": ("text_lora_online", {"select.horizon": 0, "select.interval": 1}),
-    "influence, H = 2": ("text_lora_online", {}),
+    "influence, H = 0": ("text_lora_online", {}),
     "oracle": ("text_lora_uniform", oracle("text_lora_uniform")),
 }
 BOTH = (TEST_LOSS, ACCURACY)
