@@ -43,7 +43,7 @@ class Options:
     block: int = field(default=128, metadata={"help": "tokens of an example"})
     keep: float = field(default=0.25, metadata={"help": "share kept of each micro-batch"})
     horizon: int = field(default=0, metadata={"help": "optimizer updates to look ahead"})
-    interval: int = field(default=4, metadata={"help": "optimizer steps between look-aheads"})
+    interval: int = field(default=1, metadata={"help": "optimizer steps between look-aheads"})
 
 
 class SelectTrainer(SelectTrainerMixin, Trainer):
