@@ -142,7 +142,10 @@ class RateControl:
     def _end(self, window: _Window, step: int) -> tuple[Decision | None, bool]:
         """Judge a window that is due, or in which the target loss rose; else only look at it."""
         decision, replaced = None, False
-        loss = self._loss(self._optimizer.state(), window.target)
+        try:
+            loss = self._loss(self._optimizer.state(), window.target)
+        except FloatingPointError:  # diverged: risen as far as can be
+            loss = math.inf
         lowest = min(window.lowest, loss)
         if window.is_due or self._rule.has_risen(window.lowest, loss):
             decision, replaced, loss = self._judge(window, loss)
@@ -178,15 +181,15 @@ class RateControl:
                 best, best_loss = end, loss
             return loss
 
-        end = self._optimizer.state()
-        if self._faithful is None:
-            self._faithful = self._check(window, end)
+        if self._faithful is None and end_loss < math.inf:  # what diverged can tell nothing
+            self._faithful = self._check(window, self._optimizer.state())
+        is_faithful = self._faithful is not False
         decision, replace = self._rule.decide(
             window.lowest,
-            end_loss if self._faithful else replay(1.0),
+            end_loss if is_faithful else replay(1.0),
             replay,
             rising=window.rises,
-            replaceable=self._faithful,
+            replaceable=is_faithful,
         )
         self._set(decision.after)
         if replace:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 from itertools import cycle
 
 import pytest
@@ -221,6 +222,25 @@ def test_a_rise_in_a_gap_is_taken_back_within_a_window(quiet):
     assert decision.after == (0.25 if real[1] > 1.2 * min(starts) else 0.5)
     now = MLP.loss_fn(model, target).mean().item()
     assert now == pytest.approx(min(starts[-1], real[1]), rel=1e-9)
+
+
+@pytest.mark.parametrize("steps", [40, 43], ids=["at a look", "between two"])
+def test_what_diverged_in_a_gap_goes_on_from_before_it(steps):
+    """A step at an absurd rate leaves no finite loss, at half of it neither."""
+    model, optimizer, reader, control, step, make, _ = parts(1e-3, settings=IN_GAPS)
+    replaced = False
+    while not replaced:
+        if reader.num_steps() == steps:  # in the gap that ends at step 68
+            optimizer.param_groups[0]["lr"] = 1e308
+        with Objective(model, MLP.loss_fn).scoring():
+            decision, replaced = control.before(reader.num_steps())
+        if reader.num_steps() == 40:  # here the control opens a window
+            start = values(model).clone()
+        if not replaced:
+            step(make(8))
+    assert reader.num_steps() == 44
+    assert decision.measures["loss_at_1"] == decision.measures["loss_at_0.5"] == math.inf
+    assert torch.equal(values(model), start)
 
 
 def test_a_quiet_gap_costs_one_forward_pass_a_window(monkeypatch):
