@@ -164,7 +164,7 @@ class Derivatives:
             grads = torch.autograd.grad(
                 losses, leaves, weights, is_grads_batched=weights.ndim == 2, materialize_grads=True
             )
-            grad = Params(zip(names, grads, strict=True))
+            grad = Params(zip(names, grads, strict=True)).map(Tensor.to_dense)
             total = grad if total is None else total + grad
             values.append(losses.detach())
             start += len(losses)
