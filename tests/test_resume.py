@@ -16,7 +16,7 @@ from selectflow.checkpoints import Checkpoints
 from selectflow.data import PoolStream
 from selectflow.decision_log import DECISIONS
 from selectflow.run import RunError, train
-from selectflow.run_dir import lock
+from selectflow.run_dir import lock, wait_until_free
 
 __all__ = ["digits"]  # the fixture
 
@@ -202,6 +202,23 @@ def test_a_lock_is_held_by_its_process_alone(tmp_path):
                 pass
             again = subprocess.run(command, capture_output=True, check=False)
             assert b"another is at work" in again.stderr
+        os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_who_waits_for_a_run_directory_waits_for_its_process(tmp_path):
+    wait_until_free(tmp_path / "new")
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        waiting = threading.Thread(target=wait_until_free, args=(tmp_path / "run",))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        holder.kill()
+        waiting.join(30)
+        assert not waiting.is_alive()
         os.killpg(holder.pid, signal.SIGKILL)
 
 
