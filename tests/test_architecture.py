@@ -136,7 +136,7 @@ MAY_IMPORT = {
     },
     "sweep_space": {"config_errors"},
     "sweep": {"config", "config_errors", "config_fields", "sweep_space", "yaml_io"},
-    "tune_runs": set(),
+    "tune_runs": {"run_dir"},
     "tune_cells": {"config", "report", "sweep", "sweep_space", "yaml_io"},
     "tune_record": {"report", "sweep", "sweep_space", "tune_cells", "yaml_io"},
     "tune": {"run_dir", "sweep", "sweep_space", "tune_record", "tune_runs"},
