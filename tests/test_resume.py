@@ -109,8 +109,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(digits, tmp_path
     paths = Checkpoints(tmp_path / "killed" / "checkpoints").paths()
     assert [path.name for path in paths] == ["step-00000008.pt", "step-00000012.pt"]
     paths[-1].write_bytes(paths[-1].read_bytes()[:-1000])
-    with pytest.warns(UserWarning, match=r"step-00000012.pt is damaged and is passed over"):
-        train(killed, task(digits))
+    with (
+        pytest.warns(UserWarning, match=r"step-00000012.pt is damaged and is passed over"),
+        pytest.raises(Killed),
+    ):
+        train(killed, killed_at(6, task(digits)))
+    assert Checkpoints(paths[-1].parent).newest()["step"] == 12
+    train(killed, task(digits))
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
 
 
@@ -241,6 +246,13 @@ def test_a_checkpoint_that_cannot_be_written_is_named_and_costs_no_other(tmp_pat
         checkpoints.save(2, {"step": Unwritable()})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
     assert checkpoints.newest() == {"step": 1}
+
+
+def test_a_damaged_checkpoint_costs_no_earlier_one_that_is_written_after_it(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(12, {"step": 12}).write_bytes(b"damaged")
+    checkpoints.save(4, {"step": 4})
+    assert checkpoints.newest() == {"step": 4}
 
 
 def wandb_logs(run_dir):
