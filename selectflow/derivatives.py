@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,6 +74,15 @@ class Derivatives:
     def recheck(self) -> None:
         """Let the next use of each form check again that it is right."""
         self._unchecked = set(self.decided)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided, and which of it the next use is to check."""
+        return {"decided": dict(self.decided), "unchecked": sorted(self._unchecked)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.decided = dict(state["decided"])
+        self._unchecked = set(state.get("unchecked", ()))
 
     # --- the quantities -------------------------------------------------------------------
 

@@ -269,7 +269,7 @@ class Selector:
                 f"got {tuple(scores.shape)}"
             )
         check_finite("scores", scores, scoring.pool)
-        return scores
+        return scores if scores.is_floating_point() else scores.double()  # ranks, yes or no
 
     # --- looking ahead --------------------------------------------------------------------
 
@@ -324,7 +324,7 @@ class Selector:
             "generator": self._generator.get_state(),
             "num_steps": self._optimizer.num_steps(),
             **self._sensitivities.state_dict(),
-            "decided": dict(self._derivatives.decided),
+            **self._derivatives.state_dict(),
             "target_position": self._target.position,
             "horizon_control": self._control and self._control.state_dict(),
             "rate_control": self._rate and self._rate.state_dict(),
@@ -343,7 +343,7 @@ class Selector:
         self._sensitivities.load_state_dict(state, params)
         self._generator.set_state(state["generator"])
         self._optimizer.resume_at(state["num_steps"])
-        self._derivatives.decided = dict(state["decided"])
+        self._derivatives.load_state_dict(state)
         self._target.seek(state["target_position"])
         if self._control is not None:
             self._control.load_state_dict(state["horizon_control"])

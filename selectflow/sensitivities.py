@@ -38,8 +38,14 @@ class Sensitivities:
         self._num_lookaheads = 0
 
     def is_due(self, step: int) -> bool:
-        """Whether there is no look-ahead that serves the update after `step`."""
-        return self.ahead is None or not 0 <= self.age(step) < self._policy.interval
+        """Whether there is no look-ahead that serves the update after `step`.
+
+        One of other parameters does not: some were frozen since, or trained again.
+        """
+        if self.ahead is None or not 0 <= self.age(step) < self._policy.interval:
+            return True
+        names = self._policy.names() or self._optimizer.params()
+        return self.ahead.sensitivities[0].keys() != set(names)
 
     def age(self, step: int) -> int:
         """Optimizer steps since the last look-ahead."""
