@@ -185,6 +185,23 @@ def test_steps_between_use_the_sensitivities_of_the_same_sweep():
         train(model, optimizer, image_loss, [batch])
 
 
+@pytest.mark.parametrize("horizon", [0, 1])
+def test_a_look_ahead_at_a_learning_rate_of_0_serves_no_later_step(horizon):
+    """A warm-up from 0: the first update does nothing, by any example; and decides no form."""
+    model, optimizer, pools, target = setting()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 5)
+    options = {"horizon": horizon, "interval": 4, "lr_scheduler": scheduler}
+    selector = selector_for(model, optimizer, target, **options)
+    found = []
+    for batch in selector.stream(pools[:6]):
+        found.append((selector.last.age, bool(selector.last.scores.any()), bool(selector.forms)))
+        image_loss(model, batch).mean().backward()
+        optimizer.step()
+        scheduler.step()
+    served = [(age, True, True) for age in (0, 1, 2, 3, 0)]
+    assert found == [(0, False, False), *served]
+
+
 @pytest.mark.parametrize("params", [None, ["*"]])
 def test_a_look_ahead_is_due_when_other_parameters_are_trained(params):
     model, optimizer, pools, target = setting()
