@@ -130,7 +130,8 @@ MAY_IMPORT = {
         "batches", "checkpoints", "config", "ledger", "offline_run", "replay", "run_dir",
         "run_log", "sample_display", "selection", "selector", "task", "tracking", "training",
     },
-    "trainer": {"config", "config_errors", "run", "task"},
+    "terminal": set(),
+    "trainer": {"config", "config_errors", "run", "task", "terminal"},
     "report": {
         "config_data", "controller", "data", "ledger", "report", "run_dir", "tracking", "yaml_io",
     },
@@ -147,7 +148,7 @@ MAY_IMPORT = {
     "cli_select": {"cli_shards", "config", "data", "ledger", "sample_scores"},
     "cli": {
         "audit_config", "audit_proxy_report", "audit_report", "cli_compare", "cli_select",
-        "cli_shards", "cli_tune", "config", "report",
+        "cli_shards", "cli_tune", "config", "report", "terminal",
     },
     "__main__": {"cli"},
     "decision_log": {"atomic", "controller"},

@@ -23,7 +23,7 @@ from selectflow.data import (
     write_subset,
 )
 from selectflow.data.blocks import cut
-from selectflow.data.documents import Document
+from selectflow.data.documents import Document, json_lines
 from selectflow.data.source_text import source_text, split_docstrings
 from selectflow.data.tokenizers import Bytes, Pieces, as_text, load_tokenizer, make_tokenizer
 
@@ -247,6 +247,13 @@ def test_copies_of_a_document_are_in_one_split(tmp_path):
         blocks[split] = {block for block in found if b"document" in block}
     assert blocks["train"].isdisjoint(blocks["target"] | blocks["test"])
     assert blocks["target"].isdisjoint(blocks["test"])
+
+
+def test_half_a_character_is_named_with_its_line(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "whole"}\n{"text": "half \\ud800"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="in/00000002 must have a text of whole characters, got "):
+        json_lines(path)
 
 
 # tokenizers
