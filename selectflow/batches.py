@@ -218,7 +218,9 @@ def _map(function: Callable[[Any], Any], node: Any) -> Any:
         mapped.update(items)
         return mapped
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        fields = {name: _map(function, child) for name, child in _children(node)}
-        return dataclasses.replace(node, **fields)
+        given = [field.name for field in dataclasses.fields(node) if field.init]
+        return dataclasses.replace(
+            node, **{name: _map(function, getattr(node, name)) for name in given}
+        )
     parts = [_map(function, child) for child in node]
     return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import UserDict, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -18,6 +18,15 @@ Pair = namedtuple("Pair", "x y")
 class Record:
     x: torch.Tensor
     name: str = "kept"
+
+
+@dataclass(frozen=True)
+class Counted:
+    x: torch.Tensor
+    num: int = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "num", len(self.x))
 
 
 class Encoding(UserDict):
@@ -88,6 +97,10 @@ class Named:
 
     def __getitem__(self, index):
         return torch.tensor(index), f"name-{index}"
+
+
+def test_a_dataclass_computes_its_own_fields_again():
+    assert take(Counted(X), INDEX).num == 2
 
 
 def test_names_that_torch_collated_stay_with_their_examples():
