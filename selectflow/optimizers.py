@@ -33,7 +33,8 @@ class OptimizerReader:
 
     Args:
         model: names the parameters.
-        optimizer: `torch.optim.AdamW`, `Adam` or `SGD`, over parameters of the model.
+        optimizer: `torch.optim.AdamW`, `Adam` or `SGD`, over parameters of the model; one that
+            Accelerate has prepared is looked through, and so is its scheduler.
         lr_scheduler: stepped by the user once after every optimizer step; None: the present
             hyperparameters hold for the whole look-ahead.
         max_grad_norm: what the user clips gradients to by norm; None: no clipping.
@@ -51,6 +52,8 @@ class OptimizerReader:
         lr_scheduler: LRScheduler | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
+        optimizer = _prepared_from(optimizer, "optimizer")
+        lr_scheduler = _prepared_from(lr_scheduler, "scheduler")
         _check_supported(optimizer)
         if isinstance(lr_scheduler, ReduceLROnPlateau):
             raise TypeError(
@@ -210,6 +213,12 @@ def _moment(state: dict[str, Any], key: str, param: Tensor) -> Tensor:
         return torch.zeros_like(param)
     moment: Tensor = value.detach().to_dense()  # SGD's is sparse where its gradients are
     return moment
+
+
+def _prepared_from(wrapper: Any, name: str) -> Any:
+    """What `accelerate.Accelerator.prepare` was given, kept as attribute `name` of what it made."""
+    is_made = type(wrapper).__module__.partition(".")[0] == "accelerate"
+    return getattr(wrapper, name) if is_made else wrapper
 
 
 def _check_supported(optimizer: Optimizer) -> None:

@@ -82,6 +82,21 @@ def test_a_schedule_may_be_a_method_of_what_cannot_be_copied():
     assert rates(OptimizerReader(model, optimizer, nested), 4) == [1.0, 1 / 2, 1.0, 1 / 2]
 
 
+def test_what_accelerate_prepared_is_looked_through():
+    accelerate = pytest.importorskip("accelerate")
+    model = one_weight()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    scheduler = LambdaLR(optimizer, lambda step: 0.5**step)
+    prepared = accelerate.Accelerator(cpu=True).prepare(optimizer, scheduler)
+    assert type(prepared[0]) is not torch.optim.AdamW
+    reader = OptimizerReader(model, *prepared)
+    assert reader.optimizer is optimizer
+    for step in range(3):
+        assert reader.num_steps() == step
+        assert rates(reader, 3) == [0.5**step, 0.5 ** (step + 1), 0.5 ** (step + 2)]
+        advance(*prepared)
+
+
 def test_complex_parameters_are_refused_by_name():
     model = nn.ParameterDict({"w": nn.Parameter(torch.ones(2, dtype=torch.complex64))})
     with pytest.raises(ValueError, match=r"must be real, got w of torch.complex64; train a real"):
