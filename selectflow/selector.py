@@ -334,6 +334,9 @@ class Selector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, bit for bit, with the model and optimizer of that moment.
 
+        The target must yield the same batches in the same order: not at random, as a shuffling
+        loader does.
+
         Raises:
             ValueError: the state is of a selector with other options, or of another model.
         """
