@@ -39,7 +39,7 @@ format: $(READY)
 
 # Selection against plain training, over seeds: the tables and figures of the README, in runs/results/.
 # TASKS="noised clean" makes a part; finished runs are not repeated.
-TASKS ?= noised clean imbalanced text lora
+TASKS ?= noised clean imbalanced text lora finetune
 results: $(READY)
 	$(BIN)/python tests/benchmarks/results.py --tasks $(TASKS)
 

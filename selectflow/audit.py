@@ -84,7 +84,7 @@ def influence(
     own_update: Response = "linear",
     reduce: Reduce = "none",
     num_parallel: int = 64,
-    memory_gib: float = 1.0,
+    memory_gib: float | None = None,
 ) -> Tensor:
     """The change of each query's loss that a sweep predicts for each removal.
 
@@ -105,7 +105,8 @@ def influence(
             is not linearised.
         reduce: "mean" for the mean over the queries as the one target.
         num_parallel: queries that one sweep carries, or pairs side by side in the second order.
-        memory_gib: limit for the states between two snapshots, in GiB.
+        memory_gib: limit for the states between two snapshots, in GiB; None: 1, or the least that
+            is needed.
 
     Returns:
         Predicted loss after minus loss before, shape (num_pairs, Q), or (num_pairs, 1) for
@@ -143,7 +144,7 @@ def _sweep(
     assume: Callable[[Sequence[Update]], list[Update]],
     curvature: Curvature,
     predict: Callable[[Trajectory, Visit, Sequence[Removal]], Tensor],
-    memory_gib: float,
+    memory_gib: float | None,
 ) -> Tensor:
     """First-order prediction of each measurement, shape (num_pairs, rows of `weights`)."""
     assumed = assume(trajectory.updates)

@@ -145,8 +145,10 @@ class AuditConfig(_Study):
     spacing: Annotated[int, Field(ge=2)] = Field(
         default=4, description="updates between two snapshots, for the system-level rows"
     )
-    memory_gib: Rate = Field(
-        default=1.0, description="limit for snapshots, and for what a sweep or rerun keeps, in GiB"
+    memory_gib: Rate | None = Field(
+        default=None,
+        description="limit for snapshots, and for what a sweep or rerun keeps, in GiB; null: 1, or "
+        "the least that is needed",
     )
 
     @model_validator(mode="after")

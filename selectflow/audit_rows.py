@@ -20,6 +20,7 @@ from torch import Tensor
 from selectflow.audit import influence, leave_one_out
 from selectflow.audit_settings import Setting
 from selectflow.batches import Batch
+from selectflow.memory import num_fitting
 from selectflow.sparse import SparseTrajectory
 from selectflow.trajectory import Trajectory
 
@@ -39,7 +40,6 @@ ALGORITHM_ROWS: dict[str, dict[str, Any]] = {
 }
 _MOST_PARALLEL = 64
 _STATES_EACH = 8  # what a rerun or a query holds at its peak, in sizes of (theta, m, v)
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Recorded:
         """Options that hold `leave_one_out` to the memory limit: so many reruns side by side."""
         state = self.trajectory.snapshots.state(0)
         size = _STATES_EACH * sum(part.num_bytes() for part in state)
-        fitting = int(self.setting.config.memory_gib * _GIB / size)
+        fitting = num_fitting(self.setting.config.memory_gib, size, 1)
         return {"num_parallel": min(max(1, fitting), _MOST_PARALLEL)}
 
     def truth(self, pairs: Pairs, horizon: float) -> Tensor:

@@ -28,10 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selectflow.batches import Batch, MicroBatches, chunks, num_examples, take, tensors
+from selectflow.memory import GIB, USUAL_GIB
 from selectflow.objective import Objective
 from selectflow.params import Params
 
-GIB = 2**30
 ChunkSize = int | Literal["auto"] | None
 
 # Growth of resident memory over what is counted, over many passes in a row: up to 2.3 as printed by
@@ -59,13 +59,16 @@ class Chunks:
     Args:
         objective: whose gradient a pass computes.
         size: examples of a part; None: all; "auto": as many as fit.
-        memory_gib: limit for the memory of one pass, in GiB ("auto").
+        memory_gib: limit for the memory of one pass, in GiB ("auto"); None: 1, or what one example
+            takes.
 
     Raises:
         ValueError: a size below 1.
     """
 
-    def __init__(self, objective: Objective, size: ChunkSize, memory_gib: float = 1.0) -> None:
+    def __init__(
+        self, objective: Objective, size: ChunkSize, memory_gib: float | None = None
+    ) -> None:
         if isinstance(size, str) and size != "auto":
             raise ValueError(f"chunk_size must be an integer >= 1, 'auto' or None, got {size!r}")
         if isinstance(size, int) and size < 1:
@@ -103,7 +106,11 @@ class Chunks:
 
 
 def examples_that_fit(
-    objective: Objective, params: Params, batch: Batch, memory_gib: float, by: Pass | None = None
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    memory_gib: float | None,
+    by: Pass | None = None,
 ) -> int:
     """How many examples like those of `batch` a pass takes within `memory_gib`.
 
@@ -111,7 +118,7 @@ def examples_that_fit(
         objective: whose gradient a pass computes.
         params: where.
         batch: examples of the shapes that will come.
-        memory_gib: limit for the resident memory of the pass.
+        memory_gib: limit for the resident memory of the pass; None: 1, or what one example takes.
         by: the pass; None: a gradient pass.
 
     Raises:
@@ -126,7 +133,10 @@ def examples_that_fit(
         one, two = (_live_bytes(objective, params, few, by.run) for few in (alone, pair))
     each = two - one if num_examples(batch) > 1 else one
     fixed, per_example = max(0, one - each), max(1, each + 2 * largest)
-    num = int((memory_gib * GIB / _HELD_BACK - fixed) / per_example)
+    limit = USUAL_GIB if memory_gib is None else memory_gib
+    num = int((limit * GIB / _HELD_BACK - fixed) / per_example)
+    if memory_gib is None:
+        return max(1, num)
     if num < 1:
         needed = _HELD_BACK * (fixed + per_example) / GIB
         raise ValueError(

@@ -93,11 +93,10 @@ class SelectConfig(Section):
         description="examples scored at once; null: the whole pool; auto: as many as one pass "
         "takes within memory_gib",
     )
-    memory_gib: float = Field(
-        default=1.0,
-        gt=0,
+    memory_gib: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
         description="memory for the look-ahead's states, in GiB; offline, as much again for the "
-        "snapshots of the recorded run",
+        "snapshots of the recorded run; null: 1, or the least that is needed",
     )
     offload: Literal["none", "cpu", "disk"] = Field(
         default="none",

@@ -52,7 +52,7 @@ class Derivatives:
             apart, and kept in `decided`.
         chunk_size: examples per pass; None: all at once; "auto": as many as a pass of its kind
             takes within `memory_gib`, see `chunking`.
-        memory_gib: limit for "auto", in GiB.
+        memory_gib: limit for "auto", in GiB; None: 1, or what one example takes.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Derivatives:
         objective: Objective,
         method: Method = "auto",
         chunk_size: ChunkSize = None,
-        memory_gib: float = 1.0,
+        memory_gib: float | None = None,
     ) -> None:
         if method not in ("auto", "exact", "central"):
             raise ValueError(f"derivative must be 'auto', 'exact' or 'central', got {method!r}")

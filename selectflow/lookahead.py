@@ -21,13 +21,12 @@ from functools import partial
 from selectflow.batches import Batch
 from selectflow.derivatives import Curvature, Derivatives
 from selectflow.dynamics import Adjoint, State, Update
+from selectflow.memory import GIB, num_fitting
 from selectflow.offload import Fetch, Keep, Offload, in_place, keeping
 from selectflow.params import Params
 
 Nominal = Callable[[int, State], Batch]
 """The batch of update i of the window (0 is the next), given the state before it."""
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def look_ahead(
     target: Batch,
     *,
     num_sensitivities: int = 1,
-    memory_gib: float = 1.0,
+    memory_gib: float | None = None,
     names: Sequence[str] | None = None,
     offload: Offload = "none",
 ) -> LookAhead:
@@ -137,7 +136,8 @@ def look_ahead(
         state: the state before the first; is not changed.
         target: batch whose mean loss is the target.
         num_sensitivities: how many gammas to return, from the window's start.
-        memory_gib: limit for the states that the sweep keeps, in GiB, wherever they are.
+        memory_gib: limit for the states that the sweep keeps, in GiB, wherever they are; None: 1,
+            or the least that the horizon needs.
         names: parameters to restrict the gammas to when they are returned; None: all. Rollout
             and sweep always go through all: gamma . grad loss_z is then exactly the part of the
             influence that example z has through its gradient at these parameters.
@@ -291,15 +291,15 @@ def _constant(state: State, *_: State) -> State:
     return state
 
 
-def sweep_capacity(state: State, horizon: int, memory_gib: float) -> int:
-    """How many states, each with its gradient, fit into `memory_gib`.
+def sweep_capacity(state: State, horizon: int, memory_gib: float | None) -> int:
+    """How many states, each with its gradient, fit into `memory_gib`; None: see `num_fitting`.
 
     Raises:
         ValueError: fewer than the repeated halving of `horizon` updates needs.
     """
     size = sum(part.num_bytes() for part in state) + state.params.num_bytes()
-    capacity = int(memory_gib * GIB / size)
     needed = min(horizon, 2 + math.ceil(math.log2(max(horizon, 1))))
+    capacity = num_fitting(memory_gib, size, needed)
     if capacity < needed:
         raise ValueError(
             f"memory_gib must be at least {needed * size / GIB:.3g} for a horizon of {horizon} "

@@ -25,7 +25,7 @@ def score_samples(
     target: Iterable[Batch],
     *,
     curvature: Curvature = "exact",
-    memory_gib: float = 1.0,
+    memory_gib: float | None = None,
 ) -> SampleScores:
     """Scores of all samples of a recorded run, for the target loss at its end.
 
@@ -42,7 +42,8 @@ def score_samples(
             over a whole run.
         target: batches; the target loss is the mean over all their examples.
         curvature: "exact", "fisher" (empirical Fisher) or "none".
-        memory_gib: limit for the states between two snapshots, in GiB.
+        memory_gib: limit for the states between two snapshots, in GiB; None: 1, or the least that
+            is needed.
 
     Returns:
         The scores, positive where a sample helps.

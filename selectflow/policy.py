@@ -55,7 +55,7 @@ class Policy:
         nominal: which part of each pool the look-ahead simulates.
         pools_per_update: pools that make one optimizer step.
         score_view: what is scored in a batch's stead.
-        memory_gib: limit for the states of a look-ahead.
+        memory_gib: limit for the states of a look-ahead; None: 1 GiB, or the least that is needed.
         names: gives the parameters that scores are taken over; None: all.
         offload: where those states are kept.
     """
@@ -67,7 +67,7 @@ class Policy:
     nominal: NominalChoice
     pools_per_update: int
     score_view: Callable[[Batch], Batch] | None
-    memory_gib: float
+    memory_gib: float | None
     names: Callable[[], tuple[str, ...] | None]
     offload: Offload = "none"
 

@@ -40,7 +40,7 @@ def record(
     max_grad_norm: float | None = None,
     *,
     spacing: int = 1,
-    limit_gib: float = 1.0,
+    limit_gib: float | None = None,
     folder: str | Path | None = None,
     chunk_size: ChunkSize = None,
 ) -> Trajectory:
@@ -57,7 +57,8 @@ def record(
         lr_scheduler: stepped once after every optimizer step.
         max_grad_norm: gradients are clipped to this norm; None: not at all.
         spacing: updates between two snapshots; doubles when `limit_gib` is reached.
-        limit_gib: size that all snapshots together may reach, in GiB.
+        limit_gib: size that all snapshots together may reach, in GiB; None: 1, or two states of
+            the model.
         folder: where snapshots are written, so that `reopen` finds the recording again; None:
             they are kept in memory.
         chunk_size: examples per pass of later replays and derivatives; None: all at once.

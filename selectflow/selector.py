@@ -83,7 +83,8 @@ class Selector:
             of their kept examples; the look-ahead then does so, too.
         chunk_size: examples to a pass when scoring and looking ahead; None: all at once; "auto":
             as many as one pass takes within `memory_gib` of resident memory, of each kind of pass.
-        memory_gib: limit for the states a look-ahead keeps, in GiB; recomputes beyond it.
+        memory_gib: limit for the states a look-ahead keeps, in GiB; recomputes beyond it. None: 1,
+            or the least that the horizon needs on this model.
         offload: where it keeps them: "none" on their device, "cpu", or "disk", in the system's
             folder for temporary files.
 
@@ -115,7 +116,7 @@ class Selector:
         score_view: Callable[[Batch], Batch] | None = None,
         pools_per_update: int = 1,
         chunk_size: ChunkSize = None,
-        memory_gib: float = 1.0,
+        memory_gib: float | None = None,
         offload: Offload = "none",
     ) -> None:
         check_choice("offload", offload, ("none", "cpu", "disk"))
@@ -124,7 +125,7 @@ class Selector:
         check_choice("curvature", curvature, ("exact", "fisher", "none"))
         check_choice("nominal", nominal, ("random", "policy"))
         check_keep(keep)
-        if not memory_gib > 0:
+        if memory_gib is not None and not memory_gib > 0:
             raise ValueError(f"memory_gib must be > 0, got {memory_gib}")
         self._objective = Objective(model, loss_fn)
         self._derivatives = Derivatives(self._objective, derivative, chunk_size, memory_gib)

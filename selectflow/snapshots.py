@@ -9,23 +9,22 @@ there when it is complete, and memory-mapped when it is read.
 from __future__ import annotations
 
 import bisect
-import math
 from pathlib import Path
 
 from torch import Tensor
 
 from selectflow.atomic import atomic_file
 from selectflow.dynamics import State
+from selectflow.memory import GIB, num_fitting
 from selectflow.params import Params
-
-GIB = 2**30
 
 
 class Snapshots:
     """Evenly spaced states, and the last one.
 
     Args:
-        limit_gib: size that all snapshots together may reach, in GiB.
+        limit_gib: size that all snapshots together may reach, in GiB; None: 1, or two states of
+            the model.
         spacing: updates between two snapshots at the start; doubles when the limit is reached.
         folder: where they are written; None: kept in memory.
 
@@ -33,8 +32,10 @@ class Snapshots:
         ValueError: limit or spacing out of range.
     """
 
-    def __init__(self, limit_gib: float, spacing: int = 1, folder: Path | None = None) -> None:
-        if not limit_gib > 0:
+    def __init__(
+        self, limit_gib: float | None, spacing: int = 1, folder: Path | None = None
+    ) -> None:
+        if limit_gib is not None and not limit_gib > 0:
             raise ValueError(f"limit_gib must be > 0, got {limit_gib}")
         if spacing < 1:
             raise ValueError(f"spacing must be at least 1, got {spacing}")
@@ -64,7 +65,7 @@ class Snapshots:
         if index % self.spacing == 0:
             self.keep(index, state)
         size = self._largest
-        capacity = math.floor(self.limit_gib * GIB / size) - 1  # one place for the last state
+        capacity = num_fitting(self.limit_gib, size, 2) - 1  # one place for the last state
         if capacity < 1:
             raise ValueError(
                 f"limit_gib must be at least {2 * size / GIB:.3g}, two states of this model, "

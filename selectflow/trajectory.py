@@ -86,7 +86,7 @@ class Trajectory:
         stop: int,
         adjoint: Adjoint,
         emit: Callable[[Visit], None],
-        memory_gib: float = 1.0,
+        memory_gib: float | None = None,
     ) -> None:
         """Carry an adjoint back from state `stop` to update `window.first`.
 
@@ -95,7 +95,8 @@ class Trajectory:
             stop: index of the state that `adjoint` belongs to.
             adjoint: derivatives of one or several target losses.
             emit: called at each update, from the last to the first.
-            memory_gib: limit for the states between two snapshots, in GiB.
+            memory_gib: limit for the states between two snapshots, in GiB; None: 1, or the least
+                that is needed.
 
         Raises:
             RuntimeError: the replay leaves the recording.

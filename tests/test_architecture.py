@@ -12,16 +12,17 @@ PACKAGE = ROOT / "selectflow"
 
 # module -> the modules of selectflow that it may import; packages stand for all inside them
 MAY_IMPORT = {
+    "memory": set(),
     "params": set(),
     "batches": set(),
     "dynamics": {"params"},
     "optimizers": {"dynamics", "params"},
     "objective": {"batches"},
-    "chunking": {"batches", "objective", "params"},
+    "chunking": {"batches", "memory", "objective", "params"},
     "directions": {"params"},
     "derivatives": {"chunking", "directions", "objective", "batches", "params"},
     "horizons": set(),
-    "lookahead": {"batches", "derivatives", "dynamics", "offload", "params"},
+    "lookahead": {"batches", "derivatives", "dynamics", "memory", "offload", "params"},
     "offload": {"dynamics", "params", "snapshots"},
     "strategies": {"batches"},
     "language": {"batches"},
@@ -52,7 +53,7 @@ MAY_IMPORT = {
     "lookahead_state": {"lookahead", "params"},
     "nominal": {"batches", "derivatives", "dynamics", "lookahead", "selection"},
     "scored_params": set(),
-    "snapshots": {"atomic", "dynamics", "params"},
+    "snapshots": {"atomic", "dynamics", "memory", "params"},
     "trajectory": {"batches", "derivatives", "dynamics", "lookahead", "snapshots"},
     "recording": {
         "batches", "chunking", "derivatives", "dynamics", "objective", "optimizers", "snapshots",
@@ -83,7 +84,7 @@ MAY_IMPORT = {
         "audit_config", "audit_images", "audit_text", "batches", "config_errors", "language",
         "objective", "recording", "trajectory",
     },
-    "audit_rows": {"audit", "audit_settings", "batches", "sparse", "trajectory"},
+    "audit_rows": {"audit", "audit_settings", "batches", "memory", "sparse", "trajectory"},
     "audit_proxy": {
         "audit_config", "audit_settings", "batches", "config_errors", "derivatives", "dynamics",
         "lookahead", "objective", "optimizers", "perturbations", "proxy", "reruns",

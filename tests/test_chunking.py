@@ -24,7 +24,7 @@ def sizes(chunks, params, batch, most=None):
     return [len(next(iter(part.values()))) for part in chunks.of(params, batch, most)]
 
 
-def test_what_a_gradient_pass_saves_by_hand():
+def test_what_a_gradient_pass_saves_by_hand(monkeypatch):
     """The input of the second layer, the log-probabilities, and twice the larger of them.
 
     The process takes `_HELD_BACK` times as much.
@@ -43,6 +43,9 @@ def test_what_a_gradient_pass_saves_by_hand():
         assert examples_that_fit(objective, params, batch, limit) == num
     with pytest.raises(ValueError, match=r"memory_gib must be at least .* which one example"):
         examples_that_fit(objective, params, batch, 0.5 * each / GIB)
+    assert examples_that_fit(objective, params, batch, None) == int(GIB / _HELD_BACK / each)
+    monkeypatch.setattr("selectflow.chunking.USUAL_GIB", 1e-9)
+    assert examples_that_fit(objective, params, batch, None) == 1
 
 
 def test_what_lives_at_once_by_hand():

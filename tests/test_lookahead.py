@@ -168,10 +168,25 @@ def test_capacity_counts_states_and_refuses_too_little():
     state = reader.state()
     bytes_each = 4 * state.params.num_bytes()  # theta, m, v and the gradient
     assert sweep_capacity(state, 8, 10.5 * bytes_each / 2**30) == 10
+    assert sweep_capacity(state, 8, None) == 2**30 // bytes_each
     with pytest.raises(ValueError, match=r"memory_gib must be at least .* for a horizon of 8"):
         look_ahead(
             window(reader, derivatives, batches), state, target, memory_gib=bytes_each / 2**30
         )
+
+
+def test_without_a_limit_no_model_is_too_large(monkeypatch):
+    """States of more than 1 GiB each, as a GPT-2 of 124M has, must not stop the default call."""
+    problem = PROBLEMS[0]
+    _, _, batches, target, reader, derivatives = setting(problem, num=8)
+    view, state = window(reader, derivatives, batches), reader.state()
+    wanted = look_ahead(view, state, target, num_sensitivities=8)
+    monkeypatch.setattr("selectflow.memory.USUAL_GIB", 1e-9)
+    assert sweep_capacity(state, 1, None) == 1
+    assert sweep_capacity(state, 8, None) == 5  # 2 + log2(8)
+    found = look_ahead(view, state, target, num_sensitivities=8)
+    for gamma, same in zip(found.sensitivities, wanted.sensitivities, strict=True):
+        assert (gamma - same).norm() == 0
 
 
 def test_curvature_none_and_fisher_replace_the_hessian():

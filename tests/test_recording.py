@@ -242,6 +242,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"limit_gib must be at least .*, two states"):
             record(model, optimizer, image_loss, batches, limit_gib=1e-6)
 
+    def test_without_a_limit_two_states_are_kept_of_any_model(self, monkeypatch):
+        monkeypatch.setattr("selectflow.memory.USUAL_GIB", 1e-9)
+        model, optimizer, batches = setting()
+        trajectory = record(model, optimizer, image_loss, batches)
+        assert trajectory.snapshots.indices == [0, len(batches)]
+
     def test_a_parameter_without_gradient(self):
         model, _, batches = setting()
         model.register_parameter("unused", nn.Parameter(torch.ones(2).double()))

@@ -173,16 +173,16 @@ def test_imbalanced_digits_are_drawn_by_seed_and_judged_by_all_classes_alike(tmp
 
 
 def test_the_oracle_has_the_code_of_the_mixture_and_nothing_else():
-    for task in ("text", "lora"):
+    for task, size in {"text": 3600, "lora": 3600, "finetune": 1280}.items():
         config, options = results_tasks.TASKS[task].methods["oracle"]
         overrides = [f"{key}={value}" for key, value in options.items()]
         text = load(results_tasks.CONFIGS / f"{config}.yaml", overrides).data.text
         assert text.mixture == {"code": 1.0}
-        assert text.num_train == 3600  # a fifth of 18,000
+        assert text.num_train == size  # a fifth
 
 
 def test_one_base_is_trained_for_all_seeds(tmp_path, monkeypatch):
-    calls = []
+    calls, data = [], results_tasks.from_base("text_lora_base")
 
     def trained(arguments):
         calls.append(arguments)
@@ -190,12 +190,12 @@ def test_one_base_is_trained_for_all_seeds(tmp_path, monkeypatch):
         return 0
 
     monkeypatch.setattr(results_tasks, "trainer", lambda name: trained)
-    bases = {results_tasks.adapted(tmp_path, seed)["model.pretrained"] for seed in range(3)}
+    bases = {data(tmp_path, seed)["model.pretrained"] for seed in range(3)}
     assert bases == {tmp_path / "text_lora_base-s0" / "model"}
     assert len(calls) == 1
     monkeypatch.setattr(results_tasks, "trainer", lambda name: lambda arguments: 2)
     with pytest.raises(SystemExit, match="the base was not trained"):
-        results_tasks.adapted(tmp_path / "other", 0)
+        data(tmp_path / "other", 0)
 
 
 def test_origins_of_the_kept_are_means_over_the_steps_that_all_have(tmp_path):

@@ -98,13 +98,17 @@ def mixture(_folder: Path, seed: int) -> Options:
     return {"data.seed": seed}
 
 
-def adapted(folder: Path, seed: int) -> Options:
+def from_base(config: str) -> Callable[[Path, int], Options]:
     """The text mixture, and one base for all seeds, which is trained if it is not there."""
-    path, options = CONFIGS / "text_lora_base.yaml", [f"root={folder}", "resume=auto"]
-    run_dir = load(path, options).run_dir
-    if not is_finished(run_dir) and trainer("language")([str(path), *options]) != 0:
-        raise SystemExit(f"{run_dir}: the base was not trained")
-    return mixture(folder, seed) | {"model.pretrained": run_dir / "model"}
+
+    def data(folder: Path, seed: int) -> Options:
+        path, options = CONFIGS / f"{config}.yaml", [f"root={folder}", "resume=auto"]
+        run_dir = load(path, options).run_dir
+        if not is_finished(run_dir) and trainer("language")([str(path), *options]) != 0:
+            raise SystemExit(f"{run_dir}: the base was not trained")
+        return mixture(folder, seed) | {"model.pretrained": run_dir / "model"}
+
+    return data
 
 
 TEXT: dict[str, tuple[str, Options]] = {
@@ -114,17 +118,31 @@ TEXT: dict[str, tuple[str, Options]] = {
     "influence, H = 2": ("text_online", {}),
     "oracle": ("text_uniform", oracle("text_uniform")),
 }
-LORA: dict[str, tuple[str, Options]] = {
-    UNIFORM: ("text_lora_uniform", {}),
-    "largest loss": ("text_lora_online", {"select.strategy": "loss"}),
-    "influence, H = 0": ("text_lora_online", {}),
-    "oracle": ("text_lora_uniform", oracle("text_lora_uniform")),
-}
+
+
+def fine_tuning(name: str) -> dict[str, tuple[str, Options]]:
+    """The methods on a model that knows all of the mixture but the target's domain."""
+    online, uniform = f"{name}_online", f"{name}_uniform"
+    return {
+        UNIFORM: (uniform, {}),
+        "largest loss": (online, {"select.strategy": "loss"}),
+        "influence, H = 0": (online, {}),
+        "oracle": (uniform, oracle(uniform)),
+    }
+
+
 BOTH = (TEST_LOSS, ACCURACY)
 TASKS = {
     "noised": Task("Digits, 40% wrong labels", "vision", DIGITS, noised(0.4), BOTH, 5),
     "clean": Task("Digits, all labels right", "vision", DIGITS, noised(0), BOTH, 5),
     "imbalanced": Task("Digits, imbalanced classes", "vision", DIGITS, imbalanced, BOTH, 5),
     "text": Task("Text mixture", "language", TEXT, mixture, (TEST_LOSS,), 3),
-    "lora": Task("Text mixture, LoRA on a Llama", "language", LORA, adapted, (TEST_LOSS,), 3),
-}
+    "lora": Task(
+        "Text mixture, LoRA on a Llama", "language", fine_tuning("text_lora"),
+        from_base("text_lora_base"), (TEST_LOSS,), 3,
+    ),
+    "finetune": Task(
+        "Text mixture, fine-tuning of a GPT-2 of 3.3M", "language", fine_tuning("text_finetune"),
+        from_base("text_finetune_base"), (TEST_LOSS,), 3,
+    ),
+}  # fmt: skip

@@ -4,9 +4,9 @@
 
 An MLP is recorded for T steps under one limit for snapshots and one for the sweep, then one target
 is swept back over all of them, with each curvature. Plain training of as many steps, without a
-recording, is the unit. Memory is the growth of the process's peak over what it held before the
-recording, each length in a process of its own; where T states do not fit into the limits, it must
-not grow with T.
+recording, is the unit; seconds are the processor's, which other work on the machine changes little.
+Memory is the growth of the process's peak over what it held before the recording, each length in a
+process of its own; where T states do not fit into the limits, it must not grow with T.
 
     python tests/benchmarks/sweep_cost.py --shape gpt2 | llama
 
@@ -58,12 +58,12 @@ def train(model, loss, batches):
     """Seconds of plain training."""
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, 1e-3)
-    began = time.perf_counter()
+    began = time.process_time()
     for batch in batches:
         optimizer.zero_grad()
         loss(model, batch).mean().backward()
         optimizer.step()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def peak_gib():
@@ -85,19 +85,21 @@ def measure(num_steps, limit_gib):
     reset_peak()
     before = peak_gib()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    began = time.process_time()
     trajectory = record(model, optimizer, loss_fn, batches, limit_gib=limit_gib)
+    recording = time.process_time() - began
     snapshots, state = trajectory.snapshots, trajectory.snapshots.state(0)
     size = sum(part.num_bytes() for part in state) / 2**30
     print(
         f"T = {num_steps}: plain {plain:.2f} s; all states {num_steps * size:.3f} GiB; "
-        f"recording {trajectory.seconds / plain:.2f} of it, {len(snapshots.indices)} snapshots, "
+        f"recording {recording / plain:.2f} of it, {len(snapshots.indices)} snapshots, "
         f"{snapshots.gib:.4f} GiB",
         flush=True,
     )
     for curvature in ("exact", "fisher", "none"):
-        began = time.perf_counter()
+        began = time.process_time()
         score_samples(trajectory, [target], curvature=curvature, memory_gib=limit_gib)
-        took = (time.perf_counter() - began) / plain
+        took = (time.process_time() - began) / plain
         print(f"  sweep and scores, {curvature}: {took:.2f} of plain training", flush=True)
     print(f"  peak memory {peak_gib() - before:.3f} GiB over what it was before", flush=True)
 
@@ -109,13 +111,13 @@ def measure_shape(name, limit_gib):
         schedule="constant", memory_gib=limit_gib,
     )  # fmt: skip
     setting = Setting(config, 0)
-    began = time.perf_counter()
+    began = time.process_time()
     model = setting.model()
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     total = sum(param.numel() for param in model.parameters())
     print(
         f"{name}: {total / 1e6:.0f}M parameters, {trained / 1e6:.2f}M trained, float32, "
-        f"batch 4 x 64 tokens; built in {time.perf_counter() - began:.0f} s",
+        f"batch 4 x 64 tokens; built in {time.process_time() - began:.0f} s",
         flush=True,
     )
     loss = PROBLEMS[config.model.kind].loss_fn
@@ -125,14 +127,15 @@ def measure_shape(name, limit_gib):
     reset_peak()
     recorded = Recorded.of(setting, 1e-4)
     print(
-        f"  recorded step {recorded.trajectory.seconds / 3:.2f} s; peak {peak_gib():.2f} GiB",
+        f"  recorded step {recorded.trajectory.seconds / 3:.2f} s by the clock; peak "
+        f"{peak_gib():.2f} GiB",
         flush=True,
     )
     for curvature in ("fisher", "exact"):
         reset_peak()
-        began = time.perf_counter()
+        began = time.process_time()
         recorded.predicted([(0, 0)], 3, curvature=curvature, reduce="mean")
-        took = (time.perf_counter() - began) / 3
+        took = (time.process_time() - began) / 3
         print(f"  sweep, {curvature}: {took:.2f} s a step; peak {peak_gib():.2f} GiB", flush=True)
 
 
