@@ -2,7 +2,8 @@
 
 A batch may be a tensor, a tuple, list or named tuple, a mapping (dict, Hugging Face
 BatchEncoding) or a dataclass of these. Lists of other things (keys, texts) with one entry per
-example are indexed along; everything else passes through.
+example are indexed along, and so are tuples of strings, which torch's collate makes of them;
+everything else passes through.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -76,8 +77,10 @@ def take(batch: Batch, index: Tensor | slice) -> Batch:
             return leaf[index.to(leaf.device) if isinstance(index, Tensor) else index]
         if isinstance(leaf, np.ndarray):
             return leaf[index.numpy(force=True) if isinstance(index, Tensor) else index]
-        if isinstance(leaf, list) and len(leaf) == size:
-            return leaf[index] if isinstance(index, slice) else [leaf[i] for i in index.tolist()]
+        if isinstance(leaf, list | tuple) and len(leaf) == size:
+            if isinstance(index, slice):
+                return leaf[index]
+            return type(leaf)(leaf[i] for i in index.tolist())
         return leaf
 
     return _map(pick, batch)
@@ -124,7 +127,7 @@ def describe(batch: Batch, index: Tensor) -> str:
     if isinstance(batch, Mapping):
         for name in _KEY_NAMES:
             keys = batch.get(name)
-            if isinstance(keys, list) and len(keys) == num_examples(batch):
+            if isinstance(keys, list | tuple) and len(keys) == num_examples(batch):
                 return "keys " + ", ".join(str(keys[i]) for i in index[:8].tolist())
     return "positions " + ", ".join(str(i) for i in index[:8].tolist())
 
@@ -134,13 +137,23 @@ class Cycle:
 
     Args:
         batches: any iterable; one that ends for good, such as a generator, is kept as a list.
+
+    Raises:
+        ValueError: it never ends.
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
-        if iter(batches) is batches:  # a generator ends once and for all
+        if isinstance(batches, cycle):
+            raise ValueError(
+                "target must come to an end, got itertools.cycle; pass what it repeats, which is "
+                "iterated again and again"
+            )
+        # Not by iter(), at which a DataLoader draws a random number and starts its workers.
+        if isinstance(batches, Iterator):  # a generator ends once and for all
             batches = list(batches)
         self._batches = batches
         self._iterator: Iterator[Batch] = iter(())
+        self._skipped = 0  # batches of the next round that an earlier process handed out
         self.position = 0  # batches handed out of the present round
 
     def next(self) -> Batch:
@@ -152,16 +165,18 @@ class Cycle:
         for batch in islice(self._iterator, 1):
             self.position += 1
             return batch
-        self._iterator, self.position = iter(self._batches), 0
+        self._iterator = islice(iter(self._batches), self._skipped, None)
+        self.position, self._skipped = self._skipped, 0
         for batch in islice(self._iterator, 1):
-            self.position = 1
+            self.position += 1
             return batch
+        if self.position:  # the earlier process had come to the end of the round
+            return self.next()
         raise ValueError("target must yield at least one batch, got none; pass a list of batches")
 
     def seek(self, position: int) -> None:
-        """Go to where `position` batches of a round have been handed out."""
-        self._iterator = islice(iter(self._batches), position, None)
-        self.position = position
+        """Go to where `position` batches of a round have been handed out, at the next batch."""
+        self._iterator, self._skipped, self.position = iter(()), position, position
 
 
 def _is_leaf(node: Any) -> bool:
@@ -169,6 +184,8 @@ def _is_leaf(node: Any) -> bool:
         return True
     if isinstance(node, list):  # a list of tensors is a batch, a list of keys is one leaf
         return not any(isinstance(item, Tensor | np.ndarray) for item in node)
+    if type(node) is tuple and node and all(isinstance(item, str | bytes) for item in node):
+        return True
     is_record = dataclasses.is_dataclass(node) and not isinstance(node, type)
     return not (isinstance(node, tuple | Mapping) or is_record)
 
@@ -201,7 +218,9 @@ def _map(function: Callable[[Any], Any], node: Any) -> Any:
         mapped.update(items)
         return mapped
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        fields = {name: _map(function, child) for name, child in _children(node)}
-        return dataclasses.replace(node, **fields)
+        given = [field.name for field in dataclasses.fields(node) if field.init]
+        return dataclasses.replace(
+            node, **{name: _map(function, getattr(node, name)) for name in given}
+        )
     parts = [_map(function, child) for child in node]
     return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)

@@ -37,9 +37,10 @@ class Checkpoints:
         self._directory, self._keep = directory, keep
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the state after `step` optimizer steps; then drop the oldest.
+        """Write the state after `step` optimizer steps; then drop the oldest, and any later ones.
 
-        The file appears under its name only when it is whole and on the disk.
+        The file appears under its name only when it is whole and on the disk. Later ones are those
+        that a resumed run could not read: they would be taken for newer than what it writes.
 
         Raises:
             OSError: it cannot be written; earlier checkpoints are untouched.
@@ -56,13 +57,11 @@ class Checkpoints:
             beside.unlink(missing_ok=True)
             raise OSError(f"checkpoint {path} cannot be written: {_cause(error)}") from error
         os.replace(beside, path)
-        for old in self.paths()[: -self._keep]:
-            old.unlink()
+        paths = self.paths()
+        num = paths.index(path) + 1
+        for other in [*paths[: max(0, num - self._keep)], *paths[num:]]:
+            other.unlink()
         return path
-
-    def has(self, step: int) -> bool:
-        """Whether there is a checkpoint of that step."""
-        return (self._directory / f"step-{step:08d}.pt").exists()
 
     def newest(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, None where there is none.

@@ -11,6 +11,7 @@ from selectflow.cli_select import add_commands as add_select
 from selectflow.cli_shards import add_commands as add_shards
 from selectflow.cli_tune import add_arguments as add_tune
 from selectflow.config import json_schema
+from selectflow.terminal import print_anything
 
 # A command imports what it alone needs when it runs, so that the others start quickly.
 
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 2 for an error of the user, which is printed to stderr.
     """
     args = _parser().parse_args(argv)
+    print_anything()
     try:
         args.command(args)
     except (ValueError, OSError) as error:

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,6 +74,15 @@ class Derivatives:
     def recheck(self) -> None:
         """Let the next use of each form check again that it is right."""
         self._unchecked = set(self.decided)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided, and which of it the next use is to check."""
+        return {"decided": dict(self.decided), "unchecked": sorted(self._unchecked)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.decided = dict(state["decided"])
+        self._unchecked = set(state.get("unchecked", ()))
 
     # --- the quantities -------------------------------------------------------------------
 
@@ -164,7 +173,7 @@ class Derivatives:
             grads = torch.autograd.grad(
                 losses, leaves, weights, is_grads_batched=weights.ndim == 2, materialize_grads=True
             )
-            grad = Params(zip(names, grads, strict=True))
+            grad = Params(zip(names, grads, strict=True)).map(Tensor.to_dense)
             total = grad if total is None else total + grad
             values.append(losses.detach())
             start += len(losses)
@@ -283,6 +292,8 @@ class Derivatives:
         if use not in self.decided or use in self._unchecked:
             if has_queries(params, direction):
                 direction = next(split(direction))
+            if not direction.norm():  # any form is right: the next use decides
+                return self.decided.get(use, "central")
             few = next(chunks(batch, _NUM_CHECKED))
             form, why = self._compare(use, params, direction, few)
             if form != self.decided.get(use):

@@ -46,13 +46,16 @@ def step_size(params: Params, direction: Params, order: int) -> float:
     Parameters that `direction` does not name stay where they are, and do not count.
     """
     params = params.pick(direction)
-    dtype = next(iter(params.values())).dtype
-    if dtype not in _STEP:
-        raise ValueError(
-            f"central differences need float32 or float64 parameters, got {dtype}; "
-            "keep the parameters in float32 and use autocast in the training step"
-        )
+    for name, tensor in params.items():
+        if tensor.dtype not in _STEP:
+            raise ValueError(
+                f"central differences need float32 or float64 parameters, got {tensor.dtype} for "
+                f"{name}; keep the parameters in float32 and use autocast in the training step, or "
+                "set derivative='exact'"
+            )
+    # of mixed ones the coarsest decides
+    steps = [_STEP[tensor.dtype][order] for tensor in params.values()]
     length = direction.norm()
     num_entries = sum(tensor.numel() for tensor in params.values())
     scale = max(params.norm(), _SMALLEST_RMS * math.sqrt(num_entries))
-    return _STEP[dtype][order] * scale / length if length > 0 else 0.0
+    return max(steps) * scale / length if length > 0 else 0.0

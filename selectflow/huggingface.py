@@ -143,7 +143,7 @@ class SelectTrainerMixin(_Base):
         assert isinstance(self.model, nn.Module)
         self.selector = Selector(
             self.model,
-            getattr(self.optimizer, "optimizer", self.optimizer),  # type: ignore[arg-type]
+            self.optimizer,  # type: ignore[arg-type]
             self._full_precision_losses,
             self._target_batches(),
             self._keep,

@@ -44,7 +44,7 @@ def random_order(generator: torch.Generator) -> Order:
 
     def order(_: int, state: State, pool: Batch) -> Tensor:
         del state
-        return torch.randperm(num_examples(pool), generator=generator)
+        return torch.randperm(num_examples(pool), generator=generator, device="cpu")
 
     return order
 

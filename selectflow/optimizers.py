@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,15 +33,16 @@ class OptimizerReader:
 
     Args:
         model: names the parameters.
-        optimizer: `torch.optim.AdamW`, `Adam` or `SGD`, over parameters of the model.
+        optimizer: `torch.optim.AdamW`, `Adam` or `SGD`, over parameters of the model; one that
+            Accelerate has prepared is looked through, and so is its scheduler.
         lr_scheduler: stepped by the user once after every optimizer step; None: the present
             hyperparameters hold for the whole look-ahead.
         max_grad_norm: what the user clips gradients to by norm; None: no clipping.
 
     Raises:
         TypeError: another optimizer, or a scheduler that cannot be run ahead.
-        ValueError: an option that is not modelled; a parameter that the model does not have; a
-            parameter on another device than its optimizer state; nothing to train.
+        ValueError: an option that is not modelled; a parameter that the model does not have, that
+            is complex, or on another device than its optimizer state; nothing to train.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class OptimizerReader:
         lr_scheduler: LRScheduler | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
+        optimizer = _prepared_from(optimizer, "optimizer")
+        lr_scheduler = _prepared_from(lr_scheduler, "scheduler")
         _check_supported(optimizer)
         if isinstance(lr_scheduler, ReduceLROnPlateau):
             raise TypeError(
@@ -65,8 +69,14 @@ class OptimizerReader:
         self._steps_seen = 0
         self._writes_seen: int | None = None
         self.lr_multiplier = 1.0  # of every learning rate, as `RateControl` applies it
-        if not self.params():
+        if not (params := self.params()):
             raise ValueError("optimizer must train a parameter, got none with requires_grad=True")
+        for name, param in params.items():
+            if param.is_complex():
+                raise ValueError(
+                    f"parameters must be real, got {name} of {param.dtype}; train a real tensor "
+                    "and use torch.view_as_complex of it in the model"
+                )
 
     @property
     def optimizer(self) -> Optimizer:
@@ -96,7 +106,8 @@ class OptimizerReader:
         """The next `num` updates: step counts rise, hyperparameters follow the scheduler.
 
         The scheduler is copied and run ahead on a shadow of the optimizer's groups; the real
-        ones do not move.
+        ones do not move. A schedule that ends sooner, as OneCycleLR or a table, holds its last
+        values from there on.
         """
         groups, scheduler = _shadow(self._optimizer, self._scheduler)
         parts = self._parts()
@@ -105,7 +116,10 @@ class OptimizerReader:
             if ahead and scheduler is not None:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # advice to callers about the real scheduler
-                    scheduler.step()
+                    try:
+                        scheduler.step()
+                    except (ValueError, LookupError):
+                        scheduler = None
             rules: list[Rule] = [
                 self._rule(groups[index], tuple(names), done + 1 + ahead)
                 for (index, done), names in parts.items()
@@ -195,7 +209,16 @@ def _num_updates(state: dict[str, Any]) -> int:
 
 def _moment(state: dict[str, Any], key: str, param: Tensor) -> Tensor:
     value = state.get(key)
-    return torch.zeros_like(param) if value is None else value.detach()
+    if value is None:
+        return torch.zeros_like(param)
+    moment: Tensor = value.detach().to_dense()  # SGD's is sparse where its gradients are
+    return moment
+
+
+def _prepared_from(wrapper: Any, name: str) -> Any:
+    """What `accelerate.Accelerator.prepare` was given, kept as attribute `name` of what it made."""
+    is_made = type(wrapper).__module__.partition(".")[0] == "accelerate"
+    return getattr(wrapper, name) if is_made else wrapper
 
 
 def _check_supported(optimizer: Optimizer) -> None:
@@ -235,7 +258,7 @@ def _shadow(
 ) -> tuple[list[dict[str, Any]], LRScheduler | None]:
     """Copies of the groups' hyperparameters, and of the scheduler bound to those copies."""
     groups = [
-        {key: copy.copy(value) for key, value in group.items() if key != "params"}
+        {key: _copied(value) for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
     if scheduler is None:
@@ -243,4 +266,20 @@ def _shadow(
     shadow = SimpleNamespace(param_groups=groups, step=None, defaults=optimizer.defaults)
     # Wherever the copy meets the optimizer it finds the shadow: nested schedulers too.
     memo: dict[int, Any] = {id(optimizer): shadow}
+    # A method of the user's trainer is called, not copied with all that the trainer holds.
+    memo |= {id(function): function for function in _functions(scheduler)}
     return groups, copy.deepcopy(scheduler, memo)
+
+
+def _copied(value: Any) -> Any:
+    # A copy of a tensor shares its storage, into which schedulers write the learning rate.
+    return value.clone() if isinstance(value, Tensor) else copy.copy(value)
+
+
+def _functions(scheduler: LRScheduler) -> Iterator[Callable[..., float]]:
+    """The methods and partial functions that the schedules in a scheduler call."""
+    for function in getattr(scheduler, "lr_lambdas", ()):
+        if isinstance(function, MethodType | partial):
+            yield function
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _functions(part)

@@ -125,6 +125,7 @@ class _Run:
         records = Ledger(config.run_dir, stream), DecisionLog(config.run_dir)
         self.log = RunLog(*records, self.tracker, task.kinds, upfront_s)
         self.samples = SampleDisplay(config, task, self.tracker)
+        self.saved_at: int | None = None  # step of the newest checkpoint
         if saved is not None:
             self.load_state_dict(saved)
 
@@ -214,9 +215,10 @@ class _Run:
         return found | {"data/errors": self.pools.num_errors}
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one."""
-        if not self.checkpoints.has(self.step):
+        """Write a checkpoint of the present step, unless it was written or read already."""
+        if self.step != self.saved_at:
             self.checkpoints.save(self.step, self.state_dict())
+            self.saved_at = self.step
 
     def finish(self, status: str) -> None:
         """Write the rest of the log, and how the run ended."""
@@ -245,6 +247,7 @@ class _Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.watch.seconds = state["step"], state["wall_s"]
+        self.saved_at = self.step
         for name in ("model", "optimizer", "scheduler", "selector", "pools"):
             getattr(self, name).load_state_dict(state[name])
         self.log.load_state_dict(state["log"], self.step)

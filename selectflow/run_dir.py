@@ -138,6 +138,14 @@ def is_locked(run_dir: Path) -> bool:
     return False
 
 
+def wait_until_free(run_dir: Path) -> None:
+    """Return when no other process is at work in a run directory."""
+    path = _lock_file(run_dir)
+    if path not in _held and path.exists():
+        with path.open("rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH)
+
+
 def _lock_file(run_dir: Path) -> Path:
     run_dir = run_dir.resolve()
     return run_dir.parent / f".{run_dir.name}.lock"

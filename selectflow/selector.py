@@ -270,7 +270,7 @@ class Selector:
                 f"got {tuple(scores.shape)}"
             )
         check_finite("scores", scores, scoring.pool)
-        return scores
+        return scores if scores.is_floating_point() else scores.double()  # ranks, yes or no
 
     # --- looking ahead --------------------------------------------------------------------
 
@@ -325,7 +325,7 @@ class Selector:
             "generator": self._generator.get_state(),
             "num_steps": self._optimizer.num_steps(),
             **self._sensitivities.state_dict(),
-            "decided": dict(self._derivatives.decided),
+            **self._derivatives.state_dict(),
             "target_position": self._target.position,
             "horizon_control": self._control and self._control.state_dict(),
             "rate_control": self._rate and self._rate.state_dict(),
@@ -334,6 +334,9 @@ class Selector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, bit for bit, with the model and optimizer of that moment.
+
+        The target must yield the same batches in the same order: not at random, as a shuffling
+        loader does.
 
         Raises:
             ValueError: the state is of a selector with other options, or of another model.
@@ -344,7 +347,7 @@ class Selector:
         self._sensitivities.load_state_dict(state, params)
         self._generator.set_state(state["generator"])
         self._optimizer.resume_at(state["num_steps"])
-        self._derivatives.decided = dict(state["decided"])
+        self._derivatives.load_state_dict(state)
         self._target.seek(state["target_position"])
         if self._control is not None:
             self._control.load_state_dict(state["horizon_control"])

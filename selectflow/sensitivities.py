@@ -34,12 +34,19 @@ class Sensitivities:
     ) -> None:
         self._policy, self._optimizer, self._generator = policy, optimizer, generator
         self.ahead: LookAhead | None = None
+        self._serves = 0  # steps that it may be used for
         self._refreshed_at = 0  # optimizer step of the last look-ahead
         self._num_lookaheads = 0
 
     def is_due(self, step: int) -> bool:
-        """Whether there is no look-ahead that serves the update after `step`."""
-        return self.ahead is None or not 0 <= self.age(step) < self._policy.interval
+        """Whether there is no look-ahead that serves the update after `step`.
+
+        One of other parameters does not: some were frozen since, or trained again.
+        """
+        if self.ahead is None or not 0 <= self.age(step) < self._serves:
+            return True
+        names = self._policy.names() or self._optimizer.params()
+        return self.ahead.sensitivities[0].keys() != set(names)
 
     def age(self, step: int) -> int:
         """Optimizer steps since the last look-ahead."""
@@ -65,9 +72,16 @@ class Sensitivities:
             self._policy.derivatives.recheck()
         updates, state = self._optimizer.updates(max(1, horizon)), self._optimizer.state()
         outlook = Outlook(updates, state, pools, target)
-        self.ahead = self._policy.look_ahead(horizon, outlook, self._generator)
+        self._take(self._policy.look_ahead(horizon, outlook, self._generator))
         self._refreshed_at = step
         self._num_lookaheads += 1
+
+    def _take(self, ahead: LookAhead | None) -> None:
+        self.ahead, self._serves = ahead, self._policy.interval
+        if ahead and not any(gamma.norm() for gamma in ahead.sensitivities):
+            # At a learning rate of 0, as where a warm-up begins, no example does anything. The
+            # steps that follow are to have sensitivities of their own.
+            self._serves = 1
 
     def state_dict(self) -> dict[str, Any]:
         """What the next selections depend on."""
@@ -79,6 +93,6 @@ class Sensitivities:
 
     def load_state_dict(self, state: dict[str, Any], params: Params) -> None:
         """Continue from `state_dict`; `params` are the parameters that scores are taken over."""
-        self.ahead = state["ahead"] and restored(state["ahead"], params)
+        self._take(state["ahead"] and restored(state["ahead"], params))
         self._refreshed_at = state["refreshed_at"]
         self._num_lookaheads = state["num_lookaheads"]

@@ -8,6 +8,7 @@ there when it is complete, and memory-mapped when it is read.
 
 from __future__ import annotations
 
+import bisect
 from pathlib import Path
 
 from torch import Tensor
@@ -40,14 +41,19 @@ class Snapshots:
             raise ValueError(f"spacing must be at least 1, got {spacing}")
         self.limit_gib, self.spacing, self.folder = limit_gib, spacing, folder
         self._held: dict[int, State] = {}
+        self._indices: list[int] = []
         self._sizes: dict[int, int] = {}
+        self._largest = 0  # bytes of the largest state
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def indices(self) -> list[int]:
-        """Updates made before each snapshot, rising."""
-        return sorted(self._sizes)
+        """Updates made before each snapshot, rising; do not write to it."""
+        return self._indices
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._sizes
 
     @property
     def gib(self) -> float:
@@ -58,7 +64,7 @@ class Snapshots:
         """Keep a copy of `state` if `index` lies on the spacing; thin out when that is full."""
         if index % self.spacing == 0:
             self.keep(index, state)
-        size = max(self._sizes.values())
+        size = self._largest
         capacity = num_fitting(self.limit_gib, size, 2) - 1  # one place for the last state
         if capacity < 1:
             raise ValueError(
@@ -67,8 +73,10 @@ class Snapshots:
             )
         while len(self._sizes) > capacity:
             self.spacing *= 2
-            for dropped in [kept for kept in self._sizes if kept % self.spacing]:
-                self._drop(dropped)
+            for kept in self._indices:
+                if kept % self.spacing:
+                    self._drop(kept)
+            self._indices = [kept for kept in self._indices if kept in self]
 
     def keep(self, index: int, state: State) -> None:
         """Keep a copy of `state`, wherever `index` lies."""
@@ -76,7 +84,7 @@ class Snapshots:
             self._held[index] = State(*(part.map(lambda x: x.detach().clone()) for part in state))
         else:
             write_state(self.path(index), state)
-        self._sizes[index] = sum(part.num_bytes() for part in state)
+        self._note(index, state)
 
     def state(self, index: int) -> State:
         """The snapshot at `index`; do not write to it.
@@ -98,7 +106,13 @@ class Snapshots:
             OSError: a file is missing or not whole.
         """
         for index in indices:
-            self._sizes[index] = sum(part.num_bytes() for part in self.state(index))
+            self._note(index, self.state(index))
+
+    def _note(self, index: int, state: State) -> None:
+        if index not in self:
+            bisect.insort(self._indices, index)
+        self._sizes[index] = sum(part.num_bytes() for part in state)
+        self._largest = max(self._largest, self._sizes[index])
 
     def _drop(self, index: int) -> None:
         del self._sizes[index]

@@ -42,7 +42,7 @@ Strategy = Callable[[Candidates], Tensor]
 
 def uniform(candidates: Candidates) -> Tensor:
     """Random scores: what training on the stream as it comes keeps."""
-    return torch.rand(candidates.size, generator=candidates.generator)
+    return torch.rand(candidates.size, generator=candidates.generator, device="cpu")
 
 
 def loss(candidates: Candidates) -> Tensor:

@@ -109,11 +109,6 @@ class Sweep:
     overrides: tuple[str, ...]
     raw: dict[str, Any]
 
-    @property
-    def sign(self) -> int:
-        """1 where a smaller metric is better, else -1."""
-        return 1 if self.keys.metric.goal == "minimize" else -1
-
     def grid(self) -> list[Setting]:
         """Every setting of a grid, the last parameter changing fastest."""
         choices = [domain.values for domain in self.domains.values() if isinstance(domain, Choice)]

@@ -12,6 +12,7 @@ from selectflow.config import RunConfig, load
 from selectflow.config_errors import ConfigError
 from selectflow.run import train
 from selectflow.task import Task
+from selectflow.terminal import print_anything
 
 
 def trainer_main(
@@ -27,6 +28,7 @@ def trainer_main(
     Returns:
         0, or 2 with a message where the input is at fault.
     """
+    print_anything()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         return 0 if arguments else 2

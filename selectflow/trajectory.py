@@ -128,7 +128,7 @@ class Trajectory:
         Raises:
             RuntimeError: they differ by more than rounding explains.
         """
-        if index not in self.snapshots.indices:
+        if index not in self.snapshots:
             return
         recorded = self.snapshots.state(index).params
         apart, way = (replayed.params - recorded).norm(), (recorded - start.params).norm()

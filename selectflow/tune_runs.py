@@ -8,7 +8,6 @@ of another run in it, that starts in milliseconds.
 from __future__ import annotations
 
 import ast
-import fcntl
 import json
 import multiprocessing
 import os
@@ -22,6 +21,8 @@ from multiprocessing import connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from selectflow.run_dir import wait_until_free
 
 # What torch and pyarrow import at their first use; most of a short run's start. None is needed.
 _IMPORTED_LATE = ("torch._dynamo", "torch._decomp.decompositions_for_jvp", "pandas")
@@ -120,7 +121,7 @@ class RunProcess:
         if self._process.exitcode == 0 and summary.exists():
             status = json.loads(summary.read_text("utf-8"))["status"]
             return None if status == "finished" else str(status)
-        lines = self._log.read_text("utf-8").splitlines() if self._log.exists() else []
+        lines = self._log.read_text("utf-8", "replace").splitlines() if self._log.exists() else []
         last = next((line for line in reversed(lines) if line.strip()), "no output")
         return f"{last.removeprefix('error: ')} (see {self._log})"
 
@@ -131,7 +132,8 @@ def _run(program: str, arguments: list[str], run_dir: str, log: str) -> None:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _wait_until_free(Path(run_dir))
+    # A sweep that was killed leaves runs that are still saving when it is started again.
+    wait_until_free(Path(run_dir))
     sys.argv = [program, *arguments]
     sys.path.insert(0, str(Path(program).resolve().parent))  # as Python does for a script
     runpy.run_path(program, run_name="__main__")
@@ -142,9 +144,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     connection.wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _wait_until_free(run_dir: Path) -> None:
-    # A sweep that was killed leaves runs that are still saving when it is started again.
-    with (run_dir.parent / f".{run_dir.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,13 +1,15 @@
 """Batches of every kind: counted, indexed and split without losing their type."""
 
+import itertools
 from collections import UserDict, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from selectflow.batches import chunks, describe, num_examples, take
+from selectflow.batches import Cycle, chunks, describe, num_examples, take
 
 Pair = namedtuple("Pair", "x y")
 
@@ -16,6 +18,15 @@ Pair = namedtuple("Pair", "x y")
 class Record:
     x: torch.Tensor
     name: str = "kept"
+
+
+@dataclass(frozen=True)
+class Counted:
+    x: torch.Tensor
+    num: int = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "num", len(self.x))
 
 
 class Encoding(UserDict):
@@ -76,3 +87,51 @@ def test_leading_dimensions_must_agree():
 def test_examples_are_named_by_key_or_position():
     assert describe({"x": X, "key": KEYS}, INDEX) == "keys d, a"
     assert describe((X,), INDEX) == "positions 3, 0"
+
+
+class Named:
+    """Samples of a number and a name."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return torch.tensor(index), f"name-{index}"
+
+
+def test_a_dataclass_computes_its_own_fields_again():
+    assert take(Counted(X), INDEX).num == 2
+
+
+def test_names_that_torch_collated_stay_with_their_examples():
+    numbers, names = take(next(iter(DataLoader(Named(), batch_size=6))), INDEX)
+    assert list(names) == [f"name-{number}" for number in numbers.tolist()]
+    pair = {"x": X, "shape": (28, 28), "key": tuple(KEYS)}
+    assert [part["key"] for part in chunks(pair, 3)] == [tuple("abc"), tuple("de")]
+    assert take(pair, INDEX)["shape"] == (28, 28)
+    assert describe(pair, INDEX) == "keys d, a"
+
+
+@pytest.mark.parametrize("num", range(7))
+def test_a_target_goes_on_where_another_was(num):
+    first, second = Cycle("abc"), Cycle("abc")
+    for _ in range(num):
+        first.next()
+    second.seek(first.position)
+    assert second.position == first.position
+    assert [second.next() for _ in range(7)] == [first.next() for _ in range(7)]
+    assert second.position == first.position
+
+
+def test_a_loader_of_the_target_draws_no_random_number_before_it_is_used():
+    loader = DataLoader(Named(), batch_size=2, shuffle=True)
+    before = torch.get_rng_state()
+    target = Cycle(loader)
+    target.seek(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    target.next()
+
+
+def test_a_target_without_end_is_refused():
+    with pytest.raises(ValueError, match=r"must come to an end, got itertools.cycle; pass what"):
+        Cycle(itertools.cycle("abc"))

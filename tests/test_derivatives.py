@@ -321,6 +321,15 @@ def test_half_precision_parameters_are_refused():
         derive(problem, model, "central").along(params, direction, batch)
 
 
+def test_one_parameter_in_half_precision_is_refused_by_name():
+    problem = PROBLEMS[0]
+    model, params, direction, batch = setting(problem)
+    *_, last = params
+    params = Params({**params, last: params[last].bfloat16()})
+    with pytest.raises(ValueError, match=f"parameters, got torch.bfloat16 for {last}; keep"):
+        derive(problem, model, "central").along(params, direction, batch)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none-but-per-token"])
 def test_losses_of_a_wrong_shape_are_refused(reduction):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))

@@ -16,7 +16,7 @@ from selectflow.checkpoints import Checkpoints
 from selectflow.data import PoolStream
 from selectflow.decision_log import DECISIONS
 from selectflow.run import RunError, train
-from selectflow.run_dir import lock
+from selectflow.run_dir import lock, wait_until_free
 
 __all__ = ["digits"]  # the fixture
 
@@ -109,8 +109,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(digits, tmp_path
     paths = Checkpoints(tmp_path / "killed" / "checkpoints").paths()
     assert [path.name for path in paths] == ["step-00000008.pt", "step-00000012.pt"]
     paths[-1].write_bytes(paths[-1].read_bytes()[:-1000])
-    with pytest.warns(UserWarning, match=r"step-00000012.pt is damaged and is passed over"):
-        train(killed, task(digits))
+    with (
+        pytest.warns(UserWarning, match=r"step-00000012.pt is damaged and is passed over"),
+        pytest.raises(Killed),
+    ):
+        train(killed, killed_at(6, task(digits)))
+    assert Checkpoints(paths[-1].parent).newest()["step"] == 12
+    train(killed, task(digits))
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
 
 
@@ -205,6 +210,23 @@ def test_a_lock_is_held_by_its_process_alone(tmp_path):
         os.killpg(holder.pid, signal.SIGKILL)
 
 
+def test_who_waits_for_a_run_directory_waits_for_its_process(tmp_path):
+    wait_until_free(tmp_path / "new")
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        waiting = threading.Thread(target=wait_until_free, args=(tmp_path / "run",))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        holder.kill()
+        waiting.join(30)
+        assert not waiting.is_alive()
+        os.killpg(holder.pid, signal.SIGKILL)
+
+
 def test_a_run_outside_of_the_main_thread_needs_no_signals(digits, tmp_path):
     thread = threading.Thread(target=train, args=(config(tmp_path, **OPTIONS), task(digits)))
     thread.start()
@@ -224,6 +246,13 @@ def test_a_checkpoint_that_cannot_be_written_is_named_and_costs_no_other(tmp_pat
         checkpoints.save(2, {"step": Unwritable()})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
     assert checkpoints.newest() == {"step": 1}
+
+
+def test_a_damaged_checkpoint_costs_no_earlier_one_that_is_written_after_it(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(12, {"step": 12}).write_bytes(b"damaged")
+    checkpoints.save(4, {"step": 4})
+    assert checkpoints.newest() == {"step": 4}
 
 
 def wandb_logs(run_dir):

@@ -11,12 +11,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_datasets import sample
 from torch import nn
 
 from selectflow.config import RunConfig
 from selectflow.config_schedules import ScheduleConfig
 from selectflow.config_select import SelectConfig
-from selectflow.data import PoolStream, make_digits, read_batches, read_metadata
+from selectflow.data import (
+    Manifest,
+    PoolStream,
+    make_digits,
+    read_batches,
+    read_metadata,
+    write_manifest,
+    write_split,
+)
 from selectflow.horizons import as_horizon
 from selectflow.ledger import read_ledger
 from selectflow.run import RunError, Task, resolve_device, train
@@ -250,6 +259,19 @@ def test_the_trainer_answers_bad_input_in_one_message(arguments, message, tmp_pa
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_target_may_be_of_some_of_the_classes(tmp_path):
+    samples = {
+        "train": [sample(f"s{i}", i % 4) for i in range(16)],
+        "target": [sample("a", 0), sample("b", 1)],
+        "test": [sample("c", 1)],
+    }
+    splits = {name: tuple(write_split(tmp_path, name, of, 9)) for name, of in samples.items()}
+    write_manifest(tmp_path, Manifest(splits, ("cls", "json", "npy"), {}, 0))
+    shards = ["data.name=shards", f"data.root={tmp_path}", "data.pool=8", "select.keep=2"]
+    done = run_trainer(tmp_path, "configs/digits_uniform.yaml", *shards, "steps=4", "eval_every=4")
+    assert done.returncode == 0, done.stderr
 
 
 def run_trainer(tmp_path, path, *overrides):

@@ -11,7 +11,7 @@ from problems import PROBLEMS, image_loss, images
 from reference import slopes
 from torch import nn
 
-from selectflow import Selector
+from selectflow import HorizonSchedule, Selector
 
 MLP, CNN, TRANSFORMER = PROBLEMS
 
@@ -112,6 +112,11 @@ def test_strategies_by_name_and_by_function():
     own.select(pools[0])
     assert torch.equal(own.last.scores, -expected)
 
+    odd = selector_for(model, optimizer, target, strategy=lambda c: torch.arange(c.size) % 2 == 1)
+    odd.select(pools[0])
+    assert odd.last.indices.tolist() == [1, 3, 5, 7]
+    assert odd.last.scores.mean() == 0.5
+
     kept = [
         selector_for(model, optimizer, target, strategy="uniform", seed=seed).select(pools[0])[
             "key"
@@ -178,6 +183,39 @@ def test_steps_between_use_the_sensitivities_of_the_same_sweep():
         gamma = gammas[min(step, 1)]  # beyond the horizon: the last one
         assert torch.allclose(selector.last.scores, -slopes(model, image_loss, pool, gamma))
         train(model, optimizer, image_loss, [batch])
+
+
+@pytest.mark.parametrize("horizon", [0, 1])
+def test_a_look_ahead_at_a_learning_rate_of_0_serves_no_later_step(horizon):
+    """A warm-up from 0: the first update does nothing, by any example; and decides no form."""
+    model, optimizer, pools, target = setting()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 5)
+    options = {"horizon": horizon, "interval": 4, "lr_scheduler": scheduler}
+    selector = selector_for(model, optimizer, target, **options)
+    found = []
+    for batch in selector.stream(pools[:6]):
+        found.append((selector.last.age, bool(selector.last.scores.any()), bool(selector.forms)))
+        image_loss(model, batch).mean().backward()
+        optimizer.step()
+        scheduler.step()
+    served = [(age, True, True) for age in (0, 1, 2, 3, 0)]
+    assert found == [(0, False, False), *served]
+
+
+@pytest.mark.parametrize("params", [None, ["*"]])
+def test_a_look_ahead_is_due_when_other_parameters_are_trained(params):
+    model, optimizer, pools, target = setting()
+    options = {"horizon": 2, "interval": 100, "params": params}
+    selector = selector_for(model, optimizer, target, **options)
+    last = list(model.parameters())[-1]
+    ages = []
+    for step, batch in enumerate(selector.stream(pools[:6])):
+        ages.append(selector.last.age)
+        last.requires_grad_(step not in (1, 2))
+        optimizer.zero_grad()
+        image_loss(model, batch).mean().backward()
+        optimizer.step()
+    assert ages == [0, 1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -326,6 +364,25 @@ def test_resumes_bit_for_bit(stop, kind, tmp_path):
     rest = train(model, optimizer, image_loss, selector.stream(source))
     assert [batch["key"] for batch in first + rest] == [batch["key"] for batch in whole]
     assert all(map(torch.equal, final, model.parameters()))
+
+
+def test_a_resumed_selector_checks_its_derivatives_when_the_other_would():
+    """Horizons above 1 alone use Hessian products: they wait for a check that fell due before."""
+
+    def fresh():
+        model, optimizer, pools, target = setting()
+        horizon = HorizonSchedule([(0, 2), (1, 1), (4, 2)])
+        selector = selector_for(model, optimizer, target, horizon=horizon)
+        return model, optimizer, pools, selector
+
+    model, optimizer, pools, selector = fresh()
+    train(model, optimizer, image_loss, selector.stream(pools[:2]))
+    selector._derivatives.recheck()
+    train(model, optimizer, image_loss, selector.stream(pools[2:4]))
+    assert selector.state_dict()["unchecked"] == ["gradients"]
+    *_, resumed = fresh()
+    resumed.load_state_dict(selector.state_dict())
+    assert resumed.state_dict()["unchecked"] == ["gradients"]
 
 
 def test_a_state_of_other_options_or_another_model_is_refused():

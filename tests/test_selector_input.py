@@ -90,3 +90,17 @@ def test_a_strategy_that_returns_a_wrong_shape():
     model, optimizer, pools, target = setting()
     with pytest.raises(ValueError, match=r"one score per example, shape \(10,\), got \(3,\)"):
         selector_for(model, optimizer, target, strategy=lambda c: torch.zeros(3)).select(pools[0])
+
+
+@pytest.mark.parametrize("strategy", ["influence", "uniform"])
+def test_another_default_device_changes_nothing(strategy):
+    """As `torch.set_default_device("cuda")`; nothing can be computed on "meta"."""
+    model, optimizer, pools, target = setting()
+    options = {"strategy": strategy, "horizon": 3}
+    expected = selector_for(model, optimizer, target, **options).select(pools[0], pools[1:])
+    torch.set_default_device("meta")
+    try:
+        kept = selector_for(model, optimizer, target, **options).select(pools[0], pools[1:])
+    finally:
+        torch.set_default_device(None)
+    assert kept["key"] == expected["key"]

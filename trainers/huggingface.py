@@ -78,7 +78,7 @@ def built_in(size: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], lis
 def from_file(path: str, tokenizer: Any, size: int) -> list[dict[str, Any]]:
     """Texts of a JSONL file, joined by the end-of-text token and cut into blocks."""
     with Path(path).open(encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in lines]
+        texts = [json.loads(line)["text"] for line in lines if line.strip()]
     end = [tokenizer.eos_token_id]
     return blocks(list(chain(*(tokenizer(text)["input_ids"] + end for text in texts))), size)
 
@@ -88,6 +88,8 @@ def main() -> None:
     parser = HfArgumentParser((TrainingArguments, Options))  # type: ignore[arg-type]
     parser.set_defaults(per_device_train_batch_size=64, learning_rate=2e-3, logging_steps=20)
     args, options = parser.parse_args_into_dataclasses()
+    if options.train and not (options.target and options.model):
+        parser.error("--train must go with --target and --model")
     torch.manual_seed(args.seed)
     model: Any
     if options.train:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from selectflow.config import RunConfig
 from selectflow.config_training import ModelConfig
-from selectflow.data import PoolStream, make_digits, read_batches, read_metadata
+from selectflow.data import PoolStream, make_digits, read_batches, read_labels, read_metadata
 from selectflow.task import Task
 from selectflow.trainer import check_choice, trainer_main
 
@@ -95,7 +95,8 @@ def build_task(config: RunConfig) -> Task:
     target = read_batches(data.directory, "target", data.target_batch)
     test = read_batches(data.directory, "test", EVAL_BATCH)
     metadata = read_metadata(data.directory, "train")
-    num_classes = 1 + max(int(batch["label"].max()) for batch in [*target, *test])
+    splits = "train", "target", "test"  # the target may be of some of the classes alone
+    num_classes = 1 + max(int(read_labels(data.directory, split).max()) for split in splits)
     torch.manual_seed(config.seed)
     model = MODELS[config.model.name](config.model, target[0]["image"][0].shape, num_classes)
     return Task(

@@ -9,7 +9,13 @@ from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, 
 from selectflow.data.remote import Cache
 from selectflow.data.shards import write_split
 from selectflow.data.sources import find_manifest
-from selectflow.data.splits import read_batches, read_metadata, read_samples, read_split
+from selectflow.data.splits import (
+    read_batches,
+    read_labels,
+    read_metadata,
+    read_samples,
+    read_split,
+)
 from selectflow.data.stream import PoolStream
 from selectflow.data.subset import write_subset
 from selectflow.data.text import TextOptions, make_text
@@ -35,6 +41,7 @@ __all__ = [
     "open_tokenizer",
     "picture",
     "read_batches",
+    "read_labels",
     "read_manifest",
     "read_metadata",
     "read_samples",

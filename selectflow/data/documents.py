@@ -133,6 +133,10 @@ def _of_row(name: str, row: Any) -> Document:
     text = row.get("text") if isinstance(row, Mapping) else None
     if not isinstance(text, str):
         raise DataError(f"{name} must have a string 'text', got {row!r:.80}; correct or drop it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can hold halves of surrogate pairs
+        raise DataError(f"{name} must have a text of whole characters, got {error}") from error
     return Document(name, str(row.get("domain") or "text"), text)
 
 

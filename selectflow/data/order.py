@@ -99,12 +99,14 @@ class Lane:
         if end == self._ends[-1]:
             self.seek(self.epoch + 1, 0)
         else:
-            self._enter_group(end)
+            self._enter_group(end, self._next_first, end)
 
-    def _enter_group(self, position: int) -> None:
-        """Lay out the rows of the group that holds `position`."""
-        # A group ends with the first shard that fills it, so groups are found from the front.
-        first = start = 0
+    def _enter_group(self, position: int, first: int = 0, start: int = 0) -> None:
+        """Lay out the rows of the group that holds `position`.
+
+        A group ends with the first shard that fills it, so groups are found from the front, or from
+        one that is known: its first shard, and the samples before it.
+        """
         while True:
             full = start + self._options.buffer
             last = min(int(self._ends.searchsorted(full)), len(self._ends) - 1)
@@ -118,6 +120,7 @@ class Lane:
         if self._options.shuffle:
             rows = self._random(self.epoch, 1 + first).permutation(rows)
         self._rows, self._group_start, self._at = rows, start, position - start
+        self._next_first = last + 1
 
     def _shard_order(self, epoch: int) -> Ints:
         count = len(self._counts)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from selectflow.data.catalog import Catalog, Sources
+from selectflow.data.catalog import Catalog, Ints, Sources
 from selectflow.data.collate import FIELDS, Batch, collate, finish
 from selectflow.data.fields import Sample
 from selectflow.data.manifest import DataError
@@ -92,6 +92,28 @@ def read_metadata(
     """
     samples = _read(open_catalog(root, split, cache), ("json",))
     return {sample["__key__"]: sample.get("json", {}) for sample in samples}
+
+
+def read_labels(root: Sources, split: str, *, cache: Cache | None = None) -> Ints:
+    """The label of each sample of a split, in stored order, shape (N,), int64.
+
+    Args:
+        root: Dataset directory, or any other source of `PoolStream`.
+        split: Name of the split.
+        cache: Where remote shards are kept.
+
+    Raises:
+        DataError: The split cannot be read, or its samples have no labels.
+    """
+    labels = []
+    for sample in _read(open_catalog(root, split, cache), ("cls",)):
+        if "cls" not in sample:
+            raise DataError(
+                f"samples of split {split!r} must have a label, got key {sample['__key__']!r} "
+                "without the field 'cls'; add it"
+            )
+        labels.append(sample["cls"])
+    return np.array(labels, dtype=np.int64)
 
 
 def read_samples(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -244,8 +244,3 @@ def same_vocabulary(ours: Bytes | Pieces, theirs: Bytes | Pieces) -> bool:
     if isinstance(ours, Pieces) and isinstance(theirs, Pieces):
         return ours.vocabulary() == theirs.vocabulary()
     return type(ours) is type(theirs)
-
-
-def as_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """The text of a block in one line: control characters as in Python source."""
-    return tokenizer.decode(tokens).encode("unicode_escape").decode("ascii")
