@@ -171,7 +171,7 @@ class RateRule:
 
     def has_risen(self, start: float, end: float) -> bool:
         """Whether the target loss rose by so much that the steps between are taken back."""
-        return end > (1 + self.settings.rise) * start
+        return end - start > self.settings.rise * abs(start)
 
     def _allows(self, factor: float) -> bool:
         tight = 1 + 1e-9

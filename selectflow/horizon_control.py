@@ -112,7 +112,7 @@ class HorizonControl:
             nominal = []
             for pool in window:
                 size = num_examples(pool)
-                order = torch.randperm(size, generator=self._generator)
+                order = torch.randperm(size, generator=self._generator, device="cpu")
                 nominal.append(order[: num_kept(policy.keep, size)])
             change = selection(window, nominal, [index.cpu() for index in selected])
             found = probe(

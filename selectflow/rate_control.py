@@ -115,8 +115,8 @@ class RateControl:
             return None, False
         self._last_step, window = step, self._window
         decision, replaced = None, False
-        if window is not None and step - window.first_step != len(window.updates):
-            self._window = window = None  # steps were taken that were not selected for
+        if window is not None and not self._belongs(window, step):
+            self._window = window = None
         if window is not None and self._is_over(window, step):
             decision, replaced = self._end(window, step)
         if self._window is None:
@@ -134,6 +134,13 @@ class RateControl:
                 self._window = None
             else:
                 parts.append(batch)
+
+    def _belongs(self, window: _Window, step: int) -> bool:
+        """Whether each step since the window began was selected for, with the same parameters."""
+        names = self._optimizer.params().keys()
+        return step - window.first_step == len(window.updates) and (
+            window.start.params.keys() == names  # none was frozen since, or trained again
+        )
 
     def _is_over(self, window: _Window, step: int) -> bool:
         is_full = len(window.updates) == self._settings.window

@@ -72,6 +72,15 @@ def test_sums_forget_by_halves():
     assert (first.after, second.after) == (1.0, 0.5)
 
 
+def test_a_rise_is_one_of_losses_of_either_sign():
+    rule = settled()
+    assert rule.has_risen(1.0, 1.21)
+    assert not rule.has_risen(1.0, 1.19)
+    assert not rule.has_risen(-1.0, -1.0)
+    assert not rule.has_risen(-1.0, -2.0)
+    assert rule.has_risen(-1.0, -0.79)
+
+
 @pytest.mark.parametrize(
     ("at_half", "lowest", "after"), [(1.1, 0.01, 0.5), (1.5, 0.01, 0.25), (3.0, 0.4, 0.5)]
 )

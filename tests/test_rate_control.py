@@ -309,6 +309,19 @@ def test_micro_batches_of_one_step_are_replayed_together():
     assert decision.measures["loss_at_2"] == pytest.approx(real, rel=1e-9)
 
 
+def test_a_window_in_which_a_parameter_was_frozen_is_dropped():
+    model, _, _, _, step, make, _ = parts(settings=AutoRate(window=4, longest_gap=0))
+    batches = [make(16) for _ in range(12)]
+    for batch in batches[:2]:
+        step(batch)
+    next(model.parameters()).requires_grad_(False)
+    decided = [step(batch)[0] for batch in batches[2:8]]
+    assert decided[:4] == [None] * 4  # a new window of four begins where the parameter is frozen
+    assert decided[4] is not None
+    next(model.parameters()).requires_grad_(True)
+    assert [step(batch)[0] for batch in batches[8:]] == [None] * 4
+
+
 def test_a_rate_set_by_hand_is_replayed_as_it_was():
     model, optimizer, reader, control, step, make, target = parts(1e-3)
     start, batches = reference.clone(model, optimizer), [make(8) for _ in range(4)]
