@@ -139,10 +139,15 @@ class Cycle:
         batches: any iterable; one that ends for good, such as a generator, is kept as a list.
 
     Raises:
-        ValueError: it never ends.
+        ValueError: it never ends, or is a single batch.
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
+        if isinstance(batches, Mapping):  # iterated, it would give the names of its fields
+            raise ValueError(
+                f"target must be an iterable of batches, got one batch, a {type(batches).__name__} "
+                "of " + ", ".join(map(str, batches)) + "; put it into a list"
+            )
         if isinstance(batches, cycle):
             raise ValueError(
                 "target must come to an end, got itertools.cycle; pass what it repeats, which is "

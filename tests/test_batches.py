@@ -135,3 +135,8 @@ def test_a_loader_of_the_target_draws_no_random_number_before_it_is_used():
 def test_a_target_without_end_is_refused():
     with pytest.raises(ValueError, match=r"must come to an end, got itertools.cycle; pass what"):
         Cycle(itertools.cycle("abc"))
+
+
+def test_one_batch_is_not_taken_for_several():
+    with pytest.raises(ValueError, match=r"got one batch, a dict of x, y; put it into a list"):
+        Cycle({"x": torch.zeros(2), "y": torch.zeros(2)})
