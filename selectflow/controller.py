@@ -20,11 +20,12 @@ earn more than the window's whole progress before it is taken. With
     P = sum of (start - end)   G = sum of (end - end at half the rate)   U = the same at twice
 
 over the windows since the last change, each counting half of the one after it: halve if G > max(P,
-0); double if U > G, U is a noticeable share of the loss, and P + U > 0. A turn downwards doubles
-the number of windows that the next raise needs, so it cannot oscillate for long; to lower takes two
-at most, for too high a rate can ruin a run where too low a one only slows it. The first window is a
-line search, since the rate may be off by much and there is no noise to average out yet; upwards
-only to twice.
+0); double if U > G, U is a noticeable share of the loss, and P + U > 0. Double as well where
+progress goes with the rate, U ~ P and G ~ -P / 2: that is far below the best rate, however little a
+window gains. A turn downwards doubles the number of windows that the next raise needs, so it cannot
+oscillate for long; to lower takes two at most, for too high a rate can ruin a run where too low a
+one only slows it. The first window is a line search, since the rate may be off by much and there is
+no noise to average out yet; upwards only to twice.
 
 A window in which the target loss rose by more than `rise` is a failed step: it is taken back.
 Training goes on from its start, or from its replay at half the rate where that ends lower; at half
@@ -41,7 +42,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 _PATIENCE_TO_LOWER = 2  # windows at most before the rate is lowered
-_NOTICEABLE = 0.01  # share of the target loss that twice the rate must gain
+_NOTICEABLE = 0.01  # share of the target loss that twice the rate must gain, unless
+_PROPORTIONAL = (
+    0.8  # progress goes with the rate: twice as much at twice, half at half, this nearly
+)
 _RESOLUTION = 1e-6  # relative difference of two losses below which they are the same
 _LEAST_CONTESTS = 3  # before an opinion about two horizons
 
@@ -216,6 +220,8 @@ class RateRule:
             return 1.0, False, f"{numbers}: {self._patience - self._num} more windows to see"
         if faster > max(slower, _NOTICEABLE * abs(end)) and progress + faster > 0:
             return 2.0, False, f"{numbers}: twice the rate gains"
+        if min(faster, -2 * slower) > _PROPORTIONAL * progress > 0:
+            return 2.0, False, f"{numbers}: progress goes with the rate"
         bound = self.settings
         if not self._allows(2.0) or not self._allows(0.5):
             return 1.0, False, f"{numbers}; at a bound of [{bound.lowest:g}, {bound.highest:g}]"
