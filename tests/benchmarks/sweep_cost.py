@@ -76,8 +76,9 @@ def reset_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(num_steps, limit_gib):
+def measure(num_steps, limit_gib, num_threads):
     """One length: plain training, recording, and sweeps of one target."""
+    torch.set_num_threads(num_threads)
     model, batches, target = problem(num_steps)
     train(model, loss_fn, batches[:20])  # the first steps of a process are slow
     plain = train(model, loss_fn, batches)
@@ -152,7 +153,8 @@ def main():
         return
     context = multiprocessing.get_context("spawn")
     for num_steps in args.steps:
-        process = context.Process(target=measure, args=(num_steps, args.limit_gib or 0.02))
+        options = (num_steps, args.limit_gib or 0.02, args.threads)
+        process = context.Process(target=measure, args=options)
         process.start()
         process.join()
         if process.exitcode:
