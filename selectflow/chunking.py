@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selectflow.batches import Batch, MicroBatches, chunks, num_examples, take, tensors
-from selectflow.memory import GIB, USUAL_GIB
+from selectflow.memory import GIB, num_fitting
 from selectflow.objective import Objective
 from selectflow.params import Params
 
@@ -133,10 +133,7 @@ def examples_that_fit(
         one, two = (_live_bytes(objective, params, few, by.run) for few in (alone, pair))
     each = two - one if num_examples(batch) > 1 else one
     fixed, per_example = max(0, one - each), max(1, each + 2 * largest)
-    limit = USUAL_GIB if memory_gib is None else memory_gib
-    num = int((limit * GIB / _HELD_BACK - fixed) / per_example)
-    if memory_gib is None:
-        return max(1, num)
+    num = num_fitting(memory_gib, _HELD_BACK * per_example, 1, fixed=_HELD_BACK * fixed)
     if num < 1:
         needed = _HELD_BACK * (fixed + per_example) / GIB
         raise ValueError(

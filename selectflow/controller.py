@@ -42,10 +42,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 _PATIENCE_TO_LOWER = 2  # windows at most before the rate is lowered
-_NOTICEABLE = 0.01  # share of the target loss that twice the rate must gain, unless
-_PROPORTIONAL = (
-    0.8  # progress goes with the rate: twice as much at twice, half at half, this nearly
-)
+_NOTICEABLE = 0.01  # share of the target loss that twice the rate must gain
+_PROPORTIONAL = 0.8  # share of the progress that twice the rate must add, and half halve
 _RESOLUTION = 1e-6  # relative difference of two losses below which they are the same
 _LEAST_CONTESTS = 3  # before an opinion about two horizons
 

@@ -10,6 +10,7 @@ import torch
 
 from selectflow.batches import Batch, num_examples
 from selectflow.controller import AutoHorizon, Decision, HorizonRule
+from selectflow.nominal import random_order
 from selectflow.optimizers import OptimizerReader
 from selectflow.perturbations import selection
 from selectflow.policy import Outlook, Policy
@@ -109,11 +110,11 @@ class HorizonControl:
                 policy.positions(gamma, state, pool)
                 for gamma, pool in zip(ahead.sensitivities, window, strict=True)
             ]
-            nominal = []
-            for pool in window:
-                size = num_examples(pool)
-                order = torch.randperm(size, generator=self._generator, device="cpu")
-                nominal.append(order[: num_kept(policy.keep, size)])
+            order = random_order(self._generator)
+            nominal = [
+                order(index, state, pool)[: num_kept(policy.keep, num_examples(pool))]
+                for index, pool in enumerate(window)
+            ]
             change = selection(window, nominal, [index.cpu() for index in selected])
             found = probe(
                 policy.derivatives, updates[:horizon], state, change, target, horizons={horizon}

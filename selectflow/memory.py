@@ -6,12 +6,14 @@ GIB = 2**30
 USUAL_GIB = 1.0  # where no limit is given
 
 
-def num_fitting(limit_gib: float | None, num_bytes: int, least: int) -> int:
-    """How many pieces of `num_bytes` fit into a limit; below `least`, the caller cannot go on.
+def num_fitting(
+    limit_gib: float | None, num_bytes: float, least: int, *, fixed: float = 0.0
+) -> int:
+    """How many pieces of `num_bytes` fit into a limit beside `fixed` bytes.
 
-    Without a limit, None, as many as fit into 1 GiB, and `least` in any case: what a user did not
-    ask for is to stop no one who trains a larger model.
+    With fewer than `least` the caller cannot go on, and says so. Without a limit, None, there is
+    room for `least` in any case: a default must not stop those who train larger models.
     """
     if limit_gib is None:
-        return max(least, int(USUAL_GIB * GIB / num_bytes))
-    return int(limit_gib * GIB / num_bytes)
+        return max(least, num_fitting(USUAL_GIB, num_bytes, least, fixed=fixed))
+    return int((limit_gib * GIB - fixed) / num_bytes)

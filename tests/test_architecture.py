@@ -36,7 +36,8 @@ MAY_IMPORT = {
         "selection",
     },
     "horizon_control": {
-        "batches", "controller", "optimizers", "perturbations", "policy", "proxy", "selection",
+        "batches", "controller", "nominal", "optimizers", "perturbations", "policy", "proxy",
+        "selection",
     },
     "rate_control": {
         "batches", "controller", "derivatives", "dynamics", "optimizers", "params", "update_state",

@@ -143,10 +143,7 @@ def test_where_progress_goes_with_the_rate_it_is_raised_however_small():
     rule = settled()  # a window gains a thousandth, twice the rate as much again, half of it half
     made = drive(rule, lambda rate: 0.9 - 0.001 * rate, 3, progress=0.001)
     assert [decision.after for decision in made] == [2.0, 4.0, 8.0]
-    for twice, half in (
-        (0.8988, 0.8995),
-        (0.898, 0.8992),
-    ):  # twice or half says less
+    for twice, half in ((0.8988, 0.8995), (0.898, 0.8992)):  # one of the two is too small
         rule = settled()
         decision, _ = rule.decide(0.9, 0.899, lambda f, a=twice, b=half: a if f > 1 else b)
         assert decision.after == 1.0

@@ -95,8 +95,9 @@ def build_task(config: RunConfig) -> Task:
     target = read_batches(data.directory, "target", data.target_batch)
     test = read_batches(data.directory, "test", EVAL_BATCH)
     metadata = read_metadata(data.directory, "train")
-    splits = "train", "target", "test"  # the target may be of some of the classes alone
-    num_classes = 1 + max(int(read_labels(data.directory, split).max()) for split in splits)
+    # of all splits: the target may be of some of the classes alone
+    labels = [read_labels(data.directory, "train"), *(part["label"] for part in [*target, *test])]
+    num_classes = 1 + max(int(each.max()) for each in labels)
     torch.manual_seed(config.seed)
     model = MODELS[config.model.name](config.model, target[0]["image"][0].shape, num_classes)
     return Task(
