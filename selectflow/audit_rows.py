@@ -123,14 +123,17 @@ def system_rows(recorded: Recorded, pairs: Pairs, horizon: float) -> Iterator[Ro
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         if name != config.precision:
-            setting = dataclasses.replace(recorded.setting, dtype=dtype)
-            other = Recorded.of(setting, recorded.lr)
-            yield _row("system", name, other, pairs, horizon, {})
+            yield _row("system", name, _again(recorded, dtype), pairs, horizon, {})
     sparse = recorded.setting.record(recorded.lr, config.spacing)
     for hold in (False, True):
         name = f"every {config.spacing}, moments {'held' if hold else 'interpolated'}"
         guessed = dataclasses.replace(recorded, trajectory=SparseTrajectory.of(sparse, hold))
         yield _row("system", name, guessed, pairs, horizon, {})
+
+
+def _again(recorded: Recorded, dtype: torch.dtype) -> Recorded:
+    """The same run in another precision."""
+    return Recorded.of(dataclasses.replace(recorded.setting, dtype=dtype), recorded.lr)
 
 
 ROWS: tuple[RowSource, ...] = (config_rows, algorithm_rows, system_rows)

@@ -78,7 +78,7 @@ class Setting:
         scheduler: LRScheduler | None = None
         if config.schedule == "cosine":
             scheduler = CosineAnnealingLR(optimizer, config.steps)
-        return record(
+        trajectory = record(
             model,
             optimizer,
             PROBLEMS[config.model.kind].loss_fn,
@@ -87,6 +87,8 @@ class Setting:
             spacing=spacing,
             limit_gib=config.memory_gib,
         )
+        optimizer.state.clear()  # a scheduler and its optimizer hold each other: two large moments
+        return trajectory
 
     def model(self) -> nn.Module:
         """The model in float32 where the recording begins."""

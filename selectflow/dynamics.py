@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -46,6 +46,7 @@ from torch import Tensor
 
 from selectflow.params import Params, merge
 
+_PART_BYTES = 2**26  # of parameters that an update is made of at a time
 _CLIP_EPS = 1e-6  # torch's, in the norm that it divides by
 SILENT_RMS = 1e-8  # a gradient of this root mean square is float32 rounding, not a signal
 
@@ -243,8 +244,10 @@ class Update:
             A new `State`; the inputs are untouched.
         """
         grad = _scaled(grad, self.clip_scale(grad))
-        parts = zip(self.rules, self._split(state), self._split_params(grad), strict=True)
-        return _join(rule.advance(part, g) for rule, part, g in parts)
+        return join(
+            rule.advance(part_of(state, names), grad.pick(names))
+            for rule, names in self.parts(grad)
+        )
 
     def adjoint(
         self, adjoint: Adjoint, state: State, after: State, grad: Params
@@ -263,31 +266,25 @@ class Update:
             follows), and (a, b, c) before the update with a still lacking H gamma.
         """
         scale = self.clip_scale(grad)
-        parts = zip(
-            self.rules,
-            self._split(adjoint),
-            self._split(state),
-            self._split(after),
-            self._split_params(_scaled(grad, scale)),
-            strict=True,
-        )
-        pulled = [rule.adjoint(back, now, then, g) for rule, back, now, then, g in parts]
+        applied = _scaled(grad, scale)
+        pulled = []
+        for rule, names in self.parts(adjoint.params):
+            back, now, then = (part_of(each, names) for each in (adjoint, state, after))
+            pulled.append(rule.adjoint(back, now, then, applied.pick(names)))
         gamma = merge(gamma for gamma, _ in pulled)
         if scale < 1.0:
             gamma = _through_clipping(gamma, grad, scale)
-        return gamma, _join(before for _, before in pulled)
+        return gamma, join(before for _, before in pulled)
 
     def immediate(self, state: State, grad: Params) -> Params:
         """Sensitivity at horizon 0: target gradient `grad` through the present preconditioner.
 
         Every entry has its own: `grad` may be that of some of the parameters only.
         """
-        found = []
-        for rule in self.rules:
-            names = [name for name in rule.names if name in grad]
-            part = State(*(params.pick(names) if params else params for params in state))
-            found.append(rule.immediate(part, grad.pick(names)))
-        return merge(found)
+        return merge(
+            rule.immediate(part_of(state, names), grad.pick(names))
+            for rule, names in self.parts(grad)
+        )
 
     def heard(self, gamma: Params, after: State) -> Params:
         """Gamma for scoring examples that the update has not seen: 0 where it heard nothing.
@@ -302,20 +299,37 @@ class Update:
         Returns:
             gamma, with 0 where the root of the second moment is below `SILENT_RMS`.
         """
-        parts = zip(self.rules, self._split_params(gamma), self._split(after), strict=True)
-        return merge(rule.heard(part, state) for rule, part, state in parts)
+        return merge(
+            rule.heard(gamma.pick(names), part_of(after, names))
+            for rule, names in self.parts(gamma)
+        )
 
-    def _split(self, state: State) -> Iterator[State]:
-        for fields in zip(*(self._split_params(field) for field in state), strict=True):
-            yield State(*fields)
+    def parts(self, params: Params) -> Iterator[tuple[Rule, list[str]]]:
+        """Rules and names of `params` that each is applied to, so many at a time.
 
-    def _split_params(self, params: Params) -> list[Params]:
-        if len(self.rules) == 1:
-            return [params]
-        return [params.pick(rule.names) if params else params for rule in self.rules]
+        An update makes up to a dozen temporaries of all that it is applied to. Of a large model
+        they are of a part only, of a small one the part is everything.
+        """
+        for rule in self.rules:
+            names: list[str] = []
+            size = 0
+            for name in filter(params.__contains__, rule.names):
+                size += params[name].nbytes
+                if names and size > _PART_BYTES:
+                    yield rule, names
+                    names, size = [], params[name].nbytes
+                names.append(name)
+            if names:
+                yield rule, names
 
 
-def _join(states: Iterable[State]) -> State:
+def part_of(state: State, names: Sequence[str]) -> State:
+    """The entries of a state with these names; a moment that is not there stays empty."""
+    return State(*(params.pick(names) if params else params for params in state))
+
+
+def join(states: Iterable[State]) -> State:
+    """States of disjoint names as one."""
     return State(*(merge(fields) for fields in zip(*states, strict=True)))
 
 

@@ -42,9 +42,9 @@ from torch.overrides import TorchFunctionMode
 
 from selectflow.batches import Batch
 from selectflow.derivatives import plain_attention
-from selectflow.dynamics import SGD, AdamW, Rule, State, Update
+from selectflow.dynamics import SGD, AdamW, Rule, State, Update, join, part_of
 from selectflow.objective import Objective
-from selectflow.params import Params, merge
+from selectflow.params import Params
 
 _Found = TypeVar("_Found")
 
@@ -103,14 +103,10 @@ def advance(
     """
     grads = _clipped(update, _gradient_tangents(objective, motion, batch, turn))
     parts = [
-        _advance_rule(rule, _pick(rule, motion), _pick_grads(rule, grads)) for rule in update.rules
+        _advance_rule(rule, _part_of(motion, names), _picked(grads, names))
+        for rule, names in update.parts(grads[1])
     ]
-    after = Motion(
-        *(
-            State(*(merge(fields) for fields in zip(*states, strict=True)))
-            for states in zip(*parts, strict=True)
-        )
-    )
+    after = Motion(*map(join, zip(*parts, strict=True)))
     return after if turn.lr is None else _with_moving_lr(motion, after, turn.lr)
 
 
@@ -196,15 +192,12 @@ def _layer_norm(
     return found if bias is None else found + bias
 
 
-def _pick(rule: Rule, motion: Motion) -> Motion:
-    def part(state: State) -> State:
-        return State(*(params.pick(rule.names) if params else params for params in state))
-
-    return Motion(*map(part, motion))
+def _part_of(motion: Motion, names: Sequence[str]) -> Motion:
+    return Motion(*(part_of(state, names) for state in motion))
 
 
-def _pick_grads(rule: Rule, grads: Grads) -> Grads:
-    value, first, second = (grad.pick(rule.names) for grad in grads)
+def _picked(grads: Grads, names: Sequence[str]) -> Grads:
+    value, first, second = (grad.pick(names) for grad in grads)
     return value, first, second
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from selectflow import dynamics
 from selectflow.dynamics import SGD, AdamW, Adjoint, State, Update
 from selectflow.optimizers import OptimizerReader
 from selectflow.params import Params
@@ -111,6 +112,31 @@ def test_clipping_equals_torch(max_grad_norm):
     optimizer = two_groups(model, OPTIMIZERS[-1][1])
     theirs, ours = run_both(model, optimizer, 5, max_grad_norm)
     assert largest(theirs - ours) < 1e-12
+
+
+@pytest.mark.parametrize("build", [OPTIMIZERS[0][1], OPTIMIZERS[-1][1]], ids=["AdamW", "SGD"])
+@pytest.mark.parametrize("limit", [32, 40])  # `b` has 32 bytes, `s` 8
+def test_an_update_made_in_parts_is_the_same_to_the_bit(monkeypatch, build, limit):
+    model = quadratic()
+    optimizer = two_groups(model, build)
+    run_both(model, optimizer, 3, 0.5)
+    reader = OptimizerReader(model, optimizer, None, 0.5)
+    (update,), state, grad = reader.updates(1), reader.state(), gradients(model, 9)
+    adjoint = Adjoint(*(part.map(torch.cos) for part in state))
+
+    def everything():
+        after = update.advance(state, grad)
+        gamma, before = update.adjoint(adjoint, state, after, grad)
+        return *after, gamma, *before, update.immediate(state, grad), update.heard(gamma, after)
+
+    expected = everything()
+    assert [names for _, names in update.parts(grad)] == [["w"], ["b", "s"]]
+    monkeypatch.setattr(dynamics, "_PART_BYTES", limit)
+    found = everything()
+    assert len(list(update.parts(grad))) == (3 if limit == 32 else 2)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 SCHEDULERS = {
