@@ -215,7 +215,7 @@ def _query_adjoint(trajectory: Trajectory, end: int, queries: Batch, weights: Te
         _, grads = trajectory.derivatives.gradients(state.params, queries, weights)
 
     def zeros(part: Params) -> Params:
-        return part.map(lambda x: x.new_zeros(len(weights), *x.shape))
+        return part.map(lambda x: x.new_zeros(()).expand(len(weights), *x.shape))
 
     return Adjoint(grads, zeros(state.exp_avg), zeros(state.exp_avg_sq))
 

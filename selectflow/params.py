@@ -76,8 +76,8 @@ class Params(dict[str, Tensor]):
         return Params((name, self[name]) for name in names)
 
     def zeros_like(self) -> Params:
-        """Zeros of the same shapes, types and devices."""
-        return self.map(torch.zeros_like)
+        """Zeros of the same shapes, types and devices, for reading: one number in memory each."""
+        return self.map(lambda x: x.new_zeros(()).expand_as(x))
 
     def dot(self, other: Params) -> float:
         """Inner product over all entries of all tensors."""

@@ -59,7 +59,9 @@ class Motion(NamedTuple):
     @classmethod
     def at_rest(cls, state: State, num: int) -> Motion:
         """`state`, which `num` directions have not moved yet."""
-        still = State(*(part.map(lambda x: x.new_zeros(num, *x.shape)) for part in state))
+        still = State(
+            *(part.map(lambda x: x.new_zeros(()).expand(num, *x.shape)) for part in state)
+        )
         return cls(state, still, still)
 
     @property
