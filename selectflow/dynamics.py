@@ -250,7 +250,7 @@ class Update:
         )
 
     def adjoint(
-        self, adjoint: Adjoint, state: State, after: State, grad: Params
+        self, adjoint: Adjoint, state: State, after: State, grad: Params, carry: bool = True
     ) -> tuple[Params, Adjoint]:
         """Sensitivity and adjoint before the update, without the Hessian term.
 
@@ -260,6 +260,7 @@ class Update:
             state: the state before the update.
             after: the state after it, as `advance` returned it.
             grad: the gradient it was made with, before clipping.
+            carry: whether the adjoint before the update is asked for; it is empty if not.
 
         Returns:
             gamma, d target / d grad (the gradient before clipping, whose norm the clip factor
@@ -267,14 +268,18 @@ class Update:
         """
         scale = self.clip_scale(grad)
         applied = _scaled(grad, scale)
-        pulled = []
+        gammas: list[Params] = []
+        earlier = [State(Params(), Params(), Params())]
         for rule, names in self.parts(adjoint.params):
             back, now, then = (part_of(each, names) for each in (adjoint, state, after))
-            pulled.append(rule.adjoint(back, now, then, applied.pick(names)))
-        gamma = merge(gamma for gamma, _ in pulled)
+            gamma, before = rule.adjoint(back, now, then, applied.pick(names))
+            gammas.append(gamma)
+            if carry:
+                earlier.append(before)
+        gamma = merge(gammas)
         if scale < 1.0:
             gamma = _through_clipping(gamma, grad, scale)
-        return gamma, join(before for _, before in pulled)
+        return gamma, join(earlier)
 
     def immediate(self, state: State, grad: Params) -> Params:
         """Sensitivity at horizon 0: target gradient `grad` through the present preconditioner.

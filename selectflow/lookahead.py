@@ -102,10 +102,13 @@ class Window:
     def pull_back(
         self, index: int, adjoint: Adjoint, state: State, after: State, grad: Params
     ) -> tuple[Params, Adjoint]:
-        """Sensitivity of update `index`, and the adjoint before it; queries may lead both."""
-        update = (self.assumed or self.updates)[index]
-        gamma, before = update.adjoint(adjoint, state, after, grad)
-        if self.curvature == "none" or index == self.first:  # nothing before it needs `a`
+        """Sensitivity of update `index`, and the adjoint before it; queries may lead both.
+
+        At the first update the adjoint is empty: nothing before it needs one.
+        """
+        update, is_first = (self.assumed or self.updates)[index], index == self.first
+        gamma, before = update.adjoint(adjoint, state, after, grad, carry=not is_first)
+        if self.curvature == "none" or is_first:
             return gamma, before
         batch, along = self.batch(index, state), gamma
         if self.derivatives.method != "exact":
@@ -227,7 +230,7 @@ def sweep(
         put: takes the states away until they are needed.
 
     Returns:
-        The adjoint before update `start`; at the window's `first` without its curvature term.
+        The adjoint before update `start`; empty at the window's `first`.
     """
     stop = len(window.updates) if stop is None else stop
     return _Sweep(window, emit, put).run(start, stop, state, read_end, capacity)
