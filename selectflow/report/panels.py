@@ -127,21 +127,27 @@ def curves(comparison: Comparison, axis: Quantity) -> list[Panel]:
 def selection(comparison: Comparison) -> list[Panel]:
     """Shares among the kept, horizon and learning rate, over steps."""
     step, groups = AXES[0], comparison.runs
-    panels = []
-    for metric in _kept_metrics(groups):
-        shown = quantity(metric)
-        noise = comparison.task.get("data.label_noise")
-        known = metric == KEPT_ALTERED and isinstance(noise, int | float)
-        levels = [(100 * float(noise), "in the stream")] if known else []  # type: ignore[arg-type]
-        lines = _lines(groups, shown, step, _KEPT_BINS)
-        if any(line.curve.mean.any() for line in lines):
-            panels.append(Panel(shown.title, step.label, shown.label, lines, levels, True))
+    panels = kept_shares(comparison, _kept_metrics(groups))
     for metric in _DYNAMICS:
         shown = quantity(metric)
         lines = _lines(groups, shown, step)
         if lines and not _is_flat(metric, lines):
             title = shown.title
             panels.append(Panel(title, step.label, shown.label, lines, from_zero=True))
+    return panels
+
+
+def kept_shares(comparison: Comparison, metrics: Iterable[str]) -> list[Panel]:
+    """Shares among the kept over steps, by the metrics that say them; none where all are 0."""
+    panels = []
+    for metric in metrics:
+        shown = quantity(metric)
+        noise = comparison.task.get("data.label_noise")
+        known = metric == KEPT_ALTERED and isinstance(noise, int | float)
+        levels = [(100 * float(noise), "in the stream")] if known else []  # type: ignore[arg-type]
+        lines = _lines(comparison.runs, shown, AXES[0], _KEPT_BINS)
+        if any(line.curve.mean.any() for line in lines):
+            panels.append(Panel(shown.title, AXES[0].label, shown.label, lines, levels, True))
     return panels
 
 

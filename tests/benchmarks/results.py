@@ -40,7 +40,7 @@ from selectflow.report import words
 from selectflow.report.align import end, value_at
 from selectflow.report.chart import write_png
 from selectflow.report.compare import Comparison, summarize
-from selectflow.report.panels import Panel, curves
+from selectflow.report.panels import Panel, curves, kept_shares
 from selectflow.report.quantities import (
     ACCURACY,
     AXES,
@@ -292,7 +292,7 @@ def mean_of(run: Run, metric: str) -> float | None:
 
 
 def figure(task: Task, found: dict[str, list[Run]]) -> Iterator[Panel]:
-    """Each metric over steps, as far as all go, and over seconds."""
+    """Each metric over steps, as far as all go, and over seconds; what was kept over steps."""
     axes = {axis.metric: axis for axis in AXES}
     found = {name: runs for name, runs in found.items() if name != STRETCHED}
     for metric in task.judged:
@@ -300,6 +300,7 @@ def figure(task: Task, found: dict[str, list[Run]]) -> Iterator[Panel]:
         upto = {name: [until(run, whole.step) for run in runs] for name, runs in found.items()}
         yield curves(compare(upto, metric), axes[STEP])[0]
         yield curves(whole, axes[WALL])[0]
+    yield from kept_shares(compare(upto, metric), task.kept)
 
 
 def until(run: Run, step: float | None) -> Run:

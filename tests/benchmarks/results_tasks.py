@@ -12,7 +12,7 @@ import numpy as np
 
 from selectflow.config import load
 from selectflow.data import make_digits, read_metadata, write_subset
-from selectflow.report.quantities import ACCURACY, TEST_LOSS
+from selectflow.report.quantities import ACCURACY, KEPT, KEPT_ALTERED, TEST_LOSS
 from selectflow.run_dir import is_finished
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +40,7 @@ class Task:
         methods: name -> its file in configs/ and what differs from it.
         data: (folder of the task, seed) -> the options that say which data.
         judged: metrics of the tables.
+        kept: metrics of the figure that say what was kept.
         seeds: seeds unless told otherwise.
     """
 
@@ -48,6 +49,7 @@ class Task:
     methods: dict[str, tuple[str, Options]]
     data: Callable[[Path, int], Options]
     judged: tuple[str, ...]
+    kept: tuple[str, ...]
     seeds: int
 
 
@@ -120,29 +122,42 @@ TEXT: dict[str, tuple[str, Options]] = {
 }
 
 
-def fine_tuning(name: str) -> dict[str, tuple[str, Options]]:
+def fine_tuning(
+    name: str, more: dict[str, tuple[str, Options]] | None = None
+) -> dict[str, tuple[str, Options]]:
     """The methods on a model that knows all of the mixture but the target's domain."""
     online, uniform = f"{name}_online", f"{name}_uniform"
     return {
         UNIFORM: (uniform, {}),
         "largest loss": (online, {"select.strategy": "loss"}),
         "influence, H = 0": (online, {}),
+        **(more or {}),
         "oracle": (uniform, oracle(uniform)),
     }
 
 
+LORA: dict[str, tuple[str, Options]] = {
+    "influence, H = 1": ("text_lora_online", {"select.horizon": 1}),
+    "influence, H = 4": ("text_lora_online", {"select.horizon": 4, "select.interval": 4}),
+    "adaptive H and lr": ("text_lora_online", {"select.horizon": "auto", "select.lr": "auto"}),
+    "offline": ("text_lora_offline", {}),
+}
+
+
 BOTH = (TEST_LOSS, ACCURACY)
+LABELS = (KEPT_ALTERED,)
+ORIGINS = (f"{KEPT}code", f"{KEPT}shuffled")
 TASKS = {
-    "noised": Task("Digits, 40% wrong labels", "vision", DIGITS, noised(0.4), BOTH, 5),
-    "clean": Task("Digits, all labels right", "vision", DIGITS, noised(0), BOTH, 5),
-    "imbalanced": Task("Digits, imbalanced classes", "vision", DIGITS, imbalanced, BOTH, 5),
-    "text": Task("Text mixture", "language", TEXT, mixture, (TEST_LOSS,), 3),
+    "noised": Task("Digits, 40% wrong labels", "vision", DIGITS, noised(0.4), BOTH, LABELS, 5),
+    "clean": Task("Digits, all labels right", "vision", DIGITS, noised(0), BOTH, (), 5),
+    "imbalanced": Task("Digits, imbalanced classes", "vision", DIGITS, imbalanced, BOTH, (), 5),
+    "text": Task("Text mixture", "language", TEXT, mixture, (TEST_LOSS,), ORIGINS, 3),
     "lora": Task(
-        "Text mixture, LoRA on a Llama", "language", fine_tuning("text_lora"),
-        from_base("text_lora_base"), (TEST_LOSS,), 3,
+        "Text mixture, LoRA on a Llama", "language", fine_tuning("text_lora", LORA),
+        from_base("text_lora_base"), (TEST_LOSS,), ORIGINS, 3,
     ),
     "finetune": Task(
         "Text mixture, fine-tuning of a GPT-2 of 3.3M", "language", fine_tuning("text_finetune"),
-        from_base("text_finetune_base"), (TEST_LOSS,), 3,
+        from_base("text_finetune_base"), (TEST_LOSS,), ORIGINS, 5,
     ),
 }  # fmt: skip
