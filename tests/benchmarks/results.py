@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -291,16 +291,18 @@ def mean_of(run: Run, metric: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def figure(task: Task, found: dict[str, list[Run]]) -> Iterator[Panel]:
-    """Each metric over steps, as far as all go, and over seconds; what was kept over steps."""
+def figure(task: Task, found: dict[str, list[Run]]) -> list[Panel]:
+    """Test loss over steps, as far as all go, and over seconds; what was kept over steps."""
     axes = {axis.metric: axis for axis in AXES}
     found = {name: runs for name, runs in found.items() if name != STRETCHED}
-    for metric in task.judged:
-        whole = compare(found, metric)
-        upto = {name: [until(run, whole.step) for run in runs] for name, runs in found.items()}
-        yield curves(compare(upto, metric), axes[STEP])[0]
-        yield curves(whole, axes[WALL])[0]
-    yield from kept_shares(compare(upto, metric), task.kept)
+    whole = compare(found, TEST_LOSS)
+    upto = {name: [until(run, whole.step) for run in runs] for name, runs in found.items()}
+    short = compare(upto, TEST_LOSS)
+    return [
+        curves(short, axes[STEP])[0],
+        curves(whole, axes[WALL])[0],
+        *kept_shares(short, task.kept),
+    ]
 
 
 def until(run: Run, step: float | None) -> Run:
@@ -354,7 +356,8 @@ def main() -> None:
         task = TASKS[name]
         found = run_task(task, args.out / name, record, args.seeds or task.seeds, common)
         sections.append(report(task, found, name == "noised"))
-        write_png([*figure(task, found)], args.out / f"{name}.png", columns=2)
+        panels = figure(task, found)
+        write_png(panels, args.out / f"{name}.png", columns=3 if len(panels) == 3 else 2)
         print(f"\n{sections[-1]}", flush=True)
     command = " ".join(["python", "tests/benchmarks/results.py", *sys.argv[1:]])
     text = "\n".join(["# Results\n", origin(record, command), *sections])
