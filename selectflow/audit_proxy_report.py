@@ -20,8 +20,12 @@ from selectflow.audit_config import ProxyConfig
 from selectflow.audit_proxy import Point, measure_run
 from selectflow.audit_report import check_same, spearman
 from selectflow.config_errors import ConfigError
+from selectflow.controller import AutoHorizon
 from selectflow.proxy import relative_error
 from selectflow.report.proxy import write_png
+
+TRUSTED = AutoHorizon().tolerance
+"""The largest rho at which a longer horizon is tried."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Cell:
         change: as of the points.
         lr: learning rate; None: all.
         horizon: updates; None: all.
+        largest_rho: only the points whose rho is at most this; None: all.
         num: points.
         sign_first: share of points whose effect D has the sign of I.
         sign_corrected: the same of I + Q.
@@ -50,6 +55,7 @@ class Cell:
     change: str
     lr: float | None
     horizon: int | None
+    largest_rho: float | None
     num: int
     sign_first: float
     sign_corrected: float
@@ -146,19 +152,21 @@ def _write(config: ProxyConfig, points: Sequence[Point], folder: Path) -> None:
 
 
 def summarize(points: Sequence[Point]) -> list[Cell]:
-    """Each change at each learning rate and horizon, then over one of them, then over both."""
+    """Each change at each learning rate and horizon, then over one of them, then over both.
+
+    The last of a change is over those that the controller would trust by their rho.
+    """
     cells = []
     for change in _changes(points):
-        lrs = [*dict.fromkeys(p.lr for p in points if p.change == change)]
-        horizons = sorted({p.horizon for p in points if p.change == change})
+        mine = [p for p in points if p.change == change]
+        lrs = [*dict.fromkeys(p.lr for p in mine)]
+        horizons = sorted({p.horizon for p in mine})
         for lr in (*lrs, None):
             for horizon in (*horizons, None):
-                chosen = [
-                    p
-                    for p in points
-                    if p.change == change and lr in (None, p.lr) and horizon in (None, p.horizon)
-                ]
-                cells.append(_cell(change, lr, horizon, chosen))
+                chosen = [p for p in mine if lr in (None, p.lr) and horizon in (None, p.horizon)]
+                cells.append(_cell(change, lr, horizon, None, chosen))
+        if trusted := [p for p in mine if _rho(p) <= TRUSTED]:
+            cells.append(_cell(change, None, None, TRUSTED, trusted))
     return cells
 
 
@@ -168,19 +176,26 @@ def rank_of_medians(cells: Sequence[Cell], change: str) -> float:
     return _rank([c.relative for c in grid], [c.true_relative for c in grid])
 
 
-def _cell(change: str, lr: float | None, horizon: int | None, points: Sequence[Point]) -> Cell:
+def _cell(
+    change: str,
+    lr: float | None,
+    horizon: int | None,
+    largest_rho: float | None,
+    points: Sequence[Point],
+) -> Cell:
     first, second = [p.first for p in points], [p.second for p in points]
     effect = [p.effect for p in points]
     corrected = [p.first + p.second for p in points]
     error = [abs(p.effect - p.first) for p in points]
     true_relative = [relative_error(p.first, e, 0.0) for p, e in zip(points, error, strict=True)]
-    relative = [relative_error(p.first, p.second, 0.0) for p in points]
+    relative = [_rho(p) for p in points]
     fast = [(p.fast_first, p.fast_second) for p in points]
     known = [(i, q) for i, q in fast if i is not None and q is not None]
     return Cell(
         change,
         lr,
         horizon,
+        largest_rho,
         len(points),
         _same_sign(first, effect),
         _same_sign(corrected, effect),
@@ -195,6 +210,11 @@ def _cell(change: str, lr: float | None, horizon: int | None, points: Sequence[P
         sum(p.exact_s for p in points) / len(points),
         sum(p.fast_s or math.nan for p in points) / len(points),
     )
+
+
+def _rho(point: Point) -> float:
+    """|Q| / |I| by the closed form."""
+    return relative_error(point.first, point.second, 0.0)
 
 
 def _changes(points: Sequence[Point]) -> list[str]:

@@ -91,8 +91,8 @@ MAY_IMPORT = {
         "lookahead", "objective", "optimizers", "perturbations", "proxy", "reruns",
     },
     "audit_proxy_report": {
-        "atomic", "audit_config", "audit_proxy", "audit_report", "config_errors", "proxy",
-        "report",
+        "atomic", "audit_config", "audit_proxy", "audit_report", "config_errors", "controller",
+        "proxy", "report",
     },
     "audit_report": {
         "atomic", "audit_config", "audit_rows", "audit_settings", "config_errors", "report",

@@ -120,7 +120,7 @@ def made_up(num=30):
 
 def test_figures_are_those_of_scipy():
     points = made_up()
-    *_, whole = summarize(points)
+    *_, whole, trusted = summarize(points)
     assert (whole.lr, whole.horizon, whole.num) == (None, None, 30)
     first, second, effect, fast_first, fast_second = torch.tensor(
         [[p.first, p.second, p.effect, p.fast_first, p.fast_second] for p in points],
@@ -142,13 +142,16 @@ def test_figures_are_those_of_scipy():
     assert whole.rank_fast == rank(fast_second.abs(), second.abs())
     assert whole.rank_fast_relative == rank((fast_second / fast_first).abs(), error / first.abs())
     assert whole.true_relative == pytest.approx(float((error / first.abs()).quantile(0.5)))
+    near = (second / first).abs() <= 0.35  # the controller's tolerance
+    assert (trusted.largest_rho, trusted.num) == (0.35, int(near.sum()))
+    assert trusted.rank_corrected == rank((first + second)[near], effect[near])
 
 
 def test_medians_are_ranked_over_the_grid_alone():
     cells = summarize(made_up())
     grid = [c for c in cells if c.lr is not None and c.horizon is not None]
     assert len(grid) == 4
-    assert len(cells) == 9
+    assert len(cells) == 10
     expected = scipy.stats.spearmanr([c.relative for c in grid], [c.true_relative for c in grid])
     assert rank_of_medians(cells, "keep 0.5") == pytest.approx(expected.statistic)
 

@@ -43,6 +43,8 @@ class Cell(Protocol):
     @property
     def horizon(self) -> int | None: ...
     @property
+    def largest_rho(self) -> float | None: ...
+    @property
     def num(self) -> int: ...
     @property
     def sign_first(self) -> float: ...
@@ -85,7 +87,7 @@ def _grid(change: str, cells: Sequence[Cell]) -> Table:
     table.add_column("lr")
     for horizon in horizons:
         table.add_column(f"h {horizon}", justify="right")
-    at = {(cell.lr, cell.horizon): cell for cell in cells}
+    at = {(cell.lr, cell.horizon): cell for cell in cells if cell.largest_rho is None}
     for lr in dict.fromkeys(cell.lr for cell in cells):
         if lr is not None:
             table.add_row(f"{lr:g}", *(_errors(at[lr, horizon]) for horizon in horizons))
@@ -93,35 +95,43 @@ def _grid(change: str, cells: Sequence[Cell]) -> Table:
 
 
 def _errors(cell: Cell) -> str:
-    return f"{cell.relative:.2g} / {cell.true_relative:.2g} ({_number(cell.rank_error)})"
+    rank = "" if math.isnan(cell.rank_error) else f" ({cell.rank_error:.2f})"  # of one point none
+    return f"{cell.relative:.2g} / {cell.true_relative:.2g}{rank}"
 
 
 def _over_rates(change: str, cells: Sequence[Cell]) -> Table:
+    limits = [cell.largest_rho for cell in cells if cell.largest_rho is not None]
     table = Table(
         box=box.SIMPLE_HEAD,
         title=f"{change}: over all learning rates",
         caption="Share of right signs, then Spearman: with the effect D; with |D - I|; with "
-        "|D - I| / |I|; of the fast |Q| with the exact one; of the fast rho with |D - I| / |I|",
+        "|D - I| / |I|; of the fast |Q| with the exact one; of the fast rho with |D - I| / |I|"
+        + "".join(f"; trusted: rho <= {limit:g}" for limit in limits),
         caption_justify="left",
     )
     heads = (
         "h", "points", "sign I", "sign I+Q", "I", "I+Q", "|Q|", "rho", "fast |Q|", "fast rho",
     )  # fmt: skip
     for head in heads:
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=head == "h")
     for cell in cells:
         if cell.lr is None:
             figures = (
                 cell.sign_first, cell.sign_corrected, cell.rank_first, cell.rank_corrected,
                 cell.rank_error, cell.rank_relative, cell.rank_fast, cell.rank_fast_relative,
             )  # fmt: skip
-            horizon = "all" if cell.horizon is None else str(cell.horizon)
-            table.add_row(horizon, str(cell.num), *map(_number, figures))
+            table.add_row(_which(cell), str(cell.num), *map(_number, figures))
     return table
 
 
+def _which(cell: Cell) -> str:
+    if cell.largest_rho is not None:
+        return "trusted"
+    return "all" if cell.horizon is None else str(cell.horizon)
+
+
 def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def write_png(points: Sequence[Point], path: Path) -> None:
