@@ -216,3 +216,11 @@ def test_origins_of_the_kept_are_means_over_the_steps_that_all_have(tmp_path):
     assert grid.cells == [["uniform", "25.0"], ["oracle", "90.0 ± 7.1"]]
     plain = {"uniform": [make_run(tmp_path / "plain", [0.1])]}
     assert results.kept_origins(plain).cells == []
+
+
+def test_some_of_the_methods_are_run_beside_uniform():
+    task = results.only(results.TASKS["noised"], ["offline"])
+    assert [*task.methods] == ["uniform", "offline"]
+    assert results.only(results.TASKS["noised"], None) is results.TASKS["noised"]
+    with pytest.raises(SystemExit, match="got ofline"):
+        results.only(results.TASKS["noised"], ["ofline"])

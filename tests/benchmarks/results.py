@@ -1,6 +1,6 @@
 """The results of the README from scratch: tables and figures, at equal steps and in equal time.
 
-    python tests/benchmarks/results.py [--tasks noised clean imbalanced text lora] [--seeds 5]
+    python tests/benchmarks/results.py [--tasks noised lora] [--methods offline] [--seeds 5]
 
 Every method is run by the trainers in `trainers/` from a file of `configs/`; the digits all at one
 learning rate, that of the configurations, stated and not searched. `uniform` goes on for as many
@@ -98,6 +98,16 @@ def run(task: Task, method: str, arguments: list[str], record: Path) -> Run:
     with record.open("a") as file:
         file.write(json.dumps(line) + "\n")
     return found
+
+
+def only(task: Task, methods: Sequence[str] | None) -> Task:
+    """A task with some of its methods, and uniform."""
+    if methods is None:
+        return task
+    if unknown := [method for method in methods if method not in task.methods]:
+        sys.exit(f"--methods must be among {', '.join(task.methods)}, got {', '.join(unknown)}")
+    chosen = {name: how for name, how in task.methods.items() if name in {UNIFORM, *methods}}
+    return replace(task, methods=chosen)
 
 
 def is_there(config: RunConfig) -> bool:
@@ -343,6 +353,7 @@ def origin(record: Path, command: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", help="beside uniform; default: all of a task")
     parser.add_argument("--seeds", type=int, help="default: 5, of text and lora 3")
     parser.add_argument("--steps", type=int, help="default: those of the configurations")
     parser.add_argument("--lr", type=float, help="default: those of the configurations")
@@ -353,7 +364,7 @@ def main() -> None:
     common = {} if args.lr is None else {"optimizer.lr": args.lr}
     common |= {} if args.steps is None else {"steps": args.steps}
     for name in args.tasks:
-        task = TASKS[name]
+        task = only(TASKS[name], args.methods)
         found = run_task(task, args.out / name, record, args.seeds or task.seeds, common)
         sections.append(report(task, found, name == "noised"))
         panels = figure(task, found)
