@@ -127,8 +127,8 @@ def test_lora_leaves_nothing_outside_the_adapters(tmp_path):
         states.extend(outlook.state)
         return look_ahead(self, horizon, outlook, *args)
 
-    def swept(self, after, *args):
-        gamma, before = adjoint(self, after, *args)
+    def swept(self, after, *args, **options):
+        gamma, before = adjoint(self, after, *args, **options)
         adjoints.extend([gamma, *after, *before])
         return gamma, before
 
