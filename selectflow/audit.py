@@ -213,11 +213,7 @@ def _query_adjoint(trajectory: Trajectory, end: int, queries: Batch, weights: Te
     state = trajectory.state(end)
     with trajectory.derivatives.objective.scoring():
         _, grads = trajectory.derivatives.gradients(state.params, queries, weights)
-
-    def zeros(part: Params) -> Params:
-        return part.map(lambda x: x.new_zeros(()).expand(len(weights), *x.shape))
-
-    return Adjoint(grads, zeros(state.exp_avg), zeros(state.exp_avg_sq))
+    return Adjoint(grads, *(part.zeros_like(len(weights)) for part in state[1:]))
 
 
 def _query_weights(queries: Batch, reduce: Reduce) -> Tensor:

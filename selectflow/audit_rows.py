@@ -132,7 +132,7 @@ def system_rows(recorded: Recorded, pairs: Pairs, horizon: float) -> Iterator[Ro
 
 
 def _again(recorded: Recorded, dtype: torch.dtype) -> Recorded:
-    """The same run in another precision."""
+    """The same run in another precision; only its row holds it, since recordings are large."""
     return Recorded.of(dataclasses.replace(recorded.setting, dtype=dtype), recorded.lr)
 
 

@@ -269,7 +269,7 @@ class Update:
         scale = self.clip_scale(grad)
         applied = _scaled(grad, scale)
         gammas: list[Params] = []
-        earlier = [State(Params(), Params(), Params())]
+        earlier = [State(Params(), Params(), Params())]  # all there is if nothing is carried
         for rule, names in self.parts(adjoint.params):
             back, now, then = (part_of(each, names) for each in (adjoint, state, after))
             gamma, before = rule.adjoint(back, now, then, applied.pick(names))

@@ -75,9 +75,12 @@ class Params(dict[str, Tensor]):
         """The part with these names, in their order."""
         return Params((name, self[name]) for name in names)
 
-    def zeros_like(self) -> Params:
-        """Zeros of the same shapes, types and devices, for reading: one number in memory each."""
-        return self.map(lambda x: x.new_zeros(()).expand_as(x))
+    def zeros_like(self, *leading: int) -> Params:
+        """Zeros of the same types and devices, for reading: one number in memory each.
+
+        Their shapes are the same, too, after `leading` dimensions.
+        """
+        return self.map(lambda x: x.new_zeros(()).expand((*leading, *x.shape)))
 
     def dot(self, other: Params) -> float:
         """Inner product over all entries of all tensors."""

@@ -59,9 +59,7 @@ class Motion(NamedTuple):
     @classmethod
     def at_rest(cls, state: State, num: int) -> Motion:
         """`state`, which `num` directions have not moved yet."""
-        still = State(
-            *(part.map(lambda x: x.new_zeros(()).expand(num, *x.shape)) for part in state)
-        )
+        still = State(*(part.zeros_like(num) for part in state))
         return cls(state, still, still)
 
     @property

@@ -21,6 +21,7 @@ CONFIGS = ROOT / "configs"
 RAREST = 0.05  # of the imbalanced task: share of the last class's samples that are there
 
 Options = dict[str, object]
+Methods = dict[str, tuple[str, Options]]
 
 
 @cache
@@ -46,7 +47,7 @@ class Task:
 
     title: str
     trainer: str
-    methods: dict[str, tuple[str, Options]]
+    methods: Methods
     data: Callable[[Path, int], Options]
     judged: tuple[str, ...]
     kept: tuple[str, ...]
@@ -73,7 +74,7 @@ def noised(share: float) -> Callable[[Path, int], Options]:
     return lambda _folder, seed: {"data.label_noise": share, "data.seed": seed}
 
 
-DIGITS: dict[str, tuple[str, Options]] = {
+DIGITS: Methods = {
     UNIFORM: ("digits_uniform", {}),
     "largest loss": ("digits_online", {"select.strategy": "loss"}),
     "influence, H = 0": ("digits_online", {"select.horizon": 0}),
@@ -113,7 +114,7 @@ def from_base(config: str) -> Callable[[Path, int], Options]:
     return data
 
 
-TEXT: dict[str, tuple[str, Options]] = {
+TEXT: Methods = {
     UNIFORM: ("text_uniform", {}),
     "largest loss": ("text_online", {"select.strategy": "loss"}),
     "influence, H = 0": ("text_online", {"select.horizon": 0, "select.interval": 1}),
@@ -122,21 +123,19 @@ TEXT: dict[str, tuple[str, Options]] = {
 }
 
 
-def fine_tuning(
-    name: str, more: dict[str, tuple[str, Options]] | None = None
-) -> dict[str, tuple[str, Options]]:
+def fine_tuning(name: str, **more: tuple[str, Options]) -> Methods:
     """The methods on a model that knows all of the mixture but the target's domain."""
     online, uniform = f"{name}_online", f"{name}_uniform"
     return {
         UNIFORM: (uniform, {}),
         "largest loss": (online, {"select.strategy": "loss"}),
         "influence, H = 0": (online, {}),
-        **(more or {}),
+        **more,
         "oracle": (uniform, oracle(uniform)),
     }
 
 
-LORA: dict[str, tuple[str, Options]] = {
+LORA: Methods = {
     "influence, H = 1": ("text_lora_online", {"select.horizon": 1}),
     "influence, H = 4": ("text_lora_online", {"select.horizon": 4, "select.interval": 4}),
     "adaptive H and lr": ("text_lora_online", {"select.horizon": "auto", "select.lr": "auto"}),
@@ -153,7 +152,7 @@ TASKS = {
     "imbalanced": Task("Digits, imbalanced classes", "vision", DIGITS, imbalanced, BOTH, (), 5),
     "text": Task("Text mixture", "language", TEXT, mixture, (TEST_LOSS,), ORIGINS, 3),
     "lora": Task(
-        "Text mixture, LoRA on a Llama", "language", fine_tuning("text_lora", LORA),
+        "Text mixture, LoRA on a Llama", "language", fine_tuning("text_lora", **LORA),
         from_base("text_lora_base"), (TEST_LOSS,), ORIGINS, 3,
     ),
     "finetune": Task(
