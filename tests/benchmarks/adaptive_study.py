@@ -1,6 +1,6 @@
-"""One adaptive run against a grid of fixed horizons and learning rates, on digits.
+"""One adaptive run against a grid of fixed horizons and learning rates, on digits and on text.
 
-    python tests/benchmarks/adaptive_study.py [--tasks noised clean imbalanced] [--seeds 3]
+    python tests/benchmarks/adaptive_study.py [--tasks noised clean imbalanced text] [--seeds 5]
 
 The adaptive run (`horizon="auto", lr="auto"`) starts at a learning rate ten times too low, right
 and ten times too high; the grid has each fixed horizon at 0.1 to 10 times the base rate, and
@@ -8,11 +8,16 @@ and ten times too high; the grid has each fixed horizon at 0.1 to 10 times the b
 stream; seconds of the processor are printed beside. Nothing but the evaluation at the end sees the
 test set. The target loss at the end is printed too: where it is far below the test loss, the
 selection has fitted the target set. Finished runs are kept in --out and not repeated.
+
+Text is the fine-tuning of adapters of configs/text_lora_online.yaml at half of its steps and sizes.
+A fixed horizon looks ahead every H steps there: at every step it would cost H times as much.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import statistics
 import time
@@ -22,17 +27,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from results_tasks import CONFIGS, from_base, trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from selectflow import Selector
+from selectflow.config import load
+from selectflow.ledger import read_ledger
+from selectflow.report.quantities import TARGET_LOSS, TEST_LOSS
+from selectflow.report.runs import load_run
 
-BASE_LR = 3e-3
+BASE_LR = 3e-3  # digits and text
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 STARTS = (0.1, 1.0, 10.0)
-TASKS = ("noised", "clean", "imbalanced")
+STEPS = {"noised": 800, "clean": 800, "imbalanced": 800, "text": 100}
 POOL, KEEP = 64, 16
 Batch = dict[str, Tensor]
+Options = dict[str, Any]  # of `Selector`
+Result = dict[str, Any]
 
 
 def splits(task: str, seed: int) -> tuple[Batch, Batch, Batch]:
@@ -73,19 +85,18 @@ def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
 
 
-def train(task: str, seed: int, steps: int, rate: float, options: dict[str, Any]) -> dict[str, Any]:
+def train_digits(task: str, seed: int, steps: int, rate: float, options: Options) -> dict[str, Any]:
     data, target, test = splits(task, seed)
     torch.manual_seed(seed)
     layers = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)]
     model = nn.Sequential(*layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate * BASE_LR)
     selector = Selector(model, optimizer, loss_fn, [target], KEEP, seed=seed, **options)
-    began, horizons, control_s = time.process_time(), 0, 0.0
+    began, horizons = time.process_time(), 0
     stream = selector.stream(pools(data, seed))
     for _ in range(steps):
         batch = next(stream)
         horizons += selector.last.horizon or 0
-        control_s += selector.last.control_s
         optimizer.zero_grad()
         loss_fn(model, batch).mean().backward()
         optimizer.step()
@@ -102,11 +113,41 @@ def train(task: str, seed: int, steps: int, rate: float, options: dict[str, Any]
         "mean_horizon": horizons / steps,
         "lr_multiplier": selector.last.lr_multiplier,
         "seconds": seconds,
-        "control_s": control_s,
     }
 
 
-def runs(horizons: list[int]) -> Iterator[tuple[str, float, dict[str, Any]]]:
+def train_text(folder: Path, seed: int, steps: int, rate: float, options: Options) -> Result:
+    """Reading and evaluation are in the seconds here."""
+    horizon = options.get("horizon")
+    interval = max(1, horizon) if isinstance(horizon, int) else 1
+    overrides = from_base("text_lora_base")(folder, seed) | {
+        "root": folder, "name": f"cell-s{seed}", "overwrite": "true", "seed": seed, "steps": steps,
+        "eval_every": steps, "track.wandb": "disabled",
+        "schedule.warmup_steps": steps // 10, "optimizer.lr": rate * BASE_LR,
+        "data.pool": POOL // 2, "select.keep": KEEP // 2, "data.target_batch": KEEP,
+        "data.text.num_train": 4800, "data.text.num_target": 256,
+        "select.interval": interval,
+    } | {f"select.{key}": value for key, value in options.items()}  # fmt: skip
+    arguments = [f"{key}={value}" for key, value in overrides.items()]
+    path = CONFIGS / "text_lora_online.yaml"
+    began = time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()):
+        if trainer("language")([str(path), *arguments]) != 0:
+            raise SystemExit(f"{path} with {' '.join(arguments)} failed")
+    seconds = time.process_time() - began
+    run_dir = load(path, arguments).run_dir
+    last = load_run(run_dir).metrics[-1]
+    horizons = read_ledger(run_dir, ["horizon"])["horizon"].to_pylist()  # None for uniform
+    return {
+        "test_loss": last[TEST_LOSS],
+        "target_loss": last[TARGET_LOSS],
+        "mean_horizon": statistics.mean(horizon or 0 for horizon in horizons),
+        "lr_multiplier": last["select/lr_multiplier"],
+        "seconds": seconds,
+    }
+
+
+def runs(horizons: list[int]) -> Iterator[tuple[str, float, Options]]:
     """Name, start as a multiple of the base rate, options of `Selector`."""
     for rate in STARTS:
         yield "adaptive", rate, {"horizon": "auto", "lr": "auto"}
@@ -117,7 +158,7 @@ def runs(horizons: list[int]) -> Iterator[tuple[str, float, dict[str, Any]]]:
             yield f"H = {horizon}", rate, {"horizon": horizon}
 
 
-def report(task: str, found: dict[tuple[str, float], list[dict[str, Any]]]) -> None:
+def report(task: str, found: dict[tuple[str, float], list[Result]]) -> None:
     def spread(key: str, name: str, rate: float) -> tuple[float, float]:
         values = [result[key] for result in found[name, rate]]
         return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
@@ -152,27 +193,31 @@ def report(task: str, found: dict[tuple[str, float], list[dict[str, Any]]]) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--horizons", nargs="+", type=int, default=[0, 1, 2, 4, 8])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="of every run; unless given, those of STEPS")
     parser.add_argument("--out", type=Path, default=Path("runs/adaptive"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     for task in args.tasks:
-        path = args.out / f"{task}-{args.steps}.jsonl"
+        steps = args.steps or STEPS[task]
+        path = args.out / f"{task}-{steps}.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         known = {tuple(key): result for key, result in map(json.loads, lines)}
         # Seeds outside: a drift of the machine's speed meets all methods alike.
         for seed in range(args.seeds):
             for name, rate, options in runs(args.horizons):
                 if (name, rate, seed) not in known:
-                    result = train(task, seed, args.steps, rate, options)
+                    if task == "text":
+                        result = train_text(args.out / "text", seed, steps, rate, options)
+                    else:
+                        result = train_digits(task, seed, steps, rate, options)
                     known[name, rate, seed] = result
                     with path.open("a") as file:
                         file.write(json.dumps([[name, rate, seed], result]) + "\n")
-        found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        found: dict[tuple[str, float], list[Result]] = {}
         for name, rate, _ in runs(args.horizons):
             found[name, rate] = [known[name, rate, seed] for seed in range(args.seeds)]
         report(task, found)
