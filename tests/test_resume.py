@@ -114,9 +114,10 @@ def test_a_run_killed_while_it_writes_its_configuration_can_be_resumed(
         path.write_bytes(text[:20].encode())
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", write_text)
-        train(killed, task(digits))
+        with pytest.raises(Killed):
+            train(killed, task(digits))
     train(killed, task(digits))
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
 
@@ -131,9 +132,10 @@ def test_a_run_killed_while_it_replaces_another_is_a_new_one(digits, tmp_path, m
             (path / "metrics.jsonl").unlink()
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", remove_some)
-        train(options.model_copy(update={"overwrite": True}), task(digits))
+        with pytest.raises(Killed):
+            train(options.model_copy(update={"overwrite": True}), task(digits))
     with pytest.raises(Killed):
         train(options, killed_at(3, task(digits)))  # before it has a checkpoint of its own
     train(options, task(digits))
