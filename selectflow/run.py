@@ -93,13 +93,18 @@ def _train(run: _Run) -> None:
     """Run the loop; the log, the tracker and, after a bad loss, the weights are kept."""
     with stop_request() as stop:
         try:
-            run.finish(run.loop(stop))
+            status = run.loop(stop)
+            run.checkpoints.wait()
+            run.finish(status)
         except BaseException as error:
             with contextlib.suppress(OSError):  # which must not hide why the run ends
                 if isinstance(error, FloatingPointError):
                     run.save()
                 run.finish("failed")
             raise
+        finally:
+            with contextlib.suppress(OSError):  # raised before, or it would hide why the run ends
+                run.checkpoints.wait()  # the run directory is not let go of before
 
 
 class _Run:
