@@ -31,7 +31,7 @@ def _add_make(kinds: Any) -> None:
     make.add_argument(
         "dataset", metavar="DATASET", type=_dataset,
         help="digits; torchvision:NAME, as torchvision:CIFAR10; folder:PATH, images as "
-        "PATH/<class>/<name>.png; text: what comes with Python; text:files:FOLDER, text as "
+        "PATH/<class>/<name>.png; text or code: what comes with Python; text:files:FOLDER, text as "
         "FOLDER/<domain>/<name>.txt; text:jsonl:FILE; text:hf:NAME",
     )  # fmt: skip
     make.add_argument("--root", type=Path, required=True, metavar="DIR", help="where to write")
@@ -88,10 +88,12 @@ _LAYOUT = ("per_shard", "max_bytes", "pack")
 
 def _dataset(text: str) -> tuple[str, str]:
     kind, colon, argument = text.partition(":")
+    kind = "text" if text == "code" else kind
     needs = {"digits": (False,), "torchvision": (True,), "folder": (True,), "text": (False, True)}
     if bool(argument) not in needs.get(kind, ()) or (colon and not argument):
         raise argparse.ArgumentTypeError(
-            f"must be digits, torchvision:NAME, folder:PATH, text or text:SOURCE, got {text!r}"
+            "must be digits, torchvision:NAME, folder:PATH, text, text:SOURCE or code, "
+            f"got {text!r}"
         )
     return kind, argument
 
@@ -142,7 +144,10 @@ def _verify(args: argparse.Namespace) -> None:
         print(fault.message)
     if faults:
         shards = sorted({fault.shard for fault in faults})
-        raise DataError(f"{len(faults)} faults in {len(shards)} shards: {', '.join(shards)}")
+        raise DataError(
+            f"every sample must be readable, got faults in {', '.join(shards)}; restore them, "
+            "write the dataset again, or train without those samples by data.max_errors"
+        )
     print(f"{args.root}: every sample can be read")
 
 

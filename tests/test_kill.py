@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from test_resume import assert_same, outcome
 
+from selectflow.cli import main as command_line
+
 ROOT = Path(__file__).parents[1]
-NUM_KILLS = 9  # in each setting: 54
+NUM_KILLS = 9  # in each of 9 settings
 
 DEMO = {"select.horizon": 0, "select.interval": 4}
 LOOK_AHEAD = {"select.horizon": 2, "select.interval": 3}
@@ -139,3 +141,24 @@ def test_a_run_killed_in_the_middle_of_a_write_ends_as_if_it_never_was(main, tmp
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_a_run_killed_in_the_middle_of_any_write_ends_as_if_it_never_was(main, tmp_path, first):
     assert check_kills_in_writes(main, tmp_path, range(first, 1000, 3)) > 10
+
+
+def test_shards_whose_writing_was_killed_are_written_again_byte_for_byte(tmp_path):
+    """Killed at each change of a file in turn, and the same command again."""
+
+    def make(root, prepare=lambda: None):
+        argv = ["shards", "make", "digits", "--root", str(root), "--per-shard", "400"]
+        return os.waitpid(start(command_line, argv, prepare), 0)[1]
+
+    def files(root):
+        return {path.name: path.read_bytes() for path in root.glob("[!.]*")}
+
+    assert make(tmp_path / "whole") == 0
+    expected, number = files(tmp_path / "whole"), 1
+    assert len(expected) == 6
+    while make(root := tmp_path / str(number), partial(kill_at, number)):
+        assert "manifest.json" not in files(root) or files(root) == expected
+        assert make(root) == 0
+        assert files(root) == expected
+        number += 1
+    assert number > 2 * len(expected)

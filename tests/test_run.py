@@ -5,6 +5,7 @@ import math
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,41 @@ def test_a_nan_names_step_and_samples_and_keeps_the_weights_before(digits, tmp_p
     saved = torch.load(tmp_path / "trial" / "checkpoints" / "step-00000004.pt")
     assert all(value.isfinite().all() for value in saved["model"].values())
     assert len(read_ledger(tmp_path / "trial")) == 4 * 8
+
+
+def test_unreadable_samples_are_logged_and_counted_by_shard(tmp_path):
+    root = tmp_path / "damaged"
+    make_digits(root, label_noise=0.4)
+    made = task(root, PoolStream(root, pool=32, seed=0, memory_gib=0, max_errors=256))
+    shard = root / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-5000])
+    run_dir = train(config(tmp_path, steps=20), made)
+    errors = [line["data/errors"] for line in read_lines(run_dir / "metrics.jsonl")]
+    assert errors[0] == 0 < errors[1] < errors[-1]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["errors_by_shard"] == {shard.name: errors[-1]}
+
+
+class Slow(PoolStream):
+    """Pools that come 10 ms apart."""
+
+    def __next__(self):
+        time.sleep(0.01)
+        return super().__next__()
+
+
+def test_the_wait_for_data_is_counted_and_goes_on_when_a_run_is_resumed(digits, tmp_path):
+    options = {"steps": 4, "eval_every": 2, "checkpoint_every": 2, "resume": "auto"}
+    train(config(tmp_path, **options), task(digits, Slow(digits, pool=32, seed=0)))
+    first, *_, last = read_lines(tmp_path / "trial" / "metrics.jsonl")
+    assert first["perf/data_s"] == 0
+    assert 0.04 <= last["perf/data_s"] < last["perf/wall_s"]
+    (tmp_path / "trial" / "checkpoints" / "step-00000004.pt").unlink()
+    (tmp_path / "trial" / "summary.json").unlink()
+    train(config(tmp_path, **options), task(digits))  # pools that come at once
+    *_, before, last = read_lines(tmp_path / "trial" / "metrics.jsonl")
+    assert before["perf/data_s"] < last["perf/data_s"] < last["perf/wall_s"]
+    assert before["perf/data_s"] >= 0.02
 
 
 @pytest.mark.slow

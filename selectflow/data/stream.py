@@ -111,6 +111,7 @@ class PoolStream(IterableDataset[Batch]):
         lanes = len(self._weights or [1])
         self._reader = ShardReader(self._catalog, FIELDS, capacity * lanes)
         self._faults: dict[int, str] = {}  # row -> shard
+        self._logged: set[str] = set()
         self._position = self._new_order().position()
         self._batches: Iterator[_Read] | None = None
         self._memory = self._load(memory_gib)
@@ -227,14 +228,15 @@ class PoolStream(IterableDataset[Batch]):
 
     def _count(self, faults: list[Fault]) -> None:
         for fault in faults:
-            if fault.row not in self._faults:
-                _log.warning("unreadable sample: %s", fault.message)
             self._faults[fault.row] = fault.shard
             if len(self._faults) > self._max_errors:
                 raise DataError(
-                    f"{fault.message} (unreadable samples so far: {self.errors}; "
-                    f"max_errors is {self._max_errors})"
+                    f"{fault.message}; or raise max_errors, {self._max_errors}, to go on without "
+                    f"such samples, so far {self.errors}"
                 )
+            if fault.message not in self._logged:  # a damaged shard has one for all its samples
+                _log.warning("unreadable sample: %s", fault.message)
+                self._logged.add(fault.message)
 
     def _load(self, memory_gib: float) -> Batch | None:
         """All samples, if they are readable and fit."""
