@@ -20,6 +20,7 @@ from selectflow.data import (
     write_manifest,
     write_split,
 )
+from selectflow.data import stream as stream_module
 
 # held in memory, read here, read by worker processes: the same pools in all four
 MODES = [
@@ -137,6 +138,28 @@ def test_resume_hands_out_the_identical_remaining_pools(tmp_path, done, options)
         assert expected["key"] == got["key"]
         assert torch.equal(expected["image"], got["image"])
         assert torch.equal(expected["label"], got["label"])
+
+
+@pytest.mark.parametrize("name", ["collate", "pick"])
+def test_a_stream_that_was_interrupted_goes_on_after_the_last_pool(tmp_path, monkeypatch, name):
+    make_small(tmp_path)
+    options = {"pool": 3, "seed": 0, "memory_gib": 1 if name == "pick" else 0}
+    whole = keys_of(islice(PoolStream(tmp_path, **options), 30))
+    stream = PoolStream(tmp_path, **options)
+    keys = keys_of(islice(stream, 2))
+    real, calls = getattr(stream_module, name), []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(stream_module, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        keys.extend(key for pool in stream for key in pool["key"])
+    keys += keys_of(islice(stream, 30 - len(keys) // 3))
+    assert keys == whole
 
 
 def test_a_second_iter_goes_on_where_the_first_stopped(tmp_path):

@@ -158,13 +158,13 @@ class PoolStream(IterableDataset[Batch]):
         """
         if self._batches is None:
             self._batches = self._start()
-        batch, faults = next(self._batches)
-        draw, position = self._drawn.popleft()
         try:
+            batch, faults = next(self._batches)
+            draw, position = self._drawn.popleft()
             self._count(faults)
             if isinstance(batch, DataError):
                 raise batch
-        except DataError:
+        except BaseException:  # Ctrl-C, too, after which a notebook may go on
             self._batches = None  # stay at the last pool handed out
             raise
         self._position = position
