@@ -23,7 +23,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
     head.set_defaults(command=_head)
     for command in (verify, ls, head):
-        command.add_argument("root", metavar="DIR", help="dataset directory")
+        command.add_argument("root", metavar="DIR", help="dataset directory or its URL")
 
 
 def _add_make(kinds: Any) -> None:
@@ -152,14 +152,20 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _ls(args: argparse.Namespace) -> None:
-    from selectflow.data import read_manifest  # noqa: PLC0415
+    from selectflow.data import DataError, find_manifest, find_splits, open_catalog  # noqa: PLC0415
 
-    manifest = read_manifest(args.root)
     print(f"{'split':12} {'shards':>8} {'samples':>10} {'MiB':>10}")
-    for split, shards in manifest.splits.items():
-        size = sum(shard.bytes for shard in shards) / 2**20
-        print(f"{split:12} {len(shards):8} {manifest.num_samples(split):10} {size:10.2f}")
-    print(f"fields: {', '.join(manifest.fields)}; samples of a record: {manifest.pack}")
+    for split in find_splits(args.root):
+        held = open_catalog(args.root, split)
+        size = held.num_bytes / 2**20
+        print(f"{split:12} {len(held.entries):8} {held.num_samples:10} {size:10.2f}")
+    first = held.entries[0]
+    print(f"fields: {', '.join(first.fields)}; samples of a record: {first.pack}")
+    try:
+        manifest = find_manifest(args.root)
+    except DataError:
+        print("made from: not known, without a manifest")
+        return
     options = (f"{name}={value}" for name, value in manifest.options.items())
     print(f"made from: {' '.join(options)} seed={manifest.seed}")
 

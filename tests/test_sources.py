@@ -11,14 +11,17 @@ import pytest
 from small_datasets import edit_shard, keys_of, make_small
 from test_run import ROOT, run_trainer
 
+from selectflow.cli import main
 from selectflow.data import (
     Cache,
     DataError,
     PoolStream,
+    find_splits,
     make_digits,
     read_batches,
     read_split,
     sources,
+    verify,
 )
 from selectflow.ledger import read_ledger
 
@@ -158,6 +161,24 @@ def test_a_cut_shard_without_a_manifest_is_named(tmp_path):
 def test_sources_with_nothing_in_them_are_refused(source, message):
     with pytest.raises(DataError, match=message):
         PoolStream(source, pool=1, seed=0)
+
+
+def test_the_splits_of_a_dataset_and_of_a_folder_of_shards(tmp_path, memory, capsys):
+    make_digits(tmp_path / "digits")
+    listed = []
+    for rest in range(2):
+        assert find_splits(tmp_path / "digits") == ["target", "test", "train"]
+        assert verify(tmp_path / "digits") == []
+        assert main(["shards", "ls", str(tmp_path / "digits")]) == 0
+        listed.append(capsys.readouterr().out.splitlines())
+        (tmp_path / "digits" / "manifest.json").unlink(missing_ok=rest == 1)
+    assert listed[0][:-1] == listed[1][:-1]
+    assert listed[1][-1] == "made from: not known, without a manifest"
+    assert find_splits("memory://bucket") == ["train"]
+    assert main(["shards", "ls", "memory://bucket"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "made from: name=small seed=0"
+    with pytest.raises(DataError, match="root must be a dataset directory with a manifest"):
+        find_splits(tmp_path / "nowhere")
 
 
 # remote

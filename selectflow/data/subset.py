@@ -72,7 +72,6 @@ def _chosen(source: Sources, split: str, keys: set[str]) -> Iterator[Sample]:
             yield sample
     if missing:
         raise DataError(
-            f"keys must be those of samples of split {split!r}, got {min(missing)!r} and "
-            f"{len(missing) - 1} others that are not, or cannot be read; pass the dataset that was "
-            "scored, as it was then"
+            f"keys must be of readable samples of split {split!r}, got {min(missing)!r} and "
+            f"{len(missing) - 1} others that are not; pass the dataset that was scored"
         )
