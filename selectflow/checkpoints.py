@@ -7,10 +7,13 @@ import random
 import re
 import signal
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy, deepcopy
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -20,13 +23,15 @@ import torch
 
 from selectflow.batches import Batch, to_device
 
+_LARGE = 32 << 20  # bytes of tensors
+
 
 class Checkpoints:
     """The newest few checkpoints of a run, `step-<n>.pt` in one directory.
 
-    They are written while the training waits. A thread would have to be given a copy, which costs
-    about as much: 0.13 s of the 0.22 s that a model of 10.6M parameters with AdamW takes on a local
-    disk, where a training step takes 1 s.
+    A large state is copied, and written by a thread while the training goes on. For 302 MB the
+    training then waits 0.28 s, where a local disk takes 0.58 s and one behind a network longer. A
+    small state, which takes milliseconds, is written at once.
 
     Args:
         directory: where they are; made with the first.
@@ -35,16 +40,35 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
         self._directory, self._keep = directory, keep
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
+    def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the state after `step` optimizer steps; then drop the oldest, and any later ones.
 
         The file appears under its name only when it is whole and on the disk. Later ones are those
         that a resumed run could not read: they would be taken for newer than what it writes.
 
         Raises:
+            OSError: it, or the one before it, cannot be written; others are untouched.
+        """
+        self.wait()
+        if _num_bytes(state) < _LARGE:
+            self._write(step, state)
+        else:
+            self._writing = self._writer.submit(self._write, step, _copy(state))
+
+    def wait(self) -> None:
+        """Return when all that was saved is on the disk.
+
+        Raises:
             OSError: it cannot be written; earlier checkpoints are untouched.
         """
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"step-{step:08d}.pt"
         beside = path.with_suffix(".tmp")
@@ -61,7 +85,6 @@ class Checkpoints:
         num = paths.index(path) + 1
         for other in [*paths[: max(0, num - self._keep)], *paths[num:]]:
             other.unlink()
-        return path
 
     def newest(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, None where there is none.
@@ -84,6 +107,27 @@ class Checkpoints:
         """The checkpoints there are, oldest first."""
         found = self._directory.glob("step-*.pt")
         return sorted(path for path in found if re.fullmatch(r"step-\d+\.pt", path.name))
+
+
+def _num_bytes(state: Any) -> int:
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict | list | tuple):
+        return sum(map(_num_bytes, state.values() if isinstance(state, dict) else state))
+    return 0
+
+
+def _copy(state: Any) -> Any:
+    """The state as it is now, in main memory: on an accelerator there may be no room for it."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = copy(state)  # with the attributes that a module's state has
+        copied.update({name: _copy(value) for name, value in state.items()})
+        return copied
+    if type(state) in (list, tuple):
+        return type(state)(map(_copy, state))
+    return deepcopy(state)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -110,6 +154,7 @@ class PoolSource:
         self._pools, self._device = pools, device
         self._has_state = hasattr(pools, "state_dict")
         self._before: deque[Any] = deque(maxlen=max(1, peeks))  # positions before the last draws
+        self.seconds = 0.0  # waited for pools
         self._iterator: Iterator[Batch] | None = None
 
     def __iter__(self) -> Self:
@@ -120,12 +165,15 @@ class PoolSource:
             self._iterator = iter(self._pools)
         if self._has_state:
             self._before.append(self._position())
-        return to_device(next(self._iterator), self._device)
+        began = time.perf_counter()
+        pool = next(self._iterator)
+        self.seconds += time.perf_counter() - began
+        return to_device(pool, self._device)
 
     @property
-    def num_errors(self) -> int:
-        """Samples that could not be read so far, as the pools count them."""
-        return sum(getattr(self._pools, "errors", {}).values())
+    def errors(self) -> dict[str, int]:
+        """Samples that could not be read so far, by shard, as the pools count them."""
+        return dict(getattr(self._pools, "errors", {}))
 
     def state_dict(self, num_peeked: int) -> Any:
         """The position before the last `num_peeked` pools; None where the pools have none."""

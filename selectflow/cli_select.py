@@ -39,20 +39,19 @@ def _share(text: str) -> float:
 
 def _write_shards(args: argparse.Namespace) -> None:
     from selectflow.config import load  # noqa: PLC0415
-    from selectflow.data import find_manifest  # noqa: PLC0415
+    from selectflow.data import find_splits, open_catalog  # noqa: PLC0415
     from selectflow.ledger import last_step, read_stream  # noqa: PLC0415
     from selectflow.sample_scores import kept_keys, mean_scores, write_selected  # noqa: PLC0415
 
     stream = read_stream(args.run)
     config = load(args.run / "config.yaml")
     source = args.source or str(config.data.directory)
-    held = find_manifest(source)
-    _check_same_data(source, held.fingerprint(), stream)
+    split = stream.get("split", "train")
+    _check_same_data(source, open_catalog(source, split).fingerprint, stream)
     scores = mean_scores(args.run)
     kept = kept_keys(args.run) if args.top is None else scores.top(args.top)
     made_from: dict[str, Any] = {"run": config.run_name, "steps": last_step(args.run)}
     made_from |= {"chosen": "kept"} if args.top is None else {"chosen": "top", "share": args.top}
-    split = stream.get("split", "train")
     manifest = write_selected(
         args.out,
         scores,
@@ -61,7 +60,7 @@ def _write_shards(args: argparse.Namespace) -> None:
         made_from,
         seed=config.seed,
         split=split,
-        copied=held.splits.keys() - {split},
+        copied=set(find_splits(source)) - {split},
         layout=layout_of(args),
     )
     sizes = (f"{name} {manifest.num_samples(name)}" for name in manifest.splits)

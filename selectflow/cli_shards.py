@@ -23,7 +23,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
     head.set_defaults(command=_head)
     for command in (verify, ls, head):
-        command.add_argument("root", metavar="DIR", help="dataset directory")
+        command.add_argument("root", metavar="DIR", help="dataset directory or its URL")
 
 
 def _add_make(kinds: Any) -> None:
@@ -31,7 +31,7 @@ def _add_make(kinds: Any) -> None:
     make.add_argument(
         "dataset", metavar="DATASET", type=_dataset,
         help="digits; torchvision:NAME, as torchvision:CIFAR10; folder:PATH, images as "
-        "PATH/<class>/<name>.png; text: what comes with Python; text:files:FOLDER, text as "
+        "PATH/<class>/<name>.png; text or code: what comes with Python; text:files:FOLDER, text as "
         "FOLDER/<domain>/<name>.txt; text:jsonl:FILE; text:hf:NAME",
     )  # fmt: skip
     make.add_argument("--root", type=Path, required=True, metavar="DIR", help="where to write")
@@ -88,10 +88,12 @@ _LAYOUT = ("per_shard", "max_bytes", "pack")
 
 def _dataset(text: str) -> tuple[str, str]:
     kind, colon, argument = text.partition(":")
+    kind = "text" if text == "code" else kind
     needs = {"digits": (False,), "torchvision": (True,), "folder": (True,), "text": (False, True)}
     if bool(argument) not in needs.get(kind, ()) or (colon and not argument):
         raise argparse.ArgumentTypeError(
-            f"must be digits, torchvision:NAME, folder:PATH, text or text:SOURCE, got {text!r}"
+            "must be digits, torchvision:NAME, folder:PATH, text, text:SOURCE or code, "
+            f"got {text!r}"
         )
     return kind, argument
 
@@ -142,19 +144,28 @@ def _verify(args: argparse.Namespace) -> None:
         print(fault.message)
     if faults:
         shards = sorted({fault.shard for fault in faults})
-        raise DataError(f"{len(faults)} faults in {len(shards)} shards: {', '.join(shards)}")
+        raise DataError(
+            f"every sample must be readable, got faults in {', '.join(shards)}; restore them, "
+            "write the dataset again, or train without those samples by data.max_errors"
+        )
     print(f"{args.root}: every sample can be read")
 
 
 def _ls(args: argparse.Namespace) -> None:
-    from selectflow.data import read_manifest  # noqa: PLC0415
+    from selectflow.data import DataError, find_manifest, find_splits, open_catalog  # noqa: PLC0415
 
-    manifest = read_manifest(args.root)
     print(f"{'split':12} {'shards':>8} {'samples':>10} {'MiB':>10}")
-    for split, shards in manifest.splits.items():
-        size = sum(shard.bytes for shard in shards) / 2**20
-        print(f"{split:12} {len(shards):8} {manifest.num_samples(split):10} {size:10.2f}")
-    print(f"fields: {', '.join(manifest.fields)}; samples of a record: {manifest.pack}")
+    for split in find_splits(args.root):
+        held = open_catalog(args.root, split)
+        size = held.num_bytes / 2**20
+        print(f"{split:12} {len(held.entries):8} {held.num_samples:10} {size:10.2f}")
+    first = held.entries[0]
+    print(f"fields: {', '.join(first.fields)}; samples of a record: {first.pack}")
+    try:
+        manifest = find_manifest(args.root)
+    except DataError:
+        print("made from: not known, without a manifest")
+        return
     options = (f"{name}={value}" for name, value in manifest.options.items())
     print(f"made from: {' '.join(options)} seed={manifest.seed}")
 

@@ -1,16 +1,22 @@
 """The section of a run's configuration on its data."""
 
+import re
 import zlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from selectflow.config_fields import Count, Directory, Section
+from selectflow.config_fields import Count, Directory, Section, must_be
 
 
 def _path_or_url(value: object) -> object:
     return Path(value) if isinstance(value, str) and "://" not in value else value
+
+
+def _holds_splits(value: object) -> bool:
+    """Whether a location may have a target set and a test set besides what is trained on."""
+    return not re.search(r"[{]|\.tar$|^pipe:", str(value))
 
 
 # a path would lose one of the slashes of "s3://"
@@ -54,7 +60,11 @@ class DataConfig(Section):
         description="digits, text: written on first use; shards: an existing directory",
     )
     text: TextConfig = Field(default=TextConfig(), description="how text is made (text)")
-    root: Annotated[Location | None, BeforeValidator(_path_or_url)] = Field(
+    root: Annotated[
+        Location | None,
+        BeforeValidator(_path_or_url),
+        must_be("a directory with the splits train, target and test, or its URL", _holds_splits),
+    ] = Field(
         default=None,
         description="directory of the shards, or its URL (s3, gs, hf, https: extra `remote`); "
         "null: data/<name and options> for digits and text",

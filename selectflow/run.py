@@ -93,13 +93,18 @@ def _train(run: _Run) -> None:
     """Run the loop; the log, the tracker and, after a bad loss, the weights are kept."""
     with stop_request() as stop:
         try:
-            run.finish(run.loop(stop))
+            status = run.loop(stop)
+            run.checkpoints.wait()
+            run.finish(status)
         except BaseException as error:
             with contextlib.suppress(OSError):  # which must not hide why the run ends
                 if isinstance(error, FloatingPointError):
                     run.save()
                 run.finish("failed")
             raise
+        finally:
+            with contextlib.suppress(OSError):  # raised before, or it would hide why the run ends
+                run.checkpoints.wait()  # the run directory is not let go of before
 
 
 class _Run:
@@ -206,13 +211,14 @@ class _Run:
         )
 
     def evaluate(self) -> dict[str, float]:
-        """Means over the target and the test set, by metric name, and the data's errors."""
+        """Means over the target and the test set, by metric name; what the pools cost and lack."""
         found: dict[str, float] = {}
         with evaluating(self.model):
             for split, batches in (("target", self.target), ("test", self.test)):
                 means = self.task.evaluate(self.model, batches)
                 found |= {f"{split}/{name}": value for name, value in means.items()}
-        return found | {"data/errors": self.pools.num_errors}
+        errors = sum(self.pools.errors.values())
+        return found | {"data/errors": errors, "perf/data_s": self.pools.seconds}
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless it was written or read already."""
@@ -228,7 +234,8 @@ class _Run:
                 self.task.save(self.config.run_dir / "model")
             self.samples.show_all()
         upfront = {"perf/upfront_s": self.upfront_s} if self.config.select.is_offline else {}
-        self.tracker.finish({"status": status, "steps": self.step} | upfront)
+        errors = {"errors_by_shard": errors} if (errors := self.pools.errors) else {}
+        self.tracker.finish({"status": status, "steps": self.step} | upfront | errors)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -242,12 +249,13 @@ class _Run:
             "samples": self.samples.state_dict(),
             "tracker": self.tracker.state_dict(),
             "wall_s": self.watch.seconds,
+            "data_s": self.pools.seconds,
             "generators": generator_states(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.watch.seconds = state["step"], state["wall_s"]
-        self.saved_at = self.step
+        self.saved_at, self.pools.seconds = self.step, state.get("data_s", 0.0)
         for name in ("model", "optimizer", "scheduler", "selector", "pools"):
             getattr(self, name).load_state_dict(state[name])
         self.log.load_state_dict(state["log"], self.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ def open_run_dir(config: RunConfig) -> dict[str, Any] | None:
     # one whose arguments were refused leaves its config.yaml alone, and may be started again
     if any((run_dir / name).exists() for name in ("metrics.jsonl", "offline.json")):
         if config.overwrite:
-            shutil.rmtree(run_dir)
+            _remove(run_dir)
         elif config.resume == "auto":
             _check_same(config, load(known))
             saved = Checkpoints(run_dir / "checkpoints").newest()
@@ -61,8 +62,18 @@ def open_run_dir(config: RunConfig) -> dict[str, Any] | None:
         if (run_dir / LEDGER_FOLDER).exists():
             shutil.rmtree(run_dir / LEDGER_FOLDER)
     run_dir.mkdir(parents=True, exist_ok=True)
-    known.write_text(to_yaml(config), encoding="utf-8")
+    beside = run_dir / "config.yaml.tmp"  # a half of it could not be compared on resume
+    beside.write_text(to_yaml(config), encoding="utf-8")
+    os.replace(beside, known)
     return None if is_finished(run_dir) else saved
+
+
+def _remove(run_dir: Path) -> None:
+    """Remove a run as a whole: a part of it, left by a kill, could be taken for one to resume."""
+    doomed = run_dir.with_name(f".{run_dir.name}.replaced")
+    shutil.rmtree(doomed, ignore_errors=True)  # left by a kill
+    run_dir.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def is_finished(run_dir: Path) -> bool:

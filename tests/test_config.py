@@ -227,6 +227,16 @@ def test_digits_directory_says_what_is_in_it(tmp_path):
     assert load(tmp_path / "again.yaml") == remote
 
 
+@pytest.mark.parametrize("root", ["d/train-{000000..000004}.tar", "d/a.tar", "pipe:cat a.tar"])
+def test_shards_that_would_be_every_split_are_refused(tmp_path, root):
+    """They would be trained on, the target and the test set at once."""
+    path = write(tmp_path, "name: a\ndata: {name: shards}")
+    assert problems(path, f"data.root={json.dumps(root)}") == [
+        "data.root must be a directory with the splits train, target and test, or its URL, got "
+        f"{root!r}"
+    ]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_says_how_to_run_it(path):
     config = load(path, ["seed=1"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import tarfile
 import time
 from dataclasses import replace
@@ -11,16 +12,22 @@ import numpy as np
 import pytest
 from PIL import Image
 from small_datasets import edit_shard, make_small, sample
+from test_run import run_trainer
 
+from selectflow.cli import main
 from selectflow.data import (
     DataError,
     Manifest,
     PoolStream,
+    make_digits,
     read_manifest,
     read_split,
     write_manifest,
     write_split,
 )
+from selectflow.ledger import read_ledger
+from selectflow.report.runs import load_run
+from selectflow.report.samples import examine
 
 NAME = "train-000001.tar"
 
@@ -171,7 +178,32 @@ def test_skipping_a_missing_shard_takes_no_time(tmp_path, caplog):
     began = time.perf_counter()
     assert len(next(stream)["key"]) == 200
     assert time.perf_counter() - began < 2
-    assert sum(stream.errors.values()) == len(caplog.records) == 200
+    assert sum(stream.errors.values()) == 200
+    assert len(caplog.records) == 50  # what is wrong with a shard is said once
+
+
+def test_a_trainer_goes_on_without_a_damaged_shard_and_what_it_kept_is_written(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    make_digits(tmp_path / "data", label_noise=0.4)
+    shard = tmp_path / "data" / NAME
+    shard.write_bytes(shard.read_bytes()[:-5000])
+    options = ["steps=20", "track.wandb=disabled", "data.root=data", "data.memory_gib=0"]
+    strict = run_trainer(tmp_path, "configs/digits_online.yaml", "name=strict", *options)
+    assert strict.returncode == 2
+    assert f"error: shard {NAME} must be a tar file" in strict.stderr
+    options += ["name=run", "data.max_errors=256"]
+    done = run_trainer(tmp_path, "configs/digits_online.yaml", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(NAME) == 1
+    run_dir = tmp_path / "runs" / "run"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["errors_by_shard"] == {NAME: summary["data/errors"]}
+    assert main(["select", "write-shards", str(run_dir), "--out", "kept"]) == 0
+    kept = {row["key"] for row in read_ledger(run_dir).to_pylist() if row["kept"]}
+    assert {each["__key__"] for each in read_split(tmp_path / "kept", "train")} == kept
+    assert len(examine("run", load_run(run_dir), 4).best) == 4
 
 
 def test_a_pool_without_a_readable_sample_stops_the_stream(tmp_path):

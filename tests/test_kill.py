@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 from test_resume import assert_same, outcome
 
+from selectflow import checkpoints
+from selectflow.cli import main as command_line
+
 ROOT = Path(__file__).parents[1]
-NUM_KILLS = 9  # in each setting: 54
+NUM_KILLS = 6  # in each setting: 108
 
 DEMO = {"select.horizon": 0, "select.interval": 4}
 LOOK_AHEAD = {"select.horizon": 2, "select.interval": 3}
@@ -77,9 +80,19 @@ def is_killed_after(pid, seconds):
     return code != 0
 
 
+def at_once():
+    """Let checkpoints be written as they are, these small ones while the training waits."""
+
+
+def in_background():
+    """Let every checkpoint be written while the training goes on."""
+    checkpoints._LARGE = 0
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("prepare", [at_once, in_background])
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS.keys())
-def test_runs_killed_at_random_moments_end_as_if_they_never_were(main, tmp_path, options):
+def test_runs_killed_at_random_moments_end_as_if_they_never_were(main, tmp_path, options, prepare):
     began = time.perf_counter()
     finish(main, arguments(tmp_path / "whole", **options))
     seconds = time.perf_counter() - began
@@ -87,7 +100,7 @@ def test_runs_killed_at_random_moments_end_as_if_they_never_were(main, tmp_path,
     moments, kills, runs = random.Random(0), 0, 0
     while kills < NUM_KILLS:
         argv, longest = arguments(tmp_path / str(runs), **options), 0.4 * seconds
-        while is_killed_after(start(main, argv), moments.uniform(0.0, longest)):
+        while is_killed_after(start(main, argv, prepare), moments.uniform(0.0, longest)):
             kills += 1
             longest *= 1.1  # so that it ends on a machine that has become slower too
         assert_same(expected, outcome(tmp_path / str(runs) / "run"))
@@ -114,28 +127,57 @@ def kill_at(number):
     Path.unlink = before(Path.unlink)
 
 
-def check_kills_in_writes(main, tmp_path, numbers):
+def check_kills_in_writes(main, tmp_path, numbers, prepare):
+    def killed_at(number):
+        prepare()
+        kill_at(number)
+
     short = {"steps": 24, "checkpoint_every": 5, "eval_every": 6, "keep_checkpoints": 1}
     finish(main, arguments(tmp_path / "whole", **short))
     expected, killed = outcome(tmp_path / "whole" / "run"), 0
     for number in numbers:
         argv = arguments(tmp_path / str(number), **short)
-        _, status = os.waitpid(start(main, argv, partial(kill_at, number)), 0)
+        _, status = os.waitpid(start(main, argv, partial(killed_at, number)), 0)
         if status == 0:
             break  # there are no more
         killed += 1
-        os.waitpid(start(main, argv, partial(kill_at, 7)), 0)  # so is the run that goes on
-        finish(main, argv)
+        os.waitpid(start(main, argv, partial(killed_at, 7)), 0)  # so is the run that goes on
+        finish(main, argv, prepare)
         assert_same(expected, outcome(tmp_path / str(number) / "run"))
         assert not list((tmp_path / str(number) / "run").rglob("*.tmp"))
     return killed
 
 
-def test_a_run_killed_in_the_middle_of_a_write_ends_as_if_it_never_was(main, tmp_path):
-    assert check_kills_in_writes(main, tmp_path, (3, 30)) == 2
+@pytest.mark.parametrize("prepare", [at_once, in_background])
+def test_a_run_killed_in_the_middle_of_a_write_ends_as_if_it_never_was(main, tmp_path, prepare):
+    assert check_kills_in_writes(main, tmp_path, (3, 30), prepare) == 2
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("prepare", [at_once, in_background])
 @pytest.mark.parametrize("first", [1, 2, 3])
-def test_a_run_killed_in_the_middle_of_any_write_ends_as_if_it_never_was(main, tmp_path, first):
-    assert check_kills_in_writes(main, tmp_path, range(first, 1000, 3)) > 10
+def test_a_run_killed_in_the_middle_of_any_write_ends_as_if_it_never_was(
+    main, tmp_path, first, prepare
+):
+    assert check_kills_in_writes(main, tmp_path, range(first, 1000, 3), prepare) > 10
+
+
+def test_shards_whose_writing_was_killed_are_written_again_byte_for_byte(tmp_path):
+    """Killed at each change of a file in turn, and the same command again."""
+
+    def make(root, prepare=lambda: None):
+        argv = ["shards", "make", "digits", "--root", str(root), "--per-shard", "400"]
+        return os.waitpid(start(command_line, argv, prepare), 0)[1]
+
+    def files(root):
+        return {path.name: path.read_bytes() for path in root.glob("[!.]*")}
+
+    assert make(tmp_path / "whole") == 0
+    expected, number = files(tmp_path / "whole"), 1
+    assert len(expected) == 6
+    while make(root := tmp_path / str(number), partial(kill_at, number)):
+        assert "manifest.json" not in files(root) or files(root) == expected
+        assert make(root) == 0
+        assert files(root) == expected
+        number += 1
+    assert number > 2 * len(expected)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,48 @@ def test_decisions_of_a_run_killed_before_its_first_checkpoint_are_not_kept(digi
     assert decisions(tmp_path / "killed")
     train(killed, task(digits))
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
+
+
+def test_a_run_killed_while_it_writes_its_configuration_can_be_resumed(
+    digits, tmp_path, monkeypatch
+):
+    whole, killed = (config(tmp_path, name=name, **OPTIONS) for name in ("whole", "killed"))
+    train(whole, task(digits))
+    with pytest.raises(Killed):
+        train(killed, killed_at(11, task(digits)))
+
+    def write_text(path, text, **_):
+        path.write_bytes(text[:20].encode())
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_text)
+        with pytest.raises(Killed):
+            train(killed, task(digits))
+    train(killed, task(digits))
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
+
+
+def test_a_run_killed_while_it_replaces_another_is_a_new_one(digits, tmp_path, monkeypatch):
+    options = config(tmp_path, name="run", **OPTIONS)
+    train(options, task(digits))
+    expected = outcome(options.run_dir)
+
+    def remove_some(path, **_):
+        if path.exists():
+            (path / "metrics.jsonl").unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", remove_some)
+        with pytest.raises(Killed):
+            train(options.model_copy(update={"overwrite": True}), task(digits))
+    with pytest.raises(Killed):
+        train(options, killed_at(3, task(digits)))  # before it has a checkpoint of its own
+    train(options, task(digits))
+    assert_same(expected, outcome(options.run_dir))
+    train(options.model_copy(update={"overwrite": True}), task(digits))
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(digits, tmp_path):
@@ -232,27 +275,6 @@ def test_a_run_outside_of_the_main_thread_needs_no_signals(digits, tmp_path):
     thread.start()
     thread.join()
     assert json.loads((tmp_path / "trial" / "summary.json").read_text())["status"] == "finished"
-
-
-def test_a_checkpoint_that_cannot_be_written_is_named_and_costs_no_other(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(1, {"step": 1})
-
-    class Unwritable:
-        def __reduce__(self):
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match=r"step-00000002.pt cannot be written: .*No space left"):
-        checkpoints.save(2, {"step": Unwritable()})
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
-    assert checkpoints.newest() == {"step": 1}
-
-
-def test_a_damaged_checkpoint_costs_no_earlier_one_that_is_written_after_it(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(12, {"step": 12}).write_bytes(b"damaged")
-    checkpoints.save(4, {"step": 4})
-    assert checkpoints.newest() == {"step": 4}
 
 
 def wandb_logs(run_dir):

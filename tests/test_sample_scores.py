@@ -12,7 +12,7 @@ from small_datasets import make_small
 from test_run import config, digits, task
 
 from selectflow.cli import main
-from selectflow.data import DataError, read_manifest, read_split
+from selectflow.data import DataError, PoolStream, read_manifest, read_split
 from selectflow.ledger import read_ledger
 from selectflow.run import train
 from selectflow.sample_scores import (
@@ -153,6 +153,17 @@ def test_write_shards_refuses_another_dataset_and_finds_one_that_moved(
     with pytest.raises(SystemExit):
         main([*arguments, "--top", "1.5"])
     assert "argument --top: must be in (0, 1], got '1.5'" in capsys.readouterr().err
+
+
+def test_write_shards_of_a_folder_without_a_manifest(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SELECTFLOW_CACHE", str(tmp_path / "cache"))
+    root, out = tmp_path / "folder", tmp_path / "new"
+    shutil.copytree(digits, root, ignore=lambda *_: ["manifest.json"])
+    values = {"data": {"name": "shards", "root": root, "pool": 16}, "steps": 3}
+    run_dir = train(config(tmp_path, **values), task(digits, PoolStream(root, pool=16, seed=0)))
+    assert main(["select", "write-shards", str(run_dir), "--out", str(out)]) == 0
+    assert list(stored(out)) == [key for key in stored(digits) if key in kept_keys(run_dir)]
+    assert stored(out, "test") == stored(digits, "test")
 
 
 def test_write_shards_of_a_dataset_that_is_remote(run_dir, digits, tmp_path, monkeypatch):

@@ -155,11 +155,12 @@ def test_every_pool_is_trained_on_once_in_order_however_far_it_peeks():
 
     def source():
         for index, pool in enumerate(pools):
-            drawn.append(index)
-            yield {**pool, "pool": torch.full((10,), index)}
+            drawn.append({**pool, "pool": torch.full((10,), index)})
+            yield drawn[-1]
 
     order = []
     for batch in selector.stream(source()):
+        assert selector.last.pool is drawn[len(order)]  # peeking copies nothing
         order.append(int(batch["pool"][0]))
         horizons.append((selector.last.horizon, selector.last.age, len(drawn)))
         train(model, optimizer, image_loss, [batch])

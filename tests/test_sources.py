@@ -11,14 +11,17 @@ import pytest
 from small_datasets import edit_shard, keys_of, make_small
 from test_run import ROOT, run_trainer
 
+from selectflow.cli import main
 from selectflow.data import (
     Cache,
     DataError,
     PoolStream,
+    find_splits,
     make_digits,
     read_batches,
     read_split,
     sources,
+    verify,
 )
 from selectflow.ledger import read_ledger
 
@@ -45,27 +48,40 @@ def memory(tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """A loopback HTTP server over tmp_path; `failures` requests of shards are answered by 503."""
+    """A loopback HTTP server over tmp_path; `failures` requests of shards fail as `failure` says:
+    they are refused by 503, cut off in the middle of the shard, or never answered."""
     make_small(tmp_path)
+    over = threading.Event()
 
     class Handler(SimpleHTTPRequestHandler):
         def do_GET(self):
             self.server.requests.append(self.path)
-            if self.path.endswith(".tar") and self.server.failures > 0:
-                self.server.failures -= 1
-                self.send_error(503)
-            else:
+            if not (self.path.endswith(".tar") and self.server.failures > 0):
                 super().do_GET()
+                return
+            self.server.failures -= 1
+            if self.server.failure == "refused":
+                self.send_error(503)
+            elif self.server.failure == "cut":
+                data = (tmp_path / self.path[1:]).read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2])
+                self.close_connection = True
+            else:
+                over.wait()
 
         def log_message(self, *_):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)) as http:
-        http.failures, http.requests = 0, []
+        http.failures, http.failure, http.requests = 0, "refused", []
         http.url = f"http://127.0.0.1:{http.server_port}"
         thread = threading.Thread(target=http.serve_forever)
         thread.start()
         yield http
+        over.set()
         http.shutdown()
         thread.join()
 
@@ -147,6 +163,24 @@ def test_sources_with_nothing_in_them_are_refused(source, message):
         PoolStream(source, pool=1, seed=0)
 
 
+def test_the_splits_of_a_dataset_and_of_a_folder_of_shards(tmp_path, memory, capsys):
+    make_digits(tmp_path / "digits")
+    listed = []
+    for rest in range(2):
+        assert find_splits(tmp_path / "digits") == ["target", "test", "train"]
+        assert verify(tmp_path / "digits") == []
+        assert main(["shards", "ls", str(tmp_path / "digits")]) == 0
+        listed.append(capsys.readouterr().out.splitlines())
+        (tmp_path / "digits" / "manifest.json").unlink(missing_ok=rest == 1)
+    assert listed[0][:-1] == listed[1][:-1]
+    assert listed[1][-1] == "made from: not known, without a manifest"
+    assert find_splits("memory://bucket") == ["train"]
+    assert main(["shards", "ls", "memory://bucket"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "made from: name=small seed=0"
+    with pytest.raises(DataError, match="root must be a dataset directory with a manifest"):
+        find_splits(tmp_path / "nowhere")
+
+
 # remote
 
 
@@ -215,14 +249,21 @@ def test_shards_over_http(server, tmp_path, num_workers):
     assert keys_of(islice(stream, 10)) == keys_of(islice(expected, 10))
 
 
-def test_a_server_that_recovers_is_waited_for(server, directory):
-    server.failures = 3
-    assert stored(server.url, cache=Cache(directory, attempts=4, backoff_s=0.01)) == KEYS
+FAILURES = pytest.mark.parametrize("failure", ["refused", "cut", "never answered"])
 
 
-def test_a_server_that_stays_broken_is_named(server, directory):
-    server.failures = 100
-    cache = Cache(directory, attempts=3, backoff_s=0.01)
+@FAILURES
+def test_a_server_that_recovers_is_waited_for(server, directory, failure):
+    server.failures, server.failure = 3, failure
+    cache = Cache(directory, attempts=4, backoff_s=0.01, timeout_s=0.5)
+    assert stored(server.url, cache=cache) == KEYS
+    assert not list(directory.glob(".*"))
+
+
+@FAILURES
+def test_a_server_that_stays_broken_is_named(server, directory, failure):
+    server.failures, server.failure = 100, failure
+    cache = Cache(directory, attempts=3, backoff_s=0.01, timeout_s=0.5)
     with pytest.raises(DataError, match=rf"{server.url}/train-000000\.tar .* in attempt 3"):
         stored(server.url, cache=cache)
     server.failures = 3  # all attempts for the first shard
@@ -281,7 +322,9 @@ def test_a_command_that_fails_is_named(tmp_path, directory):
     assert not list(directory.iterdir())
 
 
-@pytest.mark.parametrize("option", [{"max_gib": 0}, {"attempts": 0}, {"backoff_s": -1}])
+@pytest.mark.parametrize(
+    "option", [{"max_gib": 0}, {"attempts": 0}, {"backoff_s": -1}, {"timeout_s": 0}]
+)
 def test_cache_options_out_of_range_are_refused(option):
-    with pytest.raises(DataError, match=r"max_gib must be > 0, attempts >= 1 and backoff_s >= 0"):
+    with pytest.raises(DataError, match=r"max_gib must be > 0, .* backoff_s >= 0 and timeout_s > "):
         Cache(**option)

@@ -70,3 +70,57 @@ def test_a_stream_is_the_dataloader_and_state_of_a_trainer(tmp_path, protocol):
     again.load_state_dict(states[0])
     rest = keys_of(islice(iter(again), 4))
     assert before + rest == keys_of(islice(stream_of(tmp_path), 8))
+
+
+@pytest.mark.filterwarnings("ignore")  # its own
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_a_stateful_dataloader_of_torchdata_resumes_the_stream(tmp_path, num_workers):
+    loaders = pytest.importorskip("torchdata.stateful_dataloader")
+    make_small(tmp_path)
+    whole = keys_of(islice(stream_of(tmp_path), 11))
+
+    def loader():
+        options = {"batch_size": None, "num_workers": num_workers}
+        return loaders.StatefulDataLoader(stream_of(tmp_path), **options)
+
+    first = loader()
+    assert keys_of(islice(first, 5)) == whole[:15]
+    again = loader()
+    again.load_state_dict(first.state_dict())
+    assert keys_of(islice(again, 6)) == whole[15:]
+
+
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_lightning_resumes_the_stream(tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Model(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen = torch.nn.Linear(64, 20), []
+
+        def training_step(self, batch, _):
+            self.seen += batch["key"]
+            return torch.nn.functional.cross_entropy(
+                self.layer(batch["image"].flatten(1)), batch["label"]
+            )
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    def fit(steps, **options):
+        model = Model()
+        trainer = lightning.Trainer(
+            accelerator="cpu", max_steps=steps, limit_train_batches=100, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(model, stream_of(tmp_path), **options)
+        return trainer, model.seen
+
+    make_small(tmp_path)
+    whole = keys_of(islice(stream_of(tmp_path), 12))
+    trainer, before = fit(7)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    _, after = fit(12, ckpt_path=tmp_path / "saved.ckpt", weights_only=False)
+    assert before + after == whole

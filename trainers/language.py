@@ -203,6 +203,7 @@ def build_task(config: RunConfig) -> Task:
     reading = {"pool": data.pool, "seed": config.seed} | data.reading
     pools = PoolStream(data.directory, "train", **reading)
     target = read_batches(data.directory, "target", data.target_batch)
+    metadata = read_metadata(data.directory, "train", max_errors=data.max_errors)
     torch.manual_seed(config.seed)
     model = build_model(config.model, target[0]["tokens"].shape[1], tokenizer)
     check_tokenizer(config.model, tokenizer, model)
@@ -214,7 +215,7 @@ def build_task(config: RunConfig) -> Task:
         pools=pools,
         target=target,
         test=read_batches(data.directory, "test", EVAL_BATCH),
-        kinds=kinds_of(read_metadata(data.directory, "train")),
+        kinds=kinds_of(metadata),
         source=data.directory,
         show=lambda batch, index: tokenizer.decode(batch["tokens"][index].tolist()),
         score_view=partial(score_view, tokenizer.end, data.separate_documents),

@@ -94,10 +94,11 @@ def build_task(config: RunConfig) -> Task:
     pools = PoolStream(data.directory, "train", **reading)
     target = read_batches(data.directory, "target", data.target_batch)
     test = read_batches(data.directory, "test", EVAL_BATCH)
-    metadata = read_metadata(data.directory, "train")
+    metadata = read_metadata(data.directory, "train", max_errors=data.max_errors)
+    labels = read_labels(data.directory, "train", max_errors=data.max_errors)
     # of all splits: the target may be of some of the classes alone
-    labels = [read_labels(data.directory, "train"), *(part["label"] for part in [*target, *test])]
-    num_classes = 1 + max(int(each.max()) for each in labels)
+    every = [labels, *(part["label"] for part in [*target, *test])]
+    num_classes = 1 + max(int(each.max()) for each in every)
     torch.manual_seed(config.seed)
     model = MODELS[config.model.name](config.model, target[0]["image"][0].shape, num_classes)
     return Task(

@@ -8,7 +8,7 @@ from selectflow.data.inspect import contact_sheet, head, picture, verify
 from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, write_manifest
 from selectflow.data.remote import Cache
 from selectflow.data.shards import write_split
-from selectflow.data.sources import find_manifest
+from selectflow.data.sources import find_manifest, find_splits, open_catalog
 from selectflow.data.splits import (
     read_batches,
     read_labels,
@@ -33,11 +33,13 @@ __all__ = [
     "Tokenizer",
     "contact_sheet",
     "find_manifest",
+    "find_splits",
     "head",
     "make_digits",
     "make_folder",
     "make_text",
     "make_torchvision",
+    "open_catalog",
     "open_tokenizer",
     "picture",
     "read_batches",

@@ -1,5 +1,6 @@
 """Samples to batches of tensors: the one place that knows what the fields mean."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -63,14 +64,15 @@ def finish(batch: Batch) -> Batch:
 
     Where there is a GPU the tensors are page-locked.
     """
-    is_gpu = torch.cuda.is_available()
     return {
-        name: leaf if isinstance(leaf, list) else _typed(name, leaf, is_gpu)
-        for name, leaf in batch.items()
+        name: leaf if isinstance(leaf, list) else _typed(name, leaf) for name, leaf in batch.items()
     }
 
 
-def _typed(name: str, leaf: Any, is_pinned: bool) -> torch.Tensor:
+_has_gpu = cache(torch.cuda.is_available)  # which takes as long as a small pool
+
+
+def _typed(name: str, leaf: Any) -> torch.Tensor:
     # By numpy: torch would use all threads, which wait for each other on a busy machine.
     array = np.asarray(leaf)
     if name == "image" and array.dtype == np.uint8:
@@ -78,7 +80,7 @@ def _typed(name: str, leaf: Any, is_pinned: bool) -> torch.Tensor:
     elif name == "image" or array.dtype.kind not in "fc":
         array = array.astype(np.float32 if name == "image" else np.int64, copy=False)
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if is_pinned else tensor
+    return tensor.pin_memory() if _has_gpu() else tensor
 
 
 def shared(batch: Batch) -> Batch:
@@ -96,8 +98,9 @@ def shared(batch: Batch) -> Batch:
 
 def pick(batch: Batch, indices: Ints) -> Batch:
     """The examples at `indices`, in that order."""
+    places = indices.tolist()
     return {
-        name: [leaf[i] for i in indices] if isinstance(leaf, list) else leaf.take(indices, 0)
+        name: [leaf[i] for i in places] if isinstance(leaf, list) else leaf.take(indices, 0)
         for name, leaf in batch.items()
     }
 

@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from selectflow.data.fields import Sample
-from selectflow.data.manifest import DataError, read_manifest
+from selectflow.data.manifest import DataError
 from selectflow.data.reader import Fault, ShardReader
-from selectflow.data.sources import open_catalog
+from selectflow.data.sources import find_splits, open_catalog
 from selectflow.data.splits import read_split
 
 _CHUNK = 256  # samples decoded at once
@@ -19,16 +19,16 @@ def verify(root: str | Path) -> list[Fault]:
     """Read and decode every sample of every split.
 
     Args:
-        root: Dataset directory.
+        root: Dataset directory or its URL, or a folder of shards.
 
     Returns:
         The samples that cannot be read; of a shard that cannot be used, its first alone.
 
     Raises:
-        DataError: No manifest.
+        DataError: Nothing there, or a damaged shard without a manifest.
     """
     faults: dict[str, Fault] = {}
-    for split in read_manifest(root).splits:
+    for split in find_splits(root):
         catalog = open_catalog(root, split)
         reader = ShardReader(catalog)
         for start in range(0, catalog.num_samples, _CHUNK):
@@ -42,7 +42,7 @@ def head(root: str | Path, split: str, count: int) -> list[Sample]:
     """The first samples of a split, in stored order.
 
     Args:
-        root: Dataset directory.
+        root: Dataset directory, or any other source of `PoolStream`.
         split: Name of the split.
         count: Samples, >= 1.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from selectflow.atomic import atomic_file
 from selectflow.data.manifest import DataError
@@ -39,6 +39,8 @@ class Cache:
             that are shuffled together.
         attempts: times a shard is tried, >= 1.
         backoff_s: seconds before the second attempt, doubled before each further one, >= 0.
+        timeout_s: seconds in which nothing comes over http or https that end an attempt, > 0; other
+            file systems have limits of their own.
         allow_pipe: True runs the shell command of a `pipe:` source.
 
     Raises:
@@ -49,13 +51,15 @@ class Cache:
     max_gib: float = 20.0
     attempts: int = 4
     backoff_s: float = 0.5
+    timeout_s: float = 60.0
     allow_pipe: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.max_gib > 0 and self.attempts >= 1 and self.backoff_s >= 0):
+        is_right = self.max_gib > 0 and self.attempts >= 1 and self.backoff_s >= 0
+        if not (is_right and self.timeout_s > 0):
             raise DataError(
-                "max_gib must be > 0, attempts >= 1 and backoff_s >= 0, "
-                f"got {self.max_gib}, {self.attempts} and {self.backoff_s}; see Cache"
+                "max_gib must be > 0, attempts >= 1, backoff_s >= 0 and timeout_s > 0, got "
+                f"{self.max_gib}, {self.attempts}, {self.backoff_s} and {self.timeout_s}; see Cache"
             )
 
     def fetch(self, url: str) -> Path:
@@ -90,7 +94,7 @@ class Cache:
         self.directory.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, self.attempts + 1):
             try:
-                with atomic_file(path) as file, _open(url) as stream:
+                with atomic_file(path) as file, _open(url, self.timeout_s) as stream:
                     shutil.copyfileobj(stream, file, 1 << 20)
                 return
             except ImportError as error:
@@ -124,11 +128,19 @@ def _shards(directory: Path) -> Iterator[tuple[float, int, Path]]:
 
 
 @contextmanager
-def _open(url: str) -> Iterator[IO[bytes]]:
+def _open(url: str, timeout_s: float) -> Iterator[IO[bytes]]:
     if not url.startswith(_PIPE):
         import fsspec  # noqa: PLC0415 - only remote data need it
 
-        with fsspec.open(url, "rb") as stream:
+        options: dict[str, Any] = {}
+        if url.startswith(("http://", "https://")):
+            from aiohttp import ClientTimeout  # noqa: PLC0415
+
+            # by default five minutes in all: too long for a server that hangs, too short for some
+            # that are slow
+            timeout = ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+            options["client_kwargs"] = {"timeout": timeout}
+        with fsspec.open(url, "rb", **options) as stream:
             yield stream
         return
     command = url.removeprefix(_PIPE)

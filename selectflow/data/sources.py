@@ -60,6 +60,20 @@ def find_manifest(source: str | Path, cache: Cache | None = None) -> Manifest:
     return _remote_manifest(root, cache or Cache()) if is_remote(root) else read_manifest(root)
 
 
+def find_splits(source: str | Path, cache: Cache | None = None) -> list[str]:
+    """Names of the splits of a dataset directory, local or remote, or of a folder of shards.
+
+    Raises:
+        DataError: there is neither a manifest nor a local shard, or the manifest is malformed.
+    """
+    root = Path(str(source).removesuffix(MANIFEST_NAME))
+    if not is_remote(str(source)) and not (root / MANIFEST_NAME).exists():
+        names = {path.name.rpartition("-")[0] for path in root.glob("[!.]*-*.tar")}
+        if names:
+            return sorted(names)
+    return list(find_manifest(source, cache).splits)
+
+
 def _one(found: tuple[list[Entry], str]) -> tuple[list[list[Entry]], str]:
     return [found[0]], found[1]
 

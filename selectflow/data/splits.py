@@ -1,5 +1,6 @@
 """Whole splits in stored order: for evaluation, for reports, and sample by sample."""
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -17,7 +18,9 @@ from selectflow.data.sources import open_catalog
 _CHUNK = 256  # samples decoded at once
 
 
-def read_split(root: Sources, split: str, *, cache: Cache | None = None) -> Iterator[Sample]:
+def read_split(
+    root: Sources, split: str, *, max_errors: float = 0, cache: Cache | None = None
+) -> Iterator[Sample]:
     """Read the samples of one split in stored order.
 
     A shard is checked against the manifest before its first sample is handed out.
@@ -25,27 +28,39 @@ def read_split(root: Sources, split: str, *, cache: Cache | None = None) -> Iter
     Args:
         root: Dataset directory, or any other source of `PoolStream`.
         split: Name of the split.
+        max_errors: Samples that may be unreadable, and are then left out.
         cache: Where remote shards are kept.
 
     Yields:
         `{"__key__": str}` and the decoded fields: "npy" an array, "cls" an int, "json" a dict.
 
     Raises:
-        DataError: No manifest or no such split; a shard that is missing, truncated or altered; a
-            sample without a field, or with one that cannot be decoded. Names shard and key.
+        DataError: No manifest or no such split; beyond `max_errors`, a shard that is missing,
+            truncated or altered, a sample without a field, or with one that cannot be decoded.
+            Names shard and key.
     """
-    yield from _read(open_catalog(root, split, cache))
+    yield from _read(open_catalog(root, split, cache), max_errors=max_errors)
 
 
-def _read(catalog: Catalog, fields: Iterable[str] | None = None) -> Iterator[Sample]:
+def _read(
+    catalog: Catalog, fields: Iterable[str] | None = None, max_errors: float = 0
+) -> Iterator[Sample]:
     """All samples in stored order; as `read_split`."""
-    reader = ShardReader(catalog, fields)
+    return (sample for _, sample in _read_rows(catalog, fields, max_errors))
+
+
+def _read_rows(
+    catalog: Catalog, fields: Iterable[str] | None, max_errors: float
+) -> Iterator[tuple[int, Sample]]:
+    """All samples in stored order, with their rows."""
+    reader, num_errors = ShardReader(catalog, fields), 0
     for start in range(0, catalog.num_samples, _CHUNK):
         rows = np.arange(start, min(start + _CHUNK, catalog.num_samples))
         samples, faults = reader.read(rows)
-        if faults:
+        num_errors += len(faults)
+        if num_errors > max_errors:
             raise DataError(faults[0].message)
-        yield from samples
+        yield from zip(np.setdiff1d(rows, [f.row for f in faults]).tolist(), samples, strict=True)
 
 
 def read_batches(
@@ -75,13 +90,14 @@ def read_batches(
 
 
 def read_metadata(
-    root: Sources, split: str, *, cache: Cache | None = None
+    root: Sources, split: str, *, max_errors: float = 0, cache: Cache | None = None
 ) -> dict[str, dict[str, Any]]:
     """What the writer recorded about each sample; for reports, never for selection.
 
     Args:
         root: Dataset directory, or any other source of `PoolStream`.
         split: Name of the split.
+        max_errors: Samples that may be unreadable, and are then left out.
         cache: Where remote shards are kept.
 
     Returns:
@@ -90,23 +106,26 @@ def read_metadata(
     Raises:
         DataError: The split cannot be read.
     """
-    samples = _read(open_catalog(root, split, cache), ("json",))
+    samples = _read(open_catalog(root, split, cache), ("json",), max_errors)
     return {sample["__key__"]: sample.get("json", {}) for sample in samples}
 
 
-def read_labels(root: Sources, split: str, *, cache: Cache | None = None) -> Ints:
+def read_labels(
+    root: Sources, split: str, *, max_errors: float = 0, cache: Cache | None = None
+) -> Ints:
     """The label of each sample of a split, in stored order, shape (N,), int64.
 
     Args:
         root: Dataset directory, or any other source of `PoolStream`.
         split: Name of the split.
+        max_errors: Samples that may be unreadable, and are then left out.
         cache: Where remote shards are kept.
 
     Raises:
         DataError: The split cannot be read, or its samples have no labels.
     """
     labels = []
-    for sample in _read(open_catalog(root, split, cache), ("cls",)):
+    for sample in _read(open_catalog(root, split, cache), ("cls",), max_errors):
         if "cls" not in sample:
             raise DataError(
                 f"samples of split {split!r} must have a label, got key {sample['__key__']!r} "
@@ -128,20 +147,19 @@ def read_samples(
         cache: Where remote shards are kept.
 
     Returns:
-        Key -> sample, as `read_split` yields it, without those that the split does not hold.
+        Key -> sample, as `read_split` yields it, without those that the split does not hold, or
+        that cannot be read.
 
     Raises:
-        DataError: The split cannot be read.
+        DataError: No manifest or no such split.
     """
     catalog, missing = open_catalog(root, split, cache), set(keys)
     rows = []
-    for row, sample in enumerate(_read(catalog, ())):
+    for row, sample in _read_rows(catalog, (), math.inf):
         if not missing:
             break
         if sample["__key__"] in missing:
             missing.discard(sample["__key__"])
             rows.append(row)
-    samples, faults = ShardReader(catalog).read(np.array(rows, dtype=np.int64))
-    if faults:
-        raise DataError(faults[0].message)
+    samples, _ = ShardReader(catalog).read(np.array(rows, dtype=np.int64))
     return {sample["__key__"]: sample for sample in samples}

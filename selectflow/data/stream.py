@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any, Self
 
 import numpy as np
@@ -25,6 +26,8 @@ from selectflow.data.sources import open_catalog
 
 _log = logging.getLogger(__name__)
 
+_AT_ONCE = 1 << 20  # bytes
+
 _Read = tuple[Batch | DataError, list[Fault]]  # a pool, and its samples that cannot be read
 
 _Drawn = tuple[Draw, dict[str, Any]]  # what a pool was asked for, and the position after it
@@ -41,6 +44,10 @@ class PoolStream(IterableDataset[Batch]):
     Data that fit `memory_gib` are decoded once and held as stacked tensors; a pool is then one
     index_select. Others are read from their shards as they are needed.
 
+    It has workers of its own. A `DataLoader` with workers around it keeps the order, but only
+    torchdata's `StatefulDataLoader` learns the position from them. Lightning looks one batch ahead
+    of a stream unless `limit_train_batches` is a number of batches: its checkpoints are then exact.
+
     Args:
         source: Dataset directory or its manifest, folder of shards, brace pattern or list of
             shards, local or remote; or several of these by name, whose keys then start with
@@ -50,13 +57,15 @@ class PoolStream(IterableDataset[Batch]):
         seed: Seed of the order, >= 0.
         shuffle: False gives stored order in every epoch.
         buffer: Samples that are shuffled together, >= 1. The shards of an epoch are shuffled, then
-            the samples of consecutive shards in groups of this size.
+            the samples of consecutive shards in groups of this size. The first pool waits for the
+            headers and checksums of the shards of a group.
         resample: True draws the shards of an epoch with replacement.
         weights: Share of each source, by name, on any positive scale; a source that ends starts
             its next epoch. None: an epoch holds every sample of all sources once.
         rank: This process, in [0, world_size): it gets every world_size-th pool.
         world_size: Processes that share the stream, >= 1.
-        num_workers: Processes that read and decode, >= 0; unused for data in memory.
+        num_workers: Processes that read and decode, >= 0; unused for data in memory. They pay
+            where decoding takes long; packed records come faster without.
         memory_gib: Limit for decoded data to be held in memory, in GiB, >= 0.
         max_errors: Samples that may be unreadable before the stream raises, >= 0. A pool lacks
             those that are.
@@ -111,6 +120,7 @@ class PoolStream(IterableDataset[Batch]):
         lanes = len(self._weights or [1])
         self._reader = ShardReader(self._catalog, FIELDS, capacity * lanes)
         self._faults: dict[int, str] = {}  # row -> shard
+        self._logged: set[str] = set()
         self._position = self._new_order().position()
         self._batches: Iterator[_Read] | None = None
         self._memory = self._load(memory_gib)
@@ -148,17 +158,17 @@ class PoolStream(IterableDataset[Batch]):
         """
         if self._batches is None:
             self._batches = self._start()
-        batch, faults = next(self._batches)
-        draw, position = self._drawn.popleft()
         try:
+            batch, faults = next(self._batches)
+            draw, position = self._drawn.popleft()
             self._count(faults)
             if isinstance(batch, DataError):
                 raise batch
-        except DataError:
+        except BaseException:  # Ctrl-C, too, after which a notebook may go on
             self._batches = None  # stay at the last pool handed out
             raise
         self._position = position
-        return finish(batch) | {"epoch": _epochs(draw, faults)}
+        return batch | {"epoch": _epochs(draw, faults)}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is: after the last pool handed out. The same on every rank.
@@ -209,11 +219,10 @@ class PoolStream(IterableDataset[Batch]):
         self._drawn: deque[_Drawn] = deque()
         rows = _draw(order, self._drawn, self._pool, self._rank, self._world_size)
         if self._memory is not None:
-            memory = self._memory
-            return ((pick(memory, each), []) for each in rows)
+            return _from_memory(self._memory, rows, self._pool)
         read = partial(_read_pool, self._reader)
         if self._num_workers == 0 or get_worker_info():  # a worker cannot start workers
-            return map(read, rows)
+            return _finished(map(read, rows))
         loader = DataLoader(
             _ByRows(read),
             batch_size=None,
@@ -223,18 +232,19 @@ class PoolStream(IterableDataset[Batch]):
             worker_init_fn=partial(_end_with_parent, os.getpid()),
             generator=torch.Generator(),  # else it would draw from the generator of the training
         )
-        return iter(loader)
+        return _finished(iter(loader))
 
     def _count(self, faults: list[Fault]) -> None:
         for fault in faults:
-            if fault.row not in self._faults:
-                _log.warning("unreadable sample: %s", fault.message)
             self._faults[fault.row] = fault.shard
             if len(self._faults) > self._max_errors:
                 raise DataError(
-                    f"{fault.message} (unreadable samples so far: {self.errors}; "
-                    f"max_errors is {self._max_errors})"
+                    f"{fault.message}; or raise max_errors, {self._max_errors}, to go on without "
+                    f"such samples, so far {self.errors}"
                 )
+            if fault.message not in self._logged:  # a damaged shard has one for all its samples
+                _log.warning("unreadable sample: %s", fault.message)
+                self._logged.add(fault.message)
 
     def _load(self, memory_gib: float) -> Batch | None:
         """All samples, if they are readable and fit."""
@@ -265,17 +275,35 @@ def _draw(
     worker = get_worker_info()  # of a DataLoader around the stream
     share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
     while True:
-        both = np.stack(order.take(shares * world_size * pool))
-        draw = Draw(*both.reshape(2, shares, world_size, pool)[:, share, rank])
+        taken = order.take(shares * world_size * pool)
+        draw = Draw(*(each.reshape(shares, world_size, pool)[share, rank] for each in taken))
         drawn.append((draw, order.position()))
         yield draw.rows
 
 
+def _finished(pools: Iterator[_Read]) -> Iterator[_Read]:
+    """Pools of the reader with their batches as a model takes them."""
+    for batch, faults in pools:
+        yield (finish(batch) if isinstance(batch, dict) else batch), faults
+
+
+def _from_memory(memory: Batch, rows: Iterator[Ints], pool: int) -> Iterator[_Read]:
+    """Pools of data in memory, small ones several at a time.
+
+    One pool at a time would take four times as long, by code that each training step drives out of
+    the processor's caches.
+    """
+    size = pool * num_bytes(memory) // len(memory["key"])
+    num = max(1, min(16, _AT_ONCE // max(1, size)))
+    while True:
+        yield from [(finish(pick(memory, each)), []) for each in islice(rows, num)]
+
+
 def _epochs(draw: Draw, faults: list[Fault]) -> list[int]:
     """The epoch of each sample of a pool but those that could not be read."""
-    lost = {fault.row for fault in faults}
-    epochs = zip(draw.rows.tolist(), draw.epochs.tolist(), strict=True)
-    return [epoch for row, epoch in epochs if row not in lost]
+    kept = ~np.isin(draw.rows, [fault.row for fault in faults]) if faults else slice(None)
+    epochs: list[int] = draw.epochs[kept].tolist()
+    return epochs
 
 
 def _end_with_parent(parent: int, _: int) -> None:

@@ -1,5 +1,6 @@
 """A part of a dataset as a dataset of its own."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,12 @@ def write_subset(
 
 def _chosen(source: Sources, split: str, keys: set[str]) -> Iterator[Sample]:
     missing = set(keys)
-    for sample in read_split(source, split):
+    for sample in read_split(source, split, max_errors=math.inf):
         if sample["__key__"] in keys:
             missing.discard(sample["__key__"])
             yield sample
     if missing:
         raise DataError(
-            f"keys must be those of samples of split {split!r}, got {min(missing)!r} and "
+            f"keys must be of readable samples of split {split!r}, got {min(missing)!r} and "
             f"{len(missing) - 1} others that are not; pass the dataset that was scored"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def examine(label: str, run: Run, num: int = 8) -> Examined | None:
         note = "samples are not shown: the configuration names no data that can be read here"
         return Examined(label, run, selected, [], [], note) if selected else None
     try:
-        metadata = read_metadata(root, "train")
+        metadata = read_metadata(root, "train", max_errors=math.inf)
         selected = read_selected(run.folder, metadata)
         if selected is None:
             return None
@@ -175,7 +176,7 @@ def extreme_rows(run_dir: Path, source: Sources, num: int = 16) -> list[dict[str
     """
     from selectflow.data import read_metadata  # noqa: PLC0415
 
-    metadata = read_metadata(source, "train")
+    metadata = read_metadata(source, "train", max_errors=math.inf)
     selected = read_selected(run_dir, metadata)
     if selected is None:
         return []

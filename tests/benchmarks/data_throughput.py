@@ -2,11 +2,16 @@
 
     python tests/benchmarks/data_throughput.py [--seconds 2] [--rounds 3]
 
-All read the same shards, shuffle, and hand out pools of 64 of the same tensors. Each figure is the
-median of the rounds, which take turns, so that a busy machine slows all of them alike.
+All read the same shards, shuffle 1000 samples together, and hand out pools of 64 of the same
+tensors. Each figure is the median of the rounds, which take turns, so that a busy machine slows all
+of them alike. The last line is the share of a step that the demo waits for data.
 """
 
 import argparse
+import contextlib
+import io
+import json
+import runpy
 import tempfile
 import time
 import warnings
@@ -33,7 +38,9 @@ from selectflow.data import (
     write_split,
 )
 
+ROOT = Path(__file__).parents[2]
 POOL = 64
+BUFFER = 1000
 
 
 def make_images(root, count=4096):
@@ -56,7 +63,8 @@ DATASETS = {
 
 
 def stream(root, num_workers, memory_gib=0.0):
-    return PoolStream(root, pool=POOL, seed=0, num_workers=num_workers, memory_gib=memory_gib)
+    options = {"num_workers": num_workers, "memory_gib": memory_gib}
+    return PoolStream(root, pool=POOL, seed=0, buffer=BUFFER, **options)
 
 
 def unpacked(records):
@@ -72,9 +80,9 @@ def plain(root, num_workers):
     stored = ["cls.npy" if name == "cls" and manifest.pack > 1 else name for name in names]
     data = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).repeat()
     if manifest.pack > 1:
-        data = data.decode("torchrgb").to_tuple(*stored).compose(unpacked).shuffle(1000)
+        data = data.decode("torchrgb").to_tuple(*stored).compose(unpacked).shuffle(BUFFER)
     else:
-        data = data.shuffle(1000).decode("torchrgb").to_tuple(*stored, "__key__")
+        data = data.shuffle(BUFFER).decode("torchrgb").to_tuple(*stored, "__key__")
     data = data.batched(POOL)
     return iter(DataLoader(data, batch_size=None, num_workers=num_workers))
 
@@ -113,6 +121,16 @@ def measure(make: Callable[[], Iterator], seconds: float) -> tuple[float, float]
     return count / elapsed, first
 
 
+def wait_of_demo(folder):
+    """Seconds that the demo waits for data, and seconds of its training."""
+    main = runpy.run_path(str(ROOT / "trainers/vision.py"))["main"]
+    values = {"root": folder, "data.root": folder / "digits", "track.wandb": "disabled"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        main([str(ROOT / "configs/digits_online.yaml"), *(f"{k}={v}" for k, v in values.items())])
+    summary = json.loads((folder / "digits_online-s0" / "summary.json").read_text())
+    return summary["perf/data_s"], summary["perf/wall_s"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
@@ -139,6 +157,8 @@ def main():
                         f"{data:24} {num_workers:7} {name:24} {rate:12,.0f} {first:14.3f}",
                         flush=True,
                     )
+        data_s, wall_s = wait_of_demo(Path(folder, "demo"))
+    print(f"the demo waits for data {data_s:.2f} of {wall_s:.2f} s, {data_s / wall_s:.1%}")
 
 
 if __name__ == "__main__":
