@@ -160,6 +160,11 @@ class TrackConfig(Section):
         default=None, description="W&B job type; null: the strategy, or replay"
     )
     tags: tuple[str, ...] = Field(default=(), strict=False, description="W&B tags")
+    kinds: bool = Field(
+        default=True,
+        description="shares among the kept of what the data say of their samples (altered, where "
+        "from), for which all that they say is read before the first step",
+    )
     samples: int = Field(
         default=0,
         ge=0,

@@ -33,6 +33,11 @@ class ModelConfig(Section):
         description="channels of the first convolution (cnn); size of a token's embedding, a "
         "multiple of `heads` (gpt2, llama)",
     )
+    num_classes: Count | None = Field(
+        default=None,
+        description="classes; null: as many as the labels have, all of which are then read before "
+        "the first step (mlp, cnn, resnet18)",
+    )
     layers: Count = Field(default=4, description="transformer blocks (gpt2, llama)")
     heads: Count = Field(default=4, description="attention heads of a block (gpt2, llama)")
     positions: Count | None = Field(

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -311,6 +312,29 @@ def test_the_target_may_be_of_some_of_the_classes(tmp_path):
     write_manifest(tmp_path, Manifest(splits, ("cls", "json", "npy"), {}, 0))
     shards = ["data.name=shards", f"data.root={tmp_path}", "data.pool=8", "select.keep=2"]
     done = run_trainer(tmp_path, "configs/digits_uniform.yaml", *shards, "steps=4", "eval_every=4")
+    assert done.returncode == 0, done.stderr
+    few = run_trainer(tmp_path, "configs/digits_uniform.yaml", *shards, "model.num_classes=1")
+    assert few.returncode == 2
+    assert (
+        "model.num_classes must be at least 2, as target and test labels go up to 1" in few.stderr
+    )
+
+
+def test_a_run_need_not_read_all_shards_before_its_first_step(tmp_path):
+    train = [sample(f"s{i}", i % 4) for i in range(64)]
+    splits = {"train": tuple(write_split(tmp_path, "train", train, 8))}
+    for name in ("target", "test"):
+        splits[name] = tuple(write_split(tmp_path, name, [sample(name, 1)], 8))
+    write_manifest(tmp_path, Manifest(splits, ("cls", "json", "npy"), {}, 0))
+    pools = list(islice(PoolStream(tmp_path, pool=8, seed=0, buffer=8, memory_gib=0), 8))
+    last = int(pools[-1]["key"][0][1:]) // 8
+    (tmp_path / splits["train"][last].name).unlink()
+    arguments = [
+        "configs/digits_uniform.yaml", "data.name=shards", f"data.root={tmp_path}", "data.pool=8",
+        "data.buffer=8", "data.memory_gib=0", "select.keep=2", "steps=2", "eval_every=2",
+    ]  # fmt: skip
+    assert splits["train"][last].name in run_trainer(tmp_path, *arguments).stderr
+    done = run_trainer(tmp_path, *arguments, "track.kinds=false", "model.num_classes=4")
     assert done.returncode == 0, done.stderr
 
 

@@ -203,7 +203,9 @@ def build_task(config: RunConfig) -> Task:
     reading = {"pool": data.pool, "seed": config.seed} | data.reading
     pools = PoolStream(data.directory, "train", **reading)
     target = read_batches(data.directory, "target", data.target_batch)
-    metadata = read_metadata(data.directory, "train", max_errors=data.max_errors)
+    metadata = {}
+    if config.track.kinds:
+        metadata = read_metadata(data.directory, "train", max_errors=data.max_errors)
     torch.manual_seed(config.seed)
     model = build_model(config.model, target[0]["tokens"].shape[1], tokenizer)
     check_tokenizer(config.model, tokenizer, model)

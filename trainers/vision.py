@@ -19,6 +19,7 @@ from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
 from selectflow.config import RunConfig
+from selectflow.config_errors import ConfigError
 from selectflow.config_training import ModelConfig
 from selectflow.data import PoolStream, make_digits, read_batches, read_labels, read_metadata
 from selectflow.task import Task
@@ -83,6 +84,25 @@ def evaluate(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
     return {"loss": loss / total, "accuracy": right / total}
 
 
+def count_classes(config: RunConfig, held_out: Sequence[Batch]) -> int:
+    """The classes that are configured, or else those of all splits.
+
+    Raises:
+        ConfigError: the held-out batches have further ones.
+    """
+    data, given = config.data, config.model.num_classes
+    there = 1 + max(int(batch["label"].max()) for batch in held_out)
+    if given is None:  # the target may be of some of the classes alone
+        labels = read_labels(data.directory, "train", max_errors=data.max_errors)
+        return max(there, 1 + int(labels.max()))
+    if given < there:
+        raise ConfigError(
+            f"model.num_classes must be at least {there}, as target and test labels go up to "
+            f"{there - 1}, got {given}; null counts them"
+        )
+    return given
+
+
 def build_task(config: RunConfig) -> Task:
     """The model, its data and how it is judged; the same for the same configuration."""
     data = config.data
@@ -94,11 +114,10 @@ def build_task(config: RunConfig) -> Task:
     pools = PoolStream(data.directory, "train", **reading)
     target = read_batches(data.directory, "target", data.target_batch)
     test = read_batches(data.directory, "test", EVAL_BATCH)
-    metadata = read_metadata(data.directory, "train", max_errors=data.max_errors)
-    labels = read_labels(data.directory, "train", max_errors=data.max_errors)
-    # of all splits: the target may be of some of the classes alone
-    every = [labels, *(part["label"] for part in [*target, *test])]
-    num_classes = 1 + max(int(each.max()) for each in every)
+    metadata = {}
+    if config.track.kinds:
+        metadata = read_metadata(data.directory, "train", max_errors=data.max_errors)
+    num_classes = count_classes(config, [*target, *test])
     torch.manual_seed(config.seed)
     model = MODELS[config.model.name](config.model, target[0]["image"][0].shape, num_classes)
     return Task(

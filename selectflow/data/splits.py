@@ -101,12 +101,15 @@ def read_metadata(
         cache: Where remote shards are kept.
 
     Returns:
-        Sample key -> its json; empty for a sample without one.
+        Sample key -> its json. Where no shard has any, nothing is read and nothing returned.
 
     Raises:
         DataError: The split cannot be read.
     """
-    samples = _read(open_catalog(root, split, cache), ("json",), max_errors)
+    catalog = open_catalog(root, split, cache)
+    if not any("json" in entry.fields for entry in catalog.entries):
+        return {}
+    samples = _read(catalog, ("json",), max_errors)
     return {sample["__key__"]: sample.get("json", {}) for sample in samples}
 
 
