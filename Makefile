@@ -57,7 +57,7 @@ study-proxy: $(READY)
 	  $(BIN)/selectflow audit configs/audit_proxy_$$model.yaml || exit 1; \
 	done
 
-# One adaptive run against a grid of fixed horizons and learning rates, on digits.
+# One adaptive run against a grid of fixed horizons and learning rates, on digits and on text; hours.
 study-adaptive: $(READY)
 	$(BIN)/python tests/benchmarks/adaptive_study.py
 

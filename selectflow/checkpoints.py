@@ -29,9 +29,8 @@ _LARGE = 32 << 20  # bytes of tensors
 class Checkpoints:
     """The newest few checkpoints of a run, `step-<n>.pt` in one directory.
 
-    A large state is copied, and written by a thread while the training goes on. For 302 MB the
-    training then waits 0.28 s, where a local disk takes 0.58 s and one behind a network longer. A
-    small state, which takes milliseconds, is written at once.
+    A large state is copied, and written by a thread while the training goes on, which waits for the
+    copy alone. A small one is written at once.
 
     Args:
         directory: where they are; made with the first.

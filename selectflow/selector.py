@@ -73,8 +73,7 @@ class Selector:
             few steps that made the target loss rise are taken back, or replaced by their replay at
             a lower rate, parameters and moments in place.
         nominal: which part of each pool the look-ahead simulates: a "random" one, or what the
-            current "policy" would keep. Not with H >= 4: where selection to come is to mend all,
-            the present choice does not count, and training fails (the benchmark above).
+            current "policy" would keep, under which training fails at H >= 4 (same benchmark).
         params: patterns of the names of the parameters that scores are taken over, as
             `["transformer.h.*"]` or, to leave some out, `["!*.wte.*"]`; None: all that are trained.
             The look-ahead still moves all: a score is exactly that part of the influence that an

@@ -69,7 +69,7 @@ def finish(batch: Batch) -> Batch:
     }
 
 
-_has_gpu = cache(torch.cuda.is_available)  # which takes as long as a small pool
+_has_gpu = cache(torch.cuda.is_available)  # asked for every field of every pool
 
 
 def _typed(name: str, leaf: Any) -> torch.Tensor:

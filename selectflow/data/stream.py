@@ -290,8 +290,7 @@ def _finished(pools: Iterator[_Read]) -> Iterator[_Read]:
 def _from_memory(memory: Batch, rows: Iterator[Ints], pool: int) -> Iterator[_Read]:
     """Pools of data in memory, small ones several at a time.
 
-    One pool at a time would take four times as long, by code that each training step drives out of
-    the processor's caches.
+    Between two pools a training step drives this code out of the processor's caches.
     """
     size = pool * num_bytes(memory) // len(memory["key"])
     num = max(1, min(16, _AT_ONCE // max(1, size)))

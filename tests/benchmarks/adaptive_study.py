@@ -24,6 +24,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 from results_tasks import CONFIGS, from_base, trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from selectflow import Selector
 from selectflow.config import load
@@ -88,6 +90,19 @@ def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
 
 
+def fit(
+    model: nn.Module, optimizer: Optimizer, selector: Selector, stream: Iterator[Batch], steps: int
+) -> float:
+    """Train on what is selected; the mean horizon."""
+    horizons = 0
+    for batch in islice(selector.stream(stream), steps):
+        horizons += selector.last.horizon or 0
+        optimizer.zero_grad()
+        loss_fn(model, batch).mean().backward()
+        optimizer.step()
+    return horizons / steps
+
+
 def train_digits(task: str, seed: int, steps: int, rate: float, options: Options) -> dict[str, Any]:
     data, target, test = splits(task, seed)
     torch.manual_seed(seed)
@@ -95,14 +110,8 @@ def train_digits(task: str, seed: int, steps: int, rate: float, options: Options
     model = nn.Sequential(*layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate * BASE_LR)
     selector = Selector(model, optimizer, loss_fn, [target], KEEP, seed=seed, **options)
-    began, horizons = time.process_time(), 0
-    stream = selector.stream(pools(data, seed))
-    for _ in range(steps):
-        batch = next(stream)
-        horizons += selector.last.horizon or 0
-        optimizer.zero_grad()
-        loss_fn(model, batch).mean().backward()
-        optimizer.step()
+    began = time.process_time()
+    mean_horizon = fit(model, optimizer, selector, pools(data, seed), steps)
     seconds = time.process_time() - began
     with torch.no_grad():
         logits = model(test["image"])
@@ -113,7 +122,7 @@ def train_digits(task: str, seed: int, steps: int, rate: float, options: Options
         "test_loss": loss,
         "target_loss": target_loss,
         "accuracy": accuracy,
-        "mean_horizon": horizons / steps,
+        "mean_horizon": mean_horizon,
         "lr_multiplier": selector.last.lr_multiplier,
         "seconds": seconds,
     }
