@@ -2,7 +2,8 @@
 
     .venv/bin/python tests/golden/public.py        # writes public.json anew
 
-`tests/test_golden.py` compares them. A name that changes needs a reason, and a line in CHANGELOG.md.
+`tests/test_golden.py` compares them. A name that changes needs a reason, and a line in
+CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def parameters(function: Callable[..., Any]) -> list[str]:
     """Each parameter with its kind and default; annotations may be rewritten."""
     found = []
     for parameter in inspect.signature(function).parameters.values():
-        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        value = parameter.default
+        shown = getattr(value, "__name__", repr(value))  # a function by its name
+        default = "" if value is parameter.empty else f" = {shown}"
         found.append(f"{parameter.name}{default} ({parameter.kind.description})")
     return found
 
