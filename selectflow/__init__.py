@@ -1,10 +1,9 @@
 """Online data selection for PyTorch by look-ahead AdamW-influence."""
 
-from selectflow.controller import AutoHorizon, AutoRate, Decision
-from selectflow.horizons import HorizonSchedule
-from selectflow.selection import Selection
+from selectflow.control.rules import AutoHorizon, AutoRate, Decision
+from selectflow.control.schedule import HorizonSchedule
 from selectflow.selector import Selector
-from selectflow.strategies import Candidates, Strategy
+from selectflow.strategies import Candidates, Selection, Strategy
 
 __version__ = "0.1.0"
 

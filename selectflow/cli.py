@@ -5,20 +5,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from selectflow.audit_config import ProxyConfig, load_audit
+from selectflow.audit.config import ProxyConfig, load_audit
 from selectflow.cli_compare import add_arguments as add_compare
 from selectflow.cli_select import add_commands as add_select
 from selectflow.cli_shards import add_commands as add_shards
 from selectflow.cli_tune import add_arguments as add_tune
-from selectflow.config import json_schema
-from selectflow.terminal import print_anything
+from selectflow.run.config import json_schema
+from selectflow.run.terminal import print_anything
 
 # A command imports what it alone needs when it runs, so that the others start quickly.
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from selectflow.audit_report import measured_before, run_audit  # noqa: PLC0415
-    from selectflow.report.audit import print_budget  # noqa: PLC0415
+    from selectflow.audit.budget_table import print_budget  # noqa: PLC0415
+    from selectflow.audit.report import measured_before, run_audit  # noqa: PLC0415
 
     config = load_audit(args.config, args.overrides)
     if isinstance(config, ProxyConfig):
@@ -30,8 +30,8 @@ def _audit(args: argparse.Namespace) -> None:
 
 
 def _audit_proxy(config: ProxyConfig) -> None:
-    from selectflow.audit_proxy_report import run_proxy  # noqa: PLC0415
-    from selectflow.report.proxy import print_proxy  # noqa: PLC0415
+    from selectflow.audit.proxy_report import run_proxy  # noqa: PLC0415
+    from selectflow.audit.proxy_table import print_proxy  # noqa: PLC0415
 
     folder, cells = run_proxy(config, lambda done: print(done, flush=True))
     print_proxy(cells)

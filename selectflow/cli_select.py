@@ -38,10 +38,10 @@ def _share(text: str) -> float:
 
 
 def _write_shards(args: argparse.Namespace) -> None:
-    from selectflow.config import load  # noqa: PLC0415
     from selectflow.data import find_splits, open_catalog  # noqa: PLC0415
-    from selectflow.ledger import last_step, read_stream  # noqa: PLC0415
-    from selectflow.sample_scores import kept_keys, mean_scores, write_selected  # noqa: PLC0415
+    from selectflow.run.config import load  # noqa: PLC0415
+    from selectflow.run.ledger import last_step, read_stream  # noqa: PLC0415
+    from selectflow.run.sample_scores import kept_keys, mean_scores, write_selected  # noqa: PLC0415
 
     stream = read_stream(args.run)
     config = load(args.run / "config.yaml")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from selectflow.report.cells import Cells
-    from selectflow.sweep import Sweep
+    from selectflow.tune.cell_table import Cells
+    from selectflow.tune.sweep import Sweep
 
 # A command imports what it alone needs when it runs, so that the others start quickly.
 
@@ -41,7 +41,7 @@ def _count(text: str) -> int:
 
 
 def _tune(args: argparse.Namespace) -> None:
-    from selectflow.sweep import load_sweep  # noqa: PLC0415
+    from selectflow.tune.sweep import load_sweep  # noqa: PLC0415
 
     sweep = load_sweep(args.sweep)
     out = args.out or Path("runs", sweep.name)
@@ -51,8 +51,8 @@ def _tune(args: argparse.Namespace) -> None:
 
 
 def _tune_here(sweep: Sweep, out: Path, jobs: int) -> Cells:
-    from selectflow.tune import tune  # noqa: PLC0415
-    from selectflow.tune_record import read_cells  # noqa: PLC0415
+    from selectflow.tune.record import read_cells  # noqa: PLC0415
+    from selectflow.tune.search import tune  # noqa: PLC0415
 
     try:
         study = tune(sweep, out, jobs, lambda line: print(line, flush=True))
@@ -63,17 +63,17 @@ def _tune_here(sweep: Sweep, out: Path, jobs: int) -> Cells:
 
 
 def _serve(sweep: Sweep, count: int | None) -> Cells:
-    from selectflow.tune_cells import cells_of_runs  # noqa: PLC0415
-    from selectflow.tune_wandb import run_dirs, serve  # noqa: PLC0415
+    from selectflow.tune.cells import cells_of_runs  # noqa: PLC0415
+    from selectflow.tune.wandb_server import run_dirs, serve  # noqa: PLC0415
 
     serve(sweep, count)
     return cells_of_runs(sweep, run_dirs(sweep))
 
 
 def _write(sweep: Sweep, found: Cells, out: Path) -> None:
-    from selectflow.report.cells import print_cells, write_cells  # noqa: PLC0415
-    from selectflow.report.map import write_map  # noqa: PLC0415
-    from selectflow.tune_cells import write_best  # noqa: PLC0415
+    from selectflow.tune.cell_table import print_cells, write_cells  # noqa: PLC0415
+    from selectflow.tune.cells import write_best  # noqa: PLC0415
+    from selectflow.tune.map import write_map  # noqa: PLC0415
 
     print_cells(found)
     out.mkdir(parents=True, exist_ok=True)

@@ -15,23 +15,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from selectflow.arguments import check_choice, check_keep, check_range
-from selectflow.batches import Batch, Cycle, num_examples, take, through
-from selectflow.chunking import ChunkSize
-from selectflow.controller import AutoHorizon, AutoRate, Decision
-from selectflow.derivatives import Curvature, Derivatives, Method
-from selectflow.horizon_control import HorizonControl
-from selectflow.horizons import Horizon, as_horizon
-from selectflow.lookahead_state import check_same_options
-from selectflow.objective import LossFn, Objective, check_finite
-from selectflow.offload import Offload
-from selectflow.optimizers import OptimizerReader
-from selectflow.peeking import PeekedPools
-from selectflow.policy import NominalChoice, Policy
-from selectflow.rate_control import RateControl
-from selectflow.scored_params import scored_names
-from selectflow.selection import Selection, num_kept
-from selectflow.sensitivities import Sensitivities
-from selectflow.strategies import Candidates, Strategy, resolve
+from selectflow.control.horizon import HorizonControl
+from selectflow.control.rate import RateControl
+from selectflow.control.rules import AutoHorizon, AutoRate, Decision
+from selectflow.control.schedule import Horizon, as_horizon
+from selectflow.core.batches import Batch, Cycle, num_examples, num_kept, take, through
+from selectflow.core.chunks import ChunkSize
+from selectflow.core.derivatives import Curvature, Derivatives, Method
+from selectflow.core.lookahead_state import check_same_options
+from selectflow.core.offload import Offload
+from selectflow.core.passes import LossFn, Objective, check_finite
+from selectflow.core.peeking import PeekedPools
+from selectflow.core.policy import NominalChoice, Policy
+from selectflow.core.scored_params import scored_names
+from selectflow.core.sensitivities import Sensitivities
+from selectflow.core.torch_optim import OptimizerReader
+from selectflow.strategies import Candidates, Selection, Strategy, resolve
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class Selector:
             The look-ahead still moves all: a score is exactly that part of the influence that an
             example has through its gradient at these parameters. At H = 0 it is cheaper, too.
         score_view: makes of a batch of candidates or of the target what is scored in its stead,
-            such as the first tokens of each sequence (`selectflow.language.token_window`); the
+            such as the first tokens of each sequence (`models.language.token_window`); the
             look-ahead still trains on whole batches. None: the batch itself.
         pools_per_update: pools that make one optimizer step, where you accumulate the gradients
             of their kept examples; the look-ahead then does so, too.
@@ -400,7 +399,7 @@ class _Scoring:
                 self.lookahead_s = time.perf_counter() - began
             params = selector._optimizer.params().detach()
             gamma = sensitivities.at(self.step)
-            self.losses, slopes = selector._derivatives.along(params, gamma, self.seen)
+            self.losses, slopes = selector._derivatives.directional(params, gamma, self.seen)
         return -slopes
 
     def note(self, decision: Decision | None, began: float) -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from selectflow.report.runs import Run, load_run
-from selectflow.tracking import Tracker
-from selectflow.yaml_io import dump_yaml
+from selectflow.run.tracking import Tracker
+from selectflow.run.yaml_io import dump_yaml
 
 
 def make_run(

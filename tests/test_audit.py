@@ -8,12 +8,12 @@ from problems import PROBLEMS, image_loss
 from reference import clone, removal, rerun
 from torch import nn
 
-from selectflow.audit import METHODS, influence, leave_one_out, record
-from selectflow.derivatives import Derivatives
-from selectflow.lookahead import Window, look_ahead
-from selectflow.objective import Objective
-from selectflow.optimizers import OptimizerReader
-from selectflow.reruns import Removal, expand
+from selectflow.audit.influence import METHODS, influence, leave_one_out, record
+from selectflow.audit.reruns import Removal, expand
+from selectflow.core.derivatives import Derivatives
+from selectflow.core.lookahead import Window, look_ahead
+from selectflow.core.passes import Objective
+from selectflow.core.torch_optim import OptimizerReader
 
 MLP, CNN, TRANSFORMER = PROBLEMS
 IDS = [problem.name for problem in PROBLEMS]
@@ -181,7 +181,7 @@ def test_online_scores_with_all_steps_left_are_the_offline_scores(problem, curva
             derivatives, reader.updates(len(left)), lambda i, _, left=left: left[i], curvature
         )
         gamma = look_ahead(window, reader.state(), queries).sensitivities[0]
-        _, slopes = derivatives.along(reader.state().params, gamma, batch)
+        _, slopes = derivatives.directional(reader.state().params, gamma, batch)
         online = (slopes.mean() - slopes) / (SIZE - 1)
         pairs = [(step, position) for position in range(SIZE)]
         offline = influence(trajectory, queries, pairs, curvature=curvature, reduce="mean")

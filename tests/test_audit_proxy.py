@@ -8,16 +8,16 @@ import scipy.stats
 import torch
 from reference import clone, removal, rerun, slopes
 
-from selectflow import audit_proxy
-from selectflow.audit_config import ProxyConfig, load_audit
-from selectflow.audit_images import image_loss
-from selectflow.audit_proxy import Point, measure_run
-from selectflow.audit_proxy_report import rank_of_medians, summarize
-from selectflow.batches import take
+from selectflow.audit import proxy as audit_proxy
+from selectflow.audit.config import ProxyConfig, load_audit
+from selectflow.audit.images import image_loss
+from selectflow.audit.proxy import Point, measure_run
+from selectflow.audit.proxy_report import rank_of_medians, summarize
 from selectflow.cli import main
-from selectflow.config_errors import ConfigError
-from selectflow.lookahead import Window, look_ahead
-from selectflow.optimizers import OptimizerReader
+from selectflow.core.batches import take
+from selectflow.core.lookahead import Window, look_ahead
+from selectflow.core.torch_optim import OptimizerReader
+from selectflow.run.config_errors import ConfigError
 
 SMALL = ProxyConfig(
     study="proxy",

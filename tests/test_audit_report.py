@@ -8,15 +8,15 @@ import pytest
 import scipy.stats
 import torch
 
-from selectflow import audit_report
-from selectflow.audit import influence, leave_one_out
-from selectflow.audit_config import AuditConfig, CNNModel, MLPModel, load_audit
-from selectflow.audit_images import image_loss, mlp
-from selectflow.audit_report import measured_before, run_audit, spearman
-from selectflow.audit_settings import Setting
+from selectflow.audit import report as audit_report
+from selectflow.audit.config import AuditConfig, CNNModel, MLPModel, load_audit
+from selectflow.audit.images import image_loss, mlp
+from selectflow.audit.influence import influence, leave_one_out
+from selectflow.audit.report import measured_before, run_audit, spearman
+from selectflow.audit.settings import Setting
 from selectflow.cli import main
-from selectflow.config_errors import ConfigError
-from selectflow.sparse import SparseTrajectory
+from selectflow.offline.sparse import SparseTrajectory
+from selectflow.run.config_errors import ConfigError
 
 SMALL = AuditConfig(
     name="small",

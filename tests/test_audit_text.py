@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from selectflow.audit import influence, leave_one_out
-from selectflow.audit_config import AuditConfig, GPT2Model, LlamaModel
-from selectflow.audit_rows import Recorded
-from selectflow.audit_settings import PROBLEMS, Setting
-from selectflow.batches import take
-from selectflow.config_errors import ConfigError
+from selectflow.audit.config import AuditConfig, GPT2Model, LlamaModel
+from selectflow.audit.influence import influence, leave_one_out
+from selectflow.audit.rows import Recorded
+from selectflow.audit.settings import PROBLEMS, Setting
+from selectflow.core.batches import take
+from selectflow.run.config_errors import ConfigError
 
 SECTIONS = {"gpt2": GPT2Model(block=8), "llama": LlamaModel(block=8, lora_rank=2)}
 
@@ -159,7 +159,7 @@ def test_a_large_model_is_measured_a_few_reruns_at_a_time():
 
 def test_auditing_images_does_not_import_transformers():
     code = (
-        "import sys, selectflow.audit_report; "
+        "import sys, selectflow.audit.report; "
         "print([m for m in ('transformers', 'peft', 'tokenizers') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import Function
 
 from selectflow import Selector
-from selectflow.language import causal_lm_losses
+from selectflow.models.language import causal_lm_losses
 
 
 class PlainSwish(Function):
@@ -163,7 +163,7 @@ def test_a_loss_that_the_model_has_averaged():
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     selector = Selector(model, optimizer, fused, [ids], keep=2)
-    with pytest.raises(ValueError, match=r"got \(\).*selectflow.language.causal_lm_losses"):
+    with pytest.raises(ValueError, match=r"got \(\).*selectflow.models.language.causal_lm_losses"):
         selector.select(ids)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from selectflow.batches import Cycle, chunks, describe, num_examples, take
+from selectflow.core.batches import Cycle, chunks, describe, num_examples, take
 
 Pair = namedtuple("Pair", "x y")
 

@@ -8,10 +8,10 @@ import torch
 from test_resume import OPTIONS, Killed, assert_same, killed_at, outcome
 from test_run import config, digits, task
 
-from selectflow import checkpoints as module
-from selectflow.checkpoints import Checkpoints
-from selectflow.run import RunError, train
-from selectflow.run_dir import lock
+from selectflow.run import checkpoint as module
+from selectflow.run.checkpoint import Checkpoints
+from selectflow.run.directory import lock
+from selectflow.run.loop import RunError, train
 
 __all__ = ["digits"]  # the fixture
 

@@ -11,11 +11,11 @@ from problems import PROBLEMS
 from torch import nn
 
 from selectflow import Selector
-from selectflow.batches import MicroBatches
-from selectflow.chunking import _HELD_BACK, GIB, Chunks, Pass, _live_bytes, examples_that_fit
-from selectflow.derivatives import Derivatives
-from selectflow.objective import Objective
-from selectflow.params import Params
+from selectflow.core.batches import MicroBatches
+from selectflow.core.chunks import _HELD_BACK, GIB, Chunks, Pass, _live_bytes, examples_that_fit
+from selectflow.core.derivatives import Derivatives
+from selectflow.core.params import Params
+from selectflow.core.passes import Objective
 
 MLP, _, TRANSFORMER = PROBLEMS
 
@@ -44,7 +44,7 @@ def test_what_a_gradient_pass_saves_by_hand(monkeypatch):
     with pytest.raises(ValueError, match=r"memory_gib must be at least .* which one example"):
         examples_that_fit(objective, params, batch, 0.5 * each / GIB)
     assert examples_that_fit(objective, params, batch, None) == int(GIB / _HELD_BACK / each)
-    monkeypatch.setattr("selectflow.memory.USUAL_GIB", 1e-9)
+    monkeypatch.setattr("selectflow.core.memory.USUAL_GIB", 1e-9)
     assert examples_that_fit(objective, params, batch, None) == 1
 
 
@@ -90,8 +90,8 @@ def test_an_exact_hessian_product_goes_in_smaller_parts_than_a_gradient():
     chunked.gradient(params, batch)
     assert 1 < largest < max(sizes)
     assert (found - expected).norm() < 1e-12 * expected.norm()
-    exact = Derivatives(objective, "exact").along(params, direction, batch)[1]
-    assert torch.allclose(chunked.along(params, direction, batch)[1], exact, rtol=1e-10)
+    exact = Derivatives(objective, "exact").directional(params, direction, batch)[1]
+    assert torch.allclose(chunked.directional(params, direction, batch)[1], exact, rtol=1e-10)
 
 
 def test_parts_of_a_batch():

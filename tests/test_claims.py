@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from selectflow.data import read_metadata
-from selectflow.ledger import read_ledger
+from selectflow.run.ledger import read_ledger
 
 ROOT = Path(__file__).parents[1]
 SEEDS = range(5)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from selectflow.cli import main
-from selectflow.config import ConfigError, RunConfig, json_schema, load, to_yaml
+from selectflow.run.config import ConfigError, RunConfig, json_schema, load, to_yaml
 
 CONFIGS = sorted(
     path

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from selectflow.controller import AutoHorizon, AutoRate, HorizonRule, RateRule
+from selectflow.control.rules import AutoHorizon, AutoRate, HorizonRule, RateRule
 
 TRUSTED = {"relative_error": 0.1, "trust_ratio": 0.9}
 

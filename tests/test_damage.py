@@ -25,9 +25,9 @@ from selectflow.data import (
     write_manifest,
     write_split,
 )
-from selectflow.ledger import read_ledger
 from selectflow.report.runs import load_run
 from selectflow.report.samples import examine
+from selectflow.run.ledger import read_ledger
 
 NAME = "train-000001.tar"
 

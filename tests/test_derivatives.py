@@ -9,9 +9,9 @@ from problems import PROBLEMS, image_loss, images
 from reference import per_example_gradients, slopes
 from torch import nn
 
-from selectflow.derivatives import Derivatives
-from selectflow.objective import Objective, unwrap
-from selectflow.params import Params
+from selectflow.core.derivatives import Derivatives
+from selectflow.core.params import Params
+from selectflow.core.passes import Objective, unwrap
 
 IDS = [problem.name for problem in PROBLEMS]
 
@@ -37,7 +37,7 @@ def relative(ours, theirs):
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
 def test_scores_equal_a_loop_over_examples(problem, method, tolerance):
     model, params, direction, batch = setting(problem)
-    losses, found = derive(problem, model, method).along(params, direction, batch)
+    losses, found = derive(problem, model, method).directional(params, direction, batch)
     assert relative(found, slopes(model, problem.loss_fn, batch, direction)) < tolerance
     assert relative(losses, problem.loss_fn(model, batch).detach()) < 1e-9
 
@@ -45,8 +45,8 @@ def test_scores_equal_a_loop_over_examples(problem, method, tolerance):
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
 def test_exact_and_central_scores_agree_in_float32(problem):
     model, params, direction, batch = setting(problem, torch.float32, num=64)
-    exact = derive(problem, model, "exact").along(params, direction, batch)[1]
-    central = derive(problem, model, "central").along(params, direction, batch)[1]
+    exact = derive(problem, model, "exact").directional(params, direction, batch)[1]
+    central = derive(problem, model, "central").directional(params, direction, batch)[1]
     assert torch.corrcoef(torch.stack([exact, central]))[0, 1] > 0.999
 
 
@@ -54,11 +54,11 @@ def test_exact_and_central_scores_agree_in_float32(problem):
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
 def test_chunks_and_order_leave_scores_unchanged(problem, method):
     model, params, direction, batch = setting(problem)
-    whole = derive(problem, model, method).along(params, direction, batch)[1]
-    chunked = derive(problem, model, method, 7).along(params, direction, batch)[1]
+    whole = derive(problem, model, method).directional(params, direction, batch)[1]
+    chunked = derive(problem, model, method, 7).directional(params, direction, batch)[1]
     order = torch.randperm(24)
     shuffled = {k: v[order] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    permuted = derive(problem, model, method).along(params, direction, shuffled)[1]
+    permuted = derive(problem, model, method).directional(params, direction, shuffled)[1]
     assert relative(chunked, whole) < 1e-8
     assert relative(permuted, whole[order]) < 1e-8
 
@@ -132,7 +132,9 @@ def test_frozen_and_adapter_parameters_are_outside_the_vector():
     direction = params.map(torch.randn_like)
     expected = slopes(model, image_loss, batch, direction)
     for method in ("exact", "central", "auto"):
-        found = Derivatives(Objective(model, image_loss), method).along(params, direction, batch)
+        found = Derivatives(Objective(model, image_loss), method).directional(
+            params, direction, batch
+        )
         assert relative(found[1], expected) < 1e-6
 
 
@@ -164,11 +166,11 @@ def test_auto_takes_central_differences_where_they_agree(caplog):
     model, params, direction, batch = setting(problem, torch.float32)
     derivatives = derive(problem, model, "auto")
     with caplog.at_level(logging.INFO, "selectflow"):
-        derivatives.along(params, direction, batch)
-        derivatives.along(params, direction, batch)
+        derivatives.directional(params, direction, batch)
+        derivatives.directional(params, direction, batch)
         derivatives.hessian_product(params, direction, batch)
         derivatives.recheck()
-        derivatives.along(params, direction, batch)
+        derivatives.directional(params, direction, batch)
     assert derivatives.decided == {"losses": "central", "gradients": "central"}
     assert len([r for r in caplog.records if "derivatives of losses: central" in r.message]) == 1
 
@@ -196,7 +198,7 @@ def test_auto_falls_back_to_central_where_forward_mode_fails(caplog):
     direction, batch = params.map(torch.randn_like), images(16)
     derivatives = Derivatives(Objective(model, loss_fn), "auto")
     with caplog.at_level(logging.INFO, "selectflow"):
-        found = derivatives.along(params, direction, batch)[1]
+        found = derivatives.directional(params, direction, batch)[1]
     assert derivatives.decided == {"losses": "central"}
     assert "no forward-mode derivative" in caplog.text
     assert relative(found, slopes(model, loss_fn, batch, direction)) < 1e-2
@@ -214,7 +216,7 @@ def test_auto_takes_the_exact_form_where_central_differences_fail():
     params = Params(model.named_parameters()).detach()
     direction, batch = params.map(torch.randn_like), images(16)
     derivatives = Derivatives(Objective(model, loss_fn), "auto")
-    found = derivatives.along(params, direction, batch)[1]
+    found = derivatives.directional(params, direction, batch)[1]
     assert derivatives.decided == {"losses": "exact"}
     assert relative(found, slopes(model, loss_fn, batch, direction)) < 1e-2
 
@@ -257,7 +259,7 @@ def test_auto_judges_by_what_tells_the_examples_apart(unseen, shared, waves_are_
     spread = torch.linspace(-1, 2, 24, dtype=torch.float64)
     params = Params(model.named_parameters()).detach()
     direction = params.map(torch.ones_like)
-    _, found = derivatives.along(params, direction, spread)
+    _, found = derivatives.directional(params, direction, spread)
     assert derivatives.decided == {"losses": expected}
     exact = spread + shared
     error = found - exact
@@ -280,14 +282,14 @@ def test_auto_takes_the_exact_form_where_a_silent_entry_drowns_the_others(chunk_
     direction, batch = params.map(torch.randn_like), images(16)
     objective = Objective(model, image_loss)
     derivatives = Derivatives(objective, "auto", chunk_size)
-    derivatives.along(params, direction, batch)
+    derivatives.directional(params, direction, batch)
     assert derivatives.decided == {"losses": "central"}
     direction["1.bias"][0] = 1e8
     derivatives.recheck()
-    found = derivatives.along(params, direction, batch)[1]
+    found = derivatives.directional(params, direction, batch)[1]
     assert derivatives.decided == {"losses": "exact"}
     assert relative(found, slopes(model, image_loss, batch, direction)) < 1e-5
-    central = Derivatives(objective, "central").along(params, direction, batch)[1]
+    central = Derivatives(objective, "central").directional(params, direction, batch)[1]
     assert relative(central, found) > 0.5  # it sees next to nothing
 
 
@@ -301,7 +303,7 @@ def test_no_usable_form_is_an_error():
     params = Params(model.named_parameters()).detach()
     derivatives = Derivatives(Objective(model, loss_fn), "auto")
     with pytest.raises(FloatingPointError, match=r"must agree to 5%.*no forward-mode"):
-        derivatives.along(params, params.map(torch.randn_like), images(16))
+        derivatives.directional(params, params.map(torch.randn_like), images(16))
 
 
 @pytest.mark.parametrize("method", ["exact", "central"])
@@ -310,7 +312,7 @@ def test_a_direction_of_zeros_scores_zero(method):
     model, params, direction, batch = setting(problem)
     zeros = direction.zeros_like()
     derivatives = derive(problem, model, method)
-    assert derivatives.along(params, zeros, batch)[1].abs().max() == 0
+    assert derivatives.directional(params, zeros, batch)[1].abs().max() == 0
     assert derivatives.hessian_product(params, zeros, batch).norm() == 0
 
 
@@ -318,7 +320,7 @@ def test_half_precision_parameters_are_refused():
     problem = PROBLEMS[0]
     model, params, direction, batch = setting(problem, torch.bfloat16)
     with pytest.raises(ValueError, match=r"float32 or float64 parameters, got torch.bfloat16"):
-        derive(problem, model, "central").along(params, direction, batch)
+        derive(problem, model, "central").directional(params, direction, batch)
 
 
 def test_one_parameter_in_half_precision_is_refused_by_name():
@@ -327,7 +329,7 @@ def test_one_parameter_in_half_precision_is_refused_by_name():
     *_, last = params
     params = Params({**params, last: params[last].bfloat16()})
     with pytest.raises(ValueError, match=f"parameters, got torch.bfloat16 for {last}; keep"):
-        derive(problem, model, "central").along(params, direction, batch)
+        derive(problem, model, "central").directional(params, direction, batch)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none-but-per-token"])
@@ -356,7 +358,7 @@ def test_several_directions_at_once_equal_one_at_a_time(problem, method):
     model, params, _, batch = setting(problem, num=7)
     directions = params.map(lambda x: torch.randn(3, *x.shape, dtype=x.dtype))
     derivatives = derive(problem, model, method, 4)
-    losses, slopes_at_once = derivatives.along(params, directions, batch)
+    losses, slopes_at_once = derivatives.directional(params, directions, batch)
     assert losses.shape == (7,)
     products = [
         getattr(derivatives, f"{name}_product")(params, directions, batch)
@@ -364,7 +366,9 @@ def test_several_directions_at_once_equal_one_at_a_time(problem, method):
     ]
     for query in range(3):
         one = directions.map(lambda x, query=query: x[query])
-        assert relative(slopes_at_once[query], derivatives.along(params, one, batch)[1]) < 1e-11
+        assert (
+            relative(slopes_at_once[query], derivatives.directional(params, one, batch)[1]) < 1e-11
+        )
         for found, name in zip(products, ("hessian", "fisher"), strict=True):
             expected = getattr(derivatives, f"{name}_product")(params, one, batch)
             gap = found.map(lambda x, query=query: x[query]) - expected

@@ -7,11 +7,11 @@ import pytest
 from test_resume import OPTIONS, assert_same, outcome
 from test_run import config, digits, task
 
-from selectflow.checkpoints import Checkpoints
 from selectflow.cli import main
 from selectflow.data import make_digits, read_manifest
-from selectflow.ledger import read_ledger
-from selectflow.run import train
+from selectflow.run.checkpoint import Checkpoints
+from selectflow.run.ledger import read_ledger
+from selectflow.run.loop import train
 
 __all__ = ["digits"]  # the fixture
 

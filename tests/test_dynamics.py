@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from selectflow import dynamics
-from selectflow.dynamics import SGD, AdamW, Adjoint, State, Update
-from selectflow.optimizers import OptimizerReader
-from selectflow.params import Params
+from selectflow.core import optim as dynamics
+from selectflow.core.optim import SGD, AdamW, Adjoint, State, Update
+from selectflow.core.params import Params
+from selectflow.core.torch_optim import OptimizerReader
 
 
 def quadratic():
@@ -127,7 +127,7 @@ def test_an_update_made_in_parts_is_the_same_to_the_bit(monkeypatch, build, limi
     def everything():
         after = update.advance(state, grad)
         gamma, before = update.adjoint(adjoint, state, after, grad)
-        return *after, gamma, *before, update.immediate(state, grad), update.heard(gamma, after)
+        return *after, gamma, *before, update.immediate(state, grad), update.masked(gamma, after)
 
     expected = everything()
     assert [names for _, names in update.parts(grad)] == [["w"], ["b", "s"]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from selectflow import AutoHorizon, Selector
-from selectflow.policy import Outlook
+from selectflow.core.policy import Outlook
 from tests import reference
 from tests.problems import PROBLEMS
 

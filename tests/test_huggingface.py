@@ -9,8 +9,8 @@ import transformers
 from transformers import Trainer, TrainingArguments
 
 from selectflow import Selector
-from selectflow.huggingface import STATE_FILE, SelectTrainerMixin
-from selectflow.language import causal_lm_losses
+from selectflow.integrations.huggingface import STATE_FILE, SelectTrainerMixin
+from selectflow.models.language import causal_lm_losses
 
 # between the libraries, each at its own pace
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")

@@ -9,9 +9,9 @@ from test_huggingface import CHECKPOINTING, KEEP, POOL, VOCABULARY, llama, weigh
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from selectflow.dynamics import Update
-from selectflow.huggingface import SelectTrainerMixin
-from selectflow.policy import Policy
+from selectflow.core.optim import Update
+from selectflow.core.policy import Policy
+from selectflow.integrations.huggingface import SelectTrainerMixin
 
 # between the three libraries, each at its own pace
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from test_resume import assert_same, outcome
 
-from selectflow import checkpoints
 from selectflow.cli import main as command_line
+from selectflow.run import checkpoint as checkpoints
 
 ROOT = Path(__file__).parents[1]
 NUM_KILLS = 6  # in each setting: 108

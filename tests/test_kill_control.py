@@ -9,11 +9,11 @@ from test_kill import finish, start
 from test_resume import assert_same, outcome
 from test_run import config, digits, read_lines, task
 
-import selectflow.run
+import selectflow.run.loop
 from selectflow import AutoHorizon, AutoRate
-from selectflow.checkpoints import Checkpoints
-from selectflow.decision_log import DECISIONS, DecisionLog
-from selectflow.optimizers import OptimizerReader
+from selectflow.core.torch_optim import OptimizerReader
+from selectflow.run.checkpoint import Checkpoints
+from selectflow.run.decisions import DECISIONS, DecisionLog
 
 __all__ = ["digits"]  # the fixture
 
@@ -34,7 +34,7 @@ def options(folder, every):
 def restless(patch=setattr):
     """Let the controller move often."""
     for name, made in SETTINGS.items():
-        patch(selectflow.run, name, lambda *_, made=made: made)
+        patch(selectflow.run.loop, name, lambda *_, made=made: made)
 
 
 def kill():
@@ -96,7 +96,7 @@ def whole(digits, tmp_path_factory):
 
 
 def run(digits, made):
-    selectflow.run.train(made, task(digits))
+    selectflow.run.loop.train(made, task(digits))
     return 0
 
 

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from selectflow import Selector
-from selectflow.language import IGNORED, causal_lm_losses, token_window
+from selectflow.models.language import IGNORED, causal_lm_losses, token_window
 
 VOCABULARY = 23
 

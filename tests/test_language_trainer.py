@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from test_resume import Killed, assert_same, killed_at, outcome
 
-from selectflow.checkpoints import Checkpoints
-from selectflow.config import ConfigError, RunConfig
 from selectflow.data import DataError, TextOptions, make_text, read_metadata
-from selectflow.ledger import read_ledger
-from selectflow.run import train
+from selectflow.run.checkpoint import Checkpoints
+from selectflow.run.config import ConfigError, RunConfig
+from selectflow.run.ledger import read_ledger
+from selectflow.run.loop import train
 
 ROOT = Path(__file__).parents[1]
 TRAINER = runpy.run_path(str(ROOT / "trainers/language.py"))

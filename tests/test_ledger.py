@@ -9,9 +9,9 @@ import pyarrow.dataset
 import pytest
 import torch
 
-from selectflow import ledger as module
-from selectflow.ledger import Ledger, LedgerError, read_ledger, read_parts, read_stream
-from selectflow.selection import Selection
+from selectflow.run import ledger as module
+from selectflow.run.ledger import Ledger, LedgerError, read_ledger, read_parts, read_stream
+from selectflow.strategies import Selection
 
 COLUMNS = ["step", "epoch", "key", "score", "loss", "kept", "horizon"]
 

@@ -5,17 +5,17 @@ import torch
 from problems import PROBLEMS
 from reference import inner, per_example_gradients, rerun, weight_derivative
 
-from selectflow.derivatives import Derivatives
-from selectflow.dynamics import SILENT_RMS, Adjoint
-from selectflow.lookahead import (
+from selectflow.core.derivatives import Derivatives
+from selectflow.core.lookahead import (
     Window,
     immediate,
     look_ahead,
     sweep,
     sweep_capacity,
 )
-from selectflow.objective import Objective
-from selectflow.optimizers import OptimizerReader
+from selectflow.core.optim import NEGLIGIBLE_RMS, Adjoint
+from selectflow.core.passes import Objective
+from selectflow.core.torch_optim import OptimizerReader
 
 IDS = [problem.name for problem in PROBLEMS]
 OPTIMIZERS = {
@@ -105,7 +105,7 @@ def test_horizon_zero_is_the_preconditioned_target_gradient(problem):
                     / rule.c1
                     * gradient[name]
                     / ((state.exp_avg_sq[name] / seen).sqrt() + rule.eps)
-                    * ((state.exp_avg_sq[name] / seen).sqrt() > SILENT_RMS)
+                    * ((state.exp_avg_sq[name] / seen).sqrt() > NEGLIGIBLE_RMS)
                     for name, param in state.params.items()
                 }
                 ends.append(float(derivatives.objective.losses(moved, target).mean()))
@@ -181,7 +181,7 @@ def test_without_a_limit_no_model_is_too_large(monkeypatch):
     _, _, batches, target, reader, derivatives = setting(problem, num=8)
     view, state = window(reader, derivatives, batches), reader.state()
     wanted = look_ahead(view, state, target, num_sensitivities=8)
-    monkeypatch.setattr("selectflow.memory.USUAL_GIB", 1e-9)
+    monkeypatch.setattr("selectflow.core.memory.USUAL_GIB", 1e-9)
     assert sweep_capacity(state, 1, None) == 1
     assert sweep_capacity(state, 8, None) == 5  # 2 + log2(8)
     found = look_ahead(view, state, target, num_sensitivities=8)
@@ -239,7 +239,7 @@ def test_an_input_that_was_never_on_does_not_drown_the_others(horizon):
     assert gamma["1.weight"][:, 1].abs().max() > 0
     params, pool = reader.state().params, make(32)
     central = Derivatives(Objective(model, problem.loss_fn), "central")
-    exact, close = (d.along(params, gamma, pool)[1] for d in (derivatives, central))
+    exact, close = (d.directional(params, gamma, pool)[1] for d in (derivatives, central))
     assert (exact - close).norm() < 0.01 * exact.norm()
 
 

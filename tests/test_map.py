@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from selectflow.report.cells import Cell, Cells, cost, print_cells, sort_cells, write_cells
-from selectflow.report.map import draw_map, write_map
+from selectflow.tune.cell_table import Cell, Cells, cost, print_cells, sort_cells, write_cells
+from selectflow.tune.map import draw_map, write_map
 
 
 def cell(horizon, lr, values=(), state="complete", last=None, error=None, steps=30):

@@ -8,9 +8,9 @@ from problems import PROBLEMS, image_loss
 from reference import clone
 
 from selectflow import Selector
-from selectflow.audit import influence, record
-from selectflow.derivatives import Derivatives
-from selectflow.offline import score_samples
+from selectflow.audit.influence import influence, record
+from selectflow.core.derivatives import Derivatives
+from selectflow.offline.score import score_samples
 
 MLP, CNN, TRANSFORMER = PROBLEMS
 SIZE, NUM = 6, 8

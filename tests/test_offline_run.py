@@ -8,13 +8,13 @@ import torch
 from test_resume import OPTIONS, Killed, assert_same, killed_at, outcome
 from test_run import ROOT, config, digits, loss_fn, read_lines, run_trainer, task
 
-from selectflow.config_training import OptimizerConfig
 from selectflow.data import PoolStream, read_manifest, read_metadata, read_split
-from selectflow.ledger import read_ledger
-from selectflow.offline import score_samples
-from selectflow.recording import record
-from selectflow.run import RunError, train
-from selectflow.training import build_optimizer
+from selectflow.offline.record import record
+from selectflow.offline.score import score_samples
+from selectflow.run.config_training import OptimizerConfig
+from selectflow.run.ledger import read_ledger
+from selectflow.run.loop import RunError, train
+from selectflow.run.step import build_optimizer
 
 __all__ = ["digits"]  # the fixture
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, SequentialLR
 
 from selectflow import Selector
-from selectflow.optimizers import OptimizerReader
+from selectflow.core.torch_optim import OptimizerReader
 
 
 def one_weight():

@@ -10,11 +10,11 @@ from test_language import MODELS, VOCABULARY
 from test_language_trainer import KINDS, configured
 
 from selectflow import Selector
+from selectflow.core.derivatives import Derivatives
+from selectflow.core.params import Params
+from selectflow.core.passes import Objective
 from selectflow.data import TextOptions, make_text, read_batches
-from selectflow.derivatives import Derivatives
-from selectflow.language import IGNORED, causal_lm_losses, document_positions, token_window
-from selectflow.objective import Objective
-from selectflow.params import Params
+from selectflow.models.language import IGNORED, causal_lm_losses, document_positions, token_window
 
 TRAINER = runpy.run_path(str(Path(__file__).parents[1] / "trainers/language.py"))
 END = 0
@@ -91,7 +91,7 @@ def test_scores_agree(build, form):
     direction = params.map(torch.randn_like)
     derivatives = Derivatives(Objective(model, causal_lm_losses), form)
     slopes = [
-        torch.cat([derivatives.along(params, direction, batch)[1] for batch in batches])
+        torch.cat([derivatives.directional(params, direction, batch)[1] for batch in batches])
         for batches in (alone(), [padded()], [packed()])
     ]
     bound = {"rtol": 1e-10 if form == "exact" else 1e-5}

@@ -11,7 +11,7 @@ import torch
 from synthetic_runs import make_run
 
 from selectflow.data import make_digits, read_metadata, read_samples
-from selectflow.ledger import Ledger
+from selectflow.offline.score import SampleScores
 from selectflow.report import panels, svg
 from selectflow.report.align import Curve
 from selectflow.report.compare import summarize
@@ -19,8 +19,9 @@ from selectflow.report.page import render
 from selectflow.report.panels import Line, Panel
 from selectflow.report.samples import examine, extremes, show
 from selectflow.report.selected import EDGES, Sample, read_selected, standardised
-from selectflow.sample_scores import SampleScores, write_scores
-from selectflow.selection import Selection
+from selectflow.run.ledger import Ledger
+from selectflow.run.sample_scores import write_scores
+from selectflow.strategies import Selection
 
 
 def write_ledger(run_dir, pools):

@@ -9,13 +9,13 @@ from problems import PROBLEMS, Problem, image_loss
 from reference import adamw_rollout, clone, first_and_second, inner, per_example_gradients, rerun
 from torch import nn
 
-from selectflow.derivatives import Derivatives
-from selectflow.lookahead import immediate
-from selectflow.objective import Objective
-from selectflow.optimizers import OptimizerReader
-from selectflow.perturbations import learning_rate, removals, roll, selection
-from selectflow.proxy import closed_form, probe, relative_error
-from selectflow.reruns import effects
+from selectflow.audit.reruns import effects
+from selectflow.core.derivatives import Derivatives
+from selectflow.core.lookahead import immediate
+from selectflow.core.passes import Objective
+from selectflow.core.proxy import closed_form, probe, relative_error
+from selectflow.core.torch_optim import OptimizerReader
+from selectflow.core.weight_changes import learning_rate, removals, rollout, selection
 
 MLP, CNN, TRANSFORMER = PROBLEMS
 SIZE, KEPT, NUM = 8, 3, 3
@@ -176,7 +176,7 @@ def test_horizon_zero_is_the_move_through_the_present_preconditioner(problem):
 
     bend = (read(1) - 2 * read(0) + read(-1)) / 2
     assert second[0, 0].item() == pytest.approx(bend, rel=0.02)
-    (states, *_) = list(roll(*at.window, perturbation, (0.0, 1.0)))
+    (states, *_) = list(rollout(*at.window, perturbation, (0.0, 1.0)))
     found = derivatives.losses(states[1].params, at.target).mean().item()
     assert found == pytest.approx(read(1), rel=1e-12)
 
@@ -192,7 +192,7 @@ def test_a_learning_rate_does_nothing_at_horizon_zero():
 def test_rolling_out_is_training_by_torch(kind, alpha):
     at = case(CNN, clip=0.5)
     perturbation, by_hand, share = change(kind, at.pools)
-    for h, (state,) in enumerate(roll(*at.window, perturbation, (alpha,))):
+    for h, (state,) in enumerate(rollout(*at.window, perturbation, (alpha,))):
         if h:
             found = at.derivatives.losses(state.params, at.target).mean().item()
             expected = by_torch(at, by_hand, share, h, alpha)
@@ -236,11 +236,11 @@ def test_both_methods_measure_the_real_effect_and_agree_as_the_change_gets_small
     assert fast.corrected == pytest.approx(fast.effect, rel=1e-9)
 
     def errors(share):
-        turns = [
-            turn._replace(weights=share * turn.weights, lr=turn.lr and share * turn.lr)
-            for turn in perturbation.turns
+        shifts = [
+            shift._replace(weights=share * shift.weights, lr=shift.lr and share * shift.lr)
+            for shift in perturbation.shifts
         ]
-        smaller = dataclasses.replace(perturbation, turns=turns)
+        smaller = dataclasses.replace(perturbation, shifts=shifts)
         pair = [probe(*at.window, smaller, at.target, method=m) for m in ("exact", "fast")]
         return [
             abs(a - b) / abs(a)
@@ -279,8 +279,8 @@ def test_an_example_that_was_never_heard_has_no_first_order():
     at.optimizer.state.clear()  # its second moment is empty, too
     before = closed_form(*at.window, change("selection", at.pools)[0], at.target)
     perturbation, _, _ = change("selection", at.pools)
-    for batch, turn in zip(perturbation.batches, perturbation.turns, strict=True):
-        batch["image"][turn.base == 0, 0, 0, 0] = 1
+    for batch, shift in zip(perturbation.batches, perturbation.shifts, strict=True):
+        batch["image"][shift.base == 0, 0, 0, 0] = 1
     after = closed_form(*at.window, perturbation, at.target)
     assert after[0].abs().max() < 10 * before[0].abs().max()
     assert after[1].abs().max() < 100 * before[1].abs().max()

@@ -9,11 +9,11 @@ import torch
 from torch.optim import lr_scheduler
 
 from selectflow import AutoHorizon, AutoRate, Selector
-from selectflow.derivatives import Derivatives
-from selectflow.dynamics import State
-from selectflow.objective import Objective
-from selectflow.optimizers import OptimizerReader
-from selectflow.rate_control import RateControl
+from selectflow.control.rate import RateControl
+from selectflow.core.derivatives import Derivatives
+from selectflow.core.optim import State
+from selectflow.core.passes import Objective
+from selectflow.core.torch_optim import OptimizerReader
 from tests import reference
 from tests.problems import PROBLEMS
 

@@ -10,9 +10,9 @@ from problems import PROBLEMS, image_loss
 from reference import clone
 from torch import nn
 
-from selectflow.dynamics import Adjoint, State
-from selectflow.optimizers import OptimizerReader
-from selectflow.recording import fingerprint, record, reopen
+from selectflow.core.optim import Adjoint, State
+from selectflow.core.torch_optim import OptimizerReader
+from selectflow.offline.record import fingerprint, record, reopen
 
 IDS = [problem.name for problem in PROBLEMS]
 MLP = PROBLEMS[0]
@@ -222,7 +222,7 @@ class TestRefusals:
     def test_a_recording_by_other_code(self, tmp_path, monkeypatch):
         model, optimizer, batches = setting()
         record(model, optimizer, image_loss, batches, folder=tmp_path / "run")
-        monkeypatch.setattr("selectflow.recording.FORMAT", 2)
+        monkeypatch.setattr("selectflow.offline.record.FORMAT", 2)
         with pytest.raises(ValueError, match=r"got format 1, here 2: .*another version"):
             reopen(tmp_path / "run", model, image_loss, batches)
 
@@ -243,7 +243,7 @@ class TestRefusals:
             record(model, optimizer, image_loss, batches, limit_gib=1e-6)
 
     def test_without_a_limit_two_states_are_kept_of_any_model(self, monkeypatch):
-        monkeypatch.setattr("selectflow.memory.USUAL_GIB", 1e-9)
+        monkeypatch.setattr("selectflow.core.memory.USUAL_GIB", 1e-9)
         model, optimizer, batches = setting()
         trajectory = record(model, optimizer, image_loss, batches)
         assert trajectory.snapshots.indices == [0, len(batches)]

@@ -7,12 +7,12 @@ from test_resume import OPTIONS, Killed, assert_same, killed_at, outcome
 from test_run import config, digits, read_lines, task
 from torch import nn
 
-from selectflow.config import ConfigError, load
 from selectflow.data import PoolStream
-from selectflow.decision_log import read_decisions
-from selectflow.ledger import read_ledger
-from selectflow.replay import ReplayError, read_choices
-from selectflow.run import RunError, train
+from selectflow.run.config import ConfigError, load
+from selectflow.run.decisions import read_decisions
+from selectflow.run.ledger import read_ledger
+from selectflow.run.loop import RunError, train
+from selectflow.run.replay import ReplayError, read_choices
 from selectflow.selector import Selector
 
 __all__ = ["digits"]  # the fixture

@@ -8,9 +8,9 @@ import results
 import results_tasks
 from synthetic_runs import make_run
 
-from selectflow.config import load
 from selectflow.data import read_metadata
 from selectflow.report.quantities import ACCURACY, TARGET_LOSS, TEST_LOSS
+from selectflow.run.config import load
 
 ONLINE = str(results_tasks.ROOT / "configs" / "digits_online.yaml")
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from test_run import config, digits, read_lines, task
 
-from selectflow.checkpoints import Checkpoints
 from selectflow.data import PoolStream
-from selectflow.decision_log import DECISIONS
-from selectflow.run import RunError, train
-from selectflow.run_dir import lock, wait_until_free
+from selectflow.run.checkpoint import Checkpoints
+from selectflow.run.decisions import DECISIONS
+from selectflow.run.directory import lock, wait_until_free
+from selectflow.run.loop import RunError, train
 
 __all__ = ["digits"]  # the fixture
 
@@ -226,7 +226,7 @@ def test_one_process_at_a_time(digits, tmp_path):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from selectflow.run_dir import lock
+from selectflow.run.directory import lock
 with lock(Path(sys.argv[1])):
     if not os.fork():
         time.sleep(60)  # as a worker of a DataLoader, which notices after seconds

@@ -16,10 +16,7 @@ import torch.nn.functional as F
 from small_datasets import sample
 from torch import nn
 
-from selectflow import ledger as ledger_module
-from selectflow.config import RunConfig
-from selectflow.config_schedules import ScheduleConfig
-from selectflow.config_select import SelectConfig
+from selectflow.control.schedule import as_horizon
 from selectflow.data import (
     Manifest,
     PoolStream,
@@ -29,11 +26,14 @@ from selectflow.data import (
     write_manifest,
     write_split,
 )
-from selectflow.horizons import as_horizon
-from selectflow.ledger import read_ledger
-from selectflow.run import RunError, Task, resolve_device, train
-from selectflow.run_log import Stopwatch
-from selectflow.training import build_horizon, build_schedule
+from selectflow.run import ledger as ledger_module
+from selectflow.run.config import RunConfig
+from selectflow.run.config_schedules import ScheduleConfig
+from selectflow.run.config_select import SelectConfig
+from selectflow.run.ledger import read_ledger
+from selectflow.run.log import Stopwatch
+from selectflow.run.loop import RunError, Task, resolve_device, train
+from selectflow.run.step import build_horizon, build_schedule
 
 ROOT = Path(__file__).parents[1]
 
@@ -266,7 +266,7 @@ def test_the_horizon_of_a_run_follows_its_schedule(digits, tmp_path):
 
 def test_the_stopwatch_counts_only_between_start_and_stop(monkeypatch):
     times = iter([10.0, 12.0, 20.0, 20.5])
-    monkeypatch.setattr("selectflow.run_log.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("selectflow.run.log.time.perf_counter", lambda: next(times))
     watch = Stopwatch()
     watch.start()
     assert watch.stop() == 2.0

@@ -13,9 +13,9 @@ from test_run import config, digits, task
 
 from selectflow.cli import main
 from selectflow.data import DataError, PoolStream, read_manifest, read_split
-from selectflow.ledger import read_ledger
-from selectflow.run import train
-from selectflow.sample_scores import (
+from selectflow.run.ledger import read_ledger
+from selectflow.run.loop import train
+from selectflow.run.sample_scores import (
     SampleScores,
     kept_keys,
     mean_scores,

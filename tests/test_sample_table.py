@@ -10,13 +10,13 @@ from test_resume import Killed, killed_at
 from wandb_log import offline_records
 
 from selectflow.data import open_tokenizer, read_samples
-from selectflow.ledger import read_ledger
 from selectflow.report.groups import groups
 from selectflow.report.runs import load_runs
 from selectflow.report.samples import examine_groups
-from selectflow.run import train
-from selectflow.sample_table import SampleTable, lines, one_line
-from selectflow.selection import Selection
+from selectflow.run.ledger import read_ledger
+from selectflow.run.loop import train
+from selectflow.run.sample_table import SampleTable, lines, one_line
+from selectflow.strategies import Selection
 
 
 def selection(keys, scores):

@@ -6,7 +6,7 @@ from problems import PROBLEMS
 from reference import clone, inner, per_example_gradients
 
 from selectflow import Selector
-from selectflow.scored_params import scored_names
+from selectflow.core.scored_params import scored_names
 
 MLP, CNN, TRANSFORMER = PROBLEMS
 

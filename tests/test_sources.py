@@ -23,7 +23,7 @@ from selectflow.data import (
     sources,
     verify,
 )
-from selectflow.ledger import read_ledger
+from selectflow.run.ledger import read_ledger
 
 KEYS = [f"s{i}" for i in range(10)]
 

@@ -7,11 +7,11 @@ import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from selectflow.cli import main
-from selectflow.config import ConfigError, load
-from selectflow.sweep import load_sweep
-from selectflow.sweep_space import Choice, Range
-from selectflow.tune_wandb import wandb_spec
-from selectflow.yaml_io import dump_yaml
+from selectflow.run.config import ConfigError, load
+from selectflow.run.yaml_io import dump_yaml
+from selectflow.tune.space import Choice, Range
+from selectflow.tune.sweep import load_sweep
+from selectflow.tune.wandb_server import wandb_spec
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ["${env}", "${interpreter}", "${program}", "base.yaml", "${args_no_hyphens}"]

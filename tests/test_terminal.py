@@ -4,7 +4,7 @@ import contextlib
 import io
 
 from selectflow.cli import main
-from selectflow.trainer import trainer_main
+from selectflow.run.main import trainer_main
 
 
 def written(run):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from wandb_log import offline_records
 
-from selectflow.tracking import Progress, Tracker
+from selectflow.run.tracking import Progress, Tracker
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -137,7 +137,7 @@ def test_wandb_that_fails_later_is_switched_off_with_one_warning(tmp_path):
 ONLINE = """
 import sys, warnings
 from pathlib import Path
-from selectflow.tracking import Tracker
+from selectflow.run.tracking import Tracker
 Tracker(Path(sys.argv[1]) / "plain", {}, name="a").log(1, {})
 assert "wandb" not in sys.modules, "a run without W&B must not pay for its import"
 with warnings.catch_warnings(record=True) as caught:

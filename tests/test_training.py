@@ -14,14 +14,14 @@ from test_run import config, digits, task
 from torch import nn
 
 from selectflow import Selector
-from selectflow.batches import MicroBatches, take
-from selectflow.config import ConfigError, RunConfig, load
-from selectflow.config_training import TrainConfig
+from selectflow.core.batches import MicroBatches, take
 from selectflow.data import PoolStream
-from selectflow.ledger import read_ledger
-from selectflow.replay import ReplayError
-from selectflow.run import train
-from selectflow.training import build_losses, update
+from selectflow.run.config import ConfigError, RunConfig, load
+from selectflow.run.config_training import TrainConfig
+from selectflow.run.ledger import read_ledger
+from selectflow.run.loop import train
+from selectflow.run.replay import ReplayError
+from selectflow.run.step import build_losses, update
 
 __all__ = ["digits"]  # the fixture
 

@@ -12,10 +12,10 @@ from test_training import kept, made, metrics, trained
 from torch import nn
 
 from selectflow import Selector
-from selectflow.config import ConfigError, RunConfig, load
 from selectflow.data import TextOptions, make_text
-from selectflow.ledger import read_ledger
-from selectflow.run import RunError, train
+from selectflow.run.config import ConfigError, RunConfig, load
+from selectflow.run.ledger import read_ledger
+from selectflow.run.loop import RunError, train
 
 __all__ = ["digits"]  # the fixture
 

@@ -16,13 +16,13 @@ from optuna.trial import TrialState
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from selectflow.cli import main
-from selectflow.config import load
 from selectflow.data import make_digits
-from selectflow.sweep import load_sweep
-from selectflow.tune import tune
-from selectflow.tune_cells import cells_of_runs
-from selectflow.tune_record import TuneError, open_study, read_cells
-from selectflow.yaml_io import dump_yaml
+from selectflow.run.config import load
+from selectflow.run.yaml_io import dump_yaml
+from selectflow.tune.cells import cells_of_runs
+from selectflow.tune.record import TuneError, open_study, read_cells
+from selectflow.tune.search import tune
+from selectflow.tune.sweep import load_sweep
 
 TOY = Path(__file__).with_name("toy_trainer.py")
 LRS = [1e-4, 1e-3, 1e-2, 1e-1]

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selectflow.config import load
 from selectflow.data import PoolStream, read_batches
-from selectflow.run import Task, train
+from selectflow.run.config import load
+from selectflow.run.loop import Task, train
 
 
 def loss_fn(model, batch):

@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from selectflow.huggingface import SelectTrainerMixin
+from selectflow.integrations.huggingface import SelectTrainerMixin
 
 
 @dataclass

@@ -18,9 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from selectflow.config import ConfigError, RunConfig
-from selectflow.config_data import DataConfig
-from selectflow.config_training import ModelConfig
 from selectflow.data import (
     PoolStream,
     TextOptions,
@@ -37,10 +34,13 @@ from selectflow.data.tokenizers import (
     load_tokenizer,
     same_vocabulary,
 )
-from selectflow.language import IGNORED, causal_lm_losses, document_positions, token_window
-from selectflow.task import Task
-from selectflow.text_models import load_pretrained, with_lora
-from selectflow.trainer import check_choice, trainer_main
+from selectflow.models.adapters import load_pretrained, with_lora
+from selectflow.models.language import IGNORED, causal_lm_losses, document_positions, token_window
+from selectflow.run.config import ConfigError, RunConfig
+from selectflow.run.config_data import DataConfig
+from selectflow.run.config_training import ModelConfig
+from selectflow.run.main import check_choice, trainer_main
+from selectflow.run.task import Task
 
 Batch = dict[str, Any]
 EVAL_BATCH = 64

@@ -18,12 +18,12 @@ import torchvision
 from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
-from selectflow.config import RunConfig
-from selectflow.config_errors import ConfigError
-from selectflow.config_training import ModelConfig
 from selectflow.data import PoolStream, make_digits, read_batches, read_labels, read_metadata
-from selectflow.task import Task
-from selectflow.trainer import check_choice, trainer_main
+from selectflow.run.config import RunConfig
+from selectflow.run.config_errors import ConfigError
+from selectflow.run.config_training import ModelConfig
+from selectflow.run.main import check_choice, trainer_main
+from selectflow.run.task import Task
 
 Batch = dict[str, Any]
 EVAL_BATCH = 512

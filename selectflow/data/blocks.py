@@ -44,7 +44,7 @@ def cut(
             so that a block holds nothing but text. "pad": a block of their own, filled up with
             end tokens. "pack": the next document follows in the same block after an end token;
             what does not fill a block at the very end is left out. Which documents a block holds
-            can be read off its end tokens: `selectflow.language.document_positions`.
+            can be read off its end tokens: `selectflow.models.language.document_positions`.
     """
     if rest == "pack":
         yield from _packed(documents, end, size)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selectflow.atomic import atomic_file
+from selectflow.core.files import atomic_file
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1

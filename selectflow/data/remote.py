@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from selectflow.atomic import atomic_file
+from selectflow.core.files import atomic_file
 from selectflow.data.manifest import DataError
 
 _PIPE = "pipe:"

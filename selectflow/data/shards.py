@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from webdataset import TarWriter
 
-from selectflow.atomic import atomic_file
+from selectflow.core.files import atomic_file
 from selectflow.data.fields import CODECS, PACKED, Sample
 from selectflow.data.manifest import DataError, Shard
 

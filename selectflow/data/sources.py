@@ -10,7 +10,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from selectflow.atomic import atomic_file
+from selectflow.core.files import atomic_file
 from selectflow.data.catalog import Catalog, Entry, Source, Sources, damaged, digest_of
 from selectflow.data.fields import CODECS
 from selectflow.data.manifest import (

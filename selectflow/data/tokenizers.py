@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from selectflow.atomic import atomic_file
+from selectflow.core.files import atomic_file
 from selectflow.data.manifest import MANIFEST_NAME, DataError, Manifest, read_manifest
 from selectflow.data.remote import Cache, is_remote
 from selectflow.data.sources import find_manifest

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from selectflow.yaml_io import read_yaml
+from selectflow.run.yaml_io import read_yaml
 
 Status = Literal["finished", "stopped", "failed", "running", "crashed"]
 
@@ -128,7 +128,7 @@ def _replayed(config: dict[str, Any]) -> dict[str, Any]:
 
 def _status(path: Path, summary: dict[str, Any]) -> Status:
     # Only a process that works in the directory holds its lock; a killed one has lost it.
-    from selectflow.run_dir import is_locked  # noqa: PLC0415
+    from selectflow.run.directory import is_locked  # noqa: PLC0415
 
     if is_locked(path):
         return "running"  # also where the summary of an earlier stop is still there
@@ -175,7 +175,7 @@ def fetch_run(path: str) -> Run:
         ReportError: it has logged nothing yet.
         TrackingError: W&B cannot be asked, or knows no such run.
     """
-    from selectflow.tracking import download_run  # noqa: PLC0415
+    from selectflow.run.tracking import download_run  # noqa: PLC0415
 
     found = download_run(path)
     rows = [row for row in found.history if row.get("train/step") is not None]

@@ -34,7 +34,7 @@ def read_steps(run_dir: Path) -> Iterator[Step]:
     Raises:
         LedgerError: a part of it cannot be read.
     """
-    from selectflow.ledger import LEDGER_FOLDER, read_parts  # noqa: PLC0415
+    from selectflow.run.ledger import LEDGER_FOLDER, read_parts  # noqa: PLC0415
 
     if not any((run_dir / LEDGER_FOLDER).glob("*.parquet")):
         return

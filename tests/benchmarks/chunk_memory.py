@@ -17,10 +17,10 @@ import torch
 import transformers
 from torch import nn
 
-from selectflow.derivatives import Derivatives
-from selectflow.language import causal_lm_losses
-from selectflow.objective import Objective
-from selectflow.params import Params
+from selectflow.core.derivatives import Derivatives
+from selectflow.core.params import Params
+from selectflow.core.passes import Objective
+from selectflow.models.language import causal_lm_losses
 
 
 def tokens(num):
@@ -54,7 +54,7 @@ def conv_loss(model, batch):
 
 
 MODELS = {"gpt2": gpt2, "llama": llama, "conv": conv}
-PASSES = ("gradient", "along", "hessian_product")
+PASSES = ("gradient", "directional", "hessian_product")
 
 
 def peak_mib():

@@ -22,10 +22,10 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from selectflow import Selector
-from selectflow.batches import take
-from selectflow.config import load
-from selectflow.derivatives import _NUM_CHECKED, _apart
-from selectflow.training import build_optimizer, build_schedule
+from selectflow.core.batches import take
+from selectflow.core.derivatives import _NUM_CHECKED, _apart
+from selectflow.run.config import load
+from selectflow.run.step import build_optimizer, build_schedule
 
 ROOT = Path(__file__).parents[2]
 KEEP = 16
@@ -68,8 +68,8 @@ def pools(
             )
             params = selector._optimizer.params()
             with torch.no_grad(), selector._objective.scoring():
-                exact = derivatives._along_exact(params, gamma, pool)[1].double()
-                central = derivatives._along_central(params, gamma, pool)[1].double()
+                exact = derivatives._directional_exact(params, gamma, pool)[1].double()
+                central = derivatives._directional_central(params, gamma, pool)[1].double()
             top = [set(slopes.argsort()[:KEEP].tolist()) for slopes in (central, exact)]
             rank = float(spearmanr(central, exact).statistic)
             yield judged(central, exact), rank, len(top[0] & top[1]) / KEEP

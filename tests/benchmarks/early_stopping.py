@@ -21,10 +21,10 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.trial import TrialState
 
-from selectflow.report.cells import Cells
-from selectflow.sweep import Sweep, load_sweep
-from selectflow.tune import tune
-from selectflow.tune_record import read_cells
+from selectflow.tune.cell_table import Cells
+from selectflow.tune.record import read_cells
+from selectflow.tune.search import tune
+from selectflow.tune.sweep import Sweep, load_sweep
 
 ROOT = Path(__file__).parents[2]
 Curves = list[list[float]]  # of a cell: for each seed its metric at every evaluation

@@ -27,7 +27,7 @@ import transformers
 from transformers.initialization import no_init_weights
 
 from selectflow import Selector
-from selectflow.language import causal_lm_losses, token_window
+from selectflow.models.language import causal_lm_losses, token_window
 
 KEEP, POOL, TARGET = 2, 4, 2
 

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from step_cost import GPT2
 
-from selectflow.derivatives import Derivatives
-from selectflow.objective import Objective
-from selectflow.optimizers import OptimizerReader
-from selectflow.perturbations import selection
-from selectflow.proxy import probe
+from selectflow.core.derivatives import Derivatives
+from selectflow.core.passes import Objective
+from selectflow.core.proxy import probe
+from selectflow.core.torch_optim import OptimizerReader
+from selectflow.core.weight_changes import selection
 
 KEEP, POOL, TARGET, VOCABULARY, CONTEXT = 8, 32, 16, 512, 64
 

@@ -35,7 +35,6 @@ from pathlib import Path
 import torch
 from results_tasks import BOTH, ROOT, TASKS, UNIFORM, Options, Task, trainer
 
-from selectflow.config import RunConfig, load
 from selectflow.report import words
 from selectflow.report.align import end, value_at
 from selectflow.report.chart import write_png
@@ -55,6 +54,7 @@ from selectflow.report.quantities import (
 from selectflow.report.runs import Run, load_run
 from selectflow.report.seeds import Stat, stat
 from selectflow.report.table import Grid, grids
+from selectflow.run.config import RunConfig, load
 
 STRETCHED = f"{UNIFORM}, schedule stretched"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from selectflow.config import load
 from selectflow.data import make_digits, read_metadata, write_subset
 from selectflow.report.quantities import ACCURACY, KEPT, KEPT_ALTERED, TEST_LOSS
-from selectflow.run_dir import is_finished
+from selectflow.run.config import load
+from selectflow.run.directory import is_finished
 
 ROOT = Path(__file__).parents[2]
 UNIFORM = "uniform"

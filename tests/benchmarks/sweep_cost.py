@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selectflow.audit_config import AuditConfig, GPT2Model, LlamaModel
-from selectflow.audit_rows import Recorded
-from selectflow.audit_settings import PROBLEMS, Setting
-from selectflow.offline import score_samples
-from selectflow.recording import record
+from selectflow.audit.config import AuditConfig, GPT2Model, LlamaModel
+from selectflow.audit.rows import Recorded
+from selectflow.audit.settings import PROBLEMS, Setting
+from selectflow.offline.record import record
+from selectflow.offline.score import score_samples
 
 BATCH, TARGET = 32, 200
 SHAPES = {"gpt2": GPT2Model(shape="124m", block=64), "llama": LlamaModel(shape="1b", block=64)}

@@ -24,9 +24,9 @@ def names() -> dict[str, Any]:
     from selectflow import Selector, audit  # noqa: PLC0415
     from selectflow.audit import influence, leave_one_out  # noqa: PLC0415
     from selectflow.cli import _parser  # noqa: PLC0415
-    from selectflow.config import RunConfig  # noqa: PLC0415
     from selectflow.data import PoolStream  # noqa: PLC0415
-    from selectflow.huggingface import SelectTrainerMixin  # noqa: PLC0415
+    from selectflow.integrations.huggingface import SelectTrainerMixin  # noqa: PLC0415
+    from selectflow.run.config import RunConfig  # noqa: PLC0415
 
     callables = {
         "Selector": Selector,

@@ -1,0 +1,212 @@
+"""Really rerunning a stretch of training with other example weights, many reruns side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selectflow.core.batches import Batch, num_examples
+from selectflow.core.derivatives import Derivatives, plain_attention
+from selectflow.core.optim import State, Update
+from selectflow.core.params import Params
+from selectflow.core.passes import Objective
+from selectflow.core.tangents import Shift, StateTangents, advance, loss_tangents
+from selectflow.core.weight_changes import Perturbation
+from selectflow.offline.trajectory import Trajectory
+
+
+@dataclass(frozen=True, order=True)
+class Removal:
+    """One example to take out of one update.
+
+    Attributes:
+        index: of the update.
+        position: of the example in its batch.
+        end: index of the state at which the queries are read.
+    """
+
+    index: int
+    position: int
+    end: int
+
+
+def weights_without(removals: Sequence[Removal], index: int, size: int, like: Tensor) -> Tensor:
+    """Example weights of update `index` in each rerun, shape (M, B): the mean of the rest."""
+    weights = like.new_full((len(removals), size), 1 / size)
+    for row, removal in enumerate(removals):
+        if removal.index == index:
+            weights[row] = 1 / (size - 1)
+            weights[row, removal.position] = 0
+    return weights
+
+
+def rerun(trajectory: Trajectory, queries: Batch, removals: Sequence[Removal]) -> Tensor:
+    """What each removal really does to each query's loss.
+
+    A further row runs with nothing removed, in the same arithmetic as the others: rounding that
+    all share does not enter the difference.
+
+    Args:
+        trajectory: the recorded run.
+        queries: N examples.
+        removals: M of them; the reruns begin at the first update of any.
+
+    Returns:
+        Loss after minus loss before, shape (M, N).
+
+    Raises:
+        RuntimeError: the row with nothing removed does not arrive where the recording did.
+    """
+    objective, num = trajectory.derivatives.objective, len(removals)
+    first, last = min(r.index for r in removals), max(r.end for r in removals)
+    start = trajectory.state(first)
+    like = next(iter(start.params.values()))
+    changes = like.new_zeros(num, num_examples(queries))
+    nominal = Removal(-1, 0, last)
+    state = _repeated(start, num + 1)
+    with objective.scoring():
+        for index in range(first, last):
+            batch = trajectory.batches[index]
+            weights = weights_without([*removals, nominal], index, num_examples(batch), like)
+            state = _step(trajectory.updates[index], objective, state, batch, weights)
+            rows = [row for row, removal in enumerate(removals) if removal.end == index + 1]
+            if rows:
+                losses = _losses(objective, _rows(state, [*rows, num]).params, queries)
+                changes[rows] = losses[:-1] - losses[-1]
+    trajectory.check_replay(last, _squeezed(_rows(state, [num])), start)
+    return changes
+
+
+def expand(
+    trajectory: Trajectory, queries: Batch, removals: Sequence[Removal]
+) -> tuple[Tensor, Tensor]:
+    """First- and second-order parts, I and Q, of what each removal does to each query's loss.
+
+    The weights move from nominal (alpha = 0) to the removal (alpha = 1); with phi(alpha) the
+    query's loss, I = phi'(0) and Q = phi''(0) / 2, by forward tangents (`tangents`).
+
+    Args:
+        trajectory: the recorded run.
+        queries: N examples.
+        removals: M of them.
+
+    Returns:
+        I and Q, both of shape (M, N).
+
+    Raises:
+        RuntimeError: the replay leaves the recording.
+    """
+    objective, num = trajectory.derivatives.objective, len(removals)
+    first, last = min(r.index for r in removals), max(r.end for r in removals)
+    start = trajectory.state(first)
+    like = next(iter(start.params.values()))
+    slope, bend = (like.new_zeros(num, num_examples(queries)) for _ in range(2))
+    motion = StateTangents.at_rest(start, num)
+    with objective.scoring():
+        for index in range(first, last):
+            batch = trajectory.batches[index]
+            size = num_examples(batch)
+            base = like.new_full((size,), 1 / size)
+            shift = Shift(base, weights_without(removals, index, size, like) - base)
+            motion = advance(trajectory.updates[index], objective, motion, batch, shift)
+            rows = [row for row, removal in enumerate(removals) if removal.end == index + 1]
+            if rows:
+                read = StateTangents(
+                    motion.value, _rows(motion.first, rows), _rows(motion.second, rows)
+                )
+                slope[rows], second = loss_tangents(objective, read, queries)
+                bend[rows] = second / 2
+    trajectory.check_replay(last, motion.value, start)
+    return slope, bend
+
+
+def effects(
+    derivatives: Derivatives,
+    updates: Sequence[Update],
+    state: State,
+    perturbation: Perturbation,
+    target: Batch,
+) -> Tensor:
+    """What each change of weights really does to the target loss, D_h for h = 0 .. H.
+
+    The ground truth of `proxy.closed_form`: at h = 0 the target loss is read after the move through
+    the present preconditioner, then after each update really made.
+
+    Args:
+        derivatives: of the training loss.
+        updates: H >= 1 updates, in order.
+        state: the state before the first.
+        perturbation: H batches and their M shifts, at learning rates at rest.
+        target: batch whose mean loss is the target.
+
+    Returns:
+        Loss with the change minus loss without it, shape (M, H + 1).
+
+    Raises:
+        ValueError: the learning rate moves.
+    """
+    if any(shift.lr is not None for shift in perturbation.shifts):
+        raise ValueError("perturbation must leave the learning rate alone; `rollout` takes any")
+    objective, perturbation = derivatives.objective, perturbation.beside(state)
+    first = perturbation.shifts[0].weights
+    found = []
+    with objective.scoring():
+        _, change = derivatives.gradients(state.params, perturbation.batches[0], first)
+        move = updates[0].immediate(state, change)
+        moved = _losses(objective, state.params + move, target)
+        found.append((moved - derivatives.losses(state.params, target)).mean(1))
+        states = _repeated(state, len(first) + 1)  # the last row at rest, in the same arithmetic
+        steps = zip(updates, perturbation.batches, perturbation.shifts, strict=True)
+        for update, batch, shift in steps:
+            weights = torch.cat([shift.base + shift.weights, shift.base[None]])
+            states = _step(update, objective, states, batch, weights)
+            losses = _losses(objective, states.params, target)
+            found.append((losses[:-1] - losses[-1]).mean(1))
+    return torch.stack(found, 1)
+
+
+def _repeated(state: State, num: int) -> State:
+    return State(*(part.map(lambda x: x.expand(num, *x.shape)) for part in state))
+
+
+def _rows(state: State, rows: list[int]) -> State:
+    return State(*(part.map(lambda x: x[rows]) for part in state))
+
+
+def _squeezed(state: State) -> State:
+    return State(*(part.map(lambda x: x[0]) for part in state))
+
+
+def _gradients(objective: Objective, params: Params, batch: Batch, weights: Tensor) -> Params:
+    """Gradient of each rerun's weighted loss at its own parameters."""
+
+    def loss(at: dict[str, Tensor], weight: Tensor) -> Tensor:
+        return (objective.call(at, batch) * weight).sum()
+
+    with plain_attention():
+        return Params(torch.func.vmap(torch.func.grad(loss))(dict(params), weights)).detach()
+
+
+@torch.no_grad()
+def _losses(objective: Objective, params: Params, batch: Batch) -> Tensor:
+    with plain_attention():
+        found: Tensor = torch.func.vmap(lambda at: objective.call(at, batch))(dict(params))
+    return found
+
+
+def _step(
+    update: Update, objective: Objective, state: State, batch: Batch, weights: Tensor
+) -> State:
+    """`Update.advance` on rows of states; each row is clipped by its own norm."""
+    grad = _gradients(objective, state.params, batch, weights)
+    if update.max_grad_norm is not None:
+        squares = [tensor.flatten(1).square().sum(1) for tensor in grad.values()]
+        norms = torch.stack(squares).sum(0).sqrt()
+        scale = (update.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        grad = grad.map(lambda x: x * scale.reshape(-1, *[1] * (x.ndim - 1)))
+        update = dataclasses.replace(update, max_grad_norm=None)
+    return update.advance(state, grad)

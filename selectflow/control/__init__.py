@@ -1,0 +1,1 @@
+"""Control of horizon and learning rate: rules on plain numbers, and what they measure."""

@@ -1,0 +1,312 @@
+"""Learning-rate control: windows of the real training, replayed at other rates.
+
+The multiplier acts inside `optimizer.step()` alone, by the optimizer's own step hooks: between
+steps every group shows the learning rate of the user's schedule, whatever schedule that is, and a
+rate that the user sets by hand is multiplied like any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.optim import Optimizer
+
+from selectflow.control.rules import AutoRate, Decision, RateRule
+from selectflow.core.batches import Batch, MicroBatches
+from selectflow.core.derivatives import Derivatives
+from selectflow.core.optim import State, Update
+from selectflow.core.params import Params
+from selectflow.core.torch_optim import OptimizerReader
+from selectflow.core.update_state import plain_update, restored_update
+
+_log = logging.getLogger(__name__)
+
+# How far, relative to the way of the window, a replay may end from the real training (dropout,
+# autocast or a loss of your own in the loop move it). Beyond, replays are compared with a replay.
+_FAITHFUL = 0.05
+
+
+@dataclass
+class _Window:
+    """Steps that were really trained, as a replay needs them.
+
+    A window that is due is weighed at its end. The others fill the gap between two such: they are
+    all judged by one target batch, and come to nothing unless its loss has risen.
+    """
+
+    first_step: int
+    start: State
+    target: Batch
+    start_loss: float
+    lowest: float  # of the target; in a gap since it began
+    is_due: bool
+    updates: list[Update] = field(default_factory=list)
+    batches: list[list[Batch]] = field(default_factory=list)  # those of one step together
+
+    def replay(self, derivatives: Derivatives, factor: float) -> State:
+        """The state after the same steps at `factor` times their learning rates."""
+        state = self.start
+        for update, parts in zip(self.updates, self.batches, strict=True):
+            batch = parts[0] if len(parts) == 1 else MicroBatches(parts)
+            _, grad = derivatives.gradient(state.params, batch)
+            state = update.at_rate(factor).advance(state, grad)
+        return state
+
+    @property
+    def rises(self) -> bool:
+        """Whether the user's schedule raises the learning rate in this window."""
+        first, last = (
+            max(rule.lr for rule in update.rules) for update in (self.updates[0], self.updates[-1])
+        )
+        return last > first
+
+
+class RateControl:
+    """Multiplies the learning rate of the user's schedule by what replays of training favour.
+
+    A window of steps is kept: the state before it, and the batches that were selected in it. Every
+    so often the controller compares one, at its end, with replays at other rates. In between, the
+    end of each costs one forward pass of a target batch, the same one until the next comparison,
+    and replays only where its loss has risen. A failed window is taken back: parameters and moments
+    of its start, or of a replay, are written in place.
+
+    Args:
+        settings: of the control.
+        optimizer: read, and written to when a window is replaced.
+        derivatives: of the training loss.
+        next_target: gives the batch whose mean loss a window is judged by.
+        pools_per_update: batches that make one optimizer step.
+    """
+
+    def __init__(
+        self,
+        settings: AutoRate,
+        optimizer: OptimizerReader,
+        derivatives: Derivatives,
+        next_target: Callable[[], Batch],
+        pools_per_update: int,
+    ) -> None:
+        self._settings, self._optimizer, self._derivatives = settings, optimizer, derivatives
+        self._next_target, self._pools_per_update = next_target, pools_per_update
+        self._rule = RateRule(settings)
+        self._multiplier = _StepMultiplier(optimizer.optimizer)
+        self._window: _Window | None = None
+        self._next = 0  # optimizer step at which the next window that is due opens
+        self._last_step = -1
+        self._faithful: bool | None = None  # whether replays repeat the real training
+
+    def before(self, step: int) -> tuple[Decision | None, bool]:
+        """Close the window that ends here, open one that begins here.
+
+        To be called within `Objective.scoring`, before the batch of a step is selected.
+
+        Args:
+            step: optimizer updates made.
+
+        Returns:
+            What was decided, if anything, and whether parameters and moments were replaced.
+        """
+        if step == self._last_step:  # a further batch of the same step
+            return None, False
+        self._last_step, window = step, self._window
+        decision, replaced = None, False
+        if window is not None and not self._belongs(window, step):
+            self._window = window = None
+        if window is not None and self._is_over(window, step):
+            decision, replaced = self._end(window, step)
+        if self._window is None:
+            self._open(step, self._next_target())
+        assert self._window is not None
+        self._window.updates += self._optimizer.updates(1)
+        self._window.batches.append([])
+        return decision, replaced
+
+    def trained_on(self, batch: Batch) -> None:
+        """Note a batch that was selected for the present step."""
+        if self._window is not None:
+            parts = self._window.batches[-1]
+            if len(parts) == self._pools_per_update:  # not what is trained on: nothing to replay
+                self._window = None
+            else:
+                parts.append(batch)
+
+    def _belongs(self, window: _Window, step: int) -> bool:
+        """Whether each step since the window began was selected for, with the same parameters."""
+        names = self._optimizer.params().keys()
+        return step - window.first_step == len(window.updates) and (
+            window.start.params.keys() == names  # none was frozen since, or trained again
+        )
+
+    def _is_over(self, window: _Window, step: int) -> bool:
+        is_full = len(window.updates) == self._settings.window
+        return is_full or (not window.is_due and step >= self._next)
+
+    def _end(self, window: _Window, step: int) -> tuple[Decision | None, bool]:
+        """Judge a window that is due, or in which the target loss rose; else only look at it."""
+        decision, replaced = None, False
+        try:
+            loss = self._loss(self._optimizer.state(), window.target)
+        except FloatingPointError:  # diverged: risen as far as can be
+            loss = math.inf
+        lowest = min(window.lowest, loss)
+        if window.is_due or self._rule.has_risen(window.lowest, loss):
+            decision, replaced, loss = self._judge(window, loss)
+            lowest = loss
+            self._next = step + self._rule.gap
+        self._window = None
+        if step < self._next:
+            self._open(step, window.target, loss, lowest)
+        return decision, replaced
+
+    def _open(
+        self, step: int, target: Batch, loss: float | None = None, lowest: float = math.inf
+    ) -> None:
+        """Begin a window; the target loss is read unless it is known."""
+        state = self._optimizer.state()
+        start = State(*(part.map(lambda x: x.clone()) for part in state))
+        loss = self._loss(state, target) if loss is None else loss
+        is_due = step >= self._next
+        self._window = _Window(step, start, target, loss, min(loss, lowest), is_due)
+
+    def _judge(self, window: _Window, end_loss: float) -> tuple[Decision, bool, float]:
+        """What the rule decides, whether the window is replaced, and the loss it now ends at."""
+        best, best_loss = window.start, window.start_loss  # what may be taken over
+
+        def replay(factor: float) -> float:
+            nonlocal best, best_loss
+            try:
+                end = window.replay(self._derivatives, factor)
+                loss = self._loss(end, window.target)
+            except FloatingPointError:
+                return math.inf
+            if loss < best_loss:
+                best, best_loss = end, loss
+            return loss
+
+        if self._faithful is None and end_loss < math.inf:  # what diverged can tell nothing
+            self._faithful = self._check(window, self._optimizer.state())
+        is_faithful = self._faithful is not False
+        decision, replace = self._rule.decide(
+            window.lowest,
+            end_loss if is_faithful else replay(1.0),
+            replay,
+            rising=window.rises,
+            replaceable=is_faithful,
+        )
+        self._set(decision.after)
+        if replace:
+            self._optimizer.write(best)
+        return decision, replace, best_loss if replace else end_loss
+
+    def _check(self, window: _Window, end: State) -> bool:
+        """Whether a replay of the first window repeats it."""
+        apart = (window.replay(self._derivatives, 1.0).params - end.params).norm()
+        way = (end.params - window.start.params).norm()
+        faithful = apart <= _FAITHFUL * way
+        if not faithful:
+            _log.info(
+                "replays end %.0f%% of the way from the real training (dropout, autocast, another "
+                "loss in the loop): the lr control compares replays, and takes no step back",
+                100 * apart / way,
+            )
+        return faithful
+
+    def _loss(self, state: State, target: Batch) -> float:
+        return self._derivatives.losses(state.params, target).mean().item()
+
+    def _set(self, multiplier: float) -> None:
+        self._multiplier.value = self._optimizer.lr_multiplier = multiplier
+
+    @property
+    def multiplier(self) -> float:
+        """The present multiplier of every learning rate."""
+        return self._multiplier.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later decisions depend on, the open window among it."""
+        return {
+            "rule": self._rule.state_dict(),
+            "next": self._next,
+            "last_step": self._last_step,
+            "faithful": self._faithful,
+            "window": self._window and _plain_window(self._window),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self._rule.load_state_dict(state["rule"])
+        self._next, self._last_step = state["next"], state["last_step"]
+        self._faithful = state["faithful"]
+        params = self._optimizer.params()
+        self._window = state["window"] and _restored_window(state["window"], params)
+        self._set(self._rule.multiplier)
+
+
+class _StepMultiplier:
+    """Multiplies the learning rates of an optimizer for the time of each of its steps."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.value = 1.0
+        self._rates: list[Any] = []
+        me = weakref.ref(self)  # once its control is gone, the optimizer is as it was
+
+        def scale(optimizer: Optimizer, *_: Any) -> None:
+            if (found := me()) is not None:
+                found._scale(optimizer)
+
+        def restore(optimizer: Optimizer, *_: Any) -> None:
+            if (found := me()) is not None:
+                found._restore(optimizer)
+
+        hooks = (
+            optimizer.register_step_pre_hook(scale),
+            optimizer.register_step_post_hook(restore),
+        )
+        for hook in hooks:
+            weakref.finalize(self, hook.remove)
+
+    def _scale(self, optimizer: Optimizer) -> None:
+        self._restore(optimizer)  # after a step that raised
+        if self.value != 1.0:
+            self._rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * self.value
+
+    def _restore(self, optimizer: Optimizer) -> None:
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
+            group["lr"] = rate
+        self._rates = []
+
+
+def _plain_window(window: _Window) -> dict[str, Any]:
+    return {
+        "first_step": window.first_step,
+        "start": [dict(part) for part in window.start],
+        "target": window.target,
+        "start_loss": window.start_loss,
+        "lowest": window.lowest,
+        "is_due": window.is_due,
+        "updates": [plain_update(update) for update in window.updates],
+        "batches": [list(parts) for parts in window.batches],
+    }
+
+
+def _restored_window(plain: Mapping[str, Any], params: Params) -> _Window:
+    def part(saved: Mapping[str, Any]) -> Params:
+        return Params((name, tensor.to(params[name])) for name, tensor in saved.items())
+
+    return _Window(
+        plain["first_step"],
+        State(*map(part, plain["start"])),
+        plain["target"],
+        plain["start_loss"],
+        plain["lowest"],
+        plain["is_due"],
+        [restored_update(update) for update in plain["updates"]],
+        [list(parts) for parts in plain["batches"]],
+    )

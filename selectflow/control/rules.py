@@ -1,0 +1,393 @@
+"""The controller: measured losses in, the horizon and the learning rate out. Plain numbers only.
+
+An adaptive integrator lets a local error estimate decide how far to step, and takes a step back
+that failed. Here two rules do so, each from what was measured by really rolling training out:
+
+*How far to look* (`HorizonRule`). Horizons compete. One that is longer than the present one may
+only win where the error proxy (`proxy`) trusts first order: the relative error rho of the whole
+selection over its window must be below a tolerance to grow, below twice that to stay. Where the
+trust ratio D / I is 0 or below, nothing that was simulated is believed and the horizon is 0. Long
+horizons fail because many batches remove the same residual and together overshoot; that is what
+rho sees. Trust alone would pick horizons that buy nothing, so each contest rolls the policies of
+two horizons out over the same pools, and the longer wins only while it ends with the lower target
+loss, by more than the contests differ among themselves.
+
+*How far to step* (`RateRule`). The last window of steps is trained again at twice and at half the
+rate, on the batches that it was really trained on. A lower rate nearly always looks better over a
+few steps, because it averages noise out before there was time to lose by being slow; so it must
+earn more than the window's whole progress before it is taken. With
+
+    P = sum of (start - end)   G = sum of (end - end at half the rate)   U = the same at twice
+
+over the windows since the last change, each counting half of the one after it: halve if G > max(P,
+0); double if U > G, U is a noticeable share of the loss, and P + U > 0. Double as well where
+progress goes with the rate, U ~ P and G ~ -P / 2: that is far below the best rate, however little a
+window gains. Each fall doubles the number of windows that the next raise needs, so it cannot
+oscillate for long; to lower takes two at most, for too high a rate can ruin a run where too low a
+one only slows it. The first window is a line search, since the rate may be off by much and there is
+no noise to average out yet; upwards only to twice.
+
+A window in which the target loss rose by more than `rise` is a failed step: it is taken back.
+Training goes on from its start, or from its replay at half the rate where that ends lower; at half
+the rate, or at a quarter where it rises in the replay too. So it is with steps between two windows:
+there the target loss is looked at now and then, and replayed only once it has risen.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+_PATIENCE_TO_LOWER = 2  # windows at most before the rate is lowered
+_NOTICEABLE = 0.01  # share of the target loss that twice the rate must gain
+_PROPORTIONAL = 0.8  # share of the progress that twice the rate must add, and half halve
+_RESOLUTION = 1e-6  # relative difference of two losses below which they are the same
+_LEAST_CONTESTS = 3  # before an opinion about two horizons
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided, from what, and why.
+
+    Attributes:
+        what: "horizon" or "lr_multiplier".
+        before: its value so far.
+        after: its value from now on.
+        reason: in words.
+        measures: the numbers it was made from, by name.
+        step: optimizer updates made before it.
+    """
+
+    what: Literal["horizon", "lr_multiplier"]
+    before: float
+    after: float
+    reason: str
+    measures: Mapping[str, float]
+    step: int = 0
+
+    @property
+    def moved(self) -> bool:
+        """Whether the value changed."""
+        return self.before != self.after
+
+    def __str__(self) -> str:
+        change = f"{self.before:g} -> {self.after:g}" if self.moved else f"stays {self.after:g}"
+        return f"step {self.step}: {self.what} {change}: {self.reason}"
+
+
+# --- the learning rate ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AutoRate:
+    """Settings of the learning-rate control.
+
+    Attributes:
+        lowest: smallest multiplier of the user's schedule.
+        highest: largest multiplier.
+        window: optimizer steps that are replayed, >= 1.
+        longest_gap: most steps between two windows, >= 0; a gap doubles while nothing changes. In
+            a gap the target loss is looked at every `window` steps, forward only.
+        rise: relative rise of the target loss that takes the last `window` steps back.
+    """
+
+    lowest: float = 1 / 64
+    highest: float = 64.0
+    window: int = 8
+    longest_gap: int = 56
+    rise: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lowest <= 1 <= self.highest < math.inf:
+            raise ValueError(
+                "bounds of the lr multiplier must be 0 < lowest <= 1 <= highest, got "
+                f"lowest={self.lowest}, highest={self.highest}; 1 is the user's own schedule"
+            )
+        if self.window < 1 or self.longest_gap < 0 or not self.rise > 0:
+            raise ValueError(
+                f"window must be >= 1, longest_gap >= 0 and rise > 0, got {self.window}, "
+                f"{self.longest_gap} and {self.rise}"
+            )
+
+
+class RateRule:
+    """The learning-rate multiplier, from windows of training and their replays."""
+
+    def __init__(self, settings: AutoRate) -> None:
+        self.settings = settings
+        self.multiplier = 1.0
+        self.gap = settings.window  # steps to the next window
+        self._sums = [0.0, 0.0, 0.0]  # P, G and U
+        self._num = 0
+        self._patience = 1  # windows before a raise
+        self._direction = 0  # of the last change
+        self._is_first = True
+
+    def decide(
+        self,
+        start: float,
+        end: float,
+        replay: Callable[[float], float],
+        *,
+        rising: bool = False,
+        replaceable: bool = True,
+    ) -> tuple[Decision, bool]:
+        """What a window of training and its replays say.
+
+        Args:
+            start: target loss before the window; between two, the lowest since the first.
+            end: target loss after it.
+            replay: factor on the learning rate -> target loss after the window at that rate;
+                infinite where it diverges.
+            rising: the user's own schedule raises the rate, as in a warm-up: faster is not tried.
+            replaceable: a replay may stand for what was really trained.
+
+        Returns:
+            The decision, and whether training is to go on from the lowest loss of the window's
+            start and its replays.
+        """
+        losses = {1.0: end}
+
+        def at(factor: float) -> float:
+            if factor not in losses:
+                allowed = self._allows(factor) and not (rising and factor > 1)
+                losses[factor] = replay(factor) if allowed else math.inf
+            return losses[factor]
+
+        if self._is_first:
+            factor, redo, reason = self._search(at)
+        elif self.has_risen(start, end):
+            factor, redo, reason = self._take_back(start, end, at)
+        else:
+            factor, redo, reason = self._weigh(start, end, at)
+        self._is_first = False
+        before, self.multiplier = self.multiplier, self.multiplier * factor
+        self._note(factor)
+        named = {f"loss_at_{factor:g}": loss for factor, loss in losses.items()}
+        measures = {"loss_before": start, **named}
+        decision = Decision("lr_multiplier", before, self.multiplier, reason, measures)
+        return decision, redo and replaceable
+
+    def has_risen(self, start: float, end: float) -> bool:
+        """Whether the target loss rose by so much that the steps between are taken back."""
+        return end - start > self.settings.rise * abs(start)
+
+    def _allows(self, factor: float) -> bool:
+        tight = 1 + 1e-9
+        return (
+            self.settings.lowest / tight
+            <= self.multiplier * factor
+            <= self.settings.highest * tight
+        )
+
+    def _search(self, at: Callable[[float], float]) -> tuple[float, bool, str]:
+        best = 1.0
+        while at(best / 2) < at(best):
+            best /= 2
+        if best == 1.0 and at(2.0) < at(1.0):
+            best = 2.0
+        why = "line search over the first window"
+        if best == 1.0:
+            return 1.0, False, f"{why}: the rate as it is was best"
+        return best, True, f"{why}: x {best:g} was best"
+
+    def _take_back(
+        self, start: float, end: float, at: Callable[[float], float]
+    ) -> tuple[float, bool, str]:
+        risen = f"the target loss rose from {start:.4g} to {end:.4g}"
+        if not self._allows(0.5):
+            return 1.0, False, f"{risen}, at the lowest rate"
+        factor = 0.25 if self.has_risen(start, at(0.5)) and self._allows(0.25) else 0.5
+        return factor, True, f"{risen}: taken back, on at x {factor:g}"
+
+    def _weigh(
+        self, start: float, end: float, at: Callable[[float], float]
+    ) -> tuple[float, bool, str]:
+        slower, faster = (self._gain(end, at(factor)) for factor in (0.5, 2.0))
+        gains = (self._gain(start, end), slower, faster)
+        self._sums = [total / 2 + gain for total, gain in zip(self._sums, gains, strict=True)]
+        self._num += 1
+        progress, slower, faster = self._sums
+        numbers = f"progress {progress:.3g}, at half {slower:+.3g}, at twice {faster:+.3g}"
+        if self._num >= min(self._patience, _PATIENCE_TO_LOWER) and slower > max(progress, 0.0):
+            return 0.5, False, f"{numbers}: half the rate gains more than training did"
+        if self._num < self._patience:
+            return 1.0, False, f"{numbers}: {self._patience - self._num} more windows to see"
+        if faster > max(slower, _NOTICEABLE * abs(end)) and progress + faster > 0:
+            return 2.0, False, f"{numbers}: twice the rate gains"
+        if min(faster, -2 * slower) > _PROPORTIONAL * progress > 0:
+            return 2.0, False, f"{numbers}: progress goes with the rate"
+        bound = self.settings
+        if not self._allows(2.0) or not self._allows(0.5):
+            return 1.0, False, f"{numbers}; at a bound of [{bound.lowest:g}, {bound.highest:g}]"
+        return 1.0, False, f"{numbers}: no reason to change"
+
+    @staticmethod
+    def _gain(before: float, after: float) -> float:
+        """Fall of the loss; 0 within its resolution, or where the other side was not tried."""
+        if math.isinf(after):
+            return -abs(before)
+        gain = before - after
+        return gain if abs(gain) > _RESOLUTION * abs(before) else 0.0
+
+    def _note(self, factor: float) -> None:
+        if factor == 1.0:
+            self.gap = min(max(1, 2 * self.gap), self.settings.longest_gap)
+            return
+        direction = 1 if factor > 1 else -1
+        if direction < self._direction:  # the last raise, or the rate at first, was too high
+            self._patience = min(2 * self._patience, 16)
+        self._direction, self._num, self._sums = direction, 0, [0.0, 0.0, 0.0]
+        self.gap = 0  # the next window says whether the change was right
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later decisions depend on."""
+        return copy.deepcopy({k: value for k, value in vars(self).items() if k != "settings"})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        vars(self).update(copy.deepcopy(dict(state)))
+
+
+# --- the horizon ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AutoHorizon:
+    """Settings of the horizon control.
+
+    Attributes:
+        largest: largest horizon, >= 0.
+        tolerance: relative error of first order that is accepted, in (0, 0.5).
+        contest_steps: optimizer steps over which two horizons are compared, >= 1.
+        gap: optimizer steps between two contests, >= 1; doubles up to `longest_gap` while the
+            horizon stays for a reason, not for want of contests.
+        longest_gap: the most.
+    """
+
+    largest: int = 8
+    tolerance: float = 0.35
+    contest_steps: int = 4
+    gap: int = 50
+    longest_gap: int = 400
+
+    def __post_init__(self) -> None:
+        if self.largest < 0 or not 0 < self.tolerance < 0.5:
+            raise ValueError(
+                "largest must be >= 0 and tolerance in (0, 0.5), got "
+                f"{self.largest} and {self.tolerance}"
+            )
+        if self.contest_steps < 1 or not 1 <= self.gap <= self.longest_gap:
+            raise ValueError(
+                "contest_steps must be >= 1 and 1 <= gap <= longest_gap, got "
+                f"{self.contest_steps}, {self.gap} and {self.longest_gap}"
+            )
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """The horizons that compete: 0, 1, 2, 4, ... up to the largest."""
+        steps = [0] + [2**power for power in range(self.largest.bit_length())]
+        return tuple(step for step in steps if step <= self.largest)
+
+
+class HorizonRule:
+    """The horizon, from contests between neighbours on the ladder."""
+
+    def __init__(self, settings: AutoHorizon) -> None:
+        self.settings = settings
+        self.horizon = min(1, settings.largest)
+        self.gap = settings.gap
+        self._upward = False  # whether the next contest is with the longer neighbour
+        self._leads: dict[str, list[float]] = {}  # "shorter-longer": relative leads of the longer
+
+    def rival(self) -> int:
+        """The horizon that competes with the present one next."""
+        ladder = self.settings.ladder
+        place = ladder.index(self.horizon)
+        upward = self._upward
+        if place == 0 or place == len(ladder) - 1:
+            upward = place == 0
+        return ladder[min(place + 1, len(ladder) - 1)] if upward else ladder[place - 1]
+
+    def decide(
+        self,
+        rival: int,
+        losses: Mapping[int, float],
+        seconds: Mapping[int, float],
+        trust: Mapping[str, float],
+    ) -> Decision:
+        """What a contest says.
+
+        Args:
+            rival: the horizon that competed with the present one.
+            losses: target loss at the end of the contest, by horizon; infinite where it diverged.
+            seconds: cost of one selected step, by horizon.
+            trust: the longer horizon's "relative_error" rho and "trust_ratio" D / I for the whole
+                selection of a window; without them it is not trusted.
+        """
+        before, mine = self.horizon, self.horizon
+        shorter, longer = sorted((mine, rival))
+        lead = self._lead(losses[shorter], losses[longer])
+        leads = self._leads.setdefault(f"{shorter}-{longer}", [])
+        leads.append(lead)
+        del leads[:-8]  # the state of training moves on
+        ratio, off = trust.get("trust_ratio", math.nan), trust.get("relative_error", math.inf)
+        # hysteresis: to stay takes less trust than to grow
+        accepted = self.settings.tolerance * (2 if longer == mine else 1)
+        mean, error = _mean_and_error(leads)
+        cost = seconds[longer] / seconds[shorter] if seconds[shorter] > 0 else math.nan
+        numbers = (
+            f"H = {longer} leads H = {shorter} by {mean:+.2%} +- {error:.2%} over {len(leads)} "
+            f"contests at {cost:.2g} x the cost; trust ratio {ratio:.2f}, error {off:.2f}"
+        )
+        decided = len(leads) >= _LEAST_CONTESTS
+        if ratio <= 0 and longer == mine:
+            self.horizon, reason = 0, f"{numbers}: the prediction has the wrong sign"
+        elif math.isinf(losses[longer]) and not math.isinf(losses[shorter]):
+            self.horizon, reason = shorter, f"{numbers}: the longer one diverged"
+        elif off > accepted:
+            self.horizon, reason = shorter, f"{numbers}: above {accepted:.2f}, not trusted"
+        elif not decided:
+            reason = f"{numbers}: too few"
+        elif mean > error:
+            self.horizon, reason = longer, f"{numbers}: worth it"
+        elif longer == mine and mean > -error and mean > 0:
+            reason = f"{numbers}: not decided"
+        else:
+            self.horizon, reason = shorter, f"{numbers}: buys nothing"
+        self._upward = not self._upward
+        if self.horizon != before:
+            self.gap = self.settings.gap
+        elif decided:
+            self.gap = min(2 * self.gap, self.settings.longest_gap)
+        measures = {f"loss_at_{h}": loss for h, loss in losses.items()}
+        measures |= dict(trust)
+        return Decision("horizon", before, self.horizon, reason, measures)
+
+    @staticmethod
+    def _lead(shorter: float, longer: float) -> float:
+        """How much lower the longer horizon's loss ended, relative; in [-1, 1]."""
+        if math.isinf(shorter) or math.isinf(longer):
+            return float(longer < shorter) - float(shorter < longer)
+        scale = max(abs(shorter), abs(longer))
+        return (shorter - longer) / scale if scale > 0 else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later decisions depend on."""
+        return copy.deepcopy({k: value for k, value in vars(self).items() if k != "settings"})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        vars(self).update(copy.deepcopy(dict(state)))
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; infinite for a single value."""
+    num, mean = len(values), sum(values) / len(values)
+    if num < 2:
+        return mean, math.inf
+    variance = sum((value - mean) ** 2 for value in values) / (num - 1)
+    return mean, math.sqrt(variance / num)

@@ -1,0 +1,1 @@
+"""The mathematics: tensors and plain numbers, no configuration."""

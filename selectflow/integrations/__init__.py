@@ -1,0 +1,1 @@
+"""Selection inside the training loops of other libraries."""

@@ -1,0 +1,266 @@
+"""Selection inside the Hugging Face Trainer: every micro-batch is a pool, its best part is kept.
+
+    class SelectTrainer(SelectTrainerMixin, Trainer):  # or trl.SFTTrainer
+        pass
+
+    trainer = SelectTrainer(model, args, train_dataset=data, target=clean, keep=4)
+
+The Trainer's loop is untouched: `get_batch_samples`, where it draws the micro-batches of an update,
+draws selected ones. All else is public, too: a callback saves the selector beside each checkpoint,
+and `log` reports what was selected.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+
+from selectflow.core.batches import Batch, num_examples
+from selectflow.core.files import atomic_file
+from selectflow.core.passes import LossFn
+from selectflow.models.language import causal_lm_losses
+from selectflow.selector import Selector
+from selectflow.strategies import Selection
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+STATE_FILE = "selector.pt"  # in each checkpoint folder
+
+_log = logging.getLogger(__name__)
+
+
+class SelectTrainerMixin(_Base):
+    """Makes a `transformers.Trainer` train on the most helpful part of each micro-batch.
+
+    `per_device_train_batch_size` is then P, the size of a pool, and `keep` the batch that is
+    trained on. Gradient accumulation, clipping, the schedule and the seed are read from the
+    training arguments; a look-ahead follows them. Scoring and look-ahead are done in the precision
+    of the parameters, also where the training runs under bf16 or fp16 autocast.
+
+    Args:
+        args: of the Trainer.
+        target: the target set: a dataset of the same form as `train_dataset`, or the name of one in
+            `eval_dataset` (SFTTrainer tokenises those). Collated as in evaluation,
+            `per_device_eval_batch_size` examples to a look-ahead, and held in memory.
+        keep: examples kept of each micro-batch: a count, or a fraction in (0, 1]. With a count, set
+            `dataloader_drop_last`, or the last pool of an epoch may be too small.
+        loss_fn: per-example losses, of which the training loss is the mean; the default is that of
+            a causal language model. (The Trainer's own mean is over tokens: where examples have
+            different numbers of them, the longer ones weigh more in training than in scores.)
+        select_options: further arguments of `Selector`, as `{"horizon": 0, "params": ["!*wte*"]}`.
+        kwargs: of the Trainer.
+
+    Attributes:
+        selector: the `Selector` of the present or last training; None before.
+
+    Raises:
+        ValueError: several processes or devices; no such target; a micro-batch without an example
+            dimension, as padding-free collators make.
+        TypeError: an optimizer or schedule that is not modelled.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        target: Any,
+        keep: int | float,
+        loss_fn: LossFn = causal_lm_losses,
+        select_options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.selector: Selector | None = None
+        self._target, self._keep, self._loss_fn = target, keep, loss_fn
+        self._select_options = dict(select_options or {})
+        self._means = _Means()
+        self._resume_from: str | None = None
+        self._source: Iterator[Batch] | None = None
+        self._selected: Iterator[Batch] = iter(())
+        self.add_callback(_SelectorCallback(self))
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """As of the Trainer; the selector is resumed with the rest of the checkpoint."""
+        if resume_from_checkpoint is True:
+            # the Trainer says so if there is none
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # type: ignore[no-untyped-call]
+        is_path = isinstance(resume_from_checkpoint, str)
+        self._resume_from = str(resume_from_checkpoint) if is_path else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
+        """The selected parts of the next micro-batches, and the number of items in them."""
+        assert self.selector is not None
+        if epoch_iterator is not self._source:
+            self._source = epoch_iterator
+            self._selected = self.selector.stream(map(self._checked, epoch_iterator))
+        kept = []
+        for batch in islice(self._selected, num_batches):
+            assert self.selector.last is not None
+            self._means.add(self.selector.last)
+            kept.append(batch)
+        return super().get_batch_samples(iter(kept), num_batches, device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As of the Trainer; with the training loss go the means of what was selected."""
+        if "loss" in logs:
+            logs = logs | self._means.pop()
+        super().log(logs, *args, **kwargs)
+
+    def start_selecting(self) -> None:
+        """Build the selector for the model and optimizer as they are now; load its state if any.
+
+        Called when training begins, after the Trainer has prepared and resumed all of its own.
+        """
+        args = self.args
+        if args.world_size * max(1, args.n_gpu) > 1:
+            raise ValueError(
+                f"selection must run in one process on one device, got world_size "
+                f"{args.world_size} and {args.n_gpu} devices; set CUDA_VISIBLE_DEVICES to one"
+            )
+        options: dict[str, Any] = {
+            "lr_scheduler": self.lr_scheduler,
+            "max_grad_norm": args.max_grad_norm or None,
+            "pools_per_update": args.gradient_accumulation_steps,
+            "seed": args.seed,
+        } | self._select_options
+        assert isinstance(self.model, nn.Module)
+        self.selector = Selector(
+            self.model,
+            self.optimizer,  # type: ignore[arg-type]
+            self._full_precision_losses,
+            self._target_batches(),
+            self._keep,
+            **options,
+        )
+        self._source = None
+        self._means = _Means()
+        if self._resume_from is not None:
+            self._load(Path(self._resume_from, STATE_FILE))
+
+    def save_selector(self, folder: Path) -> None:
+        """Write the selector's state into a checkpoint folder.
+
+        Pools that were only peeked at are left out: a resumed Trainer draws them again.
+        """
+        assert self.selector is not None
+        with atomic_file(folder / STATE_FILE) as file:
+            torch.save(self.selector.state_dict(with_peeked=False), file)
+
+    def _load(self, path: Path) -> None:
+        assert self.selector is not None
+        if not path.exists():
+            _log.warning(
+                "%s does not exist: the checkpoint was saved without selection, or not to its end; "
+                "selection begins afresh here",
+                path,
+            )
+            return
+        self.selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def _target_batches(self) -> list[Batch]:
+        dataset = self._target
+        if isinstance(dataset, str):
+            named = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {}
+            if dataset not in named:
+                raise ValueError(
+                    f"target must be a dataset or the name of one in eval_dataset, got {dataset!r} "
+                    f"and the names {sorted(named)}; pass eval_dataset={{{dataset!r}: ...}}"
+                )
+            dataset = named[dataset]
+        with torch.random.fork_rng(devices=[]):  # a loader draws a seed, which is not ours to use
+            return list(self.get_test_dataloader(dataset))
+
+    def _checked(self, pool: Batch) -> Batch:
+        if num_examples(pool) == 1 < self.args.per_device_train_batch_size:
+            raise ValueError(
+                "a micro-batch must have one row for each example, got a single row; switch "
+                "padding_free off, and packing or set packing_strategy='wrapped'"
+            )
+        return pool
+
+    def _full_precision_losses(self, model: nn.Module, batch: Batch) -> Any:
+        with _without_autocast(model):
+            return self._loss_fn(model, batch)
+
+
+class _SelectorCallback(TrainerCallback):
+    """Starts the selector with the training and saves it with each checkpoint."""
+
+    def __init__(self, trainer: SelectTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.start_selecting()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.save_only_model and args.should_save:
+            folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            self._trainer.save_selector(folder)
+
+
+class _Means:
+    """Means over the selections since they were last asked for, by metric name."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+        self._select_s = 0.0
+
+    def add(self, selection: Selection) -> None:
+        found = {
+            "select/score_mean": float(selection.scores[selection.indices].mean()),
+            "select/kept_fraction": len(selection.indices) / len(selection.scores),
+            "select/horizon": selection.horizon,
+            "select/target_loss": selection.target_loss,
+        }
+        for name, value in found.items():
+            if value is not None:
+                self._sums[name] += value
+                self._counts[name] += 1
+        self._select_s += selection.seconds
+
+    def pop(self) -> dict[str, float]:
+        """The means, and the seconds of selection since the training began."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
+        return means | {"perf/select_s": self._select_s}
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """The model's own forward, where Accelerate has put it under autocast, and no autocast around.
+
+    Differences of losses drown in the rounding of half precision.
+    """
+    attributes = vars(model)
+    original = attributes.get("_original_forward")  # where Accelerate keeps it
+    device = next(model.parameters()).device.type
+    if original is None:
+        with torch.autocast(device, enabled=False):
+            yield
+        return
+    prepared = attributes["forward"]
+    attributes["forward"] = original
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        attributes["forward"] = prepared

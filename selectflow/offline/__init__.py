@@ -1,0 +1,1 @@
+"""The horizon at infinity: record a run, sweep back over it, rank its samples."""

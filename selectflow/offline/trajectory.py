@@ -1,0 +1,144 @@
+"""A recorded run: what each update was made from, and enough states to replay the others.
+
+Between two snapshots a state is computed again by the pure update (`dynamics`), from the same
+batches. A replay that does not arrive at the next snapshot is refused: nothing that is derived
+from it would be about this run.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from selectflow.core.batches import Batch
+from selectflow.core.derivatives import Curvature, Derivatives
+from selectflow.core.lookahead import SweepStep, Window, sweep, sweep_capacity
+from selectflow.core.optim import Adjoint, State, Update
+from selectflow.core.snapshots import Snapshots
+
+# How far a replay may end from the recording, over the way both went since the last snapshot.
+# torch.optim and `dynamics` differ by rounding, which a run in low precision amplifies.
+_DRIFT = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.5}
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A recorded run of T updates. Update i leads from state i to state i + 1.
+
+    Attributes:
+        derivatives: of the training loss.
+        batches: what each update was trained on.
+        updates: the rules and hyperparameters of each.
+        snapshots: states that were kept, always those before the first and after the last update.
+        first_step: optimizer updates made before the recording began; absolute step n is update
+            n - first_step.
+        losses: mean training loss of each batch before its update.
+        seconds: of the training itself, snapshots included.
+    """
+
+    derivatives: Derivatives
+    batches: Sequence[Batch]
+    updates: Sequence[Update]
+    snapshots: Snapshots
+    first_step: int
+    losses: Sequence[float]
+    seconds: float
+
+    def __len__(self) -> int:
+        return len(self.updates)
+
+    def window(
+        self,
+        first: int = 0,
+        curvature: Curvature = "exact",
+        assumed: Sequence[Update] | None = None,
+    ) -> Window:
+        """The updates as a window whose sweeps end at update `first`."""
+        return Window(
+            self.derivatives,
+            self.updates,
+            lambda index, _: self.batches[index],
+            curvature,
+            assumed=assumed,
+            first=first,
+        )
+
+    def state(self, index: int) -> State:
+        """State before update `index` (T: the end), replayed from the last snapshot before it."""
+        known = self.snapshots.indices
+        nearest = known[bisect.bisect_right(known, index) - 1]
+        return self.replay(nearest, index, self.snapshots.state(nearest))
+
+    def replay(self, start: int, stop: int, state: State) -> State:
+        """State before update `stop`, from the one before update `start`."""
+        window = self.window()
+        with self.derivatives.objective.scoring():
+            for index in range(start, stop):
+                _, state = window.advance(index, state)
+        return state
+
+    def sweep(
+        self,
+        window: Window,
+        stop: int,
+        adjoint: Adjoint,
+        emit: Callable[[SweepStep], None],
+        memory_gib: float | None = None,
+    ) -> None:
+        """Carry an adjoint back from state `stop` to update `window.first`.
+
+        Args:
+            window: of this trajectory.
+            stop: index of the state that `adjoint` belongs to.
+            adjoint: derivatives of one or several target losses.
+            emit: called at each update, from the last to the first.
+            memory_gib: limit for the states between two snapshots, in GiB; None: 1, or the least
+                that is needed.
+
+        Raises:
+            RuntimeError: the replay leaves the recording.
+            ValueError: the limit is too small.
+        """
+        inner = [index for index in self.snapshots.indices if window.first < index < stop]
+        points = [window.first, *inner, stop]
+        for start, end in zip(points[-2::-1], points[:0:-1], strict=True):
+            state = self.state(start)
+
+            def arrive(
+                arrived: State, start: State = state, end: int = end, known: Adjoint = adjoint
+            ) -> Adjoint:
+                self.check_replay(end, arrived, start)
+                return known
+
+            capacity = sweep_capacity(state, end - start, memory_gib)
+            with self.derivatives.objective.scoring():
+                adjoint = sweep(window, state, arrive, emit, capacity, start=start, stop=end)
+
+    def check_replay(self, index: int, replayed: State, start: State) -> None:
+        """Compare a replayed state with the snapshot at `index`, if there is one.
+
+        Args:
+            index: of the state.
+            replayed: what the replay made of it.
+            start: where the replay began; the way from there is the measure.
+
+        Raises:
+            RuntimeError: they differ by more than rounding explains.
+        """
+        if index not in self.snapshots:
+            return
+        recorded = self.snapshots.state(index).params
+        apart, way = (replayed.params - recorded).norm(), (recorded - start.params).norm()
+        dtype = next(iter(recorded.values())).dtype
+        rounding = torch.finfo(dtype).eps * recorded.norm()
+        if not apart <= _DRIFT[dtype] * way + rounding:
+            raise RuntimeError(
+                f"a replay must arrive at the recorded state, got one that is {apart:.2g} away "
+                f"after a way of {way:.2g}, before step {self.first_step + index}; the training "
+                "is not deterministic (dropout by torch.nn.functional, random augmentation in "
+                "loss_fn, batches or frozen parameters changed since): fix the randomness per "
+                "example, or draw it when the batches are made"
+            )

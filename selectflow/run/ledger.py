@@ -1,0 +1,252 @@
+"""The selection ledger: every decision of a run as Parquet, one row a candidate.
+
+`selection/` of a run directory holds parts, `part-<first step>.parquet`, in which the rows of a
+step stand together, in the order of its pool. The columns:
+
+    step     int64   optimizer step that the pool was for, from 1
+    epoch    int64   of the candidate's source, from 0; null where the pools have no epochs
+    key      string  the candidate's sample id
+    score    double  larger is kept first, the float32 or float64 it was compared as
+    loss     double  at the parameters of the decision; null where the strategy needed none
+    kept     bool    whether it was trained on
+    horizon  int64   updates that the sensitivity looked ahead; null without a look-ahead
+
+Parts can be read while the run goes on, by `read_ledger`, pandas, pyarrow or duckdb: each appears
+whole, and the newest is replaced by a longer one until it is full. Where a part ends depends on
+its rows alone, so that a run that was killed and resumed leaves the same files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from selectflow.core.files import atomic_file
+from selectflow.strategies import Selection
+
+LEDGER_FOLDER = "selection"
+"""Name of the ledger inside a run directory."""
+
+_PART_ROWS = 1 << 16  # fill a part: some 600 KB, written in 20 ms
+_PARTS = "part-*.parquet"
+_METADATA = b"selectflow"
+
+
+class LedgerError(ValueError):
+    """A ledger that is not there, or not whole; the message says where and what to do."""
+
+
+class Ledger:
+    """Appends the decisions of a run, step by step.
+
+    What was added is held in memory until `flush`. It needs the run directory for itself.
+
+    Args:
+        run_dir: the run directory; the ledger is made with its first rows.
+        stream: what the pools depend on, as `PoolStream.identity`; kept with the rows.
+    """
+
+    def __init__(self, run_dir: Path, stream: Mapping[str, Any] | None = None) -> None:
+        self._folder = run_dir / LEDGER_FOLDER
+        metadata = {_METADATA: json.dumps({"stream": dict(stream or {})}).encode()}
+        self._schema = _schema().with_metadata(metadata)
+        self._first = 0  # step that the open part begins with
+        self._batches: list[Any] = []  # of the open part
+        self._num_open = self._num_written = self._num_closed = 0  # rows: of it, on disk, before
+
+    def add(self, step: int, *selections: Selection) -> None:
+        """Append the decisions of one step.
+
+        Args:
+            step: optimizer step that the pools were for; larger than the last.
+            selections: of its pools, mappings with a list "key", and maybe a list "epoch".
+
+        Raises:
+            OSError: a part that is full cannot be written; it names the file.
+        """
+        if not self._batches:
+            self._first = step
+        for selection in selections:
+            self._batches.append(_rows(step, selection, self._schema))
+            self._num_open += self._batches[-1].num_rows
+        if self._num_open >= _PART_ROWS:
+            self.flush()
+            self._num_closed += self._num_open
+            self._batches, self._num_open, self._num_written = [], 0, 0
+
+    def flush(self) -> None:
+        """Put all rows on the disk.
+
+        Raises:
+            OSError: they cannot be written; names the file, whose earlier rows are still there.
+        """
+        if self._num_written == self._num_open:
+            return
+        from pyarrow import Table  # noqa: PLC0415
+
+        table = Table.from_batches(self._batches, self._schema).combine_chunks()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _write(self._folder / f"part-{self._first:08d}.parquet", table)
+        self._batches, self._num_written = table.to_batches(), table.num_rows
+
+    def state_dict(self) -> dict[str, int]:
+        """How many rows there are, all of them on the disk."""
+        self.flush()
+        return {"rows": self._num_closed + self._num_open}
+
+    def load_state_dict(self, state: Mapping[str, int], step: int) -> None:
+        """Go on after `step`, where `state_dict` was taken; rows of later steps are removed.
+
+        Raises:
+            LedgerError: the rows up to that step are not all there.
+        """
+        for leftover in self._folder.glob(".part-*.tmp"):  # of a process that was killed
+            leftover.unlink()
+        paths = _paths(self._folder)
+        while paths and _first_step(paths[-1]) > step:
+            paths.pop().unlink()
+        self._batches, self._num_open, self._num_written = [], 0, 0
+        self._num_closed = sum(_read(path, []).num_rows for path in paths[:-1])
+        if paths:
+            self._reopen(paths[-1], step)
+        if (found := self._num_closed + self._num_open) != state["rows"]:
+            raise LedgerError(
+                f"ledger must hold {state['rows']} rows up to step {step}, got {found} in "
+                f"{self._folder}; put its files back, or replace the run with overwrite=true"
+            )
+
+    def _reopen(self, path: Path, step: int) -> None:
+        """Cut the last part back to `step`, and go on in it unless it is full."""
+        table = _read(path, None).cast(self._schema)
+        whole = table.num_rows
+        table = table.filter(table["step"].to_numpy() <= step)
+        if table.num_rows >= _PART_ROWS:
+            self._num_closed += table.num_rows
+            return
+        self._first, self._batches = _first_step(path), table.to_batches()
+        self._num_open = table.num_rows
+        self._num_written = whole if whole == self._num_open else 0
+        self.flush()
+
+
+def read_ledger(run_dir: str | Path, columns: Sequence[str] | None = None) -> Any:
+    """The ledger of a run, also of one that goes on.
+
+    Args:
+        run_dir: the run directory.
+        columns: names of those wanted; None: all.
+
+    Returns:
+        A `pyarrow.Table` in the order of the steps; `table["score"].to_numpy()` is a column as an
+        array, `table.to_pandas()` a data frame.
+
+    Raises:
+        LedgerError: there is none yet, a part cannot be read, or an unknown column.
+    """
+    from pyarrow import concat_tables  # noqa: PLC0415
+
+    return concat_tables(read_parts(run_dir, columns))
+
+
+def read_parts(run_dir: str | Path, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """The ledger of a run in tables of whole steps, some 65,000 rows each; as `read_ledger`."""
+    paths = _paths(Path(run_dir, LEDGER_FOLDER))
+    known = _schema().names
+    if unknown := [name for name in columns or () if name not in known]:
+        raise LedgerError(f"columns must be of {known}, got {unknown}; see `read_ledger`")
+    if not paths:
+        raise LedgerError(
+            f"run must have a ledger, got {str(run_dir)!r} without {LEDGER_FOLDER}/{_PARTS}; name "
+            "a run directory, and wait for its first evaluation"
+        )
+    for path in paths:
+        yield _read(path, columns)
+
+
+def read_stream(run_dir: str | Path) -> dict[str, Any]:
+    """What the pools of a run depend on, as `PoolStream.identity`; empty where it is not known.
+
+    Raises:
+        LedgerError: as `read_ledger`.
+    """
+    metadata = next(read_parts(run_dir, ["step"])).schema.metadata
+    stream: dict[str, Any] = json.loads(metadata[_METADATA])["stream"]
+    return stream
+
+
+def last_step(run_dir: str | Path) -> int:
+    """The last step whose decision can be read.
+
+    Raises:
+        LedgerError: as `read_ledger`.
+    """
+    step = 0
+    for part in read_parts(run_dir, ["step"]):
+        step = part["step"][-1].as_py()
+    return step
+
+
+def _schema() -> Any:
+    import pyarrow as pa  # noqa: PLC0415
+
+    integers = {"step": pa.int64(), "epoch": pa.int64(), "key": pa.string()}
+    rest = {"score": pa.float64(), "loss": pa.float64(), "kept": pa.bool_(), "horizon": pa.int64()}
+    return pa.schema(integers | rest)
+
+
+def _rows(step: int, selection: Selection, schema: Any) -> Any:
+    import pyarrow as pa  # noqa: PLC0415
+
+    pool, losses, horizon = selection.pool, selection.losses, selection.horizon
+    size = len(selection.scores)
+    kept = torch.zeros(size, dtype=torch.bool)
+    kept[selection.indices] = True
+    columns = {
+        "step": np.full(size, step),
+        "epoch": pool.get("epoch") or pa.nulls(size, pa.int64()),
+        "key": pool["key"],
+        "score": selection.scores.double().numpy(),
+        "loss": pa.nulls(size, pa.float64()) if losses is None else losses.double().numpy(),
+        "kept": kept.numpy(),
+        "horizon": pa.nulls(size, pa.int64()) if horizon is None else np.full(size, horizon),
+    }
+    return pa.RecordBatch.from_pydict(columns, schema)
+
+
+def _write(path: Path, table: Any) -> None:
+    from pyarrow.parquet import write_table  # noqa: PLC0415
+
+    floats = ["score", "loss"]  # by byte planes: those that a float32 leaves empty take no space
+    others = [name for name in table.schema.names if name not in floats]
+    with atomic_file(path, durable=True) as file:
+        write_table(
+            table, file, compression="zstd", use_dictionary=others, use_byte_stream_split=floats
+        )
+
+
+def _paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob(_PARTS))
+
+
+def _first_step(path: Path) -> int:
+    return int(path.stem.removeprefix("part-"))
+
+
+def _read(path: Path, columns: Sequence[str] | None) -> Any:
+    from pyarrow import ArrowException  # noqa: PLC0415
+    from pyarrow.parquet import ParquetFile  # noqa: PLC0415
+
+    try:
+        with ParquetFile(path) as file:
+            return file.read(columns, use_threads=False)
+    except (ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LedgerError(
+            f"part of the ledger must be a whole Parquet file, got {path} ({reason}); put it back "
+            "from a copy, or run again with overwrite=true"
+        ) from error

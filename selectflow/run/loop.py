@@ -1,0 +1,293 @@
+"""A configuration becomes a run directory: the training loop.
+
+`runs/<name>/` holds `config.yaml` (resolved), `metrics.jsonl`, `selection/` (the ledger),
+`decisions.jsonl` (the controller's), `checkpoints/step-*.pt` and `summary.json`; where the task can
+save it, `model/`, at the end; after offline selection also the score file, `selected/` (shards) and
+`offline.json` (what selecting took).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from selectflow.core.batches import Batch, MicroBatches, to_device
+from selectflow.run.checkpoint import (
+    Checkpoints,
+    PoolSource,
+    StopRequest,
+    generator_states,
+    identity_of,
+    restore_generators,
+    stop_request,
+)
+from selectflow.run.config import RunConfig
+from selectflow.run.decisions import DecisionLog
+from selectflow.run.directory import RunError, is_finished, lock, open_run_dir
+from selectflow.run.ledger import Ledger
+from selectflow.run.log import RunLog, Stopwatch
+from selectflow.run.offline import select_offline
+from selectflow.run.replay import Replay
+from selectflow.run.sample_display import SampleDisplay
+from selectflow.run.step import (
+    build_horizon,
+    build_losses,
+    build_optimizer,
+    build_rate,
+    build_schedule,
+    build_view,
+    resolve_device,
+    update,
+)
+from selectflow.run.task import Task
+from selectflow.run.tracking import Progress, Tracker
+from selectflow.selector import Selector
+from selectflow.strategies import Selection
+
+__all__ = ["RunError", "Task", "resolve_device", "train"]
+
+
+def train(config: RunConfig, task: Task) -> Path:
+    """Train a task with data selection, and leave a run directory.
+
+    With `resume: auto` a run that was killed goes on from its newest checkpoint, and gives the
+    same samples, scores, losses and weights as one that was not. SIGTERM and Ctrl-C let the
+    running step end, save, and stop.
+
+    With `select.horizon: .inf` a copy of the model is first trained on everything, and only the
+    samples that helped most are trained on; the clock starts with the seconds that this took.
+    With `select.replay` what another run kept is trained on, without scoring.
+
+    Args:
+        config: the run.
+        task: the model and its data; moved to the configured device.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        RunError: the run directory holds another run, or another process is at work in it.
+        ReplayError: the run to be replayed had other pools, or did not come as far.
+        FloatingPointError: a loss, gradient or score is not finite; the weights are those
+            before that step, in the newest checkpoint.
+    """
+    run_dir = config.run_dir
+    with lock(run_dir):
+        saved, upfront_s = open_run_dir(config), 0.0
+        if saved is None and is_finished(run_dir):
+            return run_dir
+        if config.select.is_offline:  # a signal ends it at once: there is nothing to save yet
+            task, upfront_s = select_offline(config, task)
+        _train(_Run(config, task, saved, upfront_s))
+    return run_dir
+
+
+def _train(run: _Run) -> None:
+    """Run the loop; the log, the tracker and, after a bad loss, the weights are kept."""
+    with stop_request() as stop:
+        try:
+            status = run.loop(stop)
+            run.checkpoints.wait()
+            run.finish(status)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # which must not hide why the run ends
+                if isinstance(error, FloatingPointError):
+                    run.save()
+                run.finish("failed")
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # raised before, or it would hide why the run ends
+                run.checkpoints.wait()  # the run directory is not let go of before
+
+
+class _Run:
+    """The parts of a run and its loop; all that changes is in `state_dict`."""
+
+    def __init__(
+        self, config: RunConfig, task: Task, saved: dict[str, Any] | None, upfront_s: float
+    ) -> None:
+        self.config, self.task, self.step, self.upfront_s = config, task, 0, upfront_s
+        self.device = resolve_device(config.device)
+        self.model = task.model.to(self.device)
+        self.target = [to_device(batch, self.device) for batch in task.target]
+        self.test = [to_device(batch, self.device) for batch in task.test]
+        self.losses = build_losses(self.model, task.loss_fn, config.train, self.device)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)
+        stream = identity_of(task.pools)
+        self.selector = self._build_selector(stream)
+        self.pools = PoolSource(task.pools, self.device, self.selector.max_peeked)
+        self.watch = Stopwatch(upfront_s)
+        self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
+        self.tracker = _tracker(config, saved)
+        records = Ledger(config.run_dir, stream), DecisionLog(config.run_dir)
+        self.log = RunLog(*records, self.tracker, task.kinds, upfront_s)
+        self.samples = SampleDisplay(config, task, self.tracker)
+        self.saved_at: int | None = None  # step of the newest checkpoint
+        if saved is not None:
+            self.load_state_dict(saved)
+
+    def _build_selector(self, stream: dict[str, Any]) -> Selector | Replay:
+        config = self.config
+        if config.select.replay:
+            pools = config.select.pools_per_update
+            return Replay(config.select.replay, config.steps, stream, pools)
+        return Selector(
+            self.model,
+            self.optimizer,
+            self.task.loss_fn,
+            self.target,
+            lr_scheduler=self.scheduler,
+            max_grad_norm=config.optimizer.max_grad_norm,
+            seed=config.seed,
+            horizon=build_horizon(config.select, config.steps),
+            lr=build_rate(config.select),
+            score_view=build_view(config.select, self.task),
+            **config.select.selector_options(),
+        )
+
+    def loop(self, stop: StopRequest) -> str:
+        """Train to the end of the run, or until a stop is requested; how it ended."""
+        config = self.config
+        if self.step == 0:
+            self.log.flush(0, 0.0, self.upfront_s, self.evaluate())
+        remaining = config.steps - self.step
+        with Progress(config.steps, every=config.eval_every, description=config.run_name) as bar:
+            self.watch.start()
+            for parts in self.kept(remaining):
+                loss = self.update([batch for batch, _ in parts])
+                lr = self.optimizer.param_groups[0]["lr"] * parts[-1][1].lr_multiplier
+                self.scheduler.step()
+                self.step += 1
+
+                wall_s = self.watch.stop()  # evaluation, logging and saving are not counted
+                self.log.step(self.step, parts, loss)
+                for _, selection in parts:
+                    self.samples.add(self.step, selection)
+                is_last = self.step == config.steps or wall_s >= (config.max_wall_s or math.inf)
+                if self.step % config.eval_every == 0 or is_last:
+                    self.log.flush(self.step, lr, wall_s, self.evaluate())
+                    self.samples.show_recent(self.step)
+                if self.step % config.checkpoint_every == 0 or is_last or stop.name:
+                    self.save()
+                bar.update(self.step, self.log.summary())
+                if is_last:
+                    return "finished"
+                if stop.name:
+                    return f"stopped by {stop.name}"
+                self.watch.start()
+        return "finished"  # the pools have come to their end
+
+    def kept(self, steps: int) -> Iterator[list[tuple[Batch, Selection]]]:
+        """What each of so many steps trains on: the kept samples of its pools, and the choice."""
+        num = self.config.select.pools_per_update
+        stream = islice(self.selector.stream(self.pools), steps * num)
+        parts: list[tuple[Batch, Selection]] = []
+        for batch in stream:
+            assert self.selector.last is not None
+            parts.append((batch, self.selector.last))
+            if len(parts) == num:
+                yield parts
+                parts = []
+
+    def update(self, batches: Sequence[Batch]) -> float:
+        """One optimizer step on the kept samples; their mean loss before it."""
+        batch = batches[0] if len(batches) == 1 else MicroBatches(batches)
+        return update(
+            self.model,
+            self.losses,
+            batch,
+            self.optimizer,
+            self.step,
+            max_grad_norm=self.config.optimizer.max_grad_norm,
+            accumulate=self.config.train.accumulate,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Means over the target and the test set, by metric name; what the pools cost and lack."""
+        found: dict[str, float] = {}
+        with evaluating(self.model):
+            for split, batches in (("target", self.target), ("test", self.test)):
+                means = self.task.evaluate(self.model, batches)
+                found |= {f"{split}/{name}": value for name, value in means.items()}
+        errors = sum(self.pools.errors.values())
+        return found | {"data/errors": errors, "perf/data_s": self.pools.seconds}
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless it was written or read already."""
+        if self.step != self.saved_at:
+            self.checkpoints.save(self.step, self.state_dict())
+            self.saved_at = self.step
+
+    def finish(self, status: str) -> None:
+        """Write the rest of the log, and how the run ended."""
+        self.log.close()
+        if status == "finished":
+            if self.task.save:
+                self.task.save(self.config.run_dir / "model")
+            self.samples.show_all()
+        upfront = {"perf/upfront_s": self.upfront_s} if self.config.select.is_offline else {}
+        errors = {"errors_by_shard": errors} if (errors := self.pools.errors) else {}
+        self.tracker.finish({"status": status, "steps": self.step} | upfront | errors)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "selector": self.selector.state_dict(with_peeked=False),
+            "pools": self.pools.state_dict(self.selector.num_peeked),
+            "log": self.log.state_dict(),
+            "samples": self.samples.state_dict(),
+            "tracker": self.tracker.state_dict(),
+            "wall_s": self.watch.seconds,
+            "data_s": self.pools.seconds,
+            "generators": generator_states(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.watch.seconds = state["step"], state["wall_s"]
+        self.saved_at, self.pools.seconds = self.step, state.get("data_s", 0.0)
+        for name in ("model", "optimizer", "scheduler", "selector", "pools"):
+            getattr(self, name).load_state_dict(state[name])
+        self.log.load_state_dict(state["log"], self.step)
+        self.samples.load_state_dict(state.get("samples", {}))
+        restore_generators(state["generators"])
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and back to the mode of before."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _tracker(config: RunConfig, saved: dict[str, Any] | None) -> Tracker:
+    tracker = Tracker(
+        config.run_dir,
+        config.model_dump(mode="json"),
+        name=config.run_name,
+        mode=config.track.wandb,
+        project=config.track.project,
+        group=config.track.group,
+        job_type=config.track.job_type
+        or ("replay" if config.select.replay else config.select.strategy),
+        tags=config.track.tags,
+        run_id=saved["tracker"]["run_id"] if saved else None,
+    )
+    if saved:
+        tracker.load_state_dict(saved["tracker"])
+    return tracker

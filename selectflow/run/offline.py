@@ -1,0 +1,120 @@
+"""Offline selection as the first stage of a run: what it keeps becomes the run's task."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+
+import torch
+
+from selectflow.core.batches import Batch, chunks, num_examples, num_kept, to_device
+from selectflow.core.derivatives import Derivatives
+from selectflow.core.files import atomic_file
+from selectflow.data import PoolStream, Sources
+from selectflow.offline.record import record
+from selectflow.offline.score import score_samples
+from selectflow.offline.trajectory import Trajectory
+from selectflow.run.config import RunConfig
+from selectflow.run.directory import RunError
+from selectflow.run.sample_scores import write_selected
+from selectflow.run.step import build_optimizer, build_schedule, resolve_device
+from selectflow.run.task import Task
+
+
+def select_offline(config: RunConfig, task: Task) -> tuple[Task, float]:
+    """The task on the samples that offline selection keeps, and the seconds that finding them took.
+
+    What an earlier process selected in this run directory is used again.
+
+    Args:
+        config: of a run with `select.horizon: .inf`.
+        task: its model stays as it is: a copy is trained for the recording.
+
+    Returns:
+        The task with pools of kept samples, each a whole batch, and the seconds of recording,
+        sweeping and writing.
+
+    Raises:
+        RunError: the task has no source.
+        ValueError: pools without keys, or smaller than `select.keep`; `select.memory_gib` is too
+            small.
+        DataError: the source cannot be read or is not that of the pools.
+        FloatingPointError: a loss or derivative is not finite; names the examples.
+        RuntimeError: the recorded training is not deterministic.
+    """
+    if task.source is None:
+        raise RunError(
+            "source of the task must be the dataset of its pools when select.horizon is .inf, "
+            "got None; pass the directory that PoolStream reads"
+        )
+    report = config.run_dir / "offline.json"
+    if not report.exists():  # it is written last
+        found = _select(config, task, task.source)
+        with atomic_file(report) as file:
+            file.write((json.dumps(found, indent=2) + "\n").encode())
+    found = json.loads(report.read_text("utf-8"))
+    root, size = config.run_dir / "selected", int(found["batch_size"])
+    pools = PoolStream(root, pool=size, seed=config.seed, **config.data.reading)
+    return replace(task, pools=pools), found["upfront_s"]
+
+
+def _select(config: RunConfig, task: Task, source: Sources) -> dict[str, float]:
+    """Record, sweep, rank, write; what was found and how long it took."""
+    began, select = time.perf_counter(), config.select
+    trajectory = _record(config, task)
+    recorded_s = time.perf_counter() - began
+    device = resolve_device(config.device)
+    target = [to_device(batch, device) for batch in task.target]
+    scores = score_samples(
+        trajectory, target, curvature=select.curvature, memory_gib=select.memory_gib
+    )
+    scored_s = time.perf_counter() - began
+    root, kept = config.run_dir / "selected", scores.top(select.keep_samples)
+    shutil.rmtree(root, ignore_errors=True)  # of a run that was killed
+    made_from = {"share": float(select.keep_samples)}
+    write_selected(root, scores, kept, source, made_from, seed=config.seed)
+    return {
+        "record_steps": len(trajectory),
+        "batch_size": num_examples(trajectory.batches[0]),
+        "samples_scored": len(scores.keys),
+        "samples_kept": len(kept),
+        "record_s": recorded_s,
+        "sweep_s": scored_s - recorded_s,
+        "upfront_s": time.perf_counter() - began,
+    }
+
+
+def _record(config: RunConfig, task: Task) -> Trajectory:
+    """Train a copy of the model on everything as it comes."""
+    select, device = config.select, resolve_device(config.device)
+    num_steps = select.record_steps or config.steps
+    model = copy.deepcopy(task.model).to(device)
+    lr = select.record_lr or config.optimizer.lr
+    optimizer = build_optimizer(model, config.optimizer.model_copy(update={"lr": lr}))
+    trajectory = record(
+        model,
+        optimizer,
+        task.loss_fn,
+        islice(_batches(config, task, device), num_steps),
+        build_schedule(optimizer, config.schedule, num_steps),
+        config.optimizer.max_grad_norm,
+        limit_gib=select.memory_gib,
+        chunk_size=select.chunk_size,
+    )
+    if select.derivative == "auto":  # stays exact: errors of central differences compound
+        return trajectory
+    objective = trajectory.derivatives.objective
+    derivatives = Derivatives(objective, select.derivative, select.chunk_size, select.memory_gib)
+    return replace(trajectory, derivatives=derivatives)
+
+
+def _batches(config: RunConfig, task: Task, device: torch.device) -> Iterator[Batch]:
+    """All examples of the pools in batches of the size that a selection keeps."""
+    for pool in task.pools:
+        size = num_kept(config.select.keep, num_examples(pool))
+        yield from chunks(to_device(pool, device), size)

@@ -1,0 +1,186 @@
+"""A recorded run's choices, trained on again without scoring anything."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selectflow.core.batches import Batch, take
+from selectflow.run.decisions import read_decisions
+from selectflow.run.ledger import last_step, read_parts, read_stream
+from selectflow.strategies import Selection
+
+
+class ReplayError(ValueError):
+    """A run that cannot be replayed here; the message names the difference."""
+
+
+class Choice(NamedTuple):
+    """What the ledger says of one step.
+
+    Attributes:
+        step: the optimizer step, from 1.
+        keys: of its pool, in the pool's order.
+        indices: places in the pool that were kept, best first, as they were trained on.
+        scores: of the pool, float64.
+    """
+
+    step: int
+    keys: list[str]
+    indices: Tensor
+    scores: Tensor
+
+
+def read_choices(run_dir: str | Path, after: int = 0, num_pools: int = 1) -> Iterator[Choice]:
+    """The choices of a run, step by step, pool by pool.
+
+    Args:
+        run_dir: a run directory with a ledger.
+        after: the first one is that of step `after` + 1.
+        num_pools: pools of a step, all of one size.
+
+    Raises:
+        LedgerError: there is none, or a part cannot be read.
+        ReplayError: a step cannot be of that many pools.
+    """
+    for part in read_parts(run_dir, ["step", "key", "score", "kept"]):
+        steps = part["step"].to_numpy()
+        starts = np.flatnonzero(np.diff(steps, prepend=0))
+        for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
+            if steps[start] <= after:
+                continue
+            size, left = divmod(int(end - start), num_pools)
+            if left:
+                raise ReplayError(
+                    f"select.pools_per_update must be that of the run in {run_dir}, got "
+                    f"{num_pools}, which do not make up the {end - start} candidates of step "
+                    f"{steps[start]}"
+                )
+            for place in range(num_pools):
+                yield _choice(int(steps[start]), part.slice(start + place * size, size))
+
+
+def _choice(step: int, rows: Any) -> Choice:
+    scores = torch.tensor(rows["score"].to_numpy())
+    kept = torch.tensor(rows["kept"].to_numpy()).nonzero().flatten()
+    order = scores[kept].argsort(descending=True, stable=True)  # as the selector does
+    return Choice(step, rows["key"].to_pylist(), kept[order], scores)
+
+
+class Replay:
+    """Hands out the part of each pool that a recorded run trained on.
+
+    It stands where a `Selector` stands in a run, and gives the same batches in the same order, as
+    long as it gets the same pools.
+
+    Args:
+        run_dir: the recorded run.
+        steps: optimizer steps that are wanted of it.
+        stream: what the pools here depend on, as `PoolStream.identity`; {} where it is not known.
+        pools_per_update: pools of a step, all of one size; as many as the run had.
+
+    Raises:
+        LedgerError: it has no ledger, or a part cannot be read.
+        ReplayError: it was of other pools, or did not come as far.
+
+    Warns:
+        UserWarning: the controller changed its learning rate, which a replay does not repeat.
+    """
+
+    max_peeked = num_peeked = 0  # nothing is looked at ahead of its time
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        steps: int,
+        stream: Mapping[str, Any],
+        pools_per_update: int = 1,
+    ) -> None:
+        self._run_dir, self._step, self._num_pools = run_dir, 0, pools_per_update
+        _check_same(run_dir, read_stream(run_dir), stream)
+        if steps > (recorded := last_step(run_dir)):
+            raise ReplayError(
+                f"steps must be <= {recorded}, the steps recorded in {run_dir}, got {steps}; "
+                "train for fewer"
+            )
+        if any(made.what == "lr_multiplier" and made.moved for made in read_decisions(run_dir)):
+            warnings.warn(
+                f"the controller changed the learning rate of the run in {run_dir}: a replay "
+                "trains on the same samples at the rates of its own schedule: its weights differ",
+                stacklevel=2,
+            )
+        self.last: Selection | None = None
+
+    def stream(self, pools: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of the recorded run, from the pools that it had.
+
+        Args:
+            pools: mappings with a list "key".
+
+        Raises:
+            ReplayError: a pool is another than the recorded one; names the step.
+        """
+        choices = read_choices(self._run_dir, self._step, self._num_pools)
+        for choice, pool in zip(choices, pools, strict=False):
+            began = time.perf_counter()
+            _check_pool(self._run_dir, choice, pool["key"])
+            self._step = choice.step
+            batch = take(pool, choice.indices)
+            self.last = Selection(
+                pool=pool,
+                indices=choice.indices,
+                scores=choice.scores,
+                losses=None,
+                step=choice.step - 1,
+                horizon=None,
+                age=0,
+                target_loss=None,
+                lookahead_s=0.0,
+                seconds=time.perf_counter() - began,
+            )
+            yield batch
+
+    def state_dict(self, *, with_peeked: bool = True) -> dict[str, Any]:
+        """How far it has come; there is nothing that was peeked at."""
+        del with_peeked
+        return {"step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after `state_dict`."""
+        self._step = state["step"]
+
+
+def _check_same(run_dir: str | Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    shared = theirs.keys() & ours.keys()  # pools of a user's own need not say
+    differing = [name for name in theirs if name in shared and theirs[name] != ours[name]]
+    if differing:
+        listed = ", ".join(
+            f"{name}: {theirs[name]!r} there, {ours[name]!r} here" for name in differing
+        )
+        raise ReplayError(
+            f"a replay must have the pools of the run in {run_dir}, got {listed}; use its dataset, "
+            "pool size and seed"
+        )
+
+
+def _check_pool(run_dir: str | Path, choice: Choice, keys: list[str]) -> None:
+    if keys == choice.keys:
+        return
+    pairs = zip(choice.keys, keys, strict=False)
+    place = next((i for i, (theirs, ours) in enumerate(pairs) if theirs != ours), None)
+    what = (
+        f"{len(keys)} candidates instead of {len(choice.keys)}"
+        if place is None
+        else f"{keys[place]!r} instead of {choice.keys[place]!r} at place {place}"
+    )
+    raise ReplayError(
+        f"the pool of step {choice.step} must be the one recorded in {run_dir}, got {what}; use "
+        "its dataset, pool size and seed"
+    )

@@ -1,0 +1,1 @@
+"""Sweeps over configurations: grids, random and adaptive search, here or at W&B."""
