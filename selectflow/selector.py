@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from selectflow.arguments import check_choice, check_keep, check_range
 from selectflow.control.horizon import HorizonControl
 from selectflow.control.rate import RateControl
 from selectflow.control.rules import AutoHorizon, AutoRate, Decision
@@ -30,7 +29,8 @@ from selectflow.core.policy import NominalChoice, Policy
 from selectflow.core.scored_params import scored_names
 from selectflow.core.sensitivities import Sensitivities
 from selectflow.core.torch_optim import OptimizerReader
-from selectflow.strategies import Candidates, Selection, Strategy, resolve
+from selectflow.options import SelectOptions
+from selectflow.strategies import STRATEGIES, Candidates, Selection, Strategy
 
 _log = logging.getLogger(__name__)
 
@@ -120,14 +120,10 @@ class Selector:
         memory_gib: float | None = None,
         offload: Offload = "none",
     ) -> None:
-        check_choice("offload", offload, ("none", "cpu", "disk"))
-        check_range("pools_per_update", pools_per_update, 1)
-        check_range("interval", interval, 1)
-        check_choice("curvature", curvature, ("exact", "fisher", "none"))
-        check_choice("nominal", nominal, ("random", "policy"))
-        check_keep(keep)
-        if memory_gib is not None and not memory_gib > 0:
-            raise ValueError(f"memory_gib must be > 0, got {memory_gib}")
+        given = locals()
+        self.options = options = SelectOptions.checked(
+            **{name: given[name] for name in SelectOptions.model_fields}
+        )
         self._objective = Objective(model, loss_fn)
         self._derivatives = Derivatives(self._objective, derivative, chunk_size, memory_gib)
         self._optimizer = OptimizerReader(
@@ -137,7 +133,7 @@ class Selector:
         self._scored_names()  # a pattern without a match is an error now, not at the first pool
         self._score_view = score_view
         self._target = Cycle(target)
-        self._strategy = resolve(strategy)
+        self._strategy = strategy if callable(strategy) else STRATEGIES[strategy]
         self._policy = Policy(
             self._derivatives,
             keep,
@@ -168,21 +164,7 @@ class Selector:
             self._rate = RateControl(
                 lr, self._optimizer, self._derivatives, self._next_target, pools_per_update
             )
-        else:
-            check_choice("lr", lr, ("schedule", "auto"))
-        self._options = {
-            "keep": keep,
-            "horizon": horizon if isinstance(horizon, int) else repr(horizon),
-            "lr": lr if isinstance(lr, str) else repr(lr),
-            "interval": interval,
-            "strategy": strategy if isinstance(strategy, str) else self._strategy.__name__,
-            "derivative": derivative,
-            "curvature": curvature,
-            "nominal": nominal,
-            "params": params if params is None else list(params),
-            "pools_per_update": pools_per_update,
-            "seed": seed,
-        }
+        self._options = options.plain() | {"seed": seed}
         self._peeked = PeekedPools()
         self.last: Selection | None = None
 

@@ -6,7 +6,6 @@ A strategy is a function of `Candidates`. It asks for what it needs, and only th
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,23 +56,6 @@ def influence(candidates: Candidates) -> Tensor:
 
 
 STRATEGIES: dict[str, Strategy] = {"uniform": uniform, "loss": loss, "influence": influence}
-
-
-def resolve(strategy: str | Strategy) -> Strategy:
-    """The strategy of that name, or the function itself.
-
-    Raises:
-        ValueError: no strategy has the name; says which is nearest.
-    """
-    if callable(strategy):
-        return strategy
-    if strategy not in STRATEGIES:
-        near = difflib.get_close_matches(str(strategy), STRATEGIES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "or pass a function of Candidates"
-        raise ValueError(
-            f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}; {hint}"
-        )
-    return STRATEGIES[strategy]
 
 
 @dataclass(frozen=True)

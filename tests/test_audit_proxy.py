@@ -17,7 +17,7 @@ from selectflow.cli import main
 from selectflow.core.batches import take
 from selectflow.core.lookahead import Window, look_ahead
 from selectflow.core.torch_optim import OptimizerReader
-from selectflow.run.config_errors import ConfigError
+from selectflow.options import ConfigError
 
 SMALL = ProxyConfig(
     study="proxy",

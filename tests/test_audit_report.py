@@ -16,7 +16,7 @@ from selectflow.audit.report import measured_before, run_audit, spearman
 from selectflow.audit.settings import Setting
 from selectflow.cli import main
 from selectflow.offline.sparse import SparseTrajectory
-from selectflow.run.config_errors import ConfigError
+from selectflow.options import ConfigError
 
 SMALL = AuditConfig(
     name="small",

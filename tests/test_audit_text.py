@@ -11,7 +11,7 @@ from selectflow.audit.influence import influence, leave_one_out
 from selectflow.audit.rows import Recorded
 from selectflow.audit.settings import PROBLEMS, Setting
 from selectflow.core.batches import take
-from selectflow.run.config_errors import ConfigError
+from selectflow.options import ConfigError
 
 SECTIONS = {"gpt2": GPT2Model(block=8), "llama": LlamaModel(block=8, lora_rank=2)}
 

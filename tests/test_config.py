@@ -49,7 +49,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
         [
             "name must be a directory name of letters, digits, '.', '_' and '-'; "
             "{seed} stands for the seed, got 'a/b'",
-            "steps must be an integer, got '800'",
+            "steps must be an integer >= 1, got '800'",
             "seed must be an integer, got True",
             "horizon must be a known key, got 2; did you mean select.horizon?",
             "optimizer.lr must be greater than 0, got 0",
@@ -59,7 +59,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
             "optimizer.eps must be finite, got inf",
             "model.name must be one of mlp, cnn, resnet18, gpt2, llama, got 'mpl'; did you mean "
             "mlp?",
-            "model.hidden.1 must be an integer, got '64'",
+            "model.hidden.1 must be an integer >= 1, got '64'",
             "select.keep must be <= data.pool (64), got 65; keep fewer or enlarge it",
             "select.horizn must be a known key, got 1; did you mean select.horizon?",
             "data.label_noise must be less than 1, got 1.0",
@@ -81,7 +81,7 @@ def test_every_way_to_write_a_thousandth_is_a_number(tmp_path, text):
 def test_an_integer_serves_as_a_float_but_not_the_reverse(tmp_path):
     path = write(tmp_path, "name: a\noptimizer: {lr: 1}")
     assert load(path).optimizer.lr == 1.0
-    assert problems(path, "steps=8e2") == ["steps must be an integer, got 800.0"]
+    assert problems(path, "steps=8e2") == ["steps must be an integer >= 1, got 800.0"]
 
 
 @pytest.mark.parametrize(("text", "keep"), [("1", 1), ("1.0", 1.0), ("0.25", 0.25), ("64", 64)])
@@ -93,7 +93,7 @@ def test_keep_is_a_count_or_a_fraction_by_its_type(tmp_path, text, keep):
 @pytest.mark.parametrize("text", ["0", "-1", "0.0", "1.5", "true", "'16'", "null"])
 def test_other_values_of_keep_are_refused_once(tmp_path, text):
     (line,) = problems(write(tmp_path, "name: a"), f"select.keep={text}")
-    assert line.startswith("select.keep must be a count (integer >= 1) or a fraction in (0, 1]")
+    assert line.startswith("select.keep must be an integer >= 1 or a fraction in (0, 1]")
 
 
 @pytest.mark.parametrize("text", ["-1", "1.0", "-.inf", ".nan", "true", "'inf'", "null"])
@@ -118,7 +118,7 @@ def test_a_horizon_is_a_count_or_infinite(tmp_path, text):
         ("schedule.name=steps", "schedule.name must be one of constant, cosine, linear, step, got"),
         ("select.horizon_schedule.milestones=[[4, 1], [4, 0]]", "in rising order of step, got"),
         ("select.horizon_schedule.milestones=[4]", "milestones.0 must be a pair [step, horizon]"),
-        ("select.horizon_schedule.milestones=[[0, 1]]", "milestones.0.0 must be greater than or"),
+        ("select.horizon_schedule.milestones=[[0, 1]]", "milestones.0.0 must be an integer >= 1"),
         ("select.horizon_schedule.final=-1", "final must be greater than or equal to 0, got -1"),
         ("select.horizon_schedule.finl=1", "did you mean select.horizon_schedule.final?"),
     ],

@@ -19,8 +19,8 @@ from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
 from selectflow.data import PoolStream, make_digits, read_batches, read_labels, read_metadata
+from selectflow.options import ConfigError
 from selectflow.run.config import RunConfig
-from selectflow.run.config_errors import ConfigError
 from selectflow.run.config_training import ModelConfig
 from selectflow.run.main import check_choice, trainer_main
 from selectflow.run.task import Task

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from selectflow.run.config_errors import ConfigError, describe
+from selectflow.options import ConfigError, describe
 from selectflow.run.yaml_io import read_yaml, set_key
 
 Count = Annotated[int, Field(ge=1)]

@@ -28,7 +28,7 @@ from selectflow.core.passes import LossFn, Objective
 from selectflow.core.proxy import Proxy, closed_form, probe
 from selectflow.core.torch_optim import OptimizerReader
 from selectflow.core.weight_changes import removals, selection
-from selectflow.run.config_errors import ConfigError
+from selectflow.options import ConfigError
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from selectflow.audit.report import check_same, spearman
 from selectflow.control.rules import AutoHorizon
 from selectflow.core.files import atomic_file
 from selectflow.core.proxy import relative_error
-from selectflow.run.config_errors import ConfigError
+from selectflow.options import ConfigError
 
 TRUSTED = AutoHorizon().tolerance
 """The largest rho at which a longer horizon is tried."""

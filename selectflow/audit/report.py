@@ -25,7 +25,7 @@ from selectflow.audit.config import AuditConfig, ProxyConfig
 from selectflow.audit.rows import ROWS, Pairs, Recorded
 from selectflow.audit.settings import Setting
 from selectflow.core.files import atomic_file
-from selectflow.run.config_errors import ConfigError
+from selectflow.options import ConfigError
 
 # What may differ between two starts of an audit: where it is, and which runs are asked for.
 _NOT_MEASURED = {"name", "root", "overwrite", "seeds", "lrs", "num_threads"}

@@ -19,7 +19,7 @@ from selectflow.core.passes import LossFn
 from selectflow.models.language import causal_lm_losses
 from selectflow.offline.record import record
 from selectflow.offline.trajectory import Trajectory
-from selectflow.run.config_errors import ConfigError
+from selectflow.options import ConfigError
 
 
 class Problem(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from selectflow.run.config_errors import ConfigError
+from selectflow.options import ConfigError
 
 # layers that get adapters, by the name of the architecture: all its projections
 _PROJECTIONS = {

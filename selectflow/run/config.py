@@ -3,22 +3,46 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from selectflow.options import (
+    ConfigError,
+    Count,
+    Directory,
+    Section,
+    describe,
+    must_be,
+    nearest_key,
+)
 from selectflow.run.config_data import DataConfig
-from selectflow.run.config_errors import ConfigError, describe, nearest_key
-from selectflow.run.config_fields import Count, Device, Directory, RunName, Section
 from selectflow.run.config_schedules import ScheduleConfig
 from selectflow.run.config_select import SelectConfig, TrackConfig
 from selectflow.run.config_training import ModelConfig, OptimizerConfig, TrainConfig
 from selectflow.run.yaml_io import dump_yaml, read_yaml, set_key
 
 __all__ = ["ConfigError", "RunConfig", "json_schema", "known_keys", "load", "to_yaml"]
+
+
+def _matches(pattern: str) -> Callable[[object], object]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value)
+
+
+RunName = Annotated[
+    str,
+    must_be(
+        "a directory name of letters, digits, '.', '_' and '-'; {seed} stands for the seed",
+        _matches(r"[A-Za-z0-9](\{[a-z_.]+\}|[A-Za-z0-9._-])*"),
+    ),
+]
+Device = Annotated[
+    str,
+    must_be("auto, cpu, cuda, cuda:N, mps or xpu", _matches(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")),
+]
 
 
 class RunConfig(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from selectflow.run.config_fields import Count, Directory, Section, must_be
+from selectflow.options import Count, Directory, Section, must_be
 
 
 def _path_or_url(value: object) -> object:

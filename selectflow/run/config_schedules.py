@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from selectflow.run.config_fields import Count, Section, must_be
+from selectflow.options import Count, Section, must_be
 
 Milestone = Annotated[
     tuple[Count, Annotated[int, Field(ge=0)]],

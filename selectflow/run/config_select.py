@@ -5,41 +5,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from selectflow.run.config_fields import Count, Directory, Section, must_be
+from selectflow.options import Count, Directory, Section, SelectOptions, is_count, must_be
 from selectflow.run.config_schedules import HorizonScheduleConfig
 
 
-def _is_keep(value: object) -> bool:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    return is_count or (isinstance(value, float) and 0 < value <= 1)
-
-
 def _is_horizon(value: object) -> bool:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return is_count or value in (math.inf, "auto")
+    return is_count(value, 0) or value in (math.inf, "auto")
 
 
-Keep = Annotated[
-    Count | Annotated[float, Field(gt=0, le=1)],
-    must_be("a count (integer >= 1) or a fraction in (0, 1]", _is_keep),
-]
-Horizon = Annotated[
-    Annotated[int, Field(ge=0)] | Annotated[float, Field(allow_inf_nan=True)] | Literal["auto"],
-    must_be("an integer >= 0, auto or .inf", _is_horizon),
-]
-
-
-class SelectConfig(Section):
+class SelectConfig(SelectOptions):
     """Which examples of a pool are trained on."""
 
     strategy: Literal["uniform", "loss", "influence"] = Field(
         default="influence",
         description="uniform: at random; loss: largest first; influence: by score",
     )
-    keep: Keep = Field(
-        default=16, description="B: examples kept of a pool, or the fraction of it kept"
-    )
-    horizon: Horizon = Field(
+    horizon: Annotated[
+        Annotated[int, Field(ge=0)] | Annotated[float, Field(allow_inf_nan=True)] | Literal["auto"],
+        must_be("an integer >= 0, auto or .inf", _is_horizon),
+    ] = Field(
         default=1,
         description="H: optimizer updates from scoring to reading the target loss; auto: the "
         "controller's choice; .inf: offline, a run on everything is recorded first, and only its "
@@ -47,6 +31,9 @@ class SelectConfig(Section):
     )
     largest_horizon: int = Field(
         default=8, ge=0, description="the largest horizon that the controller may choose (auto)"
+    )
+    horizon_schedule: HorizonScheduleConfig = Field(
+        default=HorizonScheduleConfig(), description="how the horizon changes over the run"
     )
     lr: Literal["schedule", "auto"] = Field(
         default="schedule",
@@ -58,49 +45,10 @@ class SelectConfig(Section):
     lr_highest: float = Field(
         default=64.0, ge=1, description="the largest multiplier of the schedule (lr: auto)"
     )
-    horizon_schedule: HorizonScheduleConfig = Field(
-        default=HorizonScheduleConfig(), description="how the horizon changes over the run"
-    )
-    interval: Count = Field(default=1, description="K: optimizer steps between two look-aheads")
-    derivative: Literal["auto", "exact", "central"] = Field(
-        default="auto",
-        description="directional derivatives: forward-mode, differences, or the cheaper; over a "
-        "whole run (offline) auto is exact, since errors of differences compound",
-    )
-    curvature: Literal["exact", "fisher", "none"] = Field(
-        default="exact", description="Hessian of the adjoint sweep"
-    )
-    nominal: Literal["random", "policy"] = Field(
-        default="random", description="which part of the peeked pools the look-ahead simulates"
-    )
-    params: tuple[str, ...] | None = Field(
-        default=None,
-        strict=False,
-        description="patterns of the parameters that scores are taken over, '!' leaves out, as "
-        "['!*wte*']; null: all",
-    )
     score_view: Annotated[int, Field(ge=2)] | None = Field(
         default=None,
         description="tokens of each example of the pools and of the target that are scored, the "
         "first ones that count; training is on all of them. null: all (gpt2, llama)",
-    )
-    pools_per_update: Count = Field(
-        default=1,
-        description="pools whose kept examples make one optimizer step together",
-    )
-    chunk_size: Count | Literal["auto"] | None = Field(
-        default=None,
-        description="examples scored at once; null: the whole pool; auto: as many as one pass "
-        "takes within memory_gib",
-    )
-    memory_gib: Annotated[float, Field(gt=0)] | None = Field(
-        default=None,
-        description="memory for the look-ahead's states, in GiB; offline, as much again for the "
-        "snapshots of the recorded run; null: 1, or the least that is needed",
-    )
-    offload: Literal["none", "cpu", "disk"] = Field(
-        default="none",
-        description="where the look-ahead's states are kept; disk: the system's temporary files",
     )
     record_steps: Count | None = Field(
         default=None,
@@ -128,21 +76,12 @@ class SelectConfig(Section):
         return self.horizon == math.inf
 
     def selector_options(self) -> dict[str, Any]:
-        """Arguments of `Selector` but horizon and lr; offline, it only passes pools on."""
-        apart = {
-            "horizon",
-            "horizon_schedule",
-            "largest_horizon",
-            "lr",
-            "lr_lowest",
-            "lr_highest",
-            "record_steps",
-            "record_lr",
-            "keep_samples",
-            "replay",
-            "score_view",  # a function, which the task makes
-        }
-        options = self.model_dump(exclude=apart)
+        """Options of `Selector` that are taken as they are; offline, it only passes pools on.
+
+        Horizon, rate and view are built for a run.
+        """
+        names = SelectOptions.model_fields.keys() - {"horizon", "lr", "score_view"}
+        options = self.model_dump(include=names)
         if self.is_offline:
             options |= {"strategy": "uniform", "keep": 1.0}
         return options

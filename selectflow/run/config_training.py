@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from selectflow.run.config_fields import Count, Section, must_be
+from selectflow.options import Count, Section, must_be
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 _AUTOCAST = (

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from selectflow.options import ConfigError
 from selectflow.run.config import RunConfig, load
-from selectflow.run.config_errors import ConfigError
 from selectflow.run.loop import train
 from selectflow.run.task import Task
 from selectflow.run.terminal import print_anything

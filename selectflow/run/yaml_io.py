@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from selectflow.run.config_errors import ConfigError, nearest, nearest_key
+from selectflow.options import ConfigError, nearest, nearest_key
 
 
 class _Loader(yaml.SafeLoader):

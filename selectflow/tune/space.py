@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from selectflow.run.config_errors import nearest
+from selectflow.options import nearest
 
 # distribution -> the keys that it needs
 _DISTRIBUTIONS = {

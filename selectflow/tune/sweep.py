@@ -23,9 +23,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from selectflow.options import ConfigError, Count, Section, describe
 from selectflow.run.config import RunConfig, load
-from selectflow.run.config_errors import ConfigError, describe
-from selectflow.run.config_fields import Count, Section
 from selectflow.run.yaml_io import read_yaml
 from selectflow.tune.space import OTHERS_OF_WANDB, Choice, Domain, Range, Setting, read_domains
 

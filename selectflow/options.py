@@ -1,0 +1,236 @@
+"""The options of a selection, each once: name, type, range, default and meaning.
+
+`Selector`, the configuration of runs (`select.*`), the Hugging Face mixin, the saved state and the
+README's table all read `SelectOptions`. What every section of a configuration shares, and the words
+of its errors, are here as well.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FunctionType
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from selectflow.control.rules import AutoHorizon, AutoRate
+from selectflow.strategies import STRATEGIES
+
+# --- what is wrong, in the words of the person who wrote it ---------------------------------------
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message has one line for each thing wrong."""
+
+
+def nearest(name: str, known: Sequence[str], cutoff: float = 0.5) -> str:
+    """The end of an error about an unknown name: the nearest known one, if any is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def nearest_key(path: str, known: Sequence[str]) -> str:
+    """The end of an error about an unknown key, given the dotted paths of all known ones."""
+    section, _, leaf = path.rpartition(".")
+    siblings = [key for key in known if key.rpartition(".")[0] == section]
+    # A right name in the wrong section (`horizon: 2`) is as common as a misspelt one.
+    elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
+    if elsewhere:
+        return nearest(path, elsewhere, cutoff=0.0)
+    near = siblings or known
+    return nearest(path, near) or f"; known are {', '.join(near)}"
+
+
+# The rule of pydantic's error types in words of YAML; other types bring their own message.
+_RULES = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "path_type": "a path",
+    "model_type": "a mapping of its fields",
+    "model_attributes_type": "a mapping of its fields",
+    "finite_number": "finite",
+}
+
+
+def describe(error: Mapping[str, Any], known: Sequence[str]) -> str:
+    """One error of pydantic as `path must be <rule>, got <value>; <fix>`.
+
+    Args:
+        error: an item of `ValidationError.errors()`.
+        known: dotted paths of all keys.
+
+    Returns:
+        One line.
+    """
+    path = ".".join(str(part) for part in error["loc"] if part not in ("int", "float"))
+    kind, message, value = error["type"], error["msg"], error["input"]
+    if kind in ("extra_forbidden", "invalid_key"):
+        return f"{path} must be a known key, got {value!r}{nearest_key(path, known)}"
+    if kind == "missing":
+        return f"{path} must be given"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        near = nearest(str(value), choices)
+        return f"{path} must be one of {', '.join(choices)}, got {value!r}{near}"
+    rule = _RULES.get(kind, message.removeprefix("Input should be ").removeprefix("must be "))
+    return f"{path} must be {rule}, got {value!r}{error.get('ctx', {}).get('fix', '')}"
+
+
+def must_be(rule: str, holds: Callable[[object], object]) -> BeforeValidator:
+    """A check before the type is looked at: a value that fails `must be <rule>`."""
+
+    # Pydantic reports a union once per type and a pattern as a regex; this once, and in words.
+    def check(value: object) -> object:
+        if not holds(value):
+            raise PydanticCustomError("rule", "must be {rule}", {"rule": rule})
+        return value
+
+    return BeforeValidator(check)
+
+
+# --- types of fields ------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    """Strict and immutable: an unknown key, or a value of another type, is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether a value is an integer of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_keep(value: object) -> bool:
+    return is_count(value) or (isinstance(value, float) and 0 < value <= 1)
+
+
+def _is_horizon(value: object) -> bool:
+    decides = not isinstance(value, int) and hasattr(value, "at") and hasattr(value, "largest")
+    return decides or is_count(value, 0) or value == "auto" or isinstance(value, AutoHorizon)
+
+
+def _is_chunk_size(value: object) -> bool:
+    return value is None or value == "auto" or is_count(value)
+
+
+def _is_rate(value: object) -> bool:
+    return value in ("schedule", "auto") or isinstance(value, AutoRate)
+
+
+def _known_strategy(value: object) -> object:
+    if callable(value) or value in STRATEGIES:
+        return value
+    rule = f"one of {', '.join(STRATEGIES)}, or a function of Candidates"
+    fix = nearest(str(value), list(STRATEGIES))
+    raise PydanticCustomError("rule", "must be {rule}", {"rule": rule, "fix": fix})
+
+
+Count = Annotated[int, Field(ge=1), must_be("an integer >= 1", is_count)]
+# YAML has lists and strings where Python has tuples and paths; only the container is lax.
+Directory = Annotated[Path, Field(strict=False)]
+
+
+class SelectOptions(Section):
+    """How examples are chosen: the options of `Selector`, and of `select.*` in a configuration."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    keep: Annotated[
+        Count | Annotated[float, Field(gt=0, le=1)],
+        must_be("an integer >= 1 or a fraction in (0, 1]", _is_keep),
+    ] = Field(default=16, description="B: examples kept of a pool, or the fraction of it kept")
+    horizon: Annotated[
+        Any, must_be("an integer >= 0, auto, a HorizonSchedule or an AutoHorizon", _is_horizon)
+    ] = Field(
+        default=1,
+        description="H: optimizer updates from scoring to reading the target loss; auto: the "
+        "controller's choice",
+    )
+    interval: Count = Field(default=1, description="K: optimizer steps between two look-aheads")
+    strategy: Annotated[Any, BeforeValidator(_known_strategy)] = Field(
+        default="influence",
+        description="uniform: at random; loss: largest first; influence: by score",
+    )
+    derivative: Literal["auto", "exact", "central"] = Field(
+        default="auto",
+        description="directional derivatives: forward-mode, differences, or the cheaper; over a "
+        "whole run (offline) auto is exact, since errors of differences compound",
+    )
+    curvature: Literal["exact", "fisher", "none"] = Field(
+        default="exact", description="Hessian of the adjoint sweep"
+    )
+    lr: Annotated[Any, must_be("one of schedule, auto, or an AutoRate", _is_rate)] = Field(
+        default="schedule",
+        description="learning rate: as scheduled, or multiplied by what the controller chooses",
+    )
+    nominal: Literal["random", "policy"] = Field(
+        default="random", description="which part of the peeked pools the look-ahead simulates"
+    )
+    params: tuple[str, ...] | None = Field(
+        default=None,
+        strict=False,
+        description="patterns of the parameters that scores are taken over, '!' leaves out, as "
+        "['!*wte*']; null: all",
+    )
+    score_view: Annotated[
+        Any,
+        must_be("a function of a batch, or None", lambda value: value is None or callable(value)),
+    ] = Field(
+        default=None,
+        description="makes a batch of candidates or of the target into what is scored, such as "
+        "the first tokens of each sequence; null: the batch itself",
+    )
+    pools_per_update: Count = Field(
+        default=1,
+        description="pools whose kept examples make one optimizer step together",
+    )
+    chunk_size: Annotated[
+        Count | Literal["auto"] | None,
+        must_be("an integer >= 1, 'auto' or None", _is_chunk_size),
+    ] = Field(
+        default=None,
+        description="examples scored at once; null: the whole pool; auto: as many as one pass "
+        "takes within memory_gib",
+    )
+    memory_gib: Annotated[float, Field(gt=0, strict=False)] | None = Field(
+        default=None,
+        description="memory for the look-ahead's states, in GiB; offline, as much again for the "
+        "snapshots of the recorded run; null: 1, or the least that is needed",
+    )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        default="none",
+        description="where the look-ahead's states are kept; disk: the system's temporary files",
+    )
+
+    @classmethod
+    def checked(cls, **given: Any) -> Self:
+        """The options, or a ValueError that says what is wrong with each.
+
+        Raises:
+            ValueError: an option out of its range; an unknown strategy, with the nearest known.
+        """
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            lines = [describe(dict(item), list(cls.model_fields)) for item in error.errors()]
+        raise ValueError("; ".join(lines))
+
+    def plain(self) -> dict[str, Any]:
+        """What decides on the choices, as numbers, names and lists, for saved states."""
+        free = {"score_view", "chunk_size", "memory_gib", "offload"}
+        return {name: _plain(value) for name, value in self if name not in free}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return list(value)
+    if value is None or isinstance(value, int | float | str):
+        return value
+    return value.__name__ if isinstance(value, FunctionType) else repr(value)
