@@ -1,7 +1,7 @@
 """Online data selection for PyTorch by look-ahead AdamW-influence."""
 
+from selectflow.control.horizon import HorizonSchedule
 from selectflow.control.rules import AutoHorizon, AutoRate, Decision
-from selectflow.control.schedule import HorizonSchedule
 from selectflow.selector import Selector
 from selectflow.strategies import Candidates, Selection, Strategy
 

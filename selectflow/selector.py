@@ -1,11 +1,13 @@
-"""The selector: peeks pools, looks ahead, scores, keeps. The whole algorithm is in `select`."""
+"""The selector: reads what is due, adapts the rate, looks ahead, scores and keeps, in `select`."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -14,25 +16,151 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from selectflow.control.horizon import HorizonControl
-from selectflow.control.rate import RateControl
-from selectflow.control.rules import AutoHorizon, AutoRate, Decision
-from selectflow.control.schedule import Horizon, as_horizon
-from selectflow.core.batches import Batch, Cycle, num_examples, num_kept, take, through
+from selectflow.control.horizon import Horizon, HorizonControl, HorizonState, as_horizon
+from selectflow.control.rate import RateControl, RateState
+from selectflow.control.rules import AutoHorizon, AutoRate, Decision, RateRule
+from selectflow.core.batches import (
+    Batch,
+    Cycle,
+    PeekedPools,
+    num_examples,
+    num_kept,
+    take,
+    through,
+)
 from selectflow.core.chunks import ChunkSize
-from selectflow.core.derivatives import Curvature, Derivatives, Method
-from selectflow.core.lookahead_state import check_same_options
-from selectflow.core.offload import Offload
+from selectflow.core.derivatives import Curvature, Derivatives, Forms, Method
+from selectflow.core.lookahead import LookAhead, NominalChoice, Policy, Upcoming
+from selectflow.core.params import Params, scored_names
 from selectflow.core.passes import LossFn, Objective, check_finite
-from selectflow.core.peeking import PeekedPools
-from selectflow.core.policy import NominalChoice, Policy
-from selectflow.core.scored_params import scored_names
-from selectflow.core.sensitivities import Sensitivities
+from selectflow.core.storage import Offload
 from selectflow.core.torch_optim import OptimizerReader
 from selectflow.options import SelectOptions
 from selectflow.strategies import STRATEGIES, Candidates, Selection, Strategy
 
+_RECHECK_EVERY = 100  # look-aheads between two checks that central differences still agree
+
 _log = logging.getLogger(__name__)
+
+
+@dataclass
+class SelectorState:
+    """All that the next selections depend on besides the model, its optimizer and scheduler.
+
+    Attributes:
+        generator: of the selector's own random numbers.
+        forms: which form the derivatives have.
+        horizon: of the horizon control; None: not under control.
+        rate: of the learning-rate control; None: not under control.
+        num_steps: optimizer steps taken.
+        target_position: batches of the target handed out in its present round.
+        ahead: the look-ahead in use; None: the next pool needs one.
+        ahead_step: optimizer step at which it was made.
+        ahead_serves: optimizer steps that it may be used for.
+        num_lookaheads: made so far.
+        peeked: pools drawn from the stream and not handed out yet, in order.
+    """
+
+    generator: torch.Generator
+    forms: Forms
+    horizon: HorizonState | None
+    rate: RateState | None
+    num_steps: int = 0
+    target_position: int = 0
+    ahead: LookAhead | None = None
+    ahead_step: int = 0
+    ahead_serves: int = 0
+    num_lookaheads: int = 0
+    peeked: deque[Batch] = field(default_factory=deque)
+
+    def serves(self, step: int, names: Iterable[str]) -> bool:
+        """Whether the look-ahead in use serves the update after `step`.
+
+        One of other parameters does not: some were frozen since, or trained again.
+        """
+        in_time = 0 <= step - self.ahead_step < self.ahead_serves
+        return self.ahead is not None and in_time and self.ahead.gamma(0).keys() == set(names)
+
+    def plain(self, *, with_peeked: bool = True) -> dict[str, Any]:
+        """As numbers, tensors and batches."""
+        ahead = self.ahead and {
+            "horizon": self.ahead.horizon,
+            "target_loss": self.ahead.target_loss,
+            "sensitivities": [dict(gamma) for gamma in self.ahead.sensitivities],
+        }
+        return {
+            "generator": self.generator.get_state(),
+            "forms": self.forms.plain(),
+            "horizon": self.horizon and self.horizon.plain(),
+            "rate": self.rate and self.rate.plain(),
+            "num_steps": self.num_steps,
+            "target_position": self.target_position,
+            "ahead": ahead,
+            "ahead_step": self.ahead_step,
+            "ahead_serves": self.ahead_serves,
+            "num_lookaheads": self.num_lookaheads,
+            "peeked": list(self.peeked) if with_peeked else [],
+        }
+
+    def load(self, plain: Mapping[str, Any], params: Params, scored: Params) -> None:
+        """Go on from `plain`.
+
+        Args:
+            plain: what `plain` returned.
+            params: the trained parameters, for the devices of what is restored.
+            scored: those that scores are taken over.
+
+        Raises:
+            ValueError: the look-ahead is of other parameters.
+        """
+        ahead = plain["ahead"]
+        self.ahead = ahead and LookAhead(
+            ahead["horizon"],
+            ahead["target_loss"],
+            [_fitting(gamma, scored) for gamma in ahead["sensitivities"]],
+        )
+        self.generator.set_state(plain["generator"])
+        self.forms.load(plain["forms"])
+        if self.horizon is not None:
+            self.horizon.load(plain["horizon"])
+        if self.rate is not None:
+            self.rate.load(plain["rate"], params)
+        for name in ("num_steps", "target_position", "ahead_step", "ahead_serves"):
+            setattr(self, name, plain[name])
+        self.num_lookaheads = plain["num_lookaheads"]
+        self.peeked.clear()
+        self.peeked.extend(plain["peeked"])
+
+
+def _fitting(gamma: Mapping[str, Tensor], params: Params) -> Params:
+    """A saved sensitivity on the devices of `params`."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in gamma.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in params.items()}
+    if shapes != expected:
+        names = shapes | expected
+        differing = sorted(name for name in names if shapes.get(name) != expected.get(name))
+        raise ValueError(
+            f"saved sensitivities must fit the trained parameters, got a difference in "
+            f"{', '.join(differing[:5])}; load the state of the same model"
+        )
+    return Params((name, gamma[name].to(params[name])) for name in params)
+
+
+@dataclass
+class _Found:
+    """What the selection of one pool found on its way.
+
+    Attributes:
+        losses: of the candidates, where the strategy needed them.
+        lookahead_s: seconds of the look-ahead.
+        control_s: seconds of the controller.
+        decisions: of the controller.
+    """
+
+    losses: Tensor | None = None
+    lookahead_s: float = 0.0
+    control_s: float = 0.0
+    decisions: list[Decision] = field(default_factory=list)
 
 
 class Selector:
@@ -121,21 +249,31 @@ class Selector:
         offload: Offload = "none",
     ) -> None:
         given = locals()
-        self.options = options = SelectOptions.checked(
-            **{name: given[name] for name in SelectOptions.model_fields}
+        names = SelectOptions.model_fields
+        self.options = options = SelectOptions.checked(**{name: given[name] for name in names})
+        if options.horizon == "auto":
+            horizon = AutoHorizon()
+        if options.lr == "auto":
+            lr = AutoRate()
+        self.state = state = SelectorState(
+            torch.Generator().manual_seed(seed),
+            Forms(),
+            HorizonState.begin(horizon, seed) if isinstance(horizon, AutoHorizon) else None,
+            RateState(RateRule(lr)) if isinstance(lr, AutoRate) else None,
         )
         self._objective = Objective(model, loss_fn)
-        self._derivatives = Derivatives(self._objective, derivative, chunk_size, memory_gib)
+        self._derivatives = Derivatives(
+            self._objective, derivative, chunk_size, memory_gib, state.forms
+        )
         self._optimizer = OptimizerReader(
             self._objective.model, optimizer, lr_scheduler, max_grad_norm
         )
-        self._params = params
         self._scored_names()  # a pattern without a match is an error now, not at the first pool
-        self._score_view = score_view
         self._target = Cycle(target)
         self._strategy = strategy if callable(strategy) else STRATEGIES[strategy]
         self._policy = Policy(
             self._derivatives,
+            self._scored_names,
             keep,
             interval,
             curvature,
@@ -143,29 +281,18 @@ class Selector:
             pools_per_update,
             score_view,
             memory_gib,
-            self._scored_names,
             offload,
         )
-        self._keep = keep
-        self._generator = torch.Generator().manual_seed(seed)
-        self._sensitivities = Sensitivities(self._policy, self._optimizer, self._generator)
-        if horizon == "auto":
-            horizon = AutoHorizon()
-        self._control: HorizonControl | None = None
-        if isinstance(horizon, AutoHorizon):
-            self._control = HorizonControl(horizon, self._policy, self._optimizer, seed)
-            self._horizon: Horizon = self._control
-        else:
-            self._horizon = as_horizon(horizon)
-        if lr == "auto":
-            lr = AutoRate()
+        self._contests: HorizonControl | None = None
+        if state.horizon is not None:
+            self._contests = HorizonControl(state.horizon, self._policy, self._optimizer)
+        self._horizon: Horizon = self._contests or as_horizon(horizon)  # type: ignore[arg-type]
         self._rate: RateControl | None = None
-        if isinstance(lr, AutoRate):
+        if state.rate is not None:
             self._rate = RateControl(
-                lr, self._optimizer, self._derivatives, self._next_target, pools_per_update
+                state.rate, self._optimizer, self._derivatives, self._next_target, pools_per_update
             )
-        self._options = options.plain() | {"seed": seed}
-        self._peeked = PeekedPools()
+        self._saved_options = options.plain() | {"seed": seed}
         self.last: Selection | None = None
 
     # --- selecting ------------------------------------------------------------------------
@@ -182,9 +309,9 @@ class Selector:
         Yields:
             Batches of the pools' type with the kept examples, best first.
         """
-        source = iter(pools)
-        for pool in self._peeked.handed_out(source):
-            yield self.select(pool, self._peeked.upcoming(source))
+        source = PeekedPools(pools, self.state.peeked)
+        for pool in source:
+            yield self.select(pool, source.upcoming())
 
     def select(self, pool: Batch, upcoming: Iterable[Batch] = ()) -> Batch:
         """The part of one pool to train on now.
@@ -203,36 +330,106 @@ class Selector:
             FloatingPointError: a loss, derivative or score is not finite; names the optimizer
                 step and the examples.
         """
-        began = time.perf_counter()
+        began, state, found = time.perf_counter(), self.state, _Found()
         size = num_examples(pool)
-        size_kept = num_kept(self._keep, size)
-        scoring = _Scoring(self, pool, upcoming, self._optimizer.num_steps())
+        size_kept = num_kept(self.options.keep, size)
+        seen = through(self.options.score_view, pool)
+        step = state.num_steps = self._optimizer.num_steps()
         try:
-            self._adapt_rate(scoring)
-            scores = self._scores(scoring, size)
+            self._adapt_rate(step, found)
+            candidates = Candidates(
+                pool,
+                size,
+                losses=partial(self._losses, seen, found),
+                influence=partial(self._influence, pool, seen, upcoming, step, found),
+                generator=state.generator,
+            )
+            scores = _checked(self._strategy(candidates), size, pool)
         except FloatingPointError as error:
-            raise FloatingPointError(f"at optimizer step {scoring.step}: {error}") from error
+            raise FloatingPointError(f"at optimizer step {step}: {error}") from error
         indices = scores.argsort(descending=True, stable=True)[:size_kept]
         kept = take(pool, indices)
         if self._rate is not None:
             self._rate.trained_on(kept)
-        ahead = self._sensitivities.ahead
         self.last = Selection(
             pool=pool,
             indices=indices,
             scores=scores,
-            losses=None if scoring.losses is None else scoring.losses.cpu(),
-            step=scoring.step,
-            horizon=ahead.horizon if ahead else None,
-            age=self._sensitivities.age(scoring.step) if ahead else 0,
-            target_loss=ahead.target_loss if ahead else None,
+            losses=None if found.losses is None else found.losses.cpu(),
+            step=step,
+            horizon=state.ahead.horizon if state.ahead else None,
+            age=step - state.ahead_step if state.ahead else 0,
+            target_loss=state.ahead.target_loss if state.ahead else None,
             lr_multiplier=self._optimizer.lr_multiplier,
-            decisions=tuple(scoring.decisions),
-            lookahead_s=scoring.lookahead_s,
-            control_s=scoring.control_s,
+            decisions=tuple(found.decisions),
+            lookahead_s=found.lookahead_s,
+            control_s=found.control_s,
             seconds=time.perf_counter() - began,
         )
         return kept
+
+    def _losses(self, seen: Batch, found: _Found) -> Tensor:
+        """Loss of each candidate at the present parameters."""
+        if found.losses is None:
+            with self._objective.scoring():
+                params = self._optimizer.params().detach()
+                found.losses = self._derivatives.losses(params, seen)
+        return found.losses
+
+    def _influence(
+        self, pool: Batch, seen: Batch, upcoming: Iterable[Batch], step: int, found: _Found
+    ) -> Tensor:
+        """-gamma . grad loss of each candidate, after a look-ahead where one is due."""
+        params, state = self._optimizer.params().detach(), self.state
+        is_due = not state.serves(step, self._scored_names() or params)
+        is_contested = is_due and self._contests is not None and self._contests.is_due(step)
+        # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
+        pools = [pool, *islice(upcoming, self._num_upcoming(step, is_contested))] if is_due else []
+        with self._objective.scoring():
+            if is_contested:
+                self._adapt_horizon(step, pools, found)
+            if is_due:
+                self._look_ahead(step, pools, found)
+            assert state.ahead is not None
+            gamma = state.ahead.gamma(step - state.ahead_step)
+            found.losses, slopes = self._derivatives.directional(params, gamma, seen)
+        return -slopes
+
+    # --- looking ahead --------------------------------------------------------------------
+
+    def _num_upcoming(self, step: int, is_contested: bool) -> int:
+        """Pools after the present one that a look-ahead needs, or a contest before it."""
+        num_updates = self._horizon.at(step)
+        if is_contested and self._contests is not None:
+            num_updates = self._contests.num_updates()
+        return max(0, num_updates * self.options.pools_per_update - 1)
+
+    def _look_ahead(self, step: int, pools: Sequence[Batch], found: _Found) -> None:
+        """Find the sensitivities of the next steps."""
+        began, state, horizon = time.perf_counter(), self.state, self._horizon.at(step)
+        target = self._next_target()
+        state.ahead = None  # its memory is of use now; should this fail, the next call looks ahead
+        if state.num_lookaheads % _RECHECK_EVERY == 0:
+            state.forms.recheck()
+        updates, now = self._optimizer.updates(max(1, horizon)), self._optimizer.state()
+        ahead = self._policy.look_ahead(
+            horizon, Upcoming(updates, now, pools, target), state.generator
+        )
+        # At a learning rate of 0, as where a warm-up begins, no example does anything. The steps
+        # that follow are to have sensitivities of their own.
+        is_zero = not any(gamma.norm() for gamma in ahead.sensitivities)
+        state.ahead, state.ahead_step = ahead, step
+        state.ahead_serves = 1 if is_zero else self.options.interval
+        state.num_lookaheads += 1
+        found.lookahead_s = time.perf_counter() - began
+
+    def _scored_names(self) -> tuple[str, ...] | None:
+        return scored_names(self.options.params, self._optimizer.params(), self._objective.model)
+
+    def _next_target(self) -> Batch:
+        """The next batch of the target set, as it is scored."""
+        batch, self.state.target_position = self._target.draw(self.state.target_position)
+        return through(self.options.score_view, batch)
 
     @property
     def forms(self) -> dict[str, str]:
@@ -240,60 +437,38 @@ class Selector:
 
         With `derivative="auto"` each is decided at its first use, and checked again now and then.
         """
-        return dict(self._derivatives.decided)
-
-    def _scores(self, scoring: _Scoring, size: int) -> Tensor:
-        candidates = Candidates(
-            scoring.pool, size, scoring.read_losses, scoring.read_influence, self._generator
-        )
-        scores = self._strategy(candidates).detach().cpu()
-        if scores.shape != (size,):
-            raise ValueError(
-                f"strategy must return one score per example, shape ({size},), "
-                f"got {tuple(scores.shape)}"
-            )
-        check_finite("scores", scores, scoring.pool)
-        return scores if scores.is_floating_point() else scores.double()  # ranks, yes or no
-
-    # --- looking ahead --------------------------------------------------------------------
-
-    def _scored_names(self) -> tuple[str, ...] | None:
-        return scored_names(self._params, self._optimizer.params(), self._objective.model)
-
-    def _next_target(self) -> Batch:
-        """The next batch of the target set, as it is scored."""
-        return through(self._score_view, self._target.next())
+        return dict(self.state.forms.decided)
 
     # --- controlling ----------------------------------------------------------------------
 
-    def _adapt_rate(self, scoring: _Scoring) -> None:
+    def _adapt_rate(self, step: int, found: _Found) -> None:
         """Let the learning-rate control judge the steps so far."""
         if self._rate is None:
             return
         began = time.perf_counter()
         with self._objective.scoring():
-            decision, replaced = self._rate.before(scoring.step)
+            decision, replaced = self._rate.before(step)
         if replaced:
-            self._sensitivities.ahead = None  # it was of the steps that were taken back
-        scoring.note(decision, began)
+            self.state.ahead = None  # it was of the steps that were taken back
+        _note(found, decision, step, began)
 
-    def _adapt_horizon(self, scoring: _Scoring, pools: list[Batch]) -> None:
+    def _adapt_horizon(self, step: int, pools: Sequence[Batch], found: _Found) -> None:
         """Let the horizon control hold a contest over `pools`, the present one first."""
-        assert self._control is not None
+        assert self._contests is not None
         began = time.perf_counter()
-        scoring.note(self._control.contest(scoring.step, pools, self._next_target()), began)
+        _note(found, self._contests.contest(step, pools, self._next_target()), step, began)
 
     # --- state ----------------------------------------------------------------------------
 
     @property
     def max_peeked(self) -> int:
         """Pools of the longest look-ahead there will be; no more are ever peeked at."""
-        return self._horizon.largest * self._policy.pools_per_update
+        return self._horizon.largest * self.options.pools_per_update
 
     @property
     def num_peeked(self) -> int:
         """Pools that were drawn from the stream and not yet handed out."""
-        return len(self._peeked)
+        return len(self.state.peeked)
 
     def state_dict(self, *, with_peeked: bool = True) -> dict[str, Any]:
         """All that the next selections depend on; `torch.save` it with model and optimizer.
@@ -303,17 +478,8 @@ class Selector:
                 it. The source of pools is then resumed after the last one it gave; without them,
                 `num_peeked` pools earlier.
         """
-        return {
-            "options": self._options,
-            "generator": self._generator.get_state(),
-            "num_steps": self._optimizer.num_steps(),
-            **self._sensitivities.state_dict(),
-            **self._derivatives.state_dict(),
-            "target_position": self._target.position,
-            "horizon_control": self._control and self._control.state_dict(),
-            "rate_control": self._rate and self._rate.state_dict(),
-            "peeked": self._peeked.pools() if with_peeked else [],
-        }
+        self.state.num_steps = self._optimizer.num_steps()
+        return {"options": self._saved_options, **self.state.plain(with_peeked=with_peeked)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, bit for bit, with the model and optimizer of that moment.
@@ -324,69 +490,38 @@ class Selector:
         Raises:
             ValueError: the state is of a selector with other options, or of another model.
         """
-        check_same_options(state["options"], self._options)
+        _check_same(state["options"], self._saved_options)
         params, names = self._optimizer.params(), self._scored_names()
-        params = params if names is None else params.pick(names)
-        self._sensitivities.load_state_dict(state, params)
-        self._generator.set_state(state["generator"])
-        self._optimizer.resume_at(state["num_steps"])
-        self._derivatives.load_state_dict(state)
-        self._target.seek(state["target_position"])
-        if self._control is not None:
-            self._control.load_state_dict(state["horizon_control"])
-        if self._rate is not None:
-            self._rate.load_state_dict(state["rate_control"])
-        self._peeked = PeekedPools(state["peeked"])
+        self.state.load(state, params, params if names is None else params.pick(names))
+        self._optimizer.resume_at(self.state.num_steps)
+        if self.state.rate is not None:
+            self._optimizer.lr_multiplier = self.state.rate.rule.multiplier
 
 
-class _Scoring:
-    """What a strategy may ask of one pool; keeps the losses that came along."""
+def _checked(scores: Tensor, size: int, pool: Batch) -> Tensor:
+    """The scores on the CPU, one for each of the pool's examples, all finite."""
+    scores = scores.detach().cpu()
+    if scores.shape != (size,):
+        raise ValueError(
+            f"strategy must return one score per example, shape ({size},), "
+            f"got {tuple(scores.shape)}"
+        )
+    check_finite("scores", scores, pool)
+    return scores if scores.is_floating_point() else scores.double()  # ranks, yes or no
 
-    def __init__(self, selector: Selector, pool: Batch, upcoming: Iterable[Batch], step: int):
-        self.pool, self.step = pool, step
-        self.seen = through(selector._score_view, pool)
-        self.losses: Tensor | None = None
-        self.lookahead_s = self.control_s = 0.0
-        self.decisions: list[Decision] = []
-        self._selector, self._upcoming = selector, upcoming
 
-    def read_losses(self) -> Tensor:
-        selector = self._selector
-        if self.losses is None:
-            with selector._objective.scoring():
-                params = selector._optimizer.params().detach()
-                self.losses = selector._derivatives.losses(params, self.seen)
-        return self.losses
+def _note(found: _Found, decision: Decision | None, step: int, began: float) -> None:
+    """Keep a decision of the controller, and the time since `began` as its cost."""
+    found.control_s += time.perf_counter() - began
+    if decision is not None:
+        found.decisions.append(replace(decision, step=step))
+        _log.log(logging.INFO if decision.moved else logging.DEBUG, "%s", found.decisions[-1])
 
-    def read_influence(self) -> Tensor:
-        selector = self._selector
-        sensitivities = selector._sensitivities
-        is_due = sensitivities.is_due(self.step)
-        control = selector._control if is_due else None
-        if control is not None and not control.is_due(self.step):
-            control = None
-        # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
-        num_updates = selector._horizon.at(self.step) if is_due else 0
-        if control is not None:
-            num_updates = control.num_updates()
-        num_pools = num_updates * selector._policy.pools_per_update
-        pools = [self.pool, *islice(self._upcoming, max(0, num_pools - 1))]
-        with selector._objective.scoring():
-            if control is not None:
-                selector._adapt_horizon(self, pools)
-            if is_due:
-                began = time.perf_counter()
-                horizon, target = selector._horizon.at(self.step), selector._next_target()
-                sensitivities.refresh(horizon, self.step, pools, target)
-                self.lookahead_s = time.perf_counter() - began
-            params = selector._optimizer.params().detach()
-            gamma = sensitivities.at(self.step)
-            self.losses, slopes = selector._derivatives.directional(params, gamma, self.seen)
-        return -slopes
 
-    def note(self, decision: Decision | None, began: float) -> None:
-        """Keep a decision of the controller, and the time since `began` as its cost."""
-        self.control_s += time.perf_counter() - began
-        if decision is not None:
-            self.decisions.append(replace(decision, step=self.step))
-            _log.log(logging.INFO if decision.moved else logging.DEBUG, "%s", self.decisions[-1])
+def _check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the differences, unless a saved selector had our options."""
+    if differing := [name for name in ours if saved[name] != ours[name]]:
+        listed = ", ".join(
+            f"{name}: {saved[name]!r} saved, {ours[name]!r} here" for name in differing
+        )
+        raise ValueError(f"selector options must be those of the saved state, got {listed}")

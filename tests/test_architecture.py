@@ -63,7 +63,7 @@ def test_importing_selectflow_is_light():
     """Neither the data and tracking libraries nor heavy integrations come with the import."""
     heavy = (
         "wandb webdataset torchvision matplotlib transformers peft trl accelerate tokenizers "
-        "datasets lightning optuna sklearn safetensors pyarrow scipy pydantic typer"
+        "datasets lightning optuna sklearn safetensors pyarrow scipy typer"
     )
     code = f"import sys, selectflow; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run(

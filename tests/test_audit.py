@@ -11,8 +11,9 @@ from torch import nn
 from selectflow.audit.influence import METHODS, influence, leave_one_out, record
 from selectflow.audit.reruns import Removal, expand
 from selectflow.core.derivatives import Derivatives
-from selectflow.core.lookahead import Window, look_ahead
+from selectflow.core.lookahead import look_ahead
 from selectflow.core.passes import Objective
+from selectflow.core.sweep import Window
 from selectflow.core.torch_optim import OptimizerReader
 
 MLP, CNN, TRANSFORMER = PROBLEMS

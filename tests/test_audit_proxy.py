@@ -15,7 +15,8 @@ from selectflow.audit.proxy import Point, measure_run
 from selectflow.audit.proxy_report import rank_of_medians, summarize
 from selectflow.cli import main
 from selectflow.core.batches import take
-from selectflow.core.lookahead import Window, look_ahead
+from selectflow.core.lookahead import look_ahead
+from selectflow.core.sweep import Window
 from selectflow.core.torch_optim import OptimizerReader
 from selectflow.options import ConfigError
 

@@ -72,14 +72,14 @@ def test_central_differences_take_over_once_and_say_so(function, caplog):
     pools = [batch(6) for _ in range(6)]
     with caplog.at_level(logging.INFO, "selectflow"):
         for _ in range(3):
-            selector._sensitivities.ahead = None
+            selector.state.ahead = None
             selector.select(pools[0], pools[1:])
     assert selector.forms == {"losses": "central", "gradients": "central"}
     lines = [record.getMessage() for record in caplog.records]
     said = [line for line in lines if line.startswith("no forward-mode derivative of this model")]
     assert len(said) == 1
     assert any(line.startswith("derivatives of losses: central") for line in lines)
-    expected = -slopes(model, loss_fn, pools[0], selector._sensitivities.ahead.sensitivities[0])
+    expected = -slopes(model, loss_fn, pools[0], selector.state.ahead.sensitivities[0])
     found = selector.last.scores.double()
     assert (found - expected).norm() < 1e-2 * expected.norm()
 
@@ -112,9 +112,7 @@ def test_a_mixture_of_experts():
     selector = Selector(model, optimizer, causal_lm_losses, [pools[2]], keep=2, horizon=2)
     selector.select(pools[0], pools[1:])
     model.eval()
-    expected = -slopes(
-        model, causal_lm_losses, pools[0], selector._sensitivities.ahead.sensitivities[0]
-    )
+    expected = -slopes(model, causal_lm_losses, pools[0], selector.state.ahead.sensitivities[0])
     found = selector.last.scores.double()
     assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.99
 

@@ -1,7 +1,7 @@
 """Batches of every kind: counted, indexed and split without losing their type."""
 
 import itertools
-from collections import UserDict, namedtuple
+from collections import UserDict, deque, namedtuple
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from selectflow.core.batches import Cycle, chunks, describe, num_examples, take
+from selectflow.core.batches import Cycle, PeekedPools, chunks, describe, num_examples, take
 
 Pair = namedtuple("Pair", "x y")
 
@@ -112,24 +112,44 @@ def test_names_that_torch_collated_stay_with_their_examples():
     assert describe(pair, INDEX) == "keys d, a"
 
 
+def drawn(target, position, num):
+    """So many batches from a position on, and the position after them."""
+    found = []
+    for _ in range(num):
+        batch, position = target.draw(position)
+        found.append(batch)
+    return found, position
+
+
 @pytest.mark.parametrize("num", range(7))
 def test_a_target_goes_on_where_another_was(num):
     first, second = Cycle("abc"), Cycle("abc")
-    for _ in range(num):
-        first.next()
-    second.seek(first.position)
-    assert second.position == first.position
-    assert [second.next() for _ in range(7)] == [first.next() for _ in range(7)]
-    assert second.position == first.position
+    before, position = drawn(first, 0, num)
+    assert before == list("abcabca")[:num]
+    assert drawn(second, position, 7) == drawn(first, position, 7)
 
 
 def test_a_loader_of_the_target_draws_no_random_number_before_it_is_used():
     loader = DataLoader(Named(), batch_size=2, shuffle=True)
     before = torch.get_rng_state()
     target = Cycle(loader)
-    target.seek(1)
     assert torch.equal(torch.get_rng_state(), before)
-    target.next()
+    target.draw(1)
+
+
+@pytest.mark.parametrize("pattern", [[0], [2, 0, 0, 3, 0], [1] * 6, [0, 0, 9]])
+def test_peeked_pools_come_later_in_order(pattern):
+    """However far is looked ahead, by streams one after the other over the same source."""
+    source, peeked, seen = iter(range(12)), deque(), []
+    for part in range(3):
+        stream = PeekedPools(source, peeked)
+        for ahead, pool in zip(pattern, stream, strict=False):
+            coming = list(itertools.islice(stream.upcoming(), ahead))
+            assert coming == list(range(pool + 1, 12))[:ahead]
+            seen.append(pool)
+            if part < 2 and len(seen) % 2:
+                break
+    assert seen == list(range(len(seen)))
 
 
 def test_a_target_without_end_is_refused():

@@ -44,7 +44,7 @@ def test_what_a_gradient_pass_saves_by_hand(monkeypatch):
     with pytest.raises(ValueError, match=r"memory_gib must be at least .* which one example"):
         examples_that_fit(objective, params, batch, 0.5 * each / GIB)
     assert examples_that_fit(objective, params, batch, None) == int(GIB / _HELD_BACK / each)
-    monkeypatch.setattr("selectflow.core.memory.USUAL_GIB", 1e-9)
+    monkeypatch.setattr("selectflow.core.chunks.USUAL_GIB", 1e-9)
     assert examples_that_fit(objective, params, batch, None) == 1
 
 

@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from selectflow.control.rules import AutoHorizon, AutoRate, HorizonRule, RateRule
+from selectflow.control.rules import (
+    AutoHorizon,
+    AutoRate,
+    HorizonRule,
+    RateRule,
+    restore,
+    state_of,
+)
 
 TRUSTED = {"relative_error": 0.1, "trust_ratio": 0.9}
 
@@ -164,7 +171,7 @@ def test_a_turn_downwards_asks_for_more_windows_before_a_raise():
             decision, _ = rule.decide(0.9, 0.9, losses.__getitem__)
             if decision.moved:
                 break
-        assert (decision.after, rule._patience) == (after, patience)
+        assert (decision.after, rule.patience) == (after, patience)
 
 
 def test_bounds_hold_and_are_named():
@@ -179,7 +186,7 @@ def test_rate_rule_goes_on_from_its_state():
     drive(whole, curve(8.0), 3)
     drive(half, curve(8.0), 3)
     other = RateRule(AutoRate())
-    other.load_state_dict(half.state_dict())
+    restore(other, state_of(half))
     assert drive(other, curve(2.0), 9) == drive(whole, curve(2.0), 9)
 
 
@@ -281,7 +288,7 @@ def test_horizon_rule_goes_on_from_its_state():
     contests(whole, 5, lead=0.02)
     contests(half, 5, lead=0.02)
     other = HorizonRule(AutoHorizon())
-    other.load_state_dict(half.state_dict())
+    restore(other, state_of(half))
     assert contests(other, 9, lead=0.01) == contests(whole, 9, lead=0.01)
 
 

@@ -169,9 +169,9 @@ def test_auto_takes_central_differences_where_they_agree(caplog):
         derivatives.directional(params, direction, batch)
         derivatives.directional(params, direction, batch)
         derivatives.hessian_product(params, direction, batch)
-        derivatives.recheck()
+        derivatives.forms.recheck()
         derivatives.directional(params, direction, batch)
-    assert derivatives.decided == {"losses": "central", "gradients": "central"}
+    assert derivatives.forms.decided == {"losses": "central", "gradients": "central"}
     assert len([r for r in caplog.records if "derivatives of losses: central" in r.message]) == 1
 
 
@@ -199,7 +199,7 @@ def test_auto_falls_back_to_central_where_forward_mode_fails(caplog):
     derivatives = Derivatives(Objective(model, loss_fn), "auto")
     with caplog.at_level(logging.INFO, "selectflow"):
         found = derivatives.directional(params, direction, batch)[1]
-    assert derivatives.decided == {"losses": "central"}
+    assert derivatives.forms.decided == {"losses": "central"}
     assert "no forward-mode derivative" in caplog.text
     assert relative(found, slopes(model, loss_fn, batch, direction)) < 1e-2
 
@@ -217,7 +217,7 @@ def test_auto_takes_the_exact_form_where_central_differences_fail():
     direction, batch = params.map(torch.randn_like), images(16)
     derivatives = Derivatives(Objective(model, loss_fn), "auto")
     found = derivatives.directional(params, direction, batch)[1]
-    assert derivatives.decided == {"losses": "exact"}
+    assert derivatives.forms.decided == {"losses": "exact"}
     assert relative(found, slopes(model, loss_fn, batch, direction)) < 1e-2
 
 
@@ -260,7 +260,7 @@ def test_auto_judges_by_what_tells_the_examples_apart(unseen, shared, waves_are_
     params = Params(model.named_parameters()).detach()
     direction = params.map(torch.ones_like)
     _, found = derivatives.directional(params, direction, spread)
-    assert derivatives.decided == {"losses": expected}
+    assert derivatives.forms.decided == {"losses": expected}
     exact = spread + shared
     error = found - exact
     if expected == "exact":
@@ -283,11 +283,11 @@ def test_auto_takes_the_exact_form_where_a_silent_entry_drowns_the_others(chunk_
     objective = Objective(model, image_loss)
     derivatives = Derivatives(objective, "auto", chunk_size)
     derivatives.directional(params, direction, batch)
-    assert derivatives.decided == {"losses": "central"}
+    assert derivatives.forms.decided == {"losses": "central"}
     direction["1.bias"][0] = 1e8
-    derivatives.recheck()
+    derivatives.forms.recheck()
     found = derivatives.directional(params, direction, batch)[1]
-    assert derivatives.decided == {"losses": "exact"}
+    assert derivatives.forms.decided == {"losses": "exact"}
     assert relative(found, slopes(model, image_loss, batch, direction)) < 1e-5
     central = Derivatives(objective, "central").directional(params, direction, batch)[1]
     assert relative(central, found) > 0.5  # it sees next to nothing

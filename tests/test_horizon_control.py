@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from selectflow import AutoHorizon, Selector
-from selectflow.core.policy import Outlook
+from selectflow.core.lookahead import Upcoming
 from tests import reference
 from tests.problems import PROBLEMS
 
@@ -26,10 +26,10 @@ def test_the_policy_of_horizon_0_is_simulated_as_it_is_carried_out(problem):
     """At H = 0 nothing is random: the contest's loss is that of really selecting and training."""
     model, optimizer, selector, make, target = parts(problem, AutoHorizon(largest=2))
     pools = [make(10) for _ in range(6)]
-    control = selector._control
+    control = selector._contests
     updates, state = selector._optimizer.updates(6), selector._optimizer.state()
     with selector._objective.scoring():
-        found, _ = control._loss(0, Outlook(updates, state, pools, target), 3)
+        found, _ = control.loss_after(0, Upcoming(updates, state, pools, target), 3)
     twin, other = reference.clone(model, optimizer)
     real = Selector(twin, other, problem.loss_fn, [target], 4, 0)
     twin.eval()
@@ -47,7 +47,7 @@ def test_an_interval_is_simulated_too():
     pools = [make(10) for _ in range(8)]
     updates, state = selector._optimizer.updates(8), selector._optimizer.state()
     with selector._objective.scoring():
-        found, _ = selector._control._loss(0, Outlook(updates, state, pools, target), 5)
+        found, _ = selector._contests.loss_after(0, Upcoming(updates, state, pools, target), 5)
     twin, other = reference.clone(model, optimizer)
     real = Selector(twin, other, problem.loss_fn, [target], 4, 0, interval=3)
     for batch in real.stream(pools[:5]):
@@ -88,7 +88,7 @@ def test_trust_is_the_proxy_of_the_whole_selection():
     pools = [make(10) for _ in range(8)]
     updates, state = selector._optimizer.updates(8), selector._optimizer.state()
     with selector._objective.scoring():
-        found = selector._control._trust(4, Outlook(updates, state, pools, target))
+        found = selector._contests.trust(4, Upcoming(updates, state, pools, target))
     first, second = found["proxy_first_order"], found["proxy_second_order"]
     assert first < 0  # what is selected is expected to lower the target loss
     assert found["relative_error"] == pytest.approx(abs(second / first))
@@ -108,7 +108,7 @@ def test_auto_is_the_default_settings():
     model, make = problem.make()
     optimizer = torch.optim.AdamW(model.parameters())
     selector = Selector(model, optimizer, problem.loss_fn, [make(4)], 4, "auto")
-    assert selector._control._settings == AutoHorizon()
+    assert selector.state.horizon.rule.settings == AutoHorizon()
     with pytest.raises(ValueError, match=r"lr must be one of schedule, auto, .* got 'fast'"):
         Selector(model, optimizer, problem.loss_fn, [make(4)], 4, lr="fast")
     with pytest.raises(ValueError, match="horizon must be an integer >= 0"):

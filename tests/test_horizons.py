@@ -6,7 +6,7 @@ from problems import image_loss
 from test_selector import selector_for, setting, train
 
 from selectflow import HorizonSchedule
-from selectflow.control.schedule import as_horizon
+from selectflow.control.horizon import as_horizon
 
 
 def values(schedule, num):

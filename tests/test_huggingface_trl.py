@@ -9,8 +9,8 @@ from test_huggingface import CHECKPOINTING, KEEP, POOL, VOCABULARY, llama, weigh
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from selectflow.core.lookahead import Policy
 from selectflow.core.optim import Update
-from selectflow.core.policy import Policy
 from selectflow.integrations.huggingface import SelectTrainerMixin
 
 # between the three libraries, each at its own pace
@@ -102,7 +102,7 @@ def test_sft_scores_are_of_the_completions(tmp_path):
     trainer.train()
     selection, (gamma, *_) = (
         trainer.selector.last,
-        trainer.selector._sensitivities.ahead.sensitivities,
+        trainer.selector.state.ahead.sensitivities,
     )
     model = llama()  # as it was at the first step
     named = dict(model.named_parameters())
@@ -136,7 +136,7 @@ def test_lora_leaves_nothing_outside_the_adapters(tmp_path):
         patch.setattr(Policy, "look_ahead", watched)
         patch.setattr(Update, "adjoint", swept)
         trainer.train()
-    for held in (states, adjoints, trainer.selector._sensitivities.ahead.sensitivities):
+    for held in (states, adjoints, trainer.selector.state.ahead.sensitivities):
         names = [name for params in held for name in params]
         assert names
         assert all("lora_" in name for name in names)

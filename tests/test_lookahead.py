@@ -6,15 +6,10 @@ from problems import PROBLEMS
 from reference import inner, per_example_gradients, rerun, weight_derivative
 
 from selectflow.core.derivatives import Derivatives
-from selectflow.core.lookahead import (
-    Window,
-    immediate,
-    look_ahead,
-    sweep,
-    sweep_capacity,
-)
+from selectflow.core.lookahead import immediate, look_ahead
 from selectflow.core.optim import NEGLIGIBLE_RMS, Adjoint
 from selectflow.core.passes import Objective
+from selectflow.core.sweep import Window, sweep, sweep_capacity
 from selectflow.core.torch_optim import OptimizerReader
 
 IDS = [problem.name for problem in PROBLEMS]
@@ -181,7 +176,7 @@ def test_without_a_limit_no_model_is_too_large(monkeypatch):
     _, _, batches, target, reader, derivatives = setting(problem, num=8)
     view, state = window(reader, derivatives, batches), reader.state()
     wanted = look_ahead(view, state, target, num_sensitivities=8)
-    monkeypatch.setattr("selectflow.core.memory.USUAL_GIB", 1e-9)
+    monkeypatch.setattr("selectflow.core.chunks.USUAL_GIB", 1e-9)
     assert sweep_capacity(state, 1, None) == 1
     assert sweep_capacity(state, 8, None) == 5  # 2 + log2(8)
     found = look_ahead(view, state, target, num_sensitivities=8)

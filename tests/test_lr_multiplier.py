@@ -20,7 +20,7 @@ def test_the_multiplier_is_a_learning_rate_times_it(kind):
     optimizer = kind(model.parameters(), lr=2e-3, weight_decay=0.1)
     twin, other = reference.clone(model, optimizer)
     selector = Selector(model, optimizer, MLP.loss_fn, [make(8)], keep=4, lr="auto")
-    selector._rate._set(4.0)
+    selector._optimizer.lr_multiplier = 4.0
     for group in other.param_groups:
         group["lr"] = 8e-3
     for _ in range(3):
@@ -55,7 +55,7 @@ def test_it_multiplies_any_schedule_without_compounding(name):
     selector = Selector(
         model, optimizer, MLP.loss_fn, [make(8)], keep=4, lr="auto", lr_scheduler=schedules[0]
     )
-    selector._rate._set(3.0)
+    selector._optimizer.lr_multiplier = 3.0
     used = []
     optimizer.register_step_pre_hook(lambda opt, *_: used.append(opt.param_groups[0]["lr"]))
     expected = []
@@ -74,7 +74,7 @@ def test_the_optimizer_is_free_when_the_selector_is_gone():
     model, make = MLP.make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     selector = Selector(model, optimizer, MLP.loss_fn, [make(8)], keep=4, lr="auto")
-    selector._rate._set(3.0)
+    selector._optimizer.lr_multiplier = 3.0
     del selector
     gc.collect()
     assert not optimizer._optimizer_step_pre_hooks
@@ -85,7 +85,7 @@ def test_a_step_that_raises_leaves_the_users_rate():
     model, make = MLP.make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     selector = Selector(model, optimizer, MLP.loss_fn, [make(8)], keep=4, lr="auto")
-    selector._rate._set(4.0)
+    selector._optimizer.lr_multiplier = 4.0
     seen = []
 
     def broken():

@@ -11,9 +11,10 @@ from problems import PROBLEMS, image_loss
 from test_lookahead import setting, window
 
 from selectflow import Selector
-from selectflow.core.lookahead import look_ahead, sweep
-from selectflow.core.offload import keeping
+from selectflow.core.lookahead import look_ahead
 from selectflow.core.optim import Adjoint
+from selectflow.core.storage import keeping
+from selectflow.core.sweep import sweep
 
 MLP = PROBLEMS[0]
 
@@ -99,7 +100,7 @@ def test_a_disk_that_cannot_be_written(scratch, monkeypatch):
     def full(self, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("selectflow.core.snapshots.write_whole", full)
+    monkeypatch.setattr("selectflow.core.storage.write_whole", full)
     with pytest.raises(OSError, match="No space left"):
         selector.select(make(4), [make(4) for _ in range(3)])
     with pytest.raises(ValueError, match="offload must be one of none, cpu, disk, got 'ram'"):

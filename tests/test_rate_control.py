@@ -9,7 +9,8 @@ import torch
 from torch.optim import lr_scheduler
 
 from selectflow import AutoHorizon, AutoRate, Selector
-from selectflow.control.rate import RateControl
+from selectflow.control.rate import RateControl, RateState
+from selectflow.control.rules import RateRule
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.optim import State
 from selectflow.core.passes import Objective
@@ -31,7 +32,7 @@ def parts(
     target = make(40)
     targets = cycle([target, *(make(40) for _ in range(num_targets - 1))])
     control = RateControl(
-        settings or AutoRate(window=4),
+        RateState(RateRule(settings or AutoRate(window=4))),
         reader,
         Derivatives(objective),
         targets.__next__,
@@ -176,7 +177,7 @@ def test_a_quiet_gap_costs_one_forward_pass_a_window(monkeypatch):
     decisions = []
     for _ in range(31):
         decisions.append(step(make(8)))
-        drawn.append(control._window.target["label"].tolist())
+        drawn.append(control.state.window.target["label"].tolist())
     assert decisions == [(None, False)] * 31
     assert passes == [("losses", drawn[0])] * 7  # at steps 40, 44, ... 64; the gap ends at 68
     step(make(8))
@@ -198,7 +199,7 @@ def test_dropout_is_seen_and_nothing_is_replaced():
         problem.loss_fn(model, batch).mean().backward()
         assert torch.equal(values(model), before)
         optimizer.step()
-    assert selector._rate._faithful is False
+    assert selector.state.rate.is_faithful is False
 
 
 def test_micro_batches_of_one_step_are_replayed_together():

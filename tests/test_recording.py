@@ -243,7 +243,7 @@ class TestRefusals:
             record(model, optimizer, image_loss, batches, limit_gib=1e-6)
 
     def test_without_a_limit_two_states_are_kept_of_any_model(self, monkeypatch):
-        monkeypatch.setattr("selectflow.core.memory.USUAL_GIB", 1e-9)
+        monkeypatch.setattr("selectflow.core.chunks.USUAL_GIB", 1e-9)
         model, optimizer, batches = setting()
         trajectory = record(model, optimizer, image_loss, batches)
         assert trajectory.snapshots.indices == [0, len(batches)]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from small_datasets import sample
 from torch import nn
 
-from selectflow.control.schedule import as_horizon
+from selectflow.control.horizon import as_horizon
 from selectflow.data import (
     Manifest,
     PoolStream,

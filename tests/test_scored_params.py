@@ -6,7 +6,7 @@ from problems import PROBLEMS
 from reference import clone, inner, per_example_gradients
 
 from selectflow import Selector
-from selectflow.core.scored_params import scored_names
+from selectflow.core.params import scored_names
 
 MLP, CNN, TRANSFORMER = PROBLEMS
 
@@ -102,7 +102,7 @@ def test_a_score_is_the_part_of_the_whole_over_these_parameters(
     )
     some.select(pools[0], pools[1:])
     everything.select(pools[0], pools[1:])
-    gamma = everything._sensitivities.ahead.sensitivities[0]
+    gamma = everything.state.ahead.sensitivities[0]
     names = scored_names(patterns, gamma, model)
     gradients = per_example_gradients(model, problem.loss_fn, pools[0])
     expected = torch.tensor([-inner(g, gamma.pick(names)) for g in gradients])
@@ -110,7 +110,7 @@ def test_a_score_is_the_part_of_the_whole_over_these_parameters(
         some.last.scores, expected.double(), rtol=1e-5, atol=1e-6 * expected.abs().max()
     )
     assert not torch.allclose(some.last.scores, everything.last.scores, rtol=1e-2)
-    assert some._sensitivities.ahead.sensitivities[0].keys() == set(names)
+    assert some.state.ahead.sensitivities[0].keys() == set(names)
 
 
 @pytest.mark.parametrize("horizon", [1, 3])
@@ -119,7 +119,7 @@ def test_it_is_the_influence_through_these_parameters(horizon):
     problem, patterns = TRANSFORMER, ["blocks.0.*"]
     model, optimizer, pools, target, (selector, _) = setting(problem, patterns, horizon=horizon)
     selector.select(pools[0], pools[1:])
-    names = selector._sensitivities.ahead.sensitivities[0].keys()
+    names = selector.state.ahead.sensitivities[0].keys()
     gradients = per_example_gradients(model, problem.loss_fn, pools[0])
 
     def end(extra, share):

@@ -79,7 +79,7 @@ def test_keeps_the_examples_with_the_largest_influence(problem, horizon):
     batches = selector.stream(pools)
     train(model, optimizer, problem.loss_fn, batches, 5)
     next(batches)
-    gamma = selector._sensitivities.ahead.sensitivities[0]
+    gamma = selector.state.ahead.sensitivities[0]
     expected = -slopes(model, problem.loss_fn, pools[5], gamma)
     scores = selector.last.scores
     assert torch.allclose(scores.double(), expected, rtol=1e-8, atol=1e-12)
@@ -179,7 +179,7 @@ def test_steps_between_use_the_sensitivities_of_the_same_sweep():
         pool = pools[step]
         train(model, optimizer, image_loss, [], 0)
         batch = next(batches)
-        gammas = selector._sensitivities.ahead.sensitivities
+        gammas = selector.state.ahead.sensitivities
         assert len(gammas) == 2
         gamma = gammas[min(step, 1)]  # beyond the horizon: the last one
         assert torch.allclose(selector.last.scores, -slopes(model, image_loss, pool, gamma))
@@ -239,7 +239,7 @@ def test_micro_batches_of_one_step_share_a_look_ahead(kind):
     assert [entry[0] for entry in found] == [step for step in range(4) for _ in range(3)]
     assert [entry[1] for entry in found] == [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1]
     assert fresh == [0, 6]
-    assert selector._sensitivities._num_lookaheads == 2
+    assert selector.state.num_lookaheads == 2
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
@@ -378,12 +378,12 @@ def test_a_resumed_selector_checks_its_derivatives_when_the_other_would():
 
     model, optimizer, pools, selector = fresh()
     train(model, optimizer, image_loss, selector.stream(pools[:2]))
-    selector._derivatives.recheck()
+    selector.state.forms.recheck()
     train(model, optimizer, image_loss, selector.stream(pools[2:4]))
-    assert selector.state_dict()["unchecked"] == ["gradients"]
+    assert selector.state_dict()["forms"]["unchecked"] == ["gradients"]
     *_, resumed = fresh()
     resumed.load_state_dict(selector.state_dict())
-    assert resumed.state_dict()["unchecked"] == ["gradients"]
+    assert resumed.state_dict()["forms"]["unchecked"] == ["gradients"]
 
 
 def test_a_state_of_other_options_or_another_model_is_refused():

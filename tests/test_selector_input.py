@@ -57,7 +57,7 @@ def test_a_target_that_is_a_generator_is_iterated_again_and_again():
     generated = selector_for(model, optimizer, (batch for batch in target))
     for pool in pools[:5]:
         for selector in (listed, generated):
-            selector._sensitivities.ahead = None
+            selector.state.ahead = None
             selector.select(pool)
         assert torch.equal(listed.last.scores, generated.last.scores)
 

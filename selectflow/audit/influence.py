@@ -19,9 +19,9 @@ from selectflow.audit.assumptions import METHODS
 from selectflow.audit.reruns import Removal, expand, rerun, weights_without
 from selectflow.core.batches import Batch, num_examples
 from selectflow.core.derivatives import Curvature
-from selectflow.core.lookahead import SweepStep
 from selectflow.core.optim import Adjoint, State, Update
 from selectflow.core.params import Params
+from selectflow.core.sweep import SweepStep
 from selectflow.offline.record import record
 from selectflow.offline.trajectory import Trajectory
 

@@ -22,10 +22,11 @@ from selectflow.audit.reruns import effects
 from selectflow.audit.settings import PROBLEMS
 from selectflow.core.batches import Batch, num_examples, take
 from selectflow.core.derivatives import Derivatives
-from selectflow.core.lookahead import SweepStep, Window, immediate, sweep
+from selectflow.core.lookahead import immediate
 from selectflow.core.optim import Adjoint, State, Update
 from selectflow.core.passes import LossFn, Objective
 from selectflow.core.proxy import Proxy, closed_form, probe
+from selectflow.core.sweep import SweepStep, Window, sweep
 from selectflow.core.torch_optim import OptimizerReader
 from selectflow.core.weight_changes import removals, selection
 from selectflow.options import ConfigError

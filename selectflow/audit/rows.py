@@ -20,7 +20,7 @@ from torch import Tensor
 from selectflow.audit.influence import influence, leave_one_out
 from selectflow.audit.settings import Setting
 from selectflow.core.batches import Batch
-from selectflow.core.memory import num_fitting
+from selectflow.core.chunks import num_fitting
 from selectflow.offline.sparse import SparseTrajectory
 from selectflow.offline.trajectory import Trajectory
 

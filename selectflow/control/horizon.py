@@ -1,61 +1,169 @@
-"""Horizon control: contests of two horizons from the live state, for the controller to judge."""
+"""The horizon of each look-ahead: a constant, a schedule, or the winner of contests.
+
+A contest rolls two policies out from the live state, over the same pools, which are peeked at and
+trained on later. The live model never moves.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, Protocol
 
 import torch
 
-from selectflow.control.rules import AutoHorizon, Decision, HorizonRule
+from selectflow.control.rules import AutoHorizon, Decision, HorizonRule, restore, state_of
 from selectflow.core.batches import Batch, num_examples, num_kept
-from selectflow.core.nominal import random_order
-from selectflow.core.policy import Outlook, Policy
+from selectflow.core.lookahead import Policy, Upcoming, random_order
 from selectflow.core.proxy import probe
 from selectflow.core.torch_optim import OptimizerReader
 from selectflow.core.weight_changes import selection
+
+Points = Sequence[tuple[int, int]]
+
+
+class Horizon(Protocol):
+    """Decides how far a look-ahead looks; asked once for each, when it is due."""
+
+    @property
+    def largest(self) -> int:
+        """The largest horizon there will be: bounds the pools that are peeked at."""
+        ...
+
+    def at(self, step: int) -> int:
+        """Horizon, >= 0, of a look-ahead made after `step` optimizer updates."""
+        ...
+
+
+@dataclass(frozen=True)
+class HorizonSchedule:
+    """The horizon of every optimizer step, given at some of them.
+
+    Args:
+        points: (step, horizon) pairs, steps rising from 0, horizons >= 0. Before the first step
+            of the next pair the horizon is held; after the last pair too.
+        shape: "step" holds each horizon until the next; "linear" goes there in equal parts,
+            rounded to the nearest integer, halves up.
+
+    Raises:
+        ValueError: no pairs, steps that do not rise from 0, a horizon that is no integer >= 0.
+    """
+
+    points: Points
+    shape: Literal["step", "linear"] = "step"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", tuple((step, value) for step, value in self.points))
+        steps = [step for step, _ in self.points]
+        if not steps or steps[0] != 0 or any(a >= b for a, b in pairwise(steps)):
+            raise ValueError(f"steps of a horizon schedule must rise from 0, got {steps}")
+        for _, horizon in self.points:
+            _checked(horizon)
+        if self.shape not in ("step", "linear"):
+            raise ValueError(f"shape must be 'step' or 'linear', got {self.shape!r}")
+
+    @property
+    def largest(self) -> int:
+        return max(horizon for _, horizon in self.points)
+
+    def at(self, step: int) -> int:
+        """The horizon after `step` >= 0 optimizer updates."""
+        before, first = max(point for point in self.points if point[0] <= step)
+        later = [point for point in self.points if point[0] > step]
+        if not later or self.shape == "step":
+            return first
+        after, last = later[0]
+        span = after - before
+        # whole numbers, so that no rounding error decides between two horizons
+        return (2 * (first * span + (last - first) * (step - before)) + span) // (2 * span)
+
+
+def as_horizon(value: int | Horizon) -> Horizon:
+    """A constant as the schedule that always gives it; anything else as it is.
+
+    Raises:
+        ValueError: neither an integer >= 0 nor an object that decides horizons.
+    """
+    if not isinstance(value, int) and hasattr(value, "at") and hasattr(value, "largest"):
+        return value
+    return HorizonSchedule([(0, _checked(value))])
+
+
+def _checked(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"horizon must be an integer >= 0, got {value!r}")
+    return value
+
+
+# --- contests -------------------------------------------------------------------------------------
+
+
+@dataclass
+class HorizonState:
+    """What the next contests depend on.
+
+    Attributes:
+        rule: the horizon, and what contests said so far.
+        next_step: optimizer step of the next contest.
+        generator: of the nominal batches of contests.
+    """
+
+    rule: HorizonRule
+    next_step: int
+    generator: torch.Generator
+
+    @classmethod
+    def begin(cls, settings: AutoHorizon, seed: int) -> HorizonState:
+        """The state of a run that begins: moments are empty, so the first contest comes later."""
+        return cls(HorizonRule(settings), settings.gap, torch.Generator().manual_seed(seed))
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "rule": state_of(self.rule),
+            "generator": self.generator.get_state(),
+            "next_step": self.next_step,
+        }
+
+    def load(self, plain: Mapping[str, Any]) -> None:
+        """Go on from `plain`."""
+        restore(self.rule, plain["rule"])
+        self.generator.set_state(plain["generator"])
+        self.next_step = plain["next_step"]
 
 
 class HorizonControl:
     """Decides the horizon of each look-ahead from contests every so many steps.
 
-    Both policies of a contest start from the live state and meet the same pools to come, which are
-    peeked at and trained on later. The live model never moves.
-
     Args:
-        settings: of the control.
+        state: what it decides from; is written to.
         policy: how examples are chosen.
         optimizer: read for its state and the updates to come.
-        seed: of the nominal batches of contests.
     """
 
-    def __init__(
-        self, settings: AutoHorizon, policy: Policy, optimizer: OptimizerReader, seed: int
-    ) -> None:
-        self._settings, self._policy, self._optimizer = settings, policy, optimizer
-        self._rule = HorizonRule(settings)
-        self._generator = torch.Generator().manual_seed(seed)
-        self._next = settings.gap  # optimizer step of the next contest; moments are empty at first
+    def __init__(self, state: HorizonState, policy: Policy, optimizer: OptimizerReader) -> None:
+        self.state, self._policy, self._optimizer = state, policy, optimizer
 
     @property
     def largest(self) -> int:
         """Updates whose pools are peeked at, at the most."""
-        longest = self._settings.largest
+        longest = self.state.rule.settings.largest
         return self._num_steps(longest) + longest
 
     def at(self, step: int) -> int:
         """The present horizon."""
         del step
-        return self._rule.horizon
+        return self.state.rule.horizon
 
     def is_due(self, step: int) -> bool:
         """Whether a contest is to be held now."""
-        return step >= self._next and len(self._settings.ladder) > 1
+        return step >= self.state.next_step and len(self.state.rule.settings.ladder) > 1
 
     def num_updates(self) -> int:
         """Updates whose pools the next contest needs."""
-        longer = max(self._rule.rival(), self._rule.horizon)
+        longer = max(self.state.rule.rival(), self.state.rule.horizon)
         return self._num_steps(longer) + longer
 
     def contest(self, step: int, pools: Sequence[Batch], target: Batch) -> Decision | None:
@@ -63,53 +171,54 @@ class HorizonControl:
 
         Args:
             step: optimizer updates made.
-            pools: the pools to come, the present one first.
+            pools: the next pools, the present one first.
             target: batch whose mean loss is the target, as it is scored.
         """
-        num_updates = self.num_updates()
+        rule, num_updates = self.state.rule, self.num_updates()
         if len(pools) < num_updates * self._policy.pools_per_update:
-            self._next = step + self._rule.gap  # near the end of the stream
+            self.state.next_step = step + rule.gap  # near the end of the stream
             return None
-        present, rival = self._rule.horizon, self._rule.rival()
+        present, rival = rule.horizon, rule.rival()
         longer = max(present, rival)
         updates, state = self._optimizer.updates(num_updates), self._optimizer.state()
-        outlook = Outlook(updates, state, pools, target)
+        upcoming = Upcoming(updates, state, pools, target)
         losses, seconds = {}, {}
         for horizon in sorted((present, rival)):
-            losses[horizon], seconds[horizon] = self._loss(
-                horizon, outlook, self._num_steps(longer)
-            )
-        measures = self._trust(longer, outlook)  # two horizons differ: the longer is above 0
-        decision = self._rule.decide(rival, losses, seconds, measures)
-        self._next = step + self._rule.gap
+            num_steps = self._num_steps(longer)
+            losses[horizon], seconds[horizon] = self.loss_after(horizon, upcoming, num_steps)
+        measures = self.trust(longer, upcoming)  # two horizons differ: the longer is above 0
+        decision = rule.decide(rival, losses, seconds, measures)
+        self.state.next_step = step + rule.gap
         return decision
 
     def _num_steps(self, longer: int) -> int:
-        return max(self._settings.contest_steps, longer)
+        return max(self.state.rule.settings.contest_steps, longer)
 
-    def _loss(self, horizon: int, outlook: Outlook, num_steps: int) -> tuple[float, float]:
+    def loss_after(self, horizon: int, upcoming: Upcoming, num_steps: int) -> tuple[float, float]:
         """Target loss after a policy's steps, infinite where they diverge; seconds of a step."""
+        generator = self.state.generator
         try:
-            end, seconds = self._policy.roll(horizon, outlook, self._generator, num_steps)
-            losses = self._policy.derivatives.losses(end.params, outlook.target)
+            end, seconds = self._policy.rollout(horizon, upcoming, generator, num_steps)
+            losses = self._policy.derivatives.losses(end.params, upcoming.target)
         except FloatingPointError:
             return math.inf, math.nan
         return losses.mean().item(), seconds
 
-    def _trust(self, horizon: int, outlook: Outlook) -> Mapping[str, float]:
+    def trust(self, horizon: int, upcoming: Upcoming) -> Mapping[str, float]:
         """First and second order of the whole selection over a window of `horizon` updates.
 
         With several pools to an update, the window is made from the first of each.
         """
-        policy, (updates, state, pools, target) = self._policy, outlook
+        policy, (updates, state, pools, target) = self._policy, upcoming
+        generator = self.state.generator
         window = pools[: horizon * policy.pools_per_update : policy.pools_per_update]
         try:
-            ahead = policy.look_ahead(horizon, outlook, self._generator, num_sensitivities=horizon)
+            ahead = policy.look_ahead(horizon, upcoming, generator, num_sensitivities=horizon)
             selected = [
                 policy.positions(gamma, state, pool)
                 for gamma, pool in zip(ahead.sensitivities, window, strict=True)
             ]
-            order = random_order(self._generator)
+            order = random_order(generator)
             nominal = [
                 order(index, state, pool)[: num_kept(policy.keep, num_examples(pool))]
                 for index, pool in enumerate(window)
@@ -126,17 +235,3 @@ class HorizonControl:
             "relative_error": found.relative_error[-1],
             "trust_ratio": found.trust_ratio[-1],
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that later decisions depend on."""
-        return {
-            "rule": self._rule.state_dict(),
-            "generator": self._generator.get_state(),
-            "next": self._next,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self._rule.load_state_dict(state["rule"])
-        self._generator.set_state(state["generator"])
-        self._next = state["next"]

@@ -16,13 +16,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from selectflow.control.rules import AutoRate, Decision, RateRule
+from selectflow.control.rules import Decision, RateRule, restore, state_of
 from selectflow.core.batches import Batch, MicroBatches
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.optim import State, Update
 from selectflow.core.params import Params
+from selectflow.core.storage import plain_update, restored_update
 from selectflow.core.torch_optim import OptimizerReader
-from selectflow.core.update_state import plain_update, restored_update
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _FAITHFUL = 0.05
 
 
 @dataclass
-class _Window:
+class Window:
     """Steps that were really trained, as a replay needs them.
 
     A window that is due is weighed at its end. The others fill the gap between two such: they are
@@ -65,6 +65,73 @@ class _Window:
         )
         return last > first
 
+    def plain(self) -> dict[str, Any]:
+        """As plain values, tensors and batches."""
+        return {
+            "first_step": self.first_step,
+            "start": [dict(part) for part in self.start],
+            "target": self.target,
+            "start_loss": self.start_loss,
+            "lowest": self.lowest,
+            "is_due": self.is_due,
+            "updates": [plain_update(update) for update in self.updates],
+            "batches": [list(parts) for parts in self.batches],
+        }
+
+    @classmethod
+    def restored(cls, plain: Mapping[str, Any], params: Params) -> Window:
+        """The window that `plain` saved, on the devices of `params`."""
+        start = (
+            Params((name, tensor.to(params[name])) for name, tensor in part.items())
+            for part in plain["start"]
+        )
+        return cls(
+            plain["first_step"],
+            State(*start),
+            plain["target"],
+            plain["start_loss"],
+            plain["lowest"],
+            plain["is_due"],
+            [restored_update(update) for update in plain["updates"]],
+            [list(parts) for parts in plain["batches"]],
+        )
+
+
+@dataclass
+class RateState:
+    """What the next decisions on the rate depend on.
+
+    Attributes:
+        rule: the multiplier, and what windows said so far.
+        window: the open one.
+        next_step: optimizer step at which the next window that is due opens.
+        last_step: that was judged.
+        is_faithful: whether replays repeat the real training; None: not known yet.
+    """
+
+    rule: RateRule
+    window: Window | None = None
+    next_step: int = 0
+    last_step: int = -1
+    is_faithful: bool | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values and tensors."""
+        return {
+            "rule": state_of(self.rule),
+            "window": self.window and self.window.plain(),
+            "next_step": self.next_step,
+            "last_step": self.last_step,
+            "is_faithful": self.is_faithful,
+        }
+
+    def load(self, plain: Mapping[str, Any], params: Params) -> None:
+        """Go on from `plain`, on the devices of `params`."""
+        restore(self.rule, plain["rule"])
+        self.window = plain["window"] and Window.restored(plain["window"], params)
+        self.next_step, self.last_step = plain["next_step"], plain["last_step"]
+        self.is_faithful = plain["is_faithful"]
+
 
 class RateControl:
     """Multiplies the learning rate of the user's schedule by what replays of training favour.
@@ -76,7 +143,7 @@ class RateControl:
     of its start, or of a replay, are written in place.
 
     Args:
-        settings: of the control.
+        state: what it decides from; is written to.
         optimizer: read, and written to when a window is replaced.
         derivatives: of the training loss.
         next_target: gives the batch whose mean loss a window is judged by.
@@ -85,20 +152,15 @@ class RateControl:
 
     def __init__(
         self,
-        settings: AutoRate,
+        state: RateState,
         optimizer: OptimizerReader,
         derivatives: Derivatives,
         next_target: Callable[[], Batch],
         pools_per_update: int,
     ) -> None:
-        self._settings, self._optimizer, self._derivatives = settings, optimizer, derivatives
+        self.state, self._optimizer, self._derivatives = state, optimizer, derivatives
         self._next_target, self._pools_per_update = next_target, pools_per_update
-        self._rule = RateRule(settings)
-        self._multiplier = _StepMultiplier(optimizer.optimizer)
-        self._window: _Window | None = None
-        self._next = 0  # optimizer step at which the next window that is due opens
-        self._last_step = -1
-        self._faithful: bool | None = None  # whether replays repeat the real training
+        self._hooks = _StepMultiplier(optimizer)  # removed with this control
 
     def before(self, step: int) -> tuple[Decision | None, bool]:
         """Close the window that ends here, open one that begins here.
@@ -111,42 +173,42 @@ class RateControl:
         Returns:
             What was decided, if anything, and whether parameters and moments were replaced.
         """
-        if step == self._last_step:  # a further batch of the same step
+        if step == self.state.last_step:  # a further batch of the same step
             return None, False
-        self._last_step, window = step, self._window
+        self.state.last_step, window = step, self.state.window
         decision, replaced = None, False
         if window is not None and not self._belongs(window, step):
-            self._window = window = None
+            self.state.window = window = None
         if window is not None and self._is_over(window, step):
             decision, replaced = self._end(window, step)
-        if self._window is None:
+        if self.state.window is None:
             self._open(step, self._next_target())
-        assert self._window is not None
-        self._window.updates += self._optimizer.updates(1)
-        self._window.batches.append([])
+        assert self.state.window is not None
+        self.state.window.updates += self._optimizer.updates(1)
+        self.state.window.batches.append([])
         return decision, replaced
 
     def trained_on(self, batch: Batch) -> None:
         """Note a batch that was selected for the present step."""
-        if self._window is not None:
-            parts = self._window.batches[-1]
+        if self.state.window is not None:
+            parts = self.state.window.batches[-1]
             if len(parts) == self._pools_per_update:  # not what is trained on: nothing to replay
-                self._window = None
+                self.state.window = None
             else:
                 parts.append(batch)
 
-    def _belongs(self, window: _Window, step: int) -> bool:
+    def _belongs(self, window: Window, step: int) -> bool:
         """Whether each step since the window began was selected for, with the same parameters."""
         names = self._optimizer.params().keys()
         return step - window.first_step == len(window.updates) and (
             window.start.params.keys() == names  # none was frozen since, or trained again
         )
 
-    def _is_over(self, window: _Window, step: int) -> bool:
-        is_full = len(window.updates) == self._settings.window
-        return is_full or (not window.is_due and step >= self._next)
+    def _is_over(self, window: Window, step: int) -> bool:
+        is_full = len(window.updates) == self.state.rule.settings.window
+        return is_full or (not window.is_due and step >= self.state.next_step)
 
-    def _end(self, window: _Window, step: int) -> tuple[Decision | None, bool]:
+    def _end(self, window: Window, step: int) -> tuple[Decision | None, bool]:
         """Judge a window that is due, or in which the target loss rose; else only look at it."""
         decision, replaced = None, False
         try:
@@ -154,12 +216,12 @@ class RateControl:
         except FloatingPointError:  # diverged: risen as far as can be
             loss = math.inf
         lowest = min(window.lowest, loss)
-        if window.is_due or self._rule.has_risen(window.lowest, loss):
+        if window.is_due or self.state.rule.has_risen(window.lowest, loss):
             decision, replaced, loss = self._judge(window, loss)
             lowest = loss
-            self._next = step + self._rule.gap
-        self._window = None
-        if step < self._next:
+            self.state.next_step = step + self.state.rule.gap
+        self.state.window = None
+        if step < self.state.next_step:
             self._open(step, window.target, loss, lowest)
         return decision, replaced
 
@@ -170,10 +232,10 @@ class RateControl:
         state = self._optimizer.state()
         start = State(*(part.map(lambda x: x.clone()) for part in state))
         loss = self._loss(state, target) if loss is None else loss
-        is_due = step >= self._next
-        self._window = _Window(step, start, target, loss, min(loss, lowest), is_due)
+        is_due = step >= self.state.next_step
+        self.state.window = Window(step, start, target, loss, min(loss, lowest), is_due)
 
-    def _judge(self, window: _Window, end_loss: float) -> tuple[Decision, bool, float]:
+    def _judge(self, window: Window, end_loss: float) -> tuple[Decision, bool, float]:
         """What the rule decides, whether the window is replaced, and the loss it now ends at."""
         best, best_loss = window.start, window.start_loss  # what may be taken over
 
@@ -188,22 +250,23 @@ class RateControl:
                 best, best_loss = end, loss
             return loss
 
-        if self._faithful is None and end_loss < math.inf:  # what diverged can tell nothing
-            self._faithful = self._check(window, self._optimizer.state())
-        is_faithful = self._faithful is not False
-        decision, replace = self._rule.decide(
+        # what diverged can tell nothing
+        if self.state.is_faithful is None and end_loss < math.inf:
+            self.state.is_faithful = self._check(window, self._optimizer.state())
+        is_faithful = self.state.is_faithful is not False
+        decision, replace = self.state.rule.decide(
             window.lowest,
             end_loss if is_faithful else replay(1.0),
             replay,
             rising=window.rises,
             replaceable=is_faithful,
         )
-        self._set(decision.after)
+        self._optimizer.lr_multiplier = decision.after
         if replace:
             self._optimizer.write(best)
         return decision, replace, best_loss if replace else end_loss
 
-    def _check(self, window: _Window, end: State) -> bool:
+    def _check(self, window: Window, end: State) -> bool:
         """Whether a replay of the first window repeats it."""
         apart = (window.replay(self._derivatives, 1.0).params - end.params).norm()
         way = (end.params - window.start.params).norm()
@@ -219,39 +282,12 @@ class RateControl:
     def _loss(self, state: State, target: Batch) -> float:
         return self._derivatives.losses(state.params, target).mean().item()
 
-    def _set(self, multiplier: float) -> None:
-        self._multiplier.value = self._optimizer.lr_multiplier = multiplier
-
-    @property
-    def multiplier(self) -> float:
-        """The present multiplier of every learning rate."""
-        return self._multiplier.value
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that later decisions depend on, the open window among it."""
-        return {
-            "rule": self._rule.state_dict(),
-            "next": self._next,
-            "last_step": self._last_step,
-            "faithful": self._faithful,
-            "window": self._window and _plain_window(self._window),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self._rule.load_state_dict(state["rule"])
-        self._next, self._last_step = state["next"], state["last_step"]
-        self._faithful = state["faithful"]
-        params = self._optimizer.params()
-        self._window = state["window"] and _restored_window(state["window"], params)
-        self._set(self._rule.multiplier)
-
 
 class _StepMultiplier:
     """Multiplies the learning rates of an optimizer for the time of each of its steps."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.value = 1.0
+    def __init__(self, optimizer: OptimizerReader) -> None:
+        self._reader = optimizer
         self._rates: list[Any] = []
         me = weakref.ref(self)  # once its control is gone, the optimizer is as it was
 
@@ -259,54 +295,25 @@ class _StepMultiplier:
             if (found := me()) is not None:
                 found._scale(optimizer)
 
-        def restore(optimizer: Optimizer, *_: Any) -> None:
+        def put_back(optimizer: Optimizer, *_: Any) -> None:
             if (found := me()) is not None:
                 found._restore(optimizer)
 
         hooks = (
-            optimizer.register_step_pre_hook(scale),
-            optimizer.register_step_post_hook(restore),
+            optimizer.optimizer.register_step_pre_hook(scale),
+            optimizer.optimizer.register_step_post_hook(put_back),
         )
         for hook in hooks:
             weakref.finalize(self, hook.remove)
 
     def _scale(self, optimizer: Optimizer) -> None:
         self._restore(optimizer)  # after a step that raised
-        if self.value != 1.0:
+        if self._reader.lr_multiplier != 1.0:
             self._rates = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * self.value
+                group["lr"] = group["lr"] * self._reader.lr_multiplier
 
     def _restore(self, optimizer: Optimizer) -> None:
         for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
             group["lr"] = rate
         self._rates = []
-
-
-def _plain_window(window: _Window) -> dict[str, Any]:
-    return {
-        "first_step": window.first_step,
-        "start": [dict(part) for part in window.start],
-        "target": window.target,
-        "start_loss": window.start_loss,
-        "lowest": window.lowest,
-        "is_due": window.is_due,
-        "updates": [plain_update(update) for update in window.updates],
-        "batches": [list(parts) for parts in window.batches],
-    }
-
-
-def _restored_window(plain: Mapping[str, Any], params: Params) -> _Window:
-    def part(saved: Mapping[str, Any]) -> Params:
-        return Params((name, tensor.to(params[name])) for name, tensor in saved.items())
-
-    return _Window(
-        plain["first_step"],
-        State(*map(part, plain["start"])),
-        plain["target"],
-        plain["start_loss"],
-        plain["lowest"],
-        plain["is_due"],
-        [restored_update(update) for update in plain["updates"]],
-        [list(parts) for parts in plain["batches"]],
-    )

@@ -38,7 +38,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 _PATIENCE_TO_LOWER = 2  # windows at most before the rate is lowered
@@ -78,6 +78,16 @@ class Decision:
         return f"step {self.step}: {self.what} {change}: {self.reason}"
 
 
+def state_of(rule: RateRule | HorizonRule) -> dict[str, Any]:
+    """All that later decisions of a rule depend on, as plain values."""
+    return copy.deepcopy({name: value for name, value in vars(rule).items() if name != "settings"})
+
+
+def restore(rule: RateRule | HorizonRule, state: Mapping[str, Any]) -> None:
+    """Let a rule go on from `state_of`."""
+    vars(rule).update(copy.deepcopy(dict(state)))
+
+
 # --- the learning rate ----------------------------------------------------------------------
 
 
@@ -113,18 +123,32 @@ class AutoRate:
             )
 
 
+@dataclass
 class RateRule:
-    """The learning-rate multiplier, from windows of training and their replays."""
+    """The learning-rate multiplier, from windows of training and their replays.
 
-    def __init__(self, settings: AutoRate) -> None:
-        self.settings = settings
-        self.multiplier = 1.0
-        self.gap = settings.window  # steps to the next window
-        self._sums = [0.0, 0.0, 0.0]  # P, G and U
-        self._num = 0
-        self._patience = 1  # windows before a raise
-        self._direction = 0  # of the last change
-        self._is_first = True
+    Attributes:
+        settings: of the control; all else is state.
+        multiplier: of the user's learning rate.
+        gap: optimizer steps to the next window.
+        sums: P, G and U.
+        num: windows since the last change.
+        patience: windows before a raise.
+        direction: of the last change: 1, -1, or 0 before the first.
+        is_first: whether no window was judged yet.
+    """
+
+    settings: AutoRate
+    multiplier: float = 1.0
+    gap: int = field(init=False)
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    num: int = 0
+    patience: int = 1
+    direction: int = 0
+    is_first: bool = True
+
+    def __post_init__(self) -> None:
+        self.gap = self.settings.window
 
     def decide(
         self,
@@ -157,13 +181,13 @@ class RateRule:
                 losses[factor] = replay(factor) if allowed else math.inf
             return losses[factor]
 
-        if self._is_first:
+        if self.is_first:
             factor, redo, reason = self._search(at)
         elif self.has_risen(start, end):
             factor, redo, reason = self._take_back(start, end, at)
         else:
             factor, redo, reason = self._weigh(start, end, at)
-        self._is_first = False
+        self.is_first = False
         before, self.multiplier = self.multiplier, self.multiplier * factor
         self._note(factor)
         named = {f"loss_at_{factor:g}": loss for factor, loss in losses.items()}
@@ -208,14 +232,14 @@ class RateRule:
     ) -> tuple[float, bool, str]:
         slower, faster = (self._gain(end, at(factor)) for factor in (0.5, 2.0))
         gains = (self._gain(start, end), slower, faster)
-        self._sums = [total / 2 + gain for total, gain in zip(self._sums, gains, strict=True)]
-        self._num += 1
-        progress, slower, faster = self._sums
+        self.sums = [total / 2 + gain for total, gain in zip(self.sums, gains, strict=True)]
+        self.num += 1
+        progress, slower, faster = self.sums
         numbers = f"progress {progress:.3g}, at half {slower:+.3g}, at twice {faster:+.3g}"
-        if self._num >= min(self._patience, _PATIENCE_TO_LOWER) and slower > max(progress, 0.0):
+        if self.num >= min(self.patience, _PATIENCE_TO_LOWER) and slower > max(progress, 0.0):
             return 0.5, False, f"{numbers}: half the rate gains more than training did"
-        if self._num < self._patience:
-            return 1.0, False, f"{numbers}: {self._patience - self._num} more windows to see"
+        if self.num < self.patience:
+            return 1.0, False, f"{numbers}: {self.patience - self.num} more windows to see"
         if faster > max(slower, _NOTICEABLE * abs(end)) and progress + faster > 0:
             return 2.0, False, f"{numbers}: twice the rate gains"
         if min(faster, -2 * slower) > _PROPORTIONAL * progress > 0:
@@ -238,18 +262,10 @@ class RateRule:
             self.gap = min(max(1, 2 * self.gap), self.settings.longest_gap)
             return
         direction = 1 if factor > 1 else -1
-        if direction < self._direction:  # the last raise, or the rate at first, was too high
-            self._patience = min(2 * self._patience, 16)
-        self._direction, self._num, self._sums = direction, 0, [0.0, 0.0, 0.0]
+        if direction < self.direction:  # the last raise, or the rate at first, was too high
+            self.patience = min(2 * self.patience, 16)
+        self.direction, self.num, self.sums = direction, 0, [0.0, 0.0, 0.0]
         self.gap = 0  # the next window says whether the change was right
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that later decisions depend on."""
-        return copy.deepcopy({k: value for k, value in vars(self).items() if k != "settings"})
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        vars(self).update(copy.deepcopy(dict(state)))
 
 
 # --- the horizon ----------------------------------------------------------------------------
@@ -293,21 +309,33 @@ class AutoHorizon:
         return tuple(step for step in steps if step <= self.largest)
 
 
+@dataclass
 class HorizonRule:
-    """The horizon, from contests between neighbours on the ladder."""
+    """The horizon, from contests between neighbours on the ladder.
 
-    def __init__(self, settings: AutoHorizon) -> None:
-        self.settings = settings
-        self.horizon = min(1, settings.largest)
-        self.gap = settings.gap
-        self._upward = False  # whether the next contest is with the longer neighbour
-        self._leads: dict[str, list[float]] = {}  # "shorter-longer": relative leads of the longer
+    Attributes:
+        settings: of the control; all else is state.
+        horizon: H.
+        gap: optimizer steps to the next contest.
+        upward: whether the next contest is with the longer neighbour.
+        leads: relative leads of the longer horizon in contests, by "shorter-longer".
+    """
+
+    settings: AutoHorizon
+    horizon: int = field(init=False)
+    gap: int = field(init=False)
+    upward: bool = False
+    leads: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.horizon = min(1, self.settings.largest)
+        self.gap = self.settings.gap
 
     def rival(self) -> int:
         """The horizon that competes with the present one next."""
         ladder = self.settings.ladder
         place = ladder.index(self.horizon)
-        upward = self._upward
+        upward = self.upward
         if place == 0 or place == len(ladder) - 1:
             upward = place == 0
         return ladder[min(place + 1, len(ladder) - 1)] if upward else ladder[place - 1]
@@ -331,7 +359,7 @@ class HorizonRule:
         before, mine = self.horizon, self.horizon
         shorter, longer = sorted((mine, rival))
         lead = self._lead(losses[shorter], losses[longer])
-        leads = self._leads.setdefault(f"{shorter}-{longer}", [])
+        leads = self.leads.setdefault(f"{shorter}-{longer}", [])
         leads.append(lead)
         del leads[:-8]  # the state of training moves on
         ratio, off = trust.get("trust_ratio", math.nan), trust.get("relative_error", math.inf)
@@ -358,7 +386,7 @@ class HorizonRule:
             reason = f"{numbers}: not decided"
         else:
             self.horizon, reason = shorter, f"{numbers}: buys nothing"
-        self._upward = not self._upward
+        self.upward = not self.upward
         if self.horizon != before:
             self.gap = self.settings.gap
         elif decided:
@@ -374,14 +402,6 @@ class HorizonRule:
             return float(longer < shorter) - float(shorter < longer)
         scale = max(abs(shorter), abs(longer))
         return (shorter - longer) / scale if scale > 0 else 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that later decisions depend on."""
-        return copy.deepcopy({k: value for k, value in vars(self).items() if k != "settings"})
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        vars(self).update(copy.deepcopy(dict(state)))
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import cycle, islice
 from typing import Any
@@ -152,7 +153,7 @@ def describe(batch: Batch, index: Tensor) -> str:
 
 
 class Cycle:
-    """The target's batches, again and again, with a position that can be restored.
+    """The target's batches, again and again, by position.
 
     Args:
         batches: any iterable; one that ends for good, such as a generator, is kept as a list.
@@ -177,30 +178,51 @@ class Cycle:
             batches = list(batches)
         self._batches = batches
         self._iterator: Iterator[Batch] = iter(())
-        self._skipped = 0  # batches of the next round that an earlier process handed out
-        self.position = 0  # batches handed out of the present round
+        self._at = -1  # where the iterator is; -1: it was not opened
 
-    def next(self) -> Batch:
-        """The next batch; after the last, the first again.
+    def draw(self, position: int) -> tuple[Batch, int]:
+        """The batch at a position of a round, and the next position; after the last, the first.
 
         Raises:
             ValueError: there is none.
         """
+        if position != self._at:
+            self._iterator = islice(iter(self._batches), position, None)
         for batch in islice(self._iterator, 1):
-            self.position += 1
-            return batch
-        self._iterator = islice(iter(self._batches), self._skipped, None)
-        self.position, self._skipped = self._skipped, 0
-        for batch in islice(self._iterator, 1):
-            self.position += 1
-            return batch
-        if self.position:  # the earlier process had come to the end of the round
-            return self.next()
+            self._at = position + 1
+            return batch, self._at
+        if position:
+            return self.draw(0)
         raise ValueError("target must yield at least one batch, got none; pass a list of batches")
 
-    def seek(self, position: int) -> None:
-        """Go to where `position` batches of a round have been handed out, at the next batch."""
-        self._iterator, self._skipped, self.position = iter(()), position, position
+
+class PeekedPools:
+    """A stream of pools that can be looked ahead in: none is lost, none is used twice.
+
+    Args:
+        pools: the stream; its end is met once.
+        peeked: pools drawn and not handed out yet, in order; is written to.
+    """
+
+    def __init__(self, pools: Iterable[Batch], peeked: deque[Batch]) -> None:
+        self._source, self._peeked = iter(pools), peeked
+
+    def __iter__(self) -> Iterator[Batch]:
+        """All pools, those that were peeked at first."""
+        while self._peeked or self._draw():
+            yield self._peeked.popleft()
+
+    def upcoming(self) -> Iterator[Batch]:
+        """The pools after the one that was handed out last, remembered as they are drawn."""
+        position = 0
+        while position < len(self._peeked) or self._draw():
+            yield self._peeked[position]
+            position += 1
+
+    def _draw(self) -> bool:
+        before = len(self._peeked)
+        self._peeked.extend(islice(self._source, 1))
+        return len(self._peeked) > before
 
 
 def _is_leaf(node: Any) -> bool:

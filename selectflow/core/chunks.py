@@ -28,15 +28,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selectflow.core.batches import Batch, MicroBatches, chunks, num_examples, take, tensors
-from selectflow.core.memory import GIB, num_fitting
 from selectflow.core.params import Params
 from selectflow.core.passes import Objective
 
 ChunkSize = int | Literal["auto"] | None
 
+GIB = 2**30
+USUAL_GIB = 1.0  # where no limit is given
+
 # Growth of resident memory over what is counted, over many passes in a row: up to 2.3 as printed by
 # tests/benchmarks/chunk_memory.py. malloc keeps freed blocks. No GPU was measured.
 _HELD_BACK = 3.0
+
+
+def num_fitting(
+    limit_gib: float | None, num_bytes: float, least: int, *, fixed: float = 0.0
+) -> int:
+    """How many pieces of `num_bytes` fit into a limit beside `fixed` bytes.
+
+    With fewer than `least` the caller cannot go on, and says so. Without a limit, None, there is
+    room for `least` in any case: a default must not stop those who train larger models.
+    """
+    if limit_gib is None:
+        return max(least, num_fitting(USUAL_GIB, num_bytes, least, fixed=fixed))
+    return int((limit_gib * GIB - fixed) / num_bytes)
 
 
 class Pass(NamedTuple):

@@ -18,6 +18,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -43,16 +44,42 @@ _NUM_CHECKED = 8  # examples on which the two forms are compared
 _TOLERANCE = 0.05
 
 
+@dataclass
+class Forms:
+    """Which form, "exact" or "central", derivatives have.
+
+    Attributes:
+        decided: the form by use, "losses" and "gradients", from the first use on.
+        unchecked: uses whose next one is to check that the form is right.
+    """
+
+    decided: dict[str, str] = field(default_factory=dict)
+    unchecked: set[str] = field(default_factory=set)
+
+    def recheck(self) -> None:
+        """Let the next use of each form check again that it is right."""
+        self.unchecked = set(self.decided)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"decided": dict(self.decided), "unchecked": sorted(self.unchecked)}
+
+    def load(self, plain: Mapping[str, Any]) -> None:
+        """Go on from `plain`."""
+        self.decided, self.unchecked = dict(plain["decided"]), set(plain["unchecked"])
+
+
 class Derivatives:
     """Directional derivatives of an objective, by one method, a chunk of examples at a time.
 
     Args:
         objective: the per-example losses.
         method: "exact", "central" or "auto": decided at the first use, for losses and gradients
-            apart, and kept in `decided`.
+            apart, and kept in `forms`.
         chunk_size: examples per pass; None: all at once; "auto": as many as a pass of its kind
             takes within `memory_gib`, see `chunking`.
         memory_gib: limit for "auto", in GiB; None: 1, or what one example takes.
+        forms: what was decided before; None: nothing.
     """
 
     def __init__(
@@ -61,28 +88,15 @@ class Derivatives:
         method: Method = "auto",
         chunk_size: ChunkSize = None,
         memory_gib: float | None = None,
+        forms: Forms | None = None,
     ) -> None:
         if method not in ("auto", "exact", "central"):
             raise ValueError(f"derivative must be 'auto', 'exact' or 'central', got {method!r}")
         self.objective = objective
         self._chunks = Chunks(objective, chunk_size, memory_gib)
         self.method = method
-        self.decided: dict[str, str] = {}
-        self._unchecked: set[str] = set()
+        self.forms = forms or Forms()
         self._is_said = False  # that there is no forward mode
-
-    def recheck(self) -> None:
-        """Let the next use of each form check again that it is right."""
-        self._unchecked = set(self.decided)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was decided, and which of it the next use is to check."""
-        return {"decided": dict(self.decided), "unchecked": sorted(self._unchecked)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self.decided = dict(state["decided"])
-        self._unchecked = set(state.get("unchecked", ()))
 
     # --- the quantities -------------------------------------------------------------------
 
@@ -291,24 +305,24 @@ class Derivatives:
         if self.method == "exact":
             self._check_forward_mode(use, params, direction, batch)
             return "exact"
-        if use not in self.decided or use in self._unchecked:
+        if use not in self.forms.decided or use in self.forms.unchecked:
             if has_queries(params, direction):
                 direction = next(split(direction))
             if not direction.norm():  # any form is right: the next use decides
-                return self.decided.get(use, "central")
+                return self.forms.decided.get(use, "central")
             few = next(chunks(batch, _NUM_CHECKED))
             form, why = self._compare(use, params, direction, few)
-            if form != self.decided.get(use):
+            if form != self.forms.decided.get(use):
                 _log.info("derivatives of %s: %s (%s)", use, form, why)
-            self.decided[use] = form
-            self._unchecked.discard(use)
-        return self.decided[use]
+            self.forms.decided[use] = form
+            self.forms.unchecked.discard(use)
+        return self.forms.decided[use]
 
     def _check_forward_mode(
         self, use: str, params: Params, direction: Params, batch: Batch
     ) -> None:
         """Try the exact form on one example, once."""
-        if use in self.decided:
+        if use in self.forms.decided:
             return
         try:
             one = next(self._chunks.of(params, batch, 1))
@@ -320,7 +334,7 @@ class Derivatives:
                 f"a model with derivative 'exact' must have forward mode, got: {_reason(error)}; "
                 "use 'auto' or 'central'"
             ) from error
-        self.decided[use] = "exact"
+        self.forms.decided[use] = "exact"
 
     def _compare(
         self, use: str, params: Params, direction: Params, batch: Batch

@@ -1,53 +1,34 @@
 """The look-ahead: a nominal rollout of H optimizer updates, then the adjoint sweep back.
 
-The rollout simulates updates t .. t+H-1 on nominal batches, from a copy of nothing: states are
-passed through pure functions, so the live model and optimizer never move. The target loss is
-read at its end; the sweep carries its derivative back through every update (`dynamics`) and
-leaves, for each, the sensitivity gamma = d target / d (batch gradient of that update). What an
-example z would do to the target, if it entered the batch of that update, is then
-gamma . grad loss_z. Deng et al. 2026, arXiv 2605.18814, K-step look-ahead.
+The rollout simulates updates t .. t+H-1 on nominal batches, parts of the pools to come. States are
+passed through pure functions, so the live model and optimizer never move. The target loss is read
+at its end; the sweep (`sweep`) carries its derivative back and leaves, for each update, the
+sensitivity gamma = d target / d (batch gradient of that update). What an example z would do to the
+target, if it entered the batch of that update, is then gamma . grad loss_z. Deng et al. 2026,
+arXiv 2605.18814, K-step look-ahead.
 
-A sweep needs every state of the rollout. States beyond the memory limit are not kept: the
-rollout leaves snapshots, and each stretch between two is run again when the sweep reaches it.
+`Policy` chooses examples by it: look ahead, score a pool, keep the best; also in simulation.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from selectflow.core.batches import Batch
+import torch
+from torch import Tensor
+
+from selectflow.core.batches import Batch, MicroBatches, num_examples, num_kept, take, through
 from selectflow.core.derivatives import Curvature, Derivatives
-from selectflow.core.memory import GIB, num_fitting
-from selectflow.core.offload import Fetch, Keep, Offload, in_place, keeping
 from selectflow.core.optim import Adjoint, State, Update
 from selectflow.core.params import Params
+from selectflow.core.storage import Offload, keeping
+from selectflow.core.sweep import Nominal, SweepStep, Window, sweep, sweep_capacity
 
-Nominal = Callable[[int, State], Batch]
-"""The batch of update i of the window (0 is the next), given the state before it."""
-
-
-@dataclass(frozen=True)
-class SweepStep:
-    """What a sweep knows when it has passed one update.
-
-    Attributes:
-        index: of the update.
-        gamma: its sensitivity, d target / d (batch gradient).
-        state: before it.
-        grad: the batch gradient it was made with.
-        after: state after it.
-        adjoint: d target / d `after`.
-    """
-
-    index: int
-    gamma: Params
-    state: State
-    grad: Params
-    after: State
-    adjoint: Adjoint
+NominalChoice = Literal["random", "policy"]
 
 
 @dataclass(frozen=True)
@@ -65,61 +46,9 @@ class LookAhead:
     target_loss: float
     sensitivities: list[Params]
 
-
-@dataclass
-class Window:
-    """The H updates between the present and the point where the target loss is read.
-
-    Args:
-        derivatives: of the training loss.
-        updates: H updates, in order.
-        nominal: the batch of each; asked once, so that a rerun meets the same batch.
-        curvature: the matrix that stands for the Hessian of the batch loss: "exact", "fisher"
-            (empirical Fisher) or "none" (zero).
-        assumed: updates that the sweep takes for the real ones; None: the real ones. Another
-            optimizer here gives the influence of whoever mistakes the one for the other.
-        first: the update at which sweeps end; nothing before it needs the adjoint.
-    """
-
-    derivatives: Derivatives
-    updates: Sequence[Update]
-    nominal: Nominal
-    curvature: Curvature = "exact"
-    assumed: Sequence[Update] | None = None
-    first: int = 0
-    _batches: dict[int, Batch] = field(default_factory=dict)
-
-    def batch(self, index: int, state: State) -> Batch:
-        if index not in self._batches:
-            self._batches[index] = self.nominal(index, state)
-        return self._batches[index]
-
-    def advance(self, index: int, state: State) -> tuple[Params, State]:
-        """Batch gradient of update `index`, and the state after the update."""
-        _, grad = self.derivatives.gradient(state.params, self.batch(index, state))
-        return grad, self.updates[index].advance(state, grad)
-
-    def vjp(
-        self, index: int, adjoint: Adjoint, state: State, after: State, grad: Params
-    ) -> tuple[Params, Adjoint]:
-        """Sensitivity of update `index`, and the adjoint before it; queries may lead both.
-
-        At the first update the adjoint is empty: nothing before it needs one.
-        """
-        update, is_first = (self.assumed or self.updates)[index], index == self.first
-        gamma, before = update.adjoint(adjoint, state, after, grad, carry=not is_first)
-        if self.curvature == "none" or is_first:
-            return gamma, before
-        batch, along = self.batch(index, state), gamma
-        if self.derivatives.method != "exact":
-            # Central differences step by a share of |gamma|: an entry of lr / eps, whose own part
-            # of the product is 0, would leave them no step in all other entries.
-            along = update.masked(gamma, after)
-        product = self.derivatives.hessian_product
-        if self.curvature == "fisher":
-            product = self.derivatives.fisher_product
-        bent = before.params + product(state.params, along, batch)
-        return gamma, before._replace(params=bent)
+    def gamma(self, update: int) -> Params:
+        """Sensitivity of an update of the window; beyond the last one there is, that one."""
+        return self.sensitivities[min(update, len(self.sensitivities) - 1)]
 
 
 def look_ahead(
@@ -144,7 +73,7 @@ def look_ahead(
         names: parameters to restrict the gammas to when they are returned; None: all. Rollout
             and sweep always go through all: gamma . grad loss_z is then exactly the part of the
             influence that example z has through its gradient at these parameters.
-        offload: where the sweep keeps them, see `offload.keeping`.
+        offload: where the sweep keeps them, see `storage.keeping`.
 
     Returns:
         The target loss after H updates and min(H, num_sensitivities) gammas.
@@ -161,11 +90,11 @@ def look_ahead(
         target_loss, grad = window.derivatives.gradient(end.params, target)
         return Adjoint(grad, end.exp_avg.zeros_like(), end.exp_avg_sq.zeros_like())
 
-    def keep(visit: SweepStep) -> None:
-        if visit.index < num_sensitivities:
-            gamma = window.updates[visit.index].masked(visit.gamma, visit.after)
-            _check_finite(gamma, visit.index)
-            gammas[visit.index] = gamma if names is None else gamma.pick(names)
+    def keep(step: SweepStep) -> None:
+        if step.index < num_sensitivities:
+            gamma = window.updates[step.index].masked(step.gamma, step.after)
+            _check_finite(gamma, step.index)
+            gammas[step.index] = gamma if names is None else gamma.pick(names)
 
     horizon = len(window.updates)
     capacity = sweep_capacity(state, horizon, memory_gib)
@@ -205,113 +134,6 @@ def immediate(
     return LookAhead(0, target_loss, [gamma])
 
 
-def sweep(
-    window: Window,
-    state: State,
-    read_end: Callable[[State], Adjoint],
-    emit: Callable[[SweepStep], None],
-    capacity: int,
-    *,
-    start: int = 0,
-    stop: int | None = None,
-    put: Keep = in_place,
-) -> Adjoint:
-    """Roll the window out, then sweep back over it in bounded memory.
-
-    Args:
-        window: H >= 1 updates.
-        state: the state before update `start`.
-        read_end: state after the last -> adjoint there, of one target or, with a leading
-            dimension, of several; called once.
-        emit: called at each update, from the last to the first.
-        capacity: states that may be kept at once beside `state`, as `sweep_capacity` gives it.
-        start: the first update of the stretch to sweep.
-        stop: the update after its last; None: the window's end.
-        put: takes the states away until they are needed.
-
-    Returns:
-        The adjoint before update `start`; empty at the window's `first`.
-    """
-    stop = len(window.updates) if stop is None else stop
-    return _Sweep(window, emit, put).run(start, stop, state, read_end, capacity)
-
-
-@dataclass(frozen=True)
-class _Sweep:
-    window: Window
-    emit: Callable[[SweepStep], None]
-    put: Keep
-
-    def run(
-        self,
-        start: int,
-        stop: int,
-        state: State,
-        read_end: Callable[[State], Adjoint],
-        capacity: int,
-    ) -> Adjoint:
-        """Updates start .. stop-1: returns the adjoint before update `start`."""
-        num = stop - start
-        spacing = 1 if num <= capacity else math.ceil(num / max(2, capacity // 2))
-        points: list[Fetch] = []
-        grads: list[Fetch] = []
-        end = state
-        for index in range(start, stop):
-            if (index - start) % spacing == 0:
-                # the first state is the caller's, who has it in any case
-                points.append(self.put(end) if points else partial(_constant, state))
-            grad, end = self.window.advance(index, end)
-            if spacing == 1:
-                # the last gradient is needed first
-                is_last = index == stop - 1
-                held = State(grad, Params(), Params())
-                grads.append(partial(_constant, held) if is_last else self.put(held))
-        adjoint = read_end(end)
-        if spacing == 1:
-            return self._back(stop, points, grads, end, adjoint)
-        del grad, end
-        while points:
-            before, first = points.pop()(), start + spacing * len(points)
-            last = min(first + spacing, stop)
-            # The deeper run begins its way back with the adjoint known here.
-            known = partial(_constant, adjoint)
-            adjoint = self.run(first, last, before, known, capacity - len(points))
-        return adjoint
-
-    def _back(
-        self, stop: int, points: list[Fetch], grads: list[Fetch], end: State, adjoint: Adjoint
-    ) -> Adjoint:
-        """The sweep itself, over updates whose states are all at hand; uses them up."""
-        for index in reversed(range(stop - len(points), stop)):
-            before, grad = points.pop()(), grads.pop()().params
-            gamma, earlier = self.window.vjp(index, adjoint, before, end, grad)
-            self.emit(SweepStep(index, gamma, before, grad, end, adjoint))
-            end, adjoint = before, earlier
-        return adjoint
-
-
-def _constant(state: State, *_: State) -> State:
-    return state
-
-
-def sweep_capacity(state: State, horizon: int, memory_gib: float | None) -> int:
-    """How many states, each with its gradient, fit into `memory_gib`; None: see `num_fitting`.
-
-    Raises:
-        ValueError: fewer than the repeated halving of `horizon` updates needs.
-    """
-    size = sum(part.num_bytes() for part in state) + state.params.num_bytes()
-    needed = min(horizon, 2 + math.ceil(math.log2(max(horizon, 1))))
-    capacity = num_fitting(memory_gib, size, needed)
-    if capacity < needed:
-        raise ValueError(
-            f"memory_gib must be at least {needed * size / GIB:.3g} for a horizon of {horizon} "
-            f"on this model ({needed} states of {size / GIB:.3g} GiB), got {memory_gib}; raise it "
-            "or shorten the horizon"
-        )
-    return capacity
-
-
 def _check_finite(gamma: Params, index: int) -> None:
     if not math.isfinite(gamma.norm()):
         bad = [name for name, tensor in gamma.items() if not tensor.isfinite().all()]
@@ -319,3 +141,179 @@ def _check_finite(gamma: Params, index: int) -> None:
             f"sensitivities must be finite, got a non-finite value at update {index} of the "
             f"look-ahead in {', '.join(bad) or 'their norm'}; lower the learning rate or horizon"
         )
+
+
+# --- the nominal future ---------------------------------------------------------------------------
+
+Order = Callable[[int, State, Batch], Tensor]
+"""Positions in a pool of update i, given the state before it; the first are trained on."""
+
+
+def nominal_batches(
+    pools: Sequence[Batch], pools_per_update: int, keep: int | float, order: Order
+) -> Nominal:
+    """The batch of each simulated update: the first of each of its pools, in the order given.
+
+    Args:
+        pools: of all updates; the last may have fewer than the others.
+        pools_per_update: pools that make one update.
+        keep: examples kept of each pool, a count or a fraction.
+        order: of the examples of a pool.
+    """
+
+    def batch(index: int, state: State) -> Batch:
+        parts = []
+        for pool in pools[index * pools_per_update : (index + 1) * pools_per_update]:
+            positions = order(index, state, pool)
+            parts.append(take(pool, positions[: num_kept(keep, len(positions))]))
+        return _joined(parts)
+
+    return batch
+
+
+def random_order(generator: torch.Generator) -> Order:
+    """Any part: what keeps estimates of the error truthful."""
+
+    def order(_: int, state: State, pool: Batch) -> Tensor:
+        del state
+        return torch.randperm(num_examples(pool), generator=generator, device="cpu")
+
+    return order
+
+
+def _joined(parts: Sequence[Batch]) -> Batch:
+    """The batch of one update that its pools' parts make."""
+    return parts[0] if len(parts) == 1 else MicroBatches(parts)
+
+
+# --- the policy: look ahead, score, keep ----------------------------------------------------------
+
+
+class Upcoming(NamedTuple):
+    """Where training is, and the updates and data that come next.
+
+    Attributes:
+        updates: the next optimizer updates, in order.
+        state: before the first of them.
+        pools: the next pools, the present one first.
+        target: batch whose mean loss is the target, as it is scored.
+    """
+
+    updates: Sequence[Update]
+    state: State
+    pools: Sequence[Batch]
+    target: Batch
+
+    def after(self, num_updates: int, num_pools: int, state: State) -> Upcoming:
+        """The same at a later state."""
+        return Upcoming(self.updates[num_updates:], state, self.pools[num_pools:], self.target)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How examples are chosen; the options of `Selector` of the same names say more.
+
+    Attributes:
+        derivatives: of the training loss.
+        names: gives the parameters that scores are taken over; None: all.
+        keep: examples kept of each pool.
+        interval: optimizer steps between two look-aheads.
+        curvature: Hessian of the look-ahead.
+        nominal: which part of each pool the look-ahead simulates.
+        pools_per_update: pools that make one optimizer step.
+        score_view: makes of a batch what is scored; None: the batch itself.
+        memory_gib: limit for the states of a look-ahead; None: 1 GiB, or the least that is needed.
+        offload: where those states are kept.
+    """
+
+    derivatives: Derivatives
+    names: Callable[[], tuple[str, ...] | None]
+    keep: int | float
+    interval: int
+    curvature: Curvature
+    nominal: NominalChoice
+    pools_per_update: int
+    score_view: Callable[[Batch], Batch] | None
+    memory_gib: float | None
+    offload: Offload = "none"
+
+    def look_ahead(
+        self,
+        horizon: int,
+        upcoming: Upcoming,
+        generator: torch.Generator,
+        num_sensitivities: int | None = None,
+    ) -> LookAhead:
+        """Sensitivities of the next updates, over as many of H as the pools last for.
+
+        Args:
+            horizon: H, >= 0.
+            upcoming: max(1, H) updates or more.
+            generator: chooses the nominal batches.
+            num_sensitivities: how many at most; None: those until the next look-ahead.
+        """
+        updates, state, pools, target = upcoming
+        names = self.names()
+        if horizon == 0:
+            return immediate(self.derivatives, updates[0], state, target, names)
+        num_updates = min(horizon, math.ceil(len(pools) / self.pools_per_update))
+        order = random_order(generator)
+        if self.nominal == "policy":
+            order = self._immediate_order(updates, target, names)
+        nominal = nominal_batches(pools, self.pools_per_update, self.keep, order)
+        return look_ahead(
+            Window(self.derivatives, updates[:num_updates], nominal, self.curvature),
+            state,
+            target,
+            num_sensitivities=num_sensitivities or self.interval,
+            memory_gib=self.memory_gib,
+            names=names,
+            offload=self.offload,
+        )
+
+    def order(self, gamma: Params, state: State, pool: Batch) -> Tensor:
+        """Positions in a pool, the best first."""
+        seen = through(self.score_view, pool)
+        _, slopes = self.derivatives.directional(state.params, gamma, seen)
+        return slopes.argsort(stable=True)
+
+    def positions(self, gamma: Params, state: State, pool: Batch) -> Tensor:
+        """Positions that are kept of a pool, the best first."""
+        return self.order(gamma, state, pool)[: num_kept(self.keep, num_examples(pool))]
+
+    def _immediate_order(
+        self, updates: Sequence[Update], target: Batch, names: Sequence[str] | None
+    ) -> Order:
+        """What selection at H = 0 would keep at the simulated state."""
+
+        def order(index: int, state: State, pool: Batch) -> Tensor:
+            # A sensitivity of its own for each simulated step: a stale one misleads.
+            present = immediate(self.derivatives, updates[index], state, target, names)
+            return self.order(present.gamma(0), state, pool)
+
+        return order
+
+    def rollout(
+        self, horizon: int, upcoming: Upcoming, generator: torch.Generator, num_steps: int
+    ) -> tuple[State, float]:
+        """Select and train for `num_steps` steps in simulation.
+
+        Args:
+            horizon: H of its look-aheads.
+            upcoming: num_steps + H updates and their pools; is not changed.
+            generator: chooses the nominal batches.
+            num_steps: >= 1.
+
+        Returns:
+            The state after the steps, and the mean seconds of one.
+        """
+        began, per = time.perf_counter(), self.pools_per_update
+        for step in range(num_steps):
+            if step % self.interval == 0:
+                ahead = self.look_ahead(horizon, upcoming, generator)
+            state, gamma = upcoming.state, ahead.gamma(step % self.interval)
+            pools = upcoming.pools[:per]
+            kept = [take(pool, self.positions(gamma, state, pool)) for pool in pools]
+            _, grad = self.derivatives.gradient(state.params, _joined(kept))
+            upcoming = upcoming.after(1, per, upcoming.updates[0].advance(state, grad))
+        return upcoming.state, (time.perf_counter() - began) / num_steps

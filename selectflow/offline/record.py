@@ -23,9 +23,9 @@ from selectflow.core.chunks import ChunkSize
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.optim import Update
 from selectflow.core.passes import LossFn, Objective, check_finite
-from selectflow.core.snapshots import Snapshots, write_whole
+from selectflow.core.storage import plain_update, restored_update, write_whole
 from selectflow.core.torch_optim import OptimizerReader
-from selectflow.core.update_state import plain_update, restored_update
+from selectflow.offline.snapshots import Snapshots
 from selectflow.offline.trajectory import Trajectory
 
 FORMAT = 1  # raise it when replaying would give other states than the version that recorded

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from selectflow.core.batches import Batch, num_examples
 from selectflow.core.derivatives import Curvature
-from selectflow.core.lookahead import SweepStep
 from selectflow.core.optim import Adjoint
 from selectflow.core.params import Params
+from selectflow.core.sweep import SweepStep
 from selectflow.offline.trajectory import Trajectory
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selectflow.core.derivatives import Curvature
-from selectflow.core.lookahead import Window
 from selectflow.core.optim import State, Update
 from selectflow.core.params import Params
+from selectflow.core.sweep import Window
 from selectflow.offline.trajectory import Trajectory
 
 

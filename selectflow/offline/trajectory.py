@@ -15,9 +15,9 @@ import torch
 
 from selectflow.core.batches import Batch
 from selectflow.core.derivatives import Curvature, Derivatives
-from selectflow.core.lookahead import SweepStep, Window, sweep, sweep_capacity
 from selectflow.core.optim import Adjoint, State, Update
-from selectflow.core.snapshots import Snapshots
+from selectflow.core.sweep import SweepStep, Window, sweep, sweep_capacity
+from selectflow.offline.snapshots import Snapshots
 
 # How far a replay may end from the recording, over the way both went since the last snapshot.
 # torch.optim and `dynamics` differ by rounding, which a run in low precision amplifies.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from selectflow.control.horizon import HorizonSchedule
 from selectflow.control.rules import AutoHorizon, AutoRate
-from selectflow.control.schedule import HorizonSchedule
 from selectflow.core.batches import Batch, chunks, describe, num_examples
 from selectflow.core.passes import LossFn
 from selectflow.run.config_schedules import ScheduleConfig

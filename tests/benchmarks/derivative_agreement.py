@@ -63,7 +63,7 @@ def pools(
         if step % every == 0:
             batch = selector.select(pool, islice(stream, horizon))
             (gamma, *_), derivatives = (
-                selector._sensitivities.ahead.sensitivities,
+                selector.state.ahead.sensitivities,
                 selector._derivatives,
             )
             params = selector._optimizer.params()

@@ -2,8 +2,7 @@
 
 The spacing starts small; when the store is full every second snapshot is dropped and the spacing
 doubles. So a run of any length ends with evenly spaced snapshots, and nobody has to know its
-length in advance. On disk a snapshot is one safetensors file, written beside its place and moved
-there when it is complete, and memory-mapped when it is read.
+length in advance.
 """
 
 from __future__ import annotations
@@ -11,12 +10,9 @@ from __future__ import annotations
 import bisect
 from pathlib import Path
 
-from torch import Tensor
-
-from selectflow.core.files import atomic_file
-from selectflow.core.memory import GIB, num_fitting
+from selectflow.core.chunks import GIB, num_fitting
 from selectflow.core.optim import State
-from selectflow.core.params import Params
+from selectflow.core.storage import read_state, write_state
 
 
 class Snapshots:
@@ -119,56 +115,3 @@ class Snapshots:
         self._held.pop(index, None)
         if self.folder is not None:
             self.path(index).unlink()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there complete or not at all.
-
-    Raises:
-        OSError: it could not be written (disk full, no permission); names the file.
-    """
-    try:
-        with atomic_file(path, durable=True) as file:
-            file.write(content)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{path} could not be written ({error.strerror}) and was left out; free space there, "
-            "lower limit_gib or choose another folder",
-        ) from error
-
-
-def write_state(path: Path, state: State) -> None:
-    """Write a state as one safetensors file.
-
-    Raises:
-        OSError: it could not be written; nothing is left of it.
-    """
-    from safetensors.torch import save  # noqa: PLC0415
-
-    tensors: dict[str, Tensor] = {
-        f"{field}/{name}": tensor.detach().contiguous()
-        for field, params in state._asdict().items()
-        for name, tensor in params.items()
-    }
-    write_whole(path, save(tensors))
-
-
-def read_state(path: Path) -> State:
-    """The state in a file of `write_state`, memory-mapped, on the CPU.
-
-    Raises:
-        OSError: the file is missing or not whole.
-    """
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
-
-    parts: dict[str, Params] = {field: Params() for field in State._fields}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                field, name = key.split("/", 1)
-                parts[field][name] = file.get_tensor(key)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise OSError(f"{path} must be a whole snapshot, got: {error}; record again") from error
-    order = list(parts["params"])
-    return State(*(part.pick([name for name in order if name in part]) for part in parts.values()))
