@@ -138,7 +138,29 @@ Directory = Annotated[Path, Field(strict=False)]
 
 
 class SelectOptions(Section):
-    """How examples are chosen: the options of `Selector`, and of `select.*` in a configuration."""
+    """How examples are chosen: the options of `Selector`, and of `select.*` in a configuration.
+
+    *Horizon.* A `HorizonSchedule` or an `AutoHorizon` may stand for the number, and decides at each
+    look-ahead. At the end of a stream the look-ahead is as long as the pools that are left. Longer
+    is not better: no setting was found where H >= 4 selects better than 0 or 1, and on noisy labels
+    H = 8 does worse than a random choice (`tests/benchmarks/long_horizons.py`).
+
+    *Interval.* Steps between two look-aheads use the sensitivities that the last sweep left for
+    them, beyond its horizon the last one. Keep it within the horizon where gradients turn fast: in
+    a mixture of texts, sensitivities older than that kept shuffled code, and trained worse than a
+    random choice. On digits H = 0 at an interval of 4 does as well as at every step.
+
+    *Learning rate.* "auto" or an `AutoRate` multiplies the user's rate, within `optimizer.step()`
+    alone. A few steps that made the target loss rise are taken back, or replaced by their replay at
+    a lower rate, parameters and moments in place.
+
+    *Nominal batches.* Under "policy" training fails at H >= 4 (same benchmark).
+
+    *Parameters.* The look-ahead moves all of them: a score is exactly that part of the influence
+    that an example has through its gradient at the chosen ones. At H = 0 that is cheaper, too.
+
+    *Score view.* As `models.language.token_window`; the look-ahead trains on whole batches.
+    """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from selectflow.control.horizon import Horizon, HorizonControl, HorizonState, as_horizon
 from selectflow.control.rate import RateControl, RateState
 from selectflow.control.rules import AutoHorizon, AutoRate, Decision, RateRule
+from selectflow.control.state import SelectorState
 from selectflow.core.batches import (
     Batch,
     Cycle,
@@ -30,8 +30,8 @@ from selectflow.core.batches import (
 )
 from selectflow.core.chunks import ChunkSize
 from selectflow.core.derivatives import Curvature, Derivatives, Forms, Method
-from selectflow.core.lookahead import LookAhead, NominalChoice, Policy, Upcoming
-from selectflow.core.params import Params, scored_names
+from selectflow.core.lookahead import NominalChoice, Policy, Upcoming
+from selectflow.core.params import scored_names
 from selectflow.core.passes import LossFn, Objective, check_finite
 from selectflow.core.storage import Offload
 from selectflow.core.torch_optim import OptimizerReader
@@ -41,109 +41,6 @@ from selectflow.strategies import STRATEGIES, Candidates, Selection, Strategy
 _RECHECK_EVERY = 100  # look-aheads between two checks that central differences still agree
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class SelectorState:
-    """All that the next selections depend on besides the model, its optimizer and scheduler.
-
-    Attributes:
-        generator: of the selector's own random numbers.
-        forms: which form the derivatives have.
-        horizon: of the horizon control; None: not under control.
-        rate: of the learning-rate control; None: not under control.
-        num_steps: optimizer steps taken.
-        target_position: batches of the target handed out in its present round.
-        ahead: the look-ahead in use; None: the next pool needs one.
-        ahead_step: optimizer step at which it was made.
-        ahead_serves: optimizer steps that it may be used for.
-        num_lookaheads: made so far.
-        peeked: pools drawn from the stream and not handed out yet, in order.
-    """
-
-    generator: torch.Generator
-    forms: Forms
-    horizon: HorizonState | None
-    rate: RateState | None
-    num_steps: int = 0
-    target_position: int = 0
-    ahead: LookAhead | None = None
-    ahead_step: int = 0
-    ahead_serves: int = 0
-    num_lookaheads: int = 0
-    peeked: deque[Batch] = field(default_factory=deque)
-
-    def serves(self, step: int, names: Iterable[str]) -> bool:
-        """Whether the look-ahead in use serves the update after `step`.
-
-        One of other parameters does not: some were frozen since, or trained again.
-        """
-        in_time = 0 <= step - self.ahead_step < self.ahead_serves
-        return self.ahead is not None and in_time and self.ahead.gamma(0).keys() == set(names)
-
-    def plain(self, *, with_peeked: bool = True) -> dict[str, Any]:
-        """As numbers, tensors and batches."""
-        ahead = self.ahead and {
-            "horizon": self.ahead.horizon,
-            "target_loss": self.ahead.target_loss,
-            "sensitivities": [dict(gamma) for gamma in self.ahead.sensitivities],
-        }
-        return {
-            "generator": self.generator.get_state(),
-            "forms": self.forms.plain(),
-            "horizon": self.horizon and self.horizon.plain(),
-            "rate": self.rate and self.rate.plain(),
-            "num_steps": self.num_steps,
-            "target_position": self.target_position,
-            "ahead": ahead,
-            "ahead_step": self.ahead_step,
-            "ahead_serves": self.ahead_serves,
-            "num_lookaheads": self.num_lookaheads,
-            "peeked": list(self.peeked) if with_peeked else [],
-        }
-
-    def load(self, plain: Mapping[str, Any], params: Params, scored: Params) -> None:
-        """Go on from `plain`.
-
-        Args:
-            plain: what `plain` returned.
-            params: the trained parameters, for the devices of what is restored.
-            scored: those that scores are taken over.
-
-        Raises:
-            ValueError: the look-ahead is of other parameters.
-        """
-        ahead = plain["ahead"]
-        self.ahead = ahead and LookAhead(
-            ahead["horizon"],
-            ahead["target_loss"],
-            [_fitting(gamma, scored) for gamma in ahead["sensitivities"]],
-        )
-        self.generator.set_state(plain["generator"])
-        self.forms.load(plain["forms"])
-        if self.horizon is not None:
-            self.horizon.load(plain["horizon"])
-        if self.rate is not None:
-            self.rate.load(plain["rate"], params)
-        for name in ("num_steps", "target_position", "ahead_step", "ahead_serves"):
-            setattr(self, name, plain[name])
-        self.num_lookaheads = plain["num_lookaheads"]
-        self.peeked.clear()
-        self.peeked.extend(plain["peeked"])
-
-
-def _fitting(gamma: Mapping[str, Tensor], params: Params) -> Params:
-    """A saved sensitivity on the devices of `params`."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in gamma.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in params.items()}
-    if shapes != expected:
-        names = shapes | expected
-        differing = sorted(name for name in names if shapes.get(name) != expected.get(name))
-        raise ValueError(
-            f"saved sensitivities must fit the trained parameters, got a difference in "
-            f"{', '.join(differing[:5])}; load the state of the same model"
-        )
-    return Params((name, gamma[name].to(params[name])) for name in params)
 
 
 @dataclass
@@ -176,46 +73,12 @@ class Selector:
         loss_fn: `loss_fn(model, batch)` -> per-example losses, shape (N,), differentiable.
         target: batches of clean examples that define the goal, iterated again and again, one
             for each look-ahead. Any re-iterable: a list, a DataLoader.
-        keep: examples kept of each pool, at least 1; a float in (0, 1] is a fraction of it.
-        horizon: optimizer updates between scoring and reading the target loss, >= 0, or what
-            decides it at each look-ahead, as a `HorizonSchedule`. "auto" or an `AutoHorizon`: the
-            controller decides, from contests of horizons and the error proxy. At the end of a
-            stream the look-ahead is as long as the pools that are left. Longer is not better: no
-            setting was found where H >= 4 selects better than 0 or 1, and on noisy labels H = 8
-            does worse than a random choice (`tests/benchmarks/long_horizons.py`).
-        interval: optimizer steps between two look-aheads, >= 1. Steps between use the
-            sensitivities that the last sweep left for them, beyond its horizon the last one. Keep
-            it within the horizon where gradients turn fast: in a mixture of texts, sensitivities
-            older than that kept shuffled code, and trained worse than a random choice. On digits
-            H = 0 at an interval of 4 does as well as at every step.
-        strategy: "uniform", "loss", "influence" or a function of `Candidates`.
-        derivative: "exact" (forward mode), "central" (differences) or "auto".
-        curvature: Hessian of the look-ahead: "exact", "fisher" (empirical Fisher) or "none".
         lr_scheduler: stepped by the user once after every optimizer step; the look-ahead then
             follows the learning rates to come.
         max_grad_norm: what the user clips gradients to, by norm.
         seed: of the selector's own random numbers.
-        lr: "schedule" leaves the learning rate to you. "auto" or an `AutoRate`: the controller
-            multiplies it, whatever your schedule makes of it, within `optimizer.step()` alone; a
-            few steps that made the target loss rise are taken back, or replaced by their replay at
-            a lower rate, parameters and moments in place.
-        nominal: which part of each pool the look-ahead simulates: a "random" one, or what the
-            current "policy" would keep, under which training fails at H >= 4 (same benchmark).
-        params: patterns of the names of the parameters that scores are taken over, as
-            `["transformer.h.*"]` or, to leave some out, `["!*.wte.*"]`; None: all that are trained.
-            The look-ahead still moves all: a score is exactly that part of the influence that an
-            example has through its gradient at these parameters. At H = 0 it is cheaper, too.
-        score_view: makes of a batch of candidates or of the target what is scored in its stead,
-            such as the first tokens of each sequence (`models.language.token_window`); the
-            look-ahead still trains on whole batches. None: the batch itself.
-        pools_per_update: pools that make one optimizer step, where you accumulate the gradients
-            of their kept examples; the look-ahead then does so, too.
-        chunk_size: examples to a pass when scoring and looking ahead; None: all at once; "auto":
-            as many as one pass takes within `memory_gib` of resident memory, of each kind of pass.
-        memory_gib: limit for the states a look-ahead keeps, in GiB; recomputes beyond it. None: 1,
-            or the least that the horizon needs on this model.
-        offload: where it keeps them: "none" on their device, "cpu", or "disk", in the system's
-            folder for temporary files.
+
+    All other arguments are options, which `selectflow.options.SelectOptions` describes.
 
     Raises:
         TypeError: the optimizer or scheduler cannot be modelled.

@@ -22,7 +22,7 @@ from torch import Tensor
 Batch = Any
 """A nesting of tensors whose leading dimension counts examples."""
 
-_KEY_NAMES = ("__key__", "key", "keys", "id", "ids")
+_KEY_NAMES = ("key", "__key__")  # the second is webdataset's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from selectflow.core.batches import Batch, describe, num_examples
+from selectflow.core.wrappers import unwrap, without_input_hooks
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """`loss_fn(model, batch)` -> per-example losses, shape (N,)."""
@@ -84,7 +84,7 @@ class Objective:
         for module in training:
             module.training = False
         try:
-            with torch.random.fork_rng(devices=list(devices)), _unmarked(self.model):
+            with torch.random.fork_rng(devices=list(devices)), without_input_hooks(self.model):
                 yield
         finally:
             for module in training:
@@ -105,31 +105,6 @@ class _Bound(nn.Module):
         return self._loss_fn(self.model, batch)
 
 
-@contextmanager
-def _unmarked(model: nn.Module) -> Iterator[None]:
-    """Without the hooks that let embeddings require gradients, for reentrant checkpointing.
-
-    transformers, peft and TRL set them, under names that begin alike. The training step may need
-    them; `torch.func` does not take them.
-    """
-    found = []
-    for module in model.modules():
-        hooks = module._forward_hooks
-        if any(_marks_inputs(hook) for hook in hooks.values()):
-            found.append((module, hooks))
-            rest = {key: hook for key, hook in hooks.items() if not _marks_inputs(hook)}
-            module._forward_hooks = OrderedDict(rest)
-    try:
-        yield
-    finally:
-        for module, hooks in found:
-            module._forward_hooks = hooks
-
-
-def _marks_inputs(hook: Callable[..., object]) -> bool:
-    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
-
-
 def check_finite(name: str, values: Tensor, batch: Batch) -> None:
     """Raise FloatingPointError, naming the examples, unless `values`, (..., N), are finite."""
     values = values.detach()
@@ -140,14 +115,3 @@ def check_finite(name: str, values: Tensor, batch: Batch) -> None:
             raise FloatingPointError(
                 f"{name} must be finite, got {values[bad][0].item()} for {describe(batch, index)}"
             )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner

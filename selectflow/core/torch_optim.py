@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from selectflow.core.optim import SGD, AdamW, Rule, State, Update
 from selectflow.core.params import Params
+from selectflow.core.wrappers import prepared_from
 
 _RULES: dict[type[Optimizer], type[AdamW | SGD]] = {
     torch.optim.AdamW: AdamW,
@@ -52,8 +53,8 @@ class OptimizerReader:
         lr_scheduler: LRScheduler | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        optimizer = _prepared_from(optimizer, "optimizer")
-        lr_scheduler = _prepared_from(lr_scheduler, "scheduler")
+        optimizer = prepared_from(optimizer, "optimizer")
+        lr_scheduler = prepared_from(lr_scheduler, "scheduler")
         _check_supported(optimizer)
         if isinstance(lr_scheduler, ReduceLROnPlateau):
             raise TypeError(
@@ -213,12 +214,6 @@ def _moment(state: dict[str, Any], key: str, param: Tensor) -> Tensor:
         return torch.zeros_like(param)
     moment: Tensor = value.detach().to_dense()  # SGD's is sparse where its gradients are
     return moment
-
-
-def _prepared_from(wrapper: Any, name: str) -> Any:
-    """What `accelerate.Accelerator.prepare` was given, kept as attribute `name` of what it made."""
-    is_made = type(wrapper).__module__.partition(".")[0] == "accelerate"
-    return getattr(wrapper, name) if is_made else wrapper
 
 
 def _check_supported(optimizer: Optimizer) -> None:

@@ -1,0 +1,121 @@
+"""What the next selections depend on: one described state, as it is saved."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selectflow.control.horizon import HorizonState
+from selectflow.control.rate import RateState
+from selectflow.core.batches import Batch
+from selectflow.core.derivatives import Forms
+from selectflow.core.lookahead import LookAhead
+from selectflow.core.params import Params
+
+
+@dataclass
+class SelectorState:
+    """All that the next selections depend on besides the model, its optimizer and scheduler.
+
+    Attributes:
+        generator: of the selector's own random numbers.
+        forms: which form the derivatives have.
+        horizon: of the horizon control; None: not under control.
+        rate: of the learning-rate control; None: not under control.
+        num_steps: optimizer steps taken.
+        target_position: batches of the target handed out in its present round.
+        ahead: the look-ahead in use; None: the next pool needs one.
+        ahead_step: optimizer step at which it was made.
+        ahead_serves: optimizer steps that it may be used for.
+        num_lookaheads: made so far.
+        peeked: pools drawn from the stream and not handed out yet, in order.
+    """
+
+    generator: torch.Generator
+    forms: Forms
+    horizon: HorizonState | None
+    rate: RateState | None
+    num_steps: int = 0
+    target_position: int = 0
+    ahead: LookAhead | None = None
+    ahead_step: int = 0
+    ahead_serves: int = 0
+    num_lookaheads: int = 0
+    peeked: deque[Batch] = field(default_factory=deque)
+
+    def serves(self, step: int, names: Iterable[str]) -> bool:
+        """Whether the look-ahead in use serves the update after `step`.
+
+        One of other parameters does not: some were frozen since, or trained again.
+        """
+        in_time = 0 <= step - self.ahead_step < self.ahead_serves
+        return self.ahead is not None and in_time and self.ahead.gamma(0).keys() == set(names)
+
+    def plain(self, *, with_peeked: bool = True) -> dict[str, Any]:
+        """As numbers, tensors and batches."""
+        ahead = self.ahead and {
+            "horizon": self.ahead.horizon,
+            "target_loss": self.ahead.target_loss,
+            "sensitivities": [dict(gamma) for gamma in self.ahead.sensitivities],
+        }
+        return {
+            "generator": self.generator.get_state(),
+            "forms": self.forms.plain(),
+            "horizon": self.horizon and self.horizon.plain(),
+            "rate": self.rate and self.rate.plain(),
+            "num_steps": self.num_steps,
+            "target_position": self.target_position,
+            "ahead": ahead,
+            "ahead_step": self.ahead_step,
+            "ahead_serves": self.ahead_serves,
+            "num_lookaheads": self.num_lookaheads,
+            "peeked": list(self.peeked) if with_peeked else [],
+        }
+
+    def load(self, plain: Mapping[str, Any], params: Params, scored: Params) -> None:
+        """Go on from `plain`.
+
+        Args:
+            plain: what `plain` returned.
+            params: the trained parameters, for the devices of what is restored.
+            scored: those that scores are taken over.
+
+        Raises:
+            ValueError: the look-ahead is of other parameters.
+        """
+        ahead = plain["ahead"]
+        self.ahead = ahead and LookAhead(
+            ahead["horizon"],
+            ahead["target_loss"],
+            [_fitting(gamma, scored) for gamma in ahead["sensitivities"]],
+        )
+        self.generator.set_state(plain["generator"])
+        self.forms.load(plain["forms"])
+        if self.horizon is not None:
+            self.horizon.load(plain["horizon"])
+        if self.rate is not None:
+            self.rate.load(plain["rate"], params)
+        for name in ("num_steps", "target_position", "ahead_step", "ahead_serves"):
+            setattr(self, name, plain[name])
+        self.num_lookaheads = plain["num_lookaheads"]
+        self.peeked.clear()
+        self.peeked.extend(plain["peeked"])
+
+
+def _fitting(gamma: Mapping[str, Tensor], params: Params) -> Params:
+    """A saved sensitivity on the devices of `params`."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in gamma.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in params.items()}
+    if shapes != expected:
+        names = shapes | expected
+        differing = sorted(name for name in names if shapes.get(name) != expected.get(name))
+        raise ValueError(
+            f"saved sensitivities must fit the trained parameters, got a difference in "
+            f"{', '.join(differing[:5])}; load the state of the same model"
+        )
+    return Params((name, gamma[name].to(params[name])) for name in params)
