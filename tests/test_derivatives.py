@@ -11,7 +11,8 @@ from torch import nn
 
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.params import Params
-from selectflow.core.passes import Objective, unwrap
+from selectflow.core.passes import Objective
+from selectflow.core.wrappers import uncompiled, unwrap
 
 IDS = [problem.name for problem in PROBLEMS]
 
@@ -349,7 +350,9 @@ def test_losses_of_a_wrong_shape_are_refused(reduction):
 def test_wrappers_are_looked_through():
     model = nn.Linear(2, 2)
     assert unwrap(nn.DataParallel(model)) is model
-    assert unwrap(torch.compile(model)) is model
+    compiled = torch.compile(model)
+    assert unwrap(compiled) is compiled  # scoring passes run compiled
+    assert uncompiled(unwrap(nn.DataParallel(compiled))) is model
 
 
 @pytest.mark.parametrize("method", ["exact", "central"])

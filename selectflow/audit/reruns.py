@@ -185,7 +185,7 @@ def _gradients(objective: Objective, params: Params, batch: Batch, weights: Tens
     """Gradient of each rerun's weighted loss at its own parameters."""
 
     def loss(at: dict[str, Tensor], weight: Tensor) -> Tensor:
-        return (objective.call(at, batch) * weight).sum()
+        return (objective.pure(at, batch) * weight).sum()
 
     with plain_attention():
         return Params(torch.func.vmap(torch.func.grad(loss))(dict(params), weights)).detach()
@@ -194,7 +194,7 @@ def _gradients(objective: Objective, params: Params, batch: Batch, weights: Tens
 @torch.no_grad()
 def _losses(objective: Objective, params: Params, batch: Batch) -> Tensor:
     with plain_attention():
-        found: Tensor = torch.func.vmap(lambda at: objective.call(at, batch))(dict(params))
+        found: Tensor = torch.func.vmap(lambda at: objective.pure(at, batch))(dict(params))
     return found
 
 

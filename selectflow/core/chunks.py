@@ -178,7 +178,7 @@ def _saved_bytes(objective: Objective, params: Params, batch: Batch) -> tuple[in
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = objective.losses(leaves, batch)
+        losses = objective.pure(leaves, batch)
     del losses  # until here no address was used twice
     return sum(saved.values()), max(saved.values(), default=0)
 

@@ -108,7 +108,7 @@ class Derivatives:
         return losses
 
     def _losses(self, params: Params, batch: Batch) -> Tensor:
-        parts = [self.objective.call(params, part) for part in self._chunks.of(params, batch)]
+        parts = [self.objective.losses(params, part) for part in self._chunks.of(params, batch)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def gradient(
@@ -175,21 +175,20 @@ class Derivatives:
     ) -> tuple[Tensor, Params]:
         """Losses, and gradient of their sum as `weigh(losses of a chunk, its start)` weighs it."""
         names = list(params) if names is None else names
-        leaves = [params[name].detach().requires_grad_() for name in names]
-        params = params.detach()  # what is not differentiated in needs no graph
         total, values, start = None, [], 0
         for part in self._chunks.of(params, batch):
-            with torch.enable_grad():
-                at = params | dict(zip(names, leaves, strict=True))
-                losses = self.objective.losses(at, part)
-            weights = weigh(losses.detach(), start)
+
+            def weigh_part(losses: Tensor, start: int = start) -> Tensor:
+                return weigh(losses, start)
+
+            losses, grads = self.objective.gradients(params, part, weigh_part, names)
             # Parameters that the loss does not use have a gradient of zero.
-            grads = torch.autograd.grad(
-                losses, leaves, weights, is_grads_batched=weights.ndim == 2, materialize_grads=True
+            leading = weigh_part(losses).shape[:-1]
+            grad = Params(
+                (name, _in_type_of(params[name], grad, leading)) for name, grad in grads.items()
             )
-            grad = Params(zip(names, grads, strict=True)).map(Tensor.to_dense)
             total = grad if total is None else total + grad
-            values.append(losses.detach())
+            values.append(losses)
             start += len(losses)
         assert total is not None
         return torch.cat(values), total
@@ -239,14 +238,15 @@ class Derivatives:
             def toward(to: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
                 at = dict(params.pick(to))
                 losses, slopes = torch.func.jvp(
-                    lambda p: self.objective.call(params | p, part), (at,), (to,)
+                    lambda p: self.objective.pure(params | p, part), (at,), (to,)
                 )[:2]
                 return losses, slopes
 
             return over_queries(toward, params, direction, (None, 0))
 
+        params = self.objective.apart(params)
         by = Pass("slopes", _num_queries(params, direction), both)
-        with plain_attention():
+        with plain_attention(), self.objective.restored():
             parts = self._chunks.of(params, batch, by=by)
             losses, slopes = zip(*map(both, parts), strict=True)
         return torch.cat(losses), torch.cat(slopes, -1)
@@ -269,7 +269,7 @@ class Derivatives:
 
     def _hessian_exact(self, params: Params, direction: Params, batch: Batch) -> Params:
         def product(part: Batch) -> dict[str, Tensor]:
-            gradient = torch.func.grad(lambda p: self.objective.call(p, part).sum())
+            gradient = torch.func.grad(lambda p: self.objective.pure(p, part).sum())
 
             def bent(to: dict[str, Tensor]) -> dict[str, Tensor]:
                 found: dict[str, Tensor] = torch.func.jvp(gradient, (dict(params),), (to,))[1]
@@ -277,9 +277,10 @@ class Derivatives:
 
             return over_queries(bent, params, direction, 0)
 
+        params = self.objective.apart(params)
         size, total = num_examples(batch), direction.zeros_like()
         by = Pass("products", _num_queries(params, direction), product)
-        with plain_attention():
+        with plain_attention(), self.objective.restored():
             for part in self._chunks.of(params, batch, by=by):
                 total = total.add(Params(product(part)).detach(), 1 / size)
         return total
@@ -380,6 +381,13 @@ class Derivatives:
             return torch.cat([tensor.flatten() for tensor in product.values()])
 
         return losses if use == "losses" else gradients
+
+
+def _in_type_of(param: Tensor, grad: Tensor | None, leading: Sequence[int]) -> Tensor:
+    """A gradient in the type of the values that it is taken at; zeros where there is none."""
+    if grad is None:
+        return param.new_zeros((*leading, *param.shape))
+    return grad.to_dense().to(param.dtype)
 
 
 def _apart(found: Tensor, reference: Tensor) -> float:

@@ -1,96 +1,289 @@
-"""The user's model and loss as a pure function of the trained parameters."""
+"""Passes of the user's module as it is, at given values of its own parameters.
+
+A pass puts the values into the live parameters, runs forward (and backward) through whatever is
+around the module - autocast, compile, checkpointing, fused attention -, and takes them out again.
+The parameters' own storage is never written: for the time of a pass `param.data` points to the
+values, so that what was there before is there afterwards to the bit, whatever happened in between.
+Recomputed activations, closures, tied weights and modules of several names all see the values,
+since the `Parameter` objects stay the same.
+
+`Objective.pure` is the reference form: a pure function of the parameters, by
+`torch.func.functional_call`, for forward-mode derivatives.
+"""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter as preserve_versions
 
 from selectflow.core.batches import Batch, describe, num_examples
-from selectflow.core.wrappers import unwrap, without_input_hooks
+from selectflow.core.params import Params
+from selectflow.core.wrappers import uncompiled, unwrap, without_input_hooks
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """`loss_fn(model, batch)` -> per-example losses, shape (N,)."""
 
+_IN_EVAL = (
+    "while scoring: the model is in eval mode there (dropout off, batch norm on running "
+    "statistics), and loss_fn must work in it as well"
+)
+_REENTRANT = "incompatible with .grad()"  # as reentrant checkpointing says it
+
 
 class Objective:
-    """Per-example losses of a model as a pure function of its trained parameters.
-
-    The model is never written to: parameters are passed in, through `torch.func.functional_call`.
+    """Per-example losses of a model at any values of its parameters.
 
     Args:
-        model: the user's module; a DistributedDataParallel or compiled one is looked through.
+        model: the user's module. DistributedDataParallel and DataParallel are looked through; a
+            compiled module is run compiled.
         loss_fn: `loss_fn(model, batch)` -> losses of shape (N,), differentiable.
+        autocast: low-precision type of the passes, as of the user's own; None: as it is around the
+            selection and in loss_fn.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
-        self.model = unwrap(model)
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn, autocast: torch.dtype | None = None
+    ) -> None:
+        self.module = unwrap(model)  # what a pass runs
+        self.model = uncompiled(self.module)  # has the names of the parameters
+        self._loss_fn, self._autocast = loss_fn, autocast
         self._bound = _Bound(self.model, loss_fn)
-        named = dict(self.model.named_parameters())
-        first = {id(param): name for name, param in named.items()}
-        self._aliases = {
-            name: first[id(param)]
-            for name, param in self.model.named_parameters(remove_duplicate=False)
-            if name not in named
-        }
+        self._live = dict(self.model.named_parameters())
+        self._renormed: set[str] = set()  # parameters that the model writes in forward
+        self._uses_backward = False  # gradients by `backward`, as reentrant checkpointing needs
+        self._is_probed = False  # whether `_renormed` is known
+        self._is_reached = False  # whether `_uses_backward` is known
+        self._snapshot: _Snapshot | None = None
+
+    # --- losses and gradients at given values ----------------------------------------------------
 
     def losses(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """Loss of each example, shape (N,), at the given parameters.
+        """Loss of each example, shape (N,), without a graph, in float32 or more.
+
+        Args:
+            params: values of the trained parameters; those that are not named stay as they are.
+            batch: N examples.
 
         Raises:
             ValueError: loss_fn returned another shape.
-            FloatingPointError: a loss is not finite; names the examples.
         """
-        values = self.call(params, batch)
-        check_finite("losses", values, batch)
-        return values
+        with torch.no_grad(), self._at(params):
+            return _at_least_float32(self._forward(batch))
 
-    def call(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """`losses` without the check of the values, which `torch.func` could not trace."""
+    def gradients(
+        self,
+        params: Mapping[str, Tensor],
+        batch: Batch,
+        weigh: Callable[[Tensor], Tensor],
+        names: Sequence[str],
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Losses, and the gradient of their sum as weighed.
+
+        Args:
+            params: values of the trained parameters.
+            batch: N examples.
+            weigh: losses, shape (N,) -> their weights, shape (N,) or (Q, N) for Q gradients.
+            names: parameters to differentiate in.
+
+        Returns:
+            The losses, detached, and a gradient by name, with a leading dimension Q where the
+            weights have one; None where the losses do not use the parameter.
+        """
+        with torch.inference_mode(False), torch.enable_grad(), self._at(params):
+            values, grads = self._differentiate(batch, weigh, names)
+            if not self._is_reached and None in grads:
+                # Parameters inside a reentrant checkpoint are no inputs of its node: `grad` may
+                # pass it by without a word, where `backward` goes through it.
+                self._uses_backward = True
+                _, through = self._differentiate(batch, weigh, names)
+                self._uses_backward = [g is None for g in through] != [g is None for g in grads]
+                grads = through if self._uses_backward else grads
+            self._is_reached = True
+        return _at_least_float32(values), dict(zip(names, grads, strict=True))
+
+    def pure(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """`losses` as a pure function, which `torch.func` can transform: values are not checked."""
         given = {f"model.{name}": param for name, param in params.items()}
-        tied = {
-            f"model.{alias}": params[name]
-            for alias, name in self._aliases.items()
-            if name in params
-        }
         values = torch.func.functional_call(
-            self._bound, {**given, **tied}, (batch,), tie_weights=False
+            self._bound, given | self._aliases(params), (batch,), tie_weights=False
         )
-        expected = (num_examples(batch),)
-        if not isinstance(values, Tensor) or values.shape != expected:
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
-                f"loss_fn must return one loss per example, shape {expected}, got {got}; "
-                "use reduction='none' and average over everything but the examples (for a causal "
-                "language model: selectflow.models.language.causal_lm_losses)"
-            )
-        return values
+        return _one_per_example(values, batch)
+
+    def apart(self, params: Params) -> Params:
+        """The values, in storage of their own where the model writes its parameters in forward."""
+        written = self._renormed if self._is_probed else params.keys()
+        return Params((k, x.clone() if k in written else x) for k, x in params.items())
+
+    def _aliases(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values for the further names of tied parameters, each place in a module once."""
+        first = {id(param): name for name, param in self.model.named_parameters()}
+        found, places = {}, set()
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            for leaf, param in module._parameters.items():
+                name = f"{path}.{leaf}" if path else leaf
+                is_new = (id(module), leaf) not in places
+                places.add((id(module), leaf))
+                own = first.get(id(param))
+                if is_new and own is not None and own != name and own in params:
+                    found[f"model.{name}"] = params[own]
+        return found
+
+    # --- one pass --------------------------------------------------------------------------------
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """Losses by the user's own function, under the user's own autocast."""
+        torch.clear_autocast_cache()  # of weights at other values
+        with ExitStack() as stack:
+            if self._autocast is not None:
+                device = next(self.model.parameters()).device.type
+                stack.enter_context(torch.autocast(device, self._autocast, cache_enabled=False))
+            try:
+                values = self._loss_fn(self.module, batch)
+            except Exception as error:
+                if self._snapshot is not None and not isinstance(error, torch.OutOfMemoryError):
+                    error.add_note(_IN_EVAL)
+                raise
+        return _one_per_example(values, batch)
+
+    @contextmanager
+    def _at(self, params: Mapping[str, Tensor]) -> Iterator[None]:
+        """The live parameters at the given values; everything is put back afterwards."""
+        live = self._live
+        if not params.keys() <= live.keys():  # layers were added since
+            live = self._live = dict(self.model.named_parameters())
+        values = {
+            name: value.detach()
+            for name, value in params.items()
+            if value.data_ptr() != live[name].data_ptr()
+        }
+        guarded = self._renormed if self._is_probed else live.keys()
+        values |= {name: live[name].detach().clone() for name in guarded if name not in values}
+        homes = [(live[name], live[name].data) for name in values]
+        written = tuple(live[name] for name in guarded)
+        snapshot = self._snapshot or _Snapshot.of(self.model)
+
+        def put_back() -> None:
+            for param, home in homes:
+                param.data = home
+            snapshot.put_back()
+            torch.clear_autocast_cache()
+
+        with preserve_versions(written):
+            before = {name: live[name]._version for name in guarded}
+            try:
+                for name, value in values.items():
+                    live[name].data = value.to(live[name].dtype)
+                yield
+                self._renormed |= {n for n in before if live[n]._version != before[n]}
+                self._is_probed = True
+            finally:
+                try:
+                    put_back()
+                except BaseException:  # a second Ctrl-C
+                    put_back()
+                    raise
+
+    def _differentiate(
+        self, batch: Batch, weigh: Callable[[Tensor], Tensor], names: Sequence[str]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        values = self._forward(batch)
+        check_finite("losses", values, batch)
+        weights = weigh(values.detach()).to(values.dtype)
+        leaves = [self._live[name] for name in names]
+        if not self._uses_backward:
+            batched = weights.ndim == 2
+            try:
+                grads = torch.autograd.grad(
+                    values, leaves, weights, is_grads_batched=batched, allow_unused=True
+                )
+            except RuntimeError as error:
+                if _REENTRANT not in str(error):
+                    raise
+                self._uses_backward = True
+                return self._differentiate(batch, weigh, names)
+            return values.detach(), list(grads)
+        return values.detach(), self._backward(values, leaves, weights)
+
+    def _backward(
+        self, values: Tensor, leaves: Sequence[Tensor], weights: Tensor
+    ) -> list[Tensor | None]:
+        """Gradients by `backward`; those that the user holds, and hooks on them, are untouched."""
+        params = [param for param in self._live.values() if param.requires_grad]
+        grads, hooks = [param.grad for param in params], []
+        for param in params:
+            found = param._post_accumulate_grad_hooks
+            hooks.append(dict(found or {}))
+            if found:
+                found.clear()
+        try:
+            rows = []
+            for row in weights if weights.ndim == 2 else weights[None]:
+                for param in params:
+                    param.grad = None
+                torch.autograd.backward(values, row, retain_graph=True)
+                rows.append([leaf.grad for leaf in leaves])
+        finally:
+            for param, grad, kept in zip(params, grads, hooks, strict=True):
+                param.grad = grad
+                if kept:
+                    param._post_accumulate_grad_hooks.update(kept)
+        if weights.ndim == 1:
+            return rows[0]
+        return [
+            None if all(g is None for g in each) else torch.stack([_dense(g, each) for g in each])
+            for each in zip(*rows, strict=True)
+        ]
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
         """Deterministic losses: dropout off, batch norm on running statistics.
 
-        Modes, hooks and random generators are as before afterwards, also after an exception.
+        Modes, buffers, hooks and random generators are as before afterwards, also after an
+        exception.
         """
         training = [module for module in self.model.modules() if module.training]
+        # cuDNN has no backward pass of recurrent layers in eval mode: training without dropout
+        recurrent = [module for module in training if isinstance(module, nn.RNNBase)]
+        rates = [module.dropout for module in recurrent]
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
         python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-        for module in training:
-            module.training = False
         try:
+            for module in training:
+                module.training = module in recurrent
+            for module in recurrent:
+                module.dropout = 0.0
             with torch.random.fork_rng(devices=list(devices)), without_input_hooks(self.model):
-                yield
+                self._snapshot = _Snapshot.of(self.model)
+                try:
+                    yield
+                finally:
+                    self._snapshot.put_back()
+                    self._snapshot = None
         finally:
             for module in training:
                 module.training = True
+            for module, rate in zip(recurrent, rates, strict=True):
+                module.dropout = rate
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Buffers, attributes and torch's generator as before, where `pure` is transformed."""
+        snapshot = self._snapshot or _Snapshot.of(self.model)
+        try:
+            yield
+        finally:
+            snapshot.put_back()
 
 
 class _Bound(nn.Module):
@@ -103,6 +296,79 @@ class _Bound(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self._loss_fn(self.model, batch)
+
+
+@dataclass
+class _Snapshot:
+    """What a forward pass may write besides parameters, as it was.
+
+    Attributes:
+        buffers: of each module: those there were, and copies of what they held.
+        tensors: of each module: its plain attributes that are tensors.
+        generator: state of torch's generator on the CPU.
+    """
+
+    buffers: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor], dict[str, int]]]
+    tensors: list[tuple[dict[str, Any], dict[str, Tensor]]]
+    generator: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Snapshot:
+        buffers, tensors = [], []
+        for module in model.modules():
+            if found := {k: b for k, b in module._buffers.items() if b is not None}:
+                copies = {name: buffer.detach().clone() for name, buffer in found.items()}
+                versions = {name: buffer._version for name, buffer in found.items()}
+                buffers.append((module, dict(module._buffers), copies, versions))
+            attributes = vars(module)
+            tensors.append(
+                (attributes, {k: v for k, v in attributes.items() if isinstance(v, Tensor)})
+            )
+        return cls(buffers, tensors, torch.get_rng_state())
+
+    def put_back(self) -> None:
+        """Let everything be as it was."""
+        for module, found, copies, versions in self.buffers:
+            for name, copy in copies.items():
+                buffer = found[name]
+                assert buffer is not None
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
+                if buffer._version != versions[name]:
+                    with preserve_versions(buffer), torch.no_grad():
+                        buffer.copy_(copy)
+                    torch._C._autograd._unsafe_set_version_counter((buffer,), (versions[name],))
+        for attributes, kept in self.tensors:
+            now = {name for name, value in attributes.items() if isinstance(value, Tensor)}
+            for name in now - kept.keys():
+                del attributes[name]
+            for name, value in kept.items():
+                if attributes.get(name) is not value:
+                    attributes[name] = value
+        if not torch.equal(torch.get_rng_state(), self.generator):
+            torch.set_rng_state(self.generator)
+
+
+def _one_per_example(values: Any, batch: Batch) -> Tensor:
+    expected = (num_examples(batch),)
+    if not isinstance(values, Tensor) or values.shape != expected:
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"loss_fn must return one loss per example, shape {expected}, got {got}; "
+            "use reduction='none' and average over everything but the examples (for a causal "
+            "language model: selectflow.models.language.causal_lm_losses)"
+        )
+    return values
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def _dense(grad: Tensor | None, others: Sequence[Tensor | None]) -> Tensor:
+    if grad is not None:
+        return grad.to_dense()
+    return torch.zeros_like(next(each for each in others if each is not None).to_dense())
 
 
 def check_finite(name: str, values: Tensor, batch: Batch) -> None:

@@ -118,7 +118,7 @@ def loss_tangents(
 
     def along(first: dict[str, Tensor], second: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         def losses(alpha: Tensor) -> Tensor:
-            return objective.call(_curve(params, first, second, alpha), batch)
+            return objective.pure(_curve(params, first, second, alpha), batch)
 
         return _taylor(losses, params)[1:]
 
@@ -137,7 +137,7 @@ def _gradient_tangents(
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         def gradient(alpha: Tensor) -> dict[str, Tensor]:
             def loss(at: dict[str, Tensor]) -> Tensor:
-                return (objective.call(at, batch) * (shift.base + alpha * weights)).sum()
+                return (objective.pure(at, batch) * (shift.base + alpha * weights)).sum()
 
             found: dict[str, Tensor] = torch.func.grad(loss)(_curve(params, first, second, alpha))
             return found

@@ -16,14 +16,18 @@ from torch import nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
+    """The module inside DistributedDataParallel and DataParallel; a compiled one stays compiled."""
+    inner = uncompiled(model)
+    if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrap(inner.module)
+    return model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile was given."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner
+    return model
 
 
 def prepared_from(wrapper: Any, name: str) -> Any:

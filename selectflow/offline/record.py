@@ -120,7 +120,7 @@ def _backward(
 ) -> float:
     """Mean loss of the batch; leaves its gradient where the optimizer reads it."""
     optimizer.zero_grad()
-    losses = objective.call({}, batch)
+    losses = objective.pure({}, batch)
     try:
         check_finite("losses", losses, batch)
     except FloatingPointError as error:
