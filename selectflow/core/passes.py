@@ -262,12 +262,12 @@ class Objective:
             for module in recurrent:
                 module.dropout = 0.0
             with torch.random.fork_rng(devices=list(devices)), without_input_hooks(self.model):
-                self._snapshot = _Snapshot.of(self.model)
+                outer, self._snapshot = self._snapshot, _Snapshot.of(self.model)
                 try:
                     yield
                 finally:
                     self._snapshot.put_back()
-                    self._snapshot = None
+                    self._snapshot = outer
         finally:
             for module in training:
                 module.training = True
