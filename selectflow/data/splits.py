@@ -64,7 +64,7 @@ def _read_rows(
 def _read_chunks(
     catalog: Catalog, fields: Iterable[str] | None = None
 ) -> Iterator[tuple[Ints, list[Sample], list[Fault]]]:
-    """Rows in stored order, a part at a time, with their samples and those that are unreadable."""
+    """Rows in stored order, some at a time: with their samples, and faults for unreadable ones."""
     reader = ShardReader(catalog, fields)
     for start in range(0, catalog.num_samples, _CHUNK):
         rows = np.arange(start, min(start + _CHUNK, catalog.num_samples))
@@ -76,17 +76,13 @@ def read_batches(
 ) -> list[Batch]:
     """A split in stored order, such as the target or the test set.
 
+    The other arguments and the errors are those of `read_split`.
+
     Args:
-        root: Dataset directory, or any other source of `PoolStream`.
-        split: Name of the split.
         batch_size: Examples in each batch but the last, >= 1.
-        cache: Where remote shards are kept.
 
     Returns:
-        Batches in the format of `PoolStream`.
-
-    Raises:
-        DataError: batch_size is below 1, or the split cannot be read.
+        Batches in the format of `PoolStream`, on the CPU.
     """
     check_least("batch_size", batch_size, 1, "256 suits small samples")
     samples = _read(open_catalog(root, split, cache), FIELDS)
@@ -101,17 +97,10 @@ def read_metadata(
 ) -> dict[str, dict[str, Any]]:
     """What the writer recorded about each sample; for reports, never for selection.
 
-    Args:
-        root: Dataset directory, or any other source of `PoolStream`.
-        split: Name of the split.
-        max_errors: Samples that may be unreadable, and are then left out.
-        cache: Where remote shards are kept.
+    Arguments and errors are those of `read_split`.
 
     Returns:
-        Sample key -> its json. Where no shard has any, nothing is read and nothing returned.
-
-    Raises:
-        DataError: The split cannot be read.
+        Sample key -> its json; empty, and nothing is read, if no shard has the field.
     """
     catalog = open_catalog(root, split, cache)
     if not any("json" in entry.fields for entry in catalog.entries):
@@ -125,14 +114,7 @@ def read_labels(
 ) -> Ints:
     """The label of each sample of a split, in stored order, shape (N,), int64.
 
-    Args:
-        root: Dataset directory, or any other source of `PoolStream`.
-        split: Name of the split.
-        max_errors: Samples that may be unreadable, and are then left out.
-        cache: Where remote shards are kept.
-
-    Raises:
-        DataError: The split cannot be read, or its samples have no labels.
+    Arguments and errors are those of `read_split`; a sample without a label is an error, too.
     """
     labels = []
     for sample in _read(open_catalog(root, split, cache), ("cls",), max_errors):
@@ -148,17 +130,13 @@ def read_labels(
 def read_samples(
     root: Sources, split: str, keys: Iterable[str], *, cache: Cache | None = None
 ) -> dict[str, Sample]:
-    """Some samples of a split; the contents of the others are not read.
+    """The samples with these keys; of the others only the headers are read.
 
-    Args:
-        root: Dataset directory, or any other source of `PoolStream`.
-        split: Name of the split.
-        keys: Of the samples.
-        cache: Where remote shards are kept.
+    The other arguments are those of `read_split`.
 
     Returns:
-        Key -> sample, as `read_split` yields it, without those that the split does not hold, or
-        that cannot be read.
+        Key -> sample, as `read_split` yields it; without those that are not in the split or cannot
+        be read.
 
     Raises:
         DataError: No manifest or no such split.

@@ -113,16 +113,14 @@ def make_torchvision(
         name: A class of torchvision.datasets with `root`, `train` and `download`, such as CIFAR10.
         download_to: Where torchvision keeps its files; it downloads them if they are missing.
         num_target: Images of the target set, >= 1.
-        label_noise: Share of the train labels to replace, in [0, 1].
-        seed: Chooses which labels are replaced and by what, >= 0.
+        label_noise, seed: As in `make_digits`.
         layout: How to lay the samples out in shards.
 
     Returns:
         The manifest of the directory.
 
     Raises:
-        DataError: An option is out of its range, the name is unknown, or the directory holds
-            another dataset.
+        DataError: As in `make_digits`, or the name is unknown.
     """
     _check_noise(label_noise, seed)
 
@@ -179,16 +177,14 @@ def make_folder(
         size: Height and width in pixels, >= 1.
         num_target: Images of the target set, >= 1, stratified by class.
         num_test: Images of the test set, >= 1, stratified by class.
-        label_noise: Share of the train labels to replace, in [0, 1].
-        seed: Chooses which labels are replaced and by what, >= 0.
+        label_noise, seed: As in `make_digits`.
         layout: How to lay the samples out in shards.
 
     Returns:
         The manifest of the directory.
 
     Raises:
-        DataError: An option is out of its range, there are no images or one cannot be decoded, or
-            the directory holds another dataset.
+        DataError: As in `make_digits`, or there are no images, or one cannot be decoded.
     """
     _check_noise(label_noise, seed)
     layout = layout or Layout()
@@ -207,16 +203,12 @@ def make_folder(
         field="npy" if layout.pack > 1 else "png",
     )
     held_out = {"target": num_target, "test": num_test}
-    options = {
-        "name": "folder", "classes": classes, "size": size, "label_noise": label_noise, **held_out,
-    }  # fmt: skip
-    return build(
-        root,
-        lambda: _samples_of(images, _split_evenly(images.labels, held_out), label_noise, seed),
-        options,
-        seed,
-        layout,
-    )
+    options = {"name": "folder", "classes": classes, "size": size, "label_noise": label_noise}
+
+    def make_splits() -> dict[str, Iterable[Sample]]:
+        return _samples_of(images, _split_evenly(images.labels, held_out), label_noise, seed)
+
+    return build(root, make_splits, options | held_out, seed, layout)
 
 
 def _plain(stem: str) -> str:
