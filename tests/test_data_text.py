@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_datasets import files_of
 
 from selectflow.cli import main
 from selectflow.data import (
@@ -34,10 +35,6 @@ from selectflow.data.builtin.tokenizers import (
 MIXTURE = {
     "code": 0.3, "prose": 0.2, "tables": 0.1, "shuffled": 0.2, "duplicate": 0.1, "boilerplate": 0.1,
 }  # fmt: skip
-
-
-def files_of(root):
-    return {path.name: path.read_bytes() for path in Path(root).iterdir()}
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,7 @@ def test_any_names_and_sizes_are_listed_as_tarfile_does(tmp_path, members, form)
     members=MEMBERS, edits=EDITS, cut=st.none() | st.floats(0, 1), window=st.sampled_from([1, 3])
 )
 def test_any_edit_is_noticed_or_changes_no_place(tmp_path, members, edits, cut, window):
-    """Beyond the seeded mutations of test_damage: few bytes at any place, without a checksum."""
+    """Beyond the mutations of test_data_reader: few bytes anywhere, without a checksum."""
     whole = tar_of(members, tarfile.USTAR_FORMAT)
     damaged = bytearray(whole)
     for place, value in edits:
