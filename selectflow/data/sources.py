@@ -36,8 +36,8 @@ class Entry:
 
     Attributes:
         url: a local path, a URL, or "pipe:" and a command.
-        name: what messages call it.
-        shard: what it holds.
+        name: its name in messages.
+        shard: its contents.
         fields: extensions of every sample.
         pack: samples of a record.
         prefix: put before each key, to tell sources apart.
@@ -71,7 +71,7 @@ class Catalog:
 
     Args:
         sources: the shards of each source, at least one each.
-        fingerprint: digest of what they hold.
+        fingerprint: digest of their contents.
     """
 
     def __init__(self, sources: Sequence[Sequence[Entry]], fingerprint: str) -> None:
@@ -95,8 +95,8 @@ def open_catalog(source: Sources, split: str, cache: Cache | None = None) -> Cat
         source: a dataset directory or its manifest, local or remote; a folder of shards
             `<split>-*.tar`; a shard, a brace pattern like "part-{000..099}.tar", or a list of
             them, whose split is not asked for; or several of these by name, whose keys then start
-            with "<name>/". Shards without a manifest are read once to find what they hold, which
-            the cache remembers.
+            with "<name>/". Shards without a manifest are read once for their contents, which the
+            cache remembers.
         split: name of the split in each of them.
         cache: for remote shards; None: the default one.
 

@@ -64,8 +64,8 @@ class _Share:
     def draw(self, order: Order, drawn: deque[_Drawn]) -> Iterator[Ints]:
         """The rows of each pool; appends the pool's draw and the position after it to `drawn`.
 
-        No method of the stream: in a reference cycle a DataLoader is collected late, and takes
-        seconds to stop.
+        It must not refer to the stream: a DataLoader in a reference cycle is collected late, and
+        then takes seconds to stop.
         """
         worker = get_worker_info()  # of a DataLoader around the stream
         index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -140,15 +140,13 @@ class PoolStream(IterableDataset[Batch]):
         check_least("num_workers", num_workers, 0, "0 reads in this process")
         check_least("memory_gib", memory_gib, 0, "0 holds nothing in memory")
         check_least("max_errors", max_errors, 0, "0 stops at the first")
-        self._share, self._shuffle = (
-            _Share(pool, rank, world_size),
-            Shuffle(seed, shuffle, buffer, resample),
-        )
+        self._share = _Share(pool, rank, world_size)
+        self._shuffle = Shuffle(seed, shuffle, buffer, resample)
         self._num_workers, self._max_errors = num_workers, max_errors
         self._catalog = open_catalog(source, split, cache)
         self._weights = _checked(weights, source)
         # everything that the order depends on, besides the position
-        self._order = {
+        self._order_identity = {
             "fingerprint": self._catalog.fingerprint,
             "split": split,
             **asdict(self._shuffle),
@@ -166,7 +164,7 @@ class PoolStream(IterableDataset[Batch]):
     @property
     def identity(self) -> dict[str, Any]:
         """All that the pools depend on, in plain values: dataset, order, pool size and rank."""
-        return self._order | asdict(self._share)
+        return self._order_identity | asdict(self._share)
 
     @property
     def num_samples(self) -> int:
@@ -217,7 +215,7 @@ class PoolStream(IterableDataset[Batch]):
             numbers of ranks and workers.
         """
         faults = {str(row): shard for row, shard in self._faults.items()}
-        return self._order | self._position | {"errors": faults}
+        return self._order_identity | self._position | {"errors": faults}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where another stream of the same dataset and order was.
@@ -229,7 +227,7 @@ class PoolStream(IterableDataset[Batch]):
             DataError: The state is of another dataset or order, is incomplete, or lies outside
                 the epoch; the stream then stays where it was.
         """
-        for name, value in self._order.items():
+        for name, value in self._order_identity.items():
             if state.get(name) != value:
                 raise DataError(
                     f"{name} must be {value!r} as in this stream, got {state.get(name)!r} in the "

@@ -54,7 +54,7 @@ def make_digits(
     Images are float32 (1, 8, 8) in [0, 1]. The splits are disjoint, stratified by class and the
     same for every option and seed. Target and test are clean. In train, exactly
     `round(label_noise * 1197)` labels are replaced, each by one of the nine other classes
-    uniformly; what is altered at a lower share is altered in the same way at a higher one. Each
+    uniformly; a label altered at a lower share is altered in the same way at a higher one. Each
     sample's json, `{"altered": bool, "true_label": int}`, records it.
 
     Args:
@@ -257,9 +257,9 @@ def _samples_of(
 ) -> dict[str, Iterable[Sample]]:
     """The samples of each split; in "train" exactly round(label_noise * N) labels are wrong.
 
-    A wrong label is one of the other classes uniformly; what is altered at a lower share is altered
-    in the same way at a higher one. The json of a sample, `{"altered": bool, "true_label": int}`,
-    records it.
+    A wrong label is one of the other classes uniformly; a label that is altered at a lower share is
+    altered in the same way at a higher one. The json of a sample,
+    `{"altered": bool, "true_label": int}`, records it.
     """
     labels = images.labels.copy()
     if "train" in splits:
