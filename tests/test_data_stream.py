@@ -396,7 +396,7 @@ def test_resume_in_the_middle_of_many_shards_reads_only_what_it_needs(tmp_path, 
 
 def test_the_reader_holds_no_more_indexes_than_two_groups_of_shards(tmp_path):
     def num_records():  # one for each sample
-        return sum(isinstance(each, Record) for each in gc.get_objects())
+        return sum(type(each) is Record for each in gc.get_objects())
 
     make_small(tmp_path, count=200, per_shard=5)
     before = num_records()
