@@ -1,4 +1,7 @@
-"""WebDataset shards: written, read back, streamed as pools; built-in datasets."""
+"""WebDataset shards: written, read back, streamed as pools; built-in datasets.
+
+Reading needs `os.pread`, which only POSIX systems have.
+"""
 
 from selectflow.data.builtin.images import make_digits, make_folder, make_torchvision
 from selectflow.data.builtin.text import TextOptions, make_text

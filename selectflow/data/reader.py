@@ -249,8 +249,10 @@ def read_pools(reader: ShardReader, rows: Iterator[Ints], num_workers: int) -> I
         rows: the rows of each pool.
         num_workers: processes that read and decode; 0: this one.
     """
-    pools: Iterator[PoolRead] = map(partial(_read_pool, reader), rows)
-    if num_workers:
+    pools: Iterator[PoolRead]
+    if num_workers == 0:
+        pools = map(partial(_read_pool, reader), rows)
+    else:
         loader = DataLoader(
             _PoolsByRows(reader),
             batch_size=None,

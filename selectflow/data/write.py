@@ -67,7 +67,7 @@ def write_split(
         The shards written, in order.
 
     Raises:
-        DataError: No samples; a key that is empty, has a dot or a stray "/", or came before; a
+        DataError: No samples; a key that is empty, has a dot or a stray "/", or is repeated; a
             field that is unknown, not in every sample, not of its type, or cannot be packed.
     """
     if not _SPLIT.fullmatch(split):
