@@ -27,13 +27,13 @@ from selectflow.data import (
     read_batches,
     read_metadata,
 )
-from selectflow.data.tokenizers import (
-    TOKENIZER_NAME,
-    Bytes,
-    Pieces,
+from selectflow.data.builtin.tokenizers import (
+    ByteTokenizer,
+    SubwordTokenizer,
     load_tokenizer,
     same_vocabulary,
 )
+from selectflow.data.manifest import TOKENIZER_NAME
 from selectflow.models.adapters import load_pretrained, with_lora
 from selectflow.models.language import IGNORED, causal_lm_losses, document_positions, token_window
 from selectflow.run.config import ConfigError, RunConfig
@@ -110,7 +110,7 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any, model: nn.Module) -> No
     if config.pretrained is None:
         return
     if has_bytes(config.pretrained, model):
-        theirs: Any = Bytes()
+        theirs: Any = ByteTokenizer()
     else:
         theirs = load_tokenizer(config.pretrained)
     if not same_vocabulary(tokenizer, theirs):
@@ -124,7 +124,7 @@ def has_bytes(pretrained: str, model: Any) -> bool:
     """Whether a model of a folder reads bytes: there is no tokenizer, and its ids are theirs."""
     folder, ids = Path(pretrained), (model.config.vocab_size, model.config.eos_token_id)
     is_alone = folder.is_dir() and not (folder / TOKENIZER_NAME).exists()
-    return is_alone and ids == (Bytes.num_tokens, Bytes.end)
+    return is_alone and ids == (ByteTokenizer.num_tokens, ByteTokenizer.end)
 
 
 def save(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
@@ -132,7 +132,7 @@ def save(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     # peft would else look for the base model on Hugging Face, to see whether tokens were added
     options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     model.save_pretrained(folder, **options)
-    if isinstance(tokenizer, Pieces):
+    if isinstance(tokenizer, SubwordTokenizer):
         (folder / TOKENIZER_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from selectflow.audit.config import GPT2Model, LlamaModel
 from selectflow.core.batches import Batch
-from selectflow.data.source_text import python_sources
+from selectflow.data.builtin.documents import python_sources
 from selectflow.models.adapters import load_pretrained, with_lora
 
 # Shapes by name, as arguments of GPT2Config and LlamaConfig. GPT2Config's defaults are the 124M.

@@ -95,6 +95,70 @@ def check_mutations(root, count):
         assert tolerant.errors == {NAME: 4}
 
 
+def test_missing_shard_is_named(tmp_path):
+    make_small(tmp_path)
+    (tmp_path / "train-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000001\.tar must be present"):
+        PoolStream(tmp_path, pool=2, seed=0)
+
+
+def test_missing_field_names_shard_and_key(tmp_path):
+    make_small(tmp_path)
+    edit_shard(
+        tmp_path, "train-000001.tar", lambda members: [m for m in members if m[0].name != "s5.cls"]
+    )
+    with pytest.raises(DataError, match=r"train-000001\.tar must hold .* key 's5', .*\['cls'\]"):
+        list(read_split(tmp_path, "train"))
+
+
+def test_dropped_and_swapped_samples_are_refused(tmp_path):
+    make_small(tmp_path)
+    edit_shard(tmp_path, "train-000002.tar", lambda members: members[:3])
+    with pytest.raises(DataError, match=r"train-000002\.tar must hold 2 samples, got 1"):
+        list(read_split(tmp_path, "train"))
+
+    def swap_labels(members):  # two whole samples, but each with the other's label
+        data = {info.name: data for info, data in members}
+        data["s0.cls"], data["s1.cls"] = data["s1.cls"], data["s0.cls"]
+        return [(info, data[info.name]) for info, _ in members]
+
+    make_small(tmp_path)
+    edit_shard(tmp_path, "train-000000.tar", swap_labels)
+    with pytest.raises(DataError, match=r"train-000000\.tar must have \d+ bytes and sha256"):
+        list(read_split(tmp_path, "train"))
+
+
+def test_pickled_arrays_are_not_loaded(tmp_path):
+    manifest = make_small(tmp_path, count=1)
+    pickled = np.array([{}], dtype=object)
+    with (tmp_path / "pickled.npy").open("wb") as file:
+        np.save(file, pickled, allow_pickle=True)
+    data = (tmp_path / "pickled.npy").read_bytes()
+    name = "train-000000.tar"
+    edit_shard(
+        tmp_path, name, lambda ms: [(i, data if i.name.endswith("npy") else d) for i, d in ms]
+    )
+    tar = (tmp_path / name).read_bytes()
+    shard = manifest.splits["train"][0]
+    forged = replace(shard, bytes=len(tar), sha256=hashlib.sha256(tar).hexdigest())
+    write_manifest(tmp_path, replace(manifest, splits={"train": (forged,)}))
+    with pytest.raises(DataError, match=r"train-000000\.tar .*'npy' of key 's0' that can be dec"):
+        list(read_split(tmp_path, "train"))
+
+
+def test_every_truncation_and_every_flipped_byte_is_refused(tmp_path):
+    name = make_small(tmp_path, count=2).splits["train"][0].name
+    whole = (tmp_path / name).read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = [whole[:cut] for cut in range(0, len(whole), 256)]
+    for at in rng.integers(len(whole), size=100):
+        damaged.append(whole[:at] + bytes([whole[at] ^ (1 << int(at) % 8)]) + whole[at + 1 :])
+    for data in damaged:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=name):
+            list(read_split(tmp_path, "train"))
+
+
 def test_mutated_shards_give_the_strict_error_and_no_sample(tmp_path):
     check_mutations(tmp_path, 60)
 

@@ -1,4 +1,7 @@
-"""Text as shards of token blocks: domains and dirt in known shares, origins recorded."""
+"""Text as shards of token blocks: domains and dirt in known shares, the origin of each recorded.
+
+Dirt is blocks that a model should not learn from: shuffled, duplicated, or boilerplate.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from selectflow.data.blocks import Block, Rest, cut
-from selectflow.data.build import Layout, build
-from selectflow.data.dirt import DIRT, boilerplate, duplicate, shuffled
-from selectflow.data.documents import Document, Unit, hugging_face, json_lines, text_files
+from selectflow.data.builtin.blocks import DIRT, Block, Rest, boilerplate, cut, duplicate, shuffled
+from selectflow.data.builtin.documents import (
+    Document,
+    DocumentGroup,
+    hugging_face,
+    json_lines,
+    source_text,
+    text_files,
+)
+from selectflow.data.builtin.tokenizers import Tokens, make_tokenizer, store_tokenizer
 from selectflow.data.fields import Sample
-from selectflow.data.manifest import DataError, Manifest
-from selectflow.data.source_text import source_text
-from selectflow.data.tokenizers import Bytes, Pieces, Tokens, make_tokenizer, store_tokenizer
+from selectflow.data.manifest import DataError, Manifest, check_least, check_seed
+from selectflow.data.write import Layout, build
 
 _TRAINING_TEXT = 4_000_000  # characters that a new tokenizer is trained on
 
@@ -36,12 +44,12 @@ class TextOptions:
             Face dataset with such columns, or a folder that one was saved to.
         target_domain: the domain of the target and test sets; None: all of them.
         mixture: share of each domain and kind of dirt ("shuffled", "duplicate", "boilerplate")
-            in train, adding up to 1; None: all there is of every domain, without dirt.
+            in train, adding up to 1; None: all blocks of every domain, without dirt.
         num_train: blocks of train; needed for a mixture. None: all.
         num_target: blocks of the target set.
         num_test: blocks of the test set.
         block: tokens of a block.
-        rest: what becomes of the tokens of a document that do not fill a block; see `cut`.
+        rest: treatment of the tokens of a document that do not fill a block; see `cut`.
         tokenizer: "bytes"; "bpe:SIZE", trained on the text; a tokenizer.json, a folder with one,
             or a name on Hugging Face.
     """
@@ -59,8 +67,8 @@ class TextOptions:
     def __post_init__(self) -> None:
         for name in ("num_train", "num_target", "num_test", "block"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise DataError(f"{name} must be >= 1, got {value}; leave it out for the default")
+            if value is not None:
+                check_least(name, value, 1, "leave it out for the default")
         if self.rest not in ("drop", "pad", "pack"):
             raise DataError(f"rest must be drop, pad or pack, got {self.rest!r}; drop is usual")
         if self.mixture is None:
@@ -107,8 +115,7 @@ def make_text(
             text, or the directory holds another dataset.
     """
     options = options or TextOptions()
-    if seed < 0:
-        raise DataError(f"seed must be >= 0, got {seed}; numpy takes no negative seeds")
+    check_seed(seed)
     named = {name: value for name, value in vars(options).items() if value is not None}
     if options.mixture is not None:
         named["mixture"] = dict(options.mixture)
@@ -132,17 +139,17 @@ class _Maker:
 
     def __init__(self, options: TextOptions, seed: int) -> None:
         self.options, self.rng, self.seed = options, np.random.default_rng([seed, 0]), seed
-        units = _units(options.source)
+        groups = _groups(options.source)
         # in random order: as many as are needed are then a fair sample of the source
-        order = self.rng.permutation(len(units))
-        self.units: dict[str, list[Unit]] = {"train": [], "target": [], "test": []}
+        order = self.rng.permutation(len(groups))
+        self.groups: dict[str, list[DocumentGroup]] = {"train": [], "target": [], "test": []}
         for index in order.tolist():
-            self.units[_split_of(units[index], seed)].append(units[index])
-        self.tokenizer: Bytes | Pieces = make_tokenizer(options.tokenizer, self._training_text())
+            self.groups[_split_of(groups[index], seed)].append(groups[index])
+        self.tokenizer = make_tokenizer(options.tokenizer, self._training_text())
 
     def _training_text(self) -> Iterator[str]:
         left = _TRAINING_TEXT
-        for document in _documents(self.units["train"]):
+        for document in _documents(self.groups["train"]):
             if left <= 0:
                 return
             left -= len(document.text)
@@ -202,11 +209,11 @@ class _Maker:
     def _blocks(
         self, split: str, wanted: Mapping[str, int] | None, total: int | None = None
     ) -> dict[str, list[Block]]:
-        """Blocks by domain; units are read until there are as many of each, or in all, as asked."""
+        """Blocks by domain: documents are read until each domain, or the total, has enough."""
         size, rest = self.options.block, self.options.rest
         encoded: dict[str, list[tuple[Document, Tokens]]] = defaultdict(list)
         counts: Counter[str] = Counter()
-        for document in _documents(self.units[split]):
+        for document in _documents(self.groups[split]):
             domain = document.domain
             if wanted is not None and counts[domain] >= wanted.get(domain, 0):
                 continue
@@ -225,11 +232,11 @@ class _Maker:
         return [blocks[index] for index in self.rng.permutation(len(blocks))]
 
 
-def _documents(units: Iterable[Unit]) -> Iterator[Document]:
-    return (document for unit in units for document in unit.read())
+def _documents(groups: Iterable[DocumentGroup]) -> Iterator[Document]:
+    return (document for group in groups for document in group.read())
 
 
-def _units(source: str) -> list[Unit]:
+def _groups(source: str) -> list[DocumentGroup]:
     kind, _, where = source.partition(":")
     readers = {"files": text_files, "jsonl": json_lines, "hf": hugging_face}
     if source == "python":
@@ -242,8 +249,8 @@ def _units(source: str) -> list[Unit]:
     return readers[kind](where)
 
 
-def _split_of(unit: Unit, seed: int) -> str:
-    place = zlib.crc32(f"{seed}/{unit.identity}".encode()) % 10
+def _split_of(group: DocumentGroup, seed: int) -> str:
+    place = zlib.crc32(f"{seed}/{group.identity}".encode()) % 10
     return {0: "target", 1: "test"}.get(place, "train")
 
 

@@ -1,4 +1,4 @@
-"""Shards from elsewhere, kept on the local disk whole."""
+"""Remote shards: fetched whole, and kept on the local disk up to a size."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ def _default_directory() -> Path:
 class Cache:
     """Where fetched shards are kept, and how they are fetched.
 
-    Several processes may share a directory: a file appears only once it is whole. Those used
+    Several processes may share a directory: a file appears only once it is whole. The files used
     longest ago are removed first.
 
     Args:
@@ -39,8 +39,8 @@ class Cache:
             that are shuffled together.
         attempts: times a shard is tried, >= 1.
         backoff_s: seconds before the second attempt, doubled before each further one, >= 0.
-        timeout_s: seconds in which nothing comes over http or https that end an attempt, > 0; other
-            file systems have limits of their own.
+        timeout_s: an attempt over http or https ends once no byte has come for this many seconds,
+            > 0; other file systems have limits of their own.
         allow_pipe: True runs the shell command of a `pipe:` source.
 
     Raises:
@@ -66,20 +66,25 @@ class Cache:
         """The local copy of a shard, fetched if there is none.
 
         Raises:
-            DataError: it cannot be fetched, after all attempts; or is a `pipe:` that is not
+            DataError: it cannot be fetched in all attempts, or it is a `pipe:` that is not
                 allowed. Names the shard.
         """
         path = self._path(url)
         if is_new := not path.exists():
             self._fetch(url, path)
-        # used now; the time of change stays, by which a reader knows what it has checked
+        # the time of access is now; a reader tells by the time of change what it has checked
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         if is_new:
             self._shrink()
         return path
 
+    def fetch_anew(self, url: str) -> Path:
+        """As `fetch`, of a file that may have changed since it was last fetched."""
+        self.forget(url)
+        return self.fetch(url)
+
     def forget(self, url: str) -> None:
-        """Remove the local copy of a shard, as one that is damaged."""
+        """Remove the local copy of a shard, such as a damaged one."""
         self._path(url).unlink(missing_ok=True)
 
     def _path(self, url: str) -> Path:
@@ -136,8 +141,8 @@ def _open(url: str, timeout_s: float) -> Iterator[IO[bytes]]:
         if url.startswith(("http://", "https://")):
             from aiohttp import ClientTimeout  # noqa: PLC0415
 
-            # by default five minutes in all: too long for a server that hangs, too short for some
-            # that are slow
+            # aiohttp's default is five minutes in all: too long for a server that hangs, too short
+            # for a slow one
             timeout = ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
             options["client_kwargs"] = {"timeout": timeout}
         with fsspec.open(url, "rb", **options) as stream:

@@ -23,6 +23,7 @@ from selectflow.data import (
     sources,
     verify,
 )
+from selectflow.data.tar_index import scan
 from selectflow.run.ledger import read_ledger
 
 KEYS = [f"s{i}" for i in range(10)]
@@ -114,13 +115,17 @@ def test_shards_without_a_manifest_are_described_once(tmp_path, monkeypatch):
     pattern = f"{tmp_path}/train-{{000000..000002}}.tar"
     state = PoolStream(pattern, pool=4, seed=0).state_dict()
     described = []
-    real = sources._scan
-    monkeypatch.setattr(sources, "_scan", lambda url, *a: described.append(url) or real(url, *a))
+
+    def scanned(file):
+        described.append(file.name)
+        return scan(file)
+
+    monkeypatch.setattr(sources, "scan", scanned)
     PoolStream(pattern, pool=4, seed=0).load_state_dict(state)
     assert described == []
     edit_shard(tmp_path, "train-000001.tar", lambda members: members[:6])
     changed = PoolStream(pattern, pool=4, seed=0)
-    assert described == [f"{tmp_path}/train-000001.tar"]
+    assert [str(name) for name in described] == [f"{tmp_path}/train-000001.tar"]
     assert changed.num_samples == 8
     with pytest.raises(DataError, match="fingerprint must be"):
         changed.load_state_dict(state)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_datasets import files_of
 
 from selectflow.cli import main
 from selectflow.data import (
@@ -22,18 +23,18 @@ from selectflow.data import (
     read_split,
     write_subset,
 )
-from selectflow.data.blocks import cut
-from selectflow.data.documents import Document, json_lines
-from selectflow.data.source_text import source_text, split_docstrings
-from selectflow.data.tokenizers import Bytes, Pieces, load_tokenizer, make_tokenizer
+from selectflow.data.builtin.blocks import cut
+from selectflow.data.builtin.documents import Document, json_lines, source_text, split_docstrings
+from selectflow.data.builtin.tokenizers import (
+    ByteTokenizer,
+    SubwordTokenizer,
+    load_tokenizer,
+    make_tokenizer,
+)
 
 MIXTURE = {
     "code": 0.3, "prose": 0.2, "tables": 0.1, "shuffled": 0.2, "duplicate": 0.1, "boilerplate": 0.1,
 }  # fmt: skip
-
-
-def files_of(root):
-    return {path.name: path.read_bytes() for path in Path(root).iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ TEXTS = [f"document {number}: " + f"word{number} " * (3 + number % 5) for number
 
 
 def encoded(*texts):
-    tokenizer = Bytes()
+    tokenizer = ByteTokenizer()
     return [(Document(f"d{i}", "x", t), tokenizer.encode(t)) for i, t in enumerate(texts)]
 
 
@@ -106,8 +107,8 @@ def test_docstrings_are_told_from_code():
 
 
 def test_blocks_are_the_text_of_their_documents(mixed):
-    units = [unit for unit in source_text() if unit.identity.startswith(("topics", "encodings"))]
-    texts = {each.name: each.text.encode() for unit in units for each in unit.read()}
+    groups = [each for each in source_text() if each.identity.startswith(("topics", "encodings"))]
+    texts = {each.name: each.text.encode() for group in groups for each in group.read()}
     seen = 0
     for sample in read_split(mixed, "train"):
         made = sample["json"]
@@ -261,7 +262,7 @@ def test_half_a_character_is_named_with_its_line(tmp_path):
 
 def test_trained_pieces_give_the_text_back(tmp_path):
     tokenizer = make_tokenizer("bpe:300", TEXTS)
-    assert isinstance(tokenizer, Pieces)
+    assert isinstance(tokenizer, SubwordTokenizer)
     text = "word7 in a document: ünïcode\n\ttoo"
     tokens = tokenizer.encode(text)
     assert tokens.dtype == np.uint16

@@ -1,8 +1,10 @@
-"""Where text comes from: documents with a domain, out of files, JSON lines or Hugging Face."""
+"""Documents with a domain: the text that comes with Python, files, JSON lines, Hugging Face."""
 
 from __future__ import annotations
 
+import ast
 import json
+import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -10,6 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selectflow.data.manifest import DataError
+
+_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "pydoc_data"}
+_LEFT_OUT |= {"__pycache__", "ensurepip", "turtledemo"}
+_TABLES = "encodings"  # its modules are lists of characters, made by a program
 
 
 class Document(NamedTuple):
@@ -26,11 +32,11 @@ class Document(NamedTuple):
     text: str
 
 
-class Unit(NamedTuple):
+class DocumentGroup(NamedTuple):
     """Documents that must not be divided between splits, as the code and docstrings of a file.
 
     Attributes:
-        identity: what decides on the split; equal for equal texts.
+        identity: decides on the split; equal for equal texts.
         read: reads the documents.
     """
 
@@ -38,7 +44,77 @@ class Unit(NamedTuple):
     read: Callable[[], Iterable[Document]]
 
 
-def text_files(folder: str | Path) -> list[Unit]:
+def source_text() -> list[DocumentGroup]:
+    """The text that comes with Python; it depends on its version.
+
+    "code" is the source of the standard library without its docstrings, which are "docstrings", one
+    document for each file. "prose" is the language reference, "tables" the modules of `encodings`,
+    "headers" Python's own C headers, if they are installed.
+    """
+    units = []
+    for name, path in _python_files():
+        key = str(name.with_suffix(""))
+        if name.parts[0] == _TABLES:
+            units.append(DocumentGroup(key, partial(_file, path, key, "tables")))
+        else:
+            units.append(DocumentGroup(key, partial(_module, path, key)))
+    include = Path(sysconfig.get_path("include"))
+    for path in sorted(include.rglob("*.h")):
+        key = f"include/{path.relative_to(include).with_suffix('')}"
+        units.append(DocumentGroup(key, partial(_file, path, key, "headers")))
+    return [*units, *_reference()]
+
+
+def python_sources() -> Iterator[str]:
+    """The standard library's source files as they are, in the order of their paths."""
+    for _, path in _python_files():
+        yield path.read_text(encoding="utf-8")
+
+
+def _python_files() -> Iterator[tuple[Path, Path]]:
+    """Relative and absolute paths."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        name = path.relative_to(library)
+        if not _LEFT_OUT & set(name.parts):
+            yield name, path
+
+
+def _module(path: Path, key: str) -> Iterator[Document]:
+    code, docstrings = split_docstrings(path.read_text(encoding="utf-8"))
+    yield Document(key, "code", code)
+    if docstrings:
+        yield Document(f"{key}/docstrings", "docstrings", docstrings)
+
+
+def _file(path: Path, key: str, domain: str) -> Iterator[Document]:
+    yield Document(key, domain, path.read_text(encoding="utf-8"))
+
+
+def _reference() -> Iterator[DocumentGroup]:
+    from pydoc_data.topics import topics  # noqa: PLC0415 - a long text that few need
+
+    for name, text in sorted(topics.items()):
+        key = f"topics/{name}"
+        yield DocumentGroup(key, partial(_only, Document(key, "prose", text)))
+
+
+def split_docstrings(source: str) -> tuple[str, str]:
+    """Python source without its docstrings, and the docstrings, joined by empty lines."""
+    lines: list[str | None] = [*source.split("\n")]  # as ast counts them: not at form feeds
+    docstrings = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text is not None:
+                docstrings.append(text)
+                statement = node.body[0]
+                first, last = statement.lineno - 1, statement.end_lineno
+                lines[first:last] = [None] * len(lines[first:last])
+    return "\n".join(line for line in lines if line is not None), "\n\n".join(docstrings)
+
+
+def text_files(folder: str | Path) -> list[DocumentGroup]:
     """The files `<folder>/<domain>/**/*.txt` and `.md`.
 
     Raises:
@@ -62,7 +138,7 @@ def _read_file(root: Path, path: Path) -> Document:
         raise DataError(f"{path} must be UTF-8, got {error}; convert or remove it") from error
 
 
-def json_lines(path: str | Path) -> list[Unit]:
+def json_lines(path: str | Path) -> list[DocumentGroup]:
     """The lines `{"text": str, "domain": str}` of a file; without a domain it is "text".
 
     Raises:
@@ -91,7 +167,7 @@ def _parsed(path: str | Path, number: int, line: str) -> Any:
         ) from error
 
 
-def hugging_face(name: str) -> list[Unit]:
+def hugging_face(name: str) -> list[DocumentGroup]:
     """The rows of a dataset's split "train": column "text", and "domain" where there is one.
 
     Args:
@@ -140,9 +216,9 @@ def _of_row(name: str, row: Any) -> Document:
     return Document(name, str(row.get("domain") or "text"), text)
 
 
-def _alone(document: Document) -> Unit:
+def _alone(document: Document) -> DocumentGroup:
     # by its text: a copy under another name goes to the same split
-    return Unit(f"{zlib.crc32(document.text.encode()):08x}", partial(_only, document))
+    return DocumentGroup(f"{zlib.crc32(document.text.encode()):08x}", partial(_only, document))
 
 
 def _only(document: Document) -> Iterator[Document]:

@@ -11,11 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from selectflow.core.files import atomic_file
-from selectflow.data.manifest import MANIFEST_NAME, DataError, Manifest, read_manifest
-from selectflow.data.remote import Cache, is_remote
-from selectflow.data.sources import find_manifest
+from selectflow.data.manifest import TOKENIZER_NAME, DataError, Manifest
+from selectflow.data.sources import find_manifest, read_tokenizer
 
-TOKENIZER_NAME = "tokenizer.json"
 _END = "<|endoftext|>"
 _ENDS = (_END, "</s>", "<|end_of_text|>", "[SEP]", "<eos>")  # as GPT-2, Llama and others name it
 
@@ -38,7 +36,7 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Iterable[int]) -> str: ...
 
 
-class Bytes:
+class ByteTokenizer:
     """The bytes of the UTF-8 encoding. 255, which UTF-8 never uses, ends a document."""
 
     num_tokens = 256
@@ -49,11 +47,11 @@ class Bytes:
         return np.frombuffer(text.encode(), np.uint8)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text; bytes that are no UTF-8, as where a block cuts a character, as U+FFFD."""
+        """The text; bytes that are not UTF-8, such as a character cut by a block, as U+FFFD."""
         return bytes(int(token) for token in tokens if token != self.end).decode(errors="replace")
 
 
-class Pieces:
+class SubwordTokenizer:
     """A tokenizer of the tokenizers library.
 
     Args:
@@ -94,7 +92,7 @@ class Pieces:
         return str(self._tokenizer.to_str(pretty=True))
 
 
-def make_tokenizer(name: str, texts: Iterable[str]) -> Bytes | Pieces:
+def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer of that name.
 
     Args:
@@ -106,7 +104,7 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> Bytes | Pieces:
     """
     kind, _, size = name.partition(":")
     if name == "bytes":
-        return Bytes()
+        return ByteTokenizer()
     if kind != "bpe":
         return load_tokenizer(name)
     if not size.isdecimal() or int(size) < 257:
@@ -117,7 +115,7 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> Bytes | Pieces:
     return _train(texts, int(size))
 
 
-def _train(texts: Iterable[str], size: int) -> Pieces:
+def _train(texts: Iterable[str], size: int) -> SubwordTokenizer:
     library = _library()
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -129,10 +127,10 @@ def _train(texts: Iterable[str], size: int) -> Pieces:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return Pieces(tokenizer)
+    return SubwordTokenizer(tokenizer)
 
 
-def load_tokenizer(name: str | Path) -> Pieces:
+def load_tokenizer(name: str | Path) -> SubwordTokenizer:
     """A tokenizer that exists: a tokenizer.json, a folder with one, or a name on Hugging Face.
 
     Raises:
@@ -142,8 +140,8 @@ def load_tokenizer(name: str | Path) -> Pieces:
     path = path / TOKENIZER_NAME if path.is_dir() else path
     try:
         if path.suffix == ".json":
-            return Pieces(library.Tokenizer.from_file(str(path)))
-        return Pieces(library.Tokenizer.from_pretrained(str(name)))
+            return SubwordTokenizer(library.Tokenizer.from_file(str(path)))
+        return SubwordTokenizer(library.Tokenizer.from_pretrained(str(name)))
     except DataError:
         raise
     except Exception as error:  # the library raises plain Exceptions
@@ -168,10 +166,10 @@ def _library() -> Any:
     return tokenizers
 
 
-def store_tokenizer(root: str | Path, name: str, tokenizer: Bytes | Pieces) -> dict[str, Any]:
+def store_tokenizer(root: str | Path, name: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """Write the tokenizer beside the shards; what the manifest says of it."""
     facts = {"name": name, "num_tokens": tokenizer.num_tokens, "end": tokenizer.end}
-    if isinstance(tokenizer, Bytes):
+    if not isinstance(tokenizer, SubwordTokenizer):
         return facts
     data = tokenizer.to_json().encode()
     with atomic_file(Path(root) / TOKENIZER_NAME) as file:
@@ -179,7 +177,7 @@ def store_tokenizer(root: str | Path, name: str, tokenizer: Bytes | Pieces) -> d
     return facts | {"sha256": hashlib.sha256(data).hexdigest()}
 
 
-def open_tokenizer(root: str | Path, manifest: Manifest | None = None) -> Bytes | Pieces:
+def open_tokenizer(root: str | Path, manifest: Manifest | None = None) -> Tokenizer:
     """The tokenizer that a dataset was written with.
 
     Args:
@@ -189,58 +187,26 @@ def open_tokenizer(root: str | Path, manifest: Manifest | None = None) -> Bytes 
     Raises:
         DataError: The dataset has no tokens, or its tokenizer is missing or another one.
     """
-    facts = (manifest or find_manifest(root)).tokenizer
-    if not facts:
+    manifest = manifest or find_manifest(root)
+    if not manifest.tokenizer:
         raise DataError(
             f"dataset at {str(root)!r} must name its tokenizer, got none in the manifest; "
             "write it with `selectflow shards make text`"
         )
-    if facts["name"] == "bytes":
-        return Bytes()
-    path = _stored(root)
-    fix = "restore the file, or write the dataset again"
+    if manifest.tokenizer["name"] == "bytes":
+        return ByteTokenizer()
+    data, library = read_tokenizer(root, manifest), _library()
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} must be readable, got {error.strerror}; {fix}") from error
-    if digest != facts["sha256"]:
-        raise DataError(
-            f"{path} must be the tokenizer of the manifest, sha256 {facts['sha256'][:12]}..., "
-            f"got {digest[:12]}...: tokens would mean something else; {fix}"
-        )
-    return _of_file(path)
-
-
-def _stored(root: str | Path) -> Path:
-    """The tokenizer.json of a dataset, fetched where that is remote."""
-    if not is_remote(str(root)):
-        return Path(root) / TOKENIZER_NAME
-    url, cache = f"{str(root).rstrip('/')}/{TOKENIZER_NAME}", Cache()
-    cache.forget(url)  # it may have changed, and is checked against the manifest
-    return cache.fetch(url)
-
-
-def _of_file(path: Path) -> Pieces:
-    library = _library()
-    try:
-        return Pieces(library.Tokenizer.from_str(path.read_text("utf-8")))
+        return SubwordTokenizer(library.Tokenizer.from_str(data.decode()))
     except Exception as error:  # the library raises plain Exceptions
-        raise DataError(f"{path} must hold a tokenizer, got {error}; restore it") from error
+        raise DataError(
+            f"{TOKENIZER_NAME} of dataset {str(root)!r} must hold a tokenizer, got {error}; "
+            "restore it"
+        ) from error
 
 
-def copy_tokenizer(source: object, root: str | Path) -> dict[str, Any]:
-    """Put the tokenizer of a local dataset beside other shards; what the manifest says of it."""
-    if not isinstance(source, str | Path) or not (Path(source) / MANIFEST_NAME).exists():
-        return {}
-    manifest = read_manifest(source)
-    if not manifest.tokenizer:
-        return {}
-    Path(root).mkdir(parents=True, exist_ok=True)
-    return store_tokenizer(root, manifest.tokenizer["name"], open_tokenizer(source, manifest))
-
-
-def same_vocabulary(ours: Bytes | Pieces, theirs: Bytes | Pieces) -> bool:
+def same_vocabulary(ours: Tokenizer, theirs: Tokenizer) -> bool:
     """Whether every token has the same id in both."""
-    if isinstance(ours, Pieces) and isinstance(theirs, Pieces):
+    if isinstance(ours, SubwordTokenizer) and isinstance(theirs, SubwordTokenizer):
         return ours.vocabulary() == theirs.vocabulary()
     return type(ours) is type(theirs)
