@@ -172,7 +172,8 @@ def test_the_verdict_is_a_sentence_on_loss_and_quality(tmp_path):
         f"At step 10, {unclear}",
         f"In the time of online H=1 K=1, {unclear}",
         "p: paired t test over seeds, corrected by Holm's method for the number of groups (2); "
-        "below 0.05 is called better or worse.",
+        "below 0.05 is called better or worse. Values are those of the step or second named, not "
+        "the best before it.",
     ]
     assert sentences(summarize(runs, quality="test/loss"))[0].count("test loss is better") == 1
     worse = sentences(summarize(runs, baseline="loss"))[0]

@@ -120,41 +120,40 @@ def read_selected(run_dir: Path, metadata: Metadata) -> Selected | None:
         metadata: sample key -> what the writer of the data recorded: "altered", "domain".
     """
     from pyarrow import array, string  # noqa: PLC0415
-    from pyarrow.compute import index_in, is_in  # noqa: PLC0415
+    from pyarrow.compute import index_in  # noqa: PLC0415
 
-    altered = [key for key, made in metadata.items() if made.get("altered")]
-    domain_of = {key: str(made["domain"]) for key, made in metadata.items() if "domain" in made}
-    names, codes = np.unique(list(domain_of.values()), return_inverse=True)
-    altered_keys, domain_keys = array(altered, string()), array(list(domain_of), string())
-    tells_altered = any("altered" in made for made in metadata.values())
+    keys = array(list(metadata), string())
+    # one more, the last, of candidates that the metadata do not name: place -1
+    altered = np.array([*(bool(made.get("altered")) for made in metadata.values()), False])
+    named = [str(made.get("domain", "")) for made in metadata.values()]
+    domains, codes = np.unique([*named, ""], return_inverse=True)
     counts: dict[str, npt.NDArray[np.int64]] = {}
     sums, kept_domains = [], []
+    tells_altered = any("altered" in made for made in metadata.values())
     for table in read_scored(run_dir):
         sums.append(sum_samples(table))
+        place = index_in(table["key"], value_set=keys).fill_null(-1).to_numpy()
         kept = table["kept"].to_numpy()
         kinds = {"kept": kept, "rejected": ~kept}
         if tells_altered:
-            is_altered = is_in(table["key"], value_set=altered_keys).to_numpy()
-            kinds |= {"altered": is_altered, "clean": ~is_altered}
+            kinds |= {"altered": altered[place], "clean": ~altered[place]}
         scores = table["score"].to_numpy().clip(EDGES[0], EDGES[-1])
         for name, chosen in kinds.items():
             counts[name] = counts.get(name, 0) + np.histogram(scores[chosen], EDGES)[0]
-        place = index_in(table["key"], value_set=domain_keys).fill_null(-1).to_numpy()
-        known = kept & (place >= 0)
-        if known.any():
-            kept_domains.append((table["step"].to_numpy()[known], codes[place[known]]))
+        known = kept & (codes[place] != codes[-1])
+        kept_domains.append((table["step"].to_numpy()[known], codes[place[known]]))
     if not any(len(part) for part in sums):
         return None
-    return Selected(rank_samples(sums), counts, _shares(names.tolist(), kept_domains))
+    return Selected(rank_samples(sums), counts, _shares(domains.tolist(), kept_domains))
 
 
 def _shares(
     names: list[str], kept: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
 ) -> dict[str, Points]:
     """Share of each domain in stretches of steps, from steps and domains of kept candidates."""
-    if not kept:
-        return {}
     steps, domains = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+    if not steps.size:
+        return {}
     distinct, place = np.unique(steps, return_inverse=True)
     size = -(-len(distinct) // _STRETCHES)
     counts = np.zeros((-(-len(distinct) // size), len(names)))

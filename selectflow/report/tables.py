@@ -177,7 +177,8 @@ def sentences(comparison: Comparison) -> list[str]:
     if any(test for row in others for test in row.tests.values()):
         found.append(
             "p: paired t test over seeds, corrected by Holm's method for the number of groups "
-            f"({len(others)}); below {SIGNIFICANT} is called better or worse."
+            f"({len(others)}); below {SIGNIFICANT} is called better or worse. Values are those of "
+            "the step or second named, not the best before it."
         )
     return found
 
