@@ -98,6 +98,7 @@ def test_every_picture_has_units_on_both_axes(page):
     for picture in pictures:
         labels = re.findall(r"<text [^>]*>([^<]+\([^<]+\))</text>", picture)
         assert len(labels) == 2, labels
+        assert not re.search("#[0-9a-fA-F]{6}", picture)  # colours are the page's, light or dark
     for axis in figures.axes_of(comparison):
         for panel in figures.curves(comparison, axis):
             assert f'aria-label="{panel.y_label} over {panel.x_label}"' in text
