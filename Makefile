@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-SEEDS ?= 0 1 2
+SEEDS ?= 0 1 2 3 4
 
 .PHONY: demo test test-slow lint format results bench study-proxy study-adaptive clean
 
@@ -11,8 +11,9 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-# Digits with 40% wrong labels: trained on what comes, on what is kept, and with horizon and learning
-# rate under control; a table and a chart.
+# Digits with 40% wrong labels: plain training, online selection, and selection with horizon and
+# learning rate under control. Prints tables and a verdict; some four minutes on two CPU cores.
+# Five seeds: with three, a difference of five points in accuracy cannot be told from chance.
 demo: $(READY)
 	for seed in $(SEEDS); do for run in uniform online adaptive; do \
 	  $(BIN)/python trainers/vision.py configs/digits_$$run.yaml \

@@ -52,10 +52,10 @@ def add_arguments(compare: argparse.ArgumentParser) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     from selectflow.report.compare import summarize  # noqa: PLC0415
-    from selectflow.report.outputs import to_report, write_outputs  # noqa: PLC0415
+    from selectflow.report.page import to_report, write_outputs  # noqa: PLC0415
     from selectflow.report.runs import load_runs  # noqa: PLC0415
     from selectflow.report.samples import examine_groups  # noqa: PLC0415
-    from selectflow.report.table import print_tables  # noqa: PLC0415
+    from selectflow.report.tables import print_tables  # noqa: PLC0415
     from selectflow.run.tracking import log_report  # noqa: PLC0415
 
     comparison = summarize(

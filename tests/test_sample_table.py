@@ -116,9 +116,9 @@ def test_the_page_shows_text_of_any_tokenizer(tmp_path, bpe):
     run_dir = run(configured(tmp_path, bpe, KINDS["gpt2"]))
     (examined,) = examine_groups(groups(load_runs([str(run_dir)])))
     tokenizer = open_tokenizer(bpe["root"])
-    found = read_samples(bpe["root"], "train", [shown.key for shown in examined.best])
+    found = read_samples(bpe["root"], "train", [shown.sample.key for shown in examined.best])
     for shown in examined.best:
-        assert shown.text == tokenizer.decode(found[shown.key]["npy"])[:280]
+        assert shown.text == tokenizer.decode(found[shown.sample.key]["npy"])[:280]
     assert any("word" in shown.text for shown in examined.best)
 
 

@@ -14,9 +14,8 @@ from wandb_log import offline_records
 
 import selectflow.run.tracking
 from selectflow.cli import main
-from selectflow.report.align import series
 from selectflow.report.groups import label
-from selectflow.report.runs import ReportError, fetch_run
+from selectflow.report.runs import ReportError, fetch_run, series
 from selectflow.run.tracking import RemoteRun, Tracker
 
 ROOT = Path(__file__).parents[1]

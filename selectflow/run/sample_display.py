@@ -44,7 +44,7 @@ class SampleDisplay:
 
     def show_all(self) -> None:
         """Show the same by mean score over the whole run, at W&B always."""
-        from selectflow.report.samples import extreme_rows  # noqa: PLC0415
+        from selectflow.run.sample_text import extreme_rows  # noqa: PLC0415
 
         source, run_dir = self._source, self._run_dir
         if source is None or not self._is_scored:
