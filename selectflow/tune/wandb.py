@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from selectflow.run.config import ConfigError, load
-from selectflow.tune.record import TuneError
-from selectflow.tune.sweep import Sweep, as_override
+from selectflow.tune.space import Sweep, TuneError, as_override
 
 
 def wandb_spec(sweep: Sweep) -> dict[str, Any]:
