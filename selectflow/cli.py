@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from selectflow.data import Layout
 
 # A command imports what it alone needs when it runs, so that the others start quickly.
-
 _tell = partial(print, flush=True)
 _group = partial(typer.Typer, rich_markup_mode=None, add_completion=False)
 app = _group(
@@ -31,13 +30,9 @@ app.add_typer(shards, name="shards")
 app.add_typer(select, name="select")
 
 
-def _option(metavar: str, text: str, default: Any = None, **more: Any) -> Any:
-    shown = default not in (None, ...)
-    return typer.Option(default, metavar=metavar, help=text, show_default=shown, **more)
-
-
-def _flag(name: str, text: str) -> Any:
-    return typer.Option(False, name, help=text, show_default=False)
+def _option(metavar: str | None, text: str, default: Any = None, *names: str, **more: Any) -> Any:
+    shown = default not in (None, False, ...)
+    return typer.Option(default, *names, metavar=metavar, help=text, show_default=shown, **more)
 
 
 def _argument(metavar: str, text: str, default: Any = ..., **more: Any) -> Any:
@@ -70,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = re.sub(r"^Invalid value for '(.*?)'", r"argument \1", error.format_message())
         print(f"error: {text}; see --help", file=sys.stderr)
         raise SystemExit(2) from None
-    except typer.Abort:
+    except typer.Abort:  # typer's name for Ctrl-C
         raise KeyboardInterrupt from None
     except (ValueError, OSError) as error:
         # Our own errors explain themselves; any other ValueError is a defect and keeps its trace.
@@ -115,10 +110,8 @@ def _dataset(text: str) -> str:
     kind, colon, argument = text.partition(":")
     needs = {"digits": (False,), "torchvision": (True,), "folder": (True,), "text": (False, True)}
     if bool(argument) not in needs.get(kind, ()) or (colon and not argument):
-        raise typer.BadParameter(
-            "must be digits, torchvision:NAME, folder:PATH, text, text:SOURCE or code, "
-            f"got {text!r}"
-        )
+        known = "digits, torchvision:NAME, folder:PATH, text, text:SOURCE or code"
+        raise typer.BadParameter(f"must be {known}, got {text!r}")
     return text
 
 
@@ -136,7 +129,7 @@ def _mixture(text: str) -> dict[str, float]:
 def make(
     dataset: str = _argument("DATASET", _DATASET_HELP, parser=_dataset),
     root: Path = _option("DIR", "Where to write.", ...),
-    seed: int = _option("N", "Of random choices.", 0),
+    seed: int = _option("N", "Seed of random choices.", 0),
     label_noise: float | None = _option("SHARE", "Share of wrong training labels (images)."),
     target: int | None = _option("N", "Samples of the target set."),
     test: int | None = _option("N", "Samples of the test set (folder, text)."),
@@ -144,7 +137,7 @@ def make(
     train: int | None = _option("N", "Samples of the training set (text; needed for a mixture)."),
     block: int | None = _option("TOKENS", "Length of a block (text; default 128)."),
     tokenizer: str | None = _option("NAME", "bytes (default), bpe:SIZE or an existing one (text)."),
-    domain: str | None = _option("NAME", "Of the target and test sets (text; default code)."),
+    domain: str | None = _option("NAME", "Domain of the target and test sets (default code)."),
     rest: str | None = _option("RULE", "What fills no block: drop (default), pad or pack (text)."),
     mixture: str | None = _option("NAME=SHARE,...", _MIXTURE_HELP, parser=_mixture),
     per_shard: int | None = _PER_SHARD,
@@ -157,23 +150,20 @@ def make(
 
     kind, _, argument = dataset.partition(":")
     names = _OPTIONS[kind]
-    for name in {name for options in _OPTIONS.values() for name in options} - names.keys():
-        if name in given:
-            raise data.DataError(
-                f"--{name.replace('_', '-')} must be left out for {kind}, got {given[name]}; "
-                f"it takes {', '.join('--' + name.replace('_', '-') for name in names)}"
-            )
+    for name in set().union(*_OPTIONS.values()) - names.keys() & given.keys():
+        flag, *flags = (f"--{each.replace('_', '-')}" for each in (name, *names))
+        wrong = f"{flag} must be left out for {kind}, got {given[name]}"
+        raise data.DataError(f"{wrong}; it takes {', '.join(flags)}")
     options = {names[name]: given[name] for name in names if name in given}
     layout = _layout(given, **({"per_shard": 4096, "pack": 64} if kind == "text" else {}))
     if kind == "digits":
         manifest = data.make_digits(root, **options, seed=seed, **vars(layout))
     elif kind == "text":
-        made = data.TextOptions(argument or "python", **options)
-        manifest = data.make_text(root, made, seed=seed, layout=layout)
-    elif kind == "torchvision":
-        manifest = data.make_torchvision(root, argument, **options, seed=seed, layout=layout)
+        text = data.TextOptions(argument or "python", **options)
+        manifest = data.make_text(root, text, seed=seed, layout=layout)
     else:
-        manifest = data.make_folder(root, argument, **options, seed=seed, layout=layout)
+        write = data.make_torchvision if kind == "torchvision" else data.make_folder
+        manifest = write(root, argument, **options, seed=seed, layout=layout)
     sizes = (f"{split} {manifest.num_samples(split)}" for split in manifest.splits)
     print(f"wrote {root}: {', '.join(sizes)}")
 
@@ -189,15 +179,14 @@ def _layout(given: dict[str, Any], **defaults: int) -> Layout:
 @shards.command()
 def verify(root: str = _ROOT) -> None:
     """Read and decode every sample."""
-    from selectflow.data import DataError
-    from selectflow.data import verify as find_faults
+    from selectflow import data
 
-    faults = find_faults(root)
+    faults = data.verify(root)
     for fault in faults:
         print(fault.message)
     if faults:
         names = sorted({fault.shard for fault in faults})
-        raise DataError(
+        raise data.DataError(
             f"every sample must be readable, got faults in {', '.join(names)}; restore them, "
             "write the dataset again, or train without those samples by data.max_errors"
         )
@@ -229,7 +218,7 @@ def ls(root: str = _ROOT) -> None:
 def show_head(
     root: str = _ROOT,
     split: str = _option("SPLIT", "Name of the split.", "train"),
-    count: int = _option("N", "Samples.", 16),
+    count: int = _option("N", "Number of samples.", 16),
     image: Path | None = _option("PNG", "Save the images there as one contact sheet."),
 ) -> None:
     """The first samples of a split."""
@@ -245,14 +234,9 @@ def show_head(
 
 
 def _short(value: Any) -> str:
-    if hasattr(value, "dtype"):
-        return f"{value.dtype}{list(value.shape)}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-_TOP_HELP = "The best share in (0, 1] of all candidates by mean score, instead of those kept."
-_SOURCE_HELP = "The run's dataset, directory or URL, where it is not where the run read it."
+    is_array = hasattr(value, "dtype")
+    text = f"{value.dtype}{list(value.shape)}" if is_array else repr(value)
+    return text if is_array or len(text) <= 60 else text[:57] + "..."
 
 
 def _share(text: str) -> float:
@@ -269,8 +253,8 @@ def _share(text: str) -> float:
 def write_shards(
     run: Path = _argument("RUN", "Run directory with a ledger."),
     out: Path = _option("DIR", "Where to write.", ...),
-    top: float | None = _option("SHARE", _TOP_HELP, parser=_share),
-    source: str | None = _option("DIR", _SOURCE_HELP),
+    top: float | None = _option("SHARE", "Keep this best share by mean score.", parser=_share),
+    source: str | None = _option("DIR", "The run's dataset or its URL, if it was moved."),
     per_shard: int | None = _PER_SHARD,
     max_bytes: int | None = _MAX_BYTES,
     pack: int | None = _PACK,
@@ -306,23 +290,19 @@ def write_shards(
     print(f"wrote {out}: {', '.join(sizes)}; of {len(scores.keys)} candidates")
 
 
-_RUNS_HELP = "Run directory, glob of them, or entity/project/run_id at W&B."
-_METRIC_HELP = "What to judge by (default: test/accuracy, else test/loss, else target/loss)."
-_REACH_HELP = "Time and steps to this loss (default: what the baseline of the same seed ends with)."
-_PARTIAL_HELP = "Compare unfinished runs as far as they got (default: leave them out)."
 _WANDB_HELP = """Log the comparison as a W&B run: online (the default, offline where W&B cannot be
 reached) or offline, for `wandb sync`."""
 
 
 @app.command()
 def compare(
-    runs: list[str] = _argument("RUN", _RUNS_HELP),
-    out: Path = _option("DIR", "Of compare.csv, compare.html and the pictures.", Path(".")),
+    runs: list[str] = _argument("RUN", "Run directory, glob, or entity/project/run_id at W&B."),
+    out: Path = _option("DIR", "Where compare.csv, compare.html and pictures go.", Path(".")),
     baseline: str | None = _option("GROUP", "Group to test against (default uniform, or first)."),
-    metric: str | None = _option("NAME", _METRIC_HELP),
-    loss: str = _option("NAME", "Loss that is to be reached.", "test/loss"),
-    reach: float | None = _option("LOSS", _REACH_HELP),
-    partial: bool = _flag("--partial", _PARTIAL_HELP),
+    metric: str | None = _option("NAME", "What to judge by (default: test accuracy, else loss)."),
+    loss: str = _option("NAME", "Loss that --reach is a value of.", "test/loss"),
+    reach: float | None = _option("LOSS", "Value to be reached (default: the baseline's last)."),
+    partial: bool = _option(None, "Unfinished runs too, as far as they got.", False, "--partial"),
     wandb: Literal["online", "offline"] | None = _option("[MODE]", _WANDB_HELP),
     project: str = _option("NAME", "W&B project.", "selectflow"),
 ) -> None:
@@ -371,9 +351,6 @@ def audit(
     print(f"wrote {folder}")
 
 
-_JOBS_HELP = "Processes at once, of one thread each (default: one per core)."
-
-
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"must be an integer >= 1, got {text!r}")
@@ -383,29 +360,26 @@ def _count(text: str) -> int:
 @app.command()
 def tune(
     sweep: Path = _argument("SWEEP", "YAML of a sweep, as W&B has it."),
-    local: bool = _flag("--local", "Here, without a server; resumes (default)."),
-    wandb: bool = _flag("--wandb", "Create it on W&B and serve it."),
-    jobs: int | None = _option("N", _JOBS_HELP, parser=_count),
-    out: Path | None = _option("DIR", "Of the record and runs (default: runs/<sweep>)."),
+    local: bool = _option(None, "Here, without a server; resumes (default).", False, "--local"),
+    wandb: bool = _option(None, "Create it on W&B and serve it.", False, "--wandb"),
+    jobs: int | None = _option("N", "Processes at once (default: one per core).", parser=_count),
+    out: Path | None = _option("DIR", "Where the record and runs go (default: runs/<sweep>)."),
     count: int | None = _option("N", "Most runs of this agent (--wandb).", parser=_count),
 ) -> None:
     """Search horizon, learning rate or any other options."""
     if local and wandb:
         raise typer.BadParameter("not allowed with argument --local", param_hint="'--wandb'")
-    from selectflow.tune.record import cells_of_runs, read_cells
+    from selectflow.tune import search
+    from selectflow.tune import wandb as server
+    from selectflow.tune.record import read_cells
     from selectflow.tune.report import write_outputs
     from selectflow.tune.space import load_sweep
 
     loaded = load_sweep(sweep)
     folder = out or Path("runs", loaded.name)
     if wandb:
-        from selectflow.tune.wandb import run_dirs, serve
-
-        serve(loaded, count)
-        found = cells_of_runs(loaded, run_dirs(loaded))
+        found = server.serve(loaded, count)
     else:
-        from selectflow.tune import search
-
         try:
             study = search.tune(loaded, folder, jobs or os.cpu_count() or 1, _tell)
         except KeyboardInterrupt:
@@ -413,8 +387,7 @@ def tune(
             raise SystemExit(130) from None
         found = read_cells(loaded, study, folder)
     if found.cells:
-        written = write_outputs(loaded, found, folder)
-        print(f"wrote {', '.join(map(str, written))}")
+        print(f"wrote {', '.join(map(str, write_outputs(loaded, found, folder)))}")
 
 
 @app.command()
