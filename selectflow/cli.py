@@ -99,7 +99,7 @@ _OPTIONS = {
 }  # fmt: skip
 _DATASET_HELP = (
     "digits; torchvision:NAME, as torchvision:CIFAR10; folder:PATH, images as "
-    "PATH/<class>/<name>.png; text or code: what comes with Python; text:files:FOLDER, text as "
+    "PATH/<class>/<name>.png; text or code: the text of Python itself; text:files:FOLDER, text as "
     "FOLDER/<domain>/<name>.txt; text:jsonl:FILE; text:hf:NAME."
 )
 _MIXTURE_HELP = "Share of each domain, and of shuffled, duplicate and boilerplate text."

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from selectflow.run.directory import lock, wait_until_free
 from selectflow.run.yaml_io import dump_yaml, read_yaml
 from selectflow.tune.record import NOTE, encode, has_ended, is_interrupted, setting_of
-from selectflow.tune.space import Choice, Domain, Sweep, TuneError
+from selectflow.tune.space import Choice, Domain, Hyperband, Sweep, TuneError
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -185,25 +185,33 @@ def open_study(sweep: Sweep, out: Path) -> Study:
         study_name=sweep.name,
         direction=sweep.keys.metric.goal,
         load_if_exists=True,
-        pruner=_pruner(sweep),
+        pruner=_pruner(sweep.keys.early_terminate),
     )
+    samplers = optuna.samplers
+    sampler = samplers.TPESampler if sweep.keys.method == "bayes" else samplers.RandomSampler
     # A resumed sweep must not propose again what it proposed when it began: another seed.
-    kind = {"bayes": optuna.samplers.TPESampler}.get(
-        sweep.keys.method, optuna.samplers.RandomSampler
-    )
-    study.sampler = kind(seed=len(study.trials))
+    study.sampler = sampler(seed=len(study.trials))
+    _enqueue_due(sweep, study)
+    return study
+
+
+def _enqueue_due(sweep: Sweep, study: Study) -> None:
+    """Let a trial wait for every cell of a grid that has not ended, or else was interrupted."""
+    from optuna.trial import TrialState  # noqa: PLC0415
+
     is_grid = sweep.keys.method == "grid"
-    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-        # of a sweep that was killed
+    for trial in study.get_trials(states=[TrialState.RUNNING]):  # of a sweep that was killed
         if not is_grid:
             study.enqueue_trial(trial.params)
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.tell(trial.number, state=TrialState.FAIL)
     if is_grid:
+        settings = sweep.grid()
+        random.Random(0).shuffle(settings)  # else the first brackets would compare neighbours only
         known = [trial.user_attrs.get("key") for trial in study.trials if not is_interrupted(trial)]
-        for params in _shuffled_grid(sweep):
+        for setting in settings[: sweep.keys.run_cap]:
+            params = {key: encode(value) for key, value in setting.items()}
             if json.dumps(params) not in known:
                 study.enqueue_trial(params, user_attrs={"key": json.dumps(params)})
-    return study
 
 
 def _check_resumable(sweep: Sweep, path: Path) -> None:
@@ -227,24 +235,14 @@ def _check_resumable(sweep: Sweep, path: Path) -> None:
         )
 
 
-def _pruner(sweep: Sweep) -> BasePruner:
+def _pruner(rule: Hyperband | None) -> BasePruner:
     from optuna.pruners import NopPruner, SuccessiveHalvingPruner  # noqa: PLC0415
 
-    rule = sweep.keys.early_terminate
     if rule is None:
         return NopPruner()
     return SuccessiveHalvingPruner(
         min_resource=rule.first, reduction_factor=rule.eta, min_early_stopping_rate=0
     )
-
-
-def _shuffled_grid(sweep: Sweep) -> list[dict[str, Any]]:
-    settings = sweep.grid()
-    random.Random(0).shuffle(settings)  # else the first brackets would compare neighbours only
-    return [
-        {key: encode(value) for key, value in setting.items()}
-        for setting in settings[: sweep.keys.run_cap]
-    ]
 
 
 def _has_more(sweep: Sweep, study: Study, num_active: int) -> bool:

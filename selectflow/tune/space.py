@@ -28,9 +28,8 @@ from selectflow.run.config_errors import ConfigError, describe, nearest
 from selectflow.run.config_fields import Count, Section
 from selectflow.run.yaml_io import read_yaml
 
-_CONFIG = "CONFIG.yaml"
 _MACROS = ("${env}", "${interpreter}", "${program}", "${args_no_hyphens}")
-_COMMAND = f"[{', '.join(_MACROS[:3])}, {_CONFIG}, {_MACROS[3]}]"
+_COMMAND = f"[{', '.join(_MACROS[:3])}, CONFIG.yaml, {_MACROS[3]}]"
 
 # distribution -> the keys that it needs
 _DISTRIBUTIONS = {
@@ -42,7 +41,7 @@ _DISTRIBUTIONS = {
     "log_uniform": ("min", "max"),  # of the exponents of e
     "log_uniform_values": ("min", "max"),
 }
-# What W&B's server has beside: known, so that the error can say that it is not a misspelling.
+# Words that only W&B's server supports: an error must not call them misspelled.
 _ONLY_ON_WANDB = {
     "categorical_w_probabilities", "inv_log_uniform", "inv_log_uniform_values", "normal",
     "q_normal", "log_normal", "q_log_normal", "q_log_uniform", "q_log_uniform_values", "beta",
@@ -101,8 +100,7 @@ class Hyperband(Section):
         if self.min_iter is not None:
             return self.min_iter
         assert self.max_iter is not None
-        rest: int = self.max_iter // self.eta ** (self.s or 1)
-        return max(1, rest)
+        return max(1, int(self.max_iter // self.eta ** (self.s or 1)))
 
     @model_validator(mode="after")
     def _has_brackets(self) -> Self:
@@ -158,7 +156,7 @@ class Sweep:
         ]
 
     def local_overrides(self, out: Path, seed: int | None) -> list[str]:
-        """What every run under the directory `out` is given beside its setting."""
+        """The overrides of every run under the directory `out`, in addition to its setting."""
         overrides = [
             as_override("name", self.run_name()),
             as_override("root", str(out / "runs")),
@@ -294,7 +292,7 @@ def _counted(domain: Domain) -> Domain:
 
 
 def _samples(sweep: Sweep) -> list[dict[str, Any]]:
-    """Settings which, if they can be run, all can: a whole grid, else every value and end once."""
+    """Settings to check: a whole grid, else every value, and both ends of a range, once."""
     if sweep.keys.method == "grid":
         return sweep.grid()
     ends = {
@@ -308,9 +306,7 @@ def _samples(sweep: Sweep) -> list[dict[str, Any]]:
 def _read_domains(
     parameters: Mapping[str, Any], problems: list[str], prefix: str = ""
 ) -> Iterator[tuple[str, Domain]]:
-    """The domains in W&B's `parameters`, dotted or nested, by dotted key; what is wrong with the
-    others is added to `problems`.
-    """
+    """The domains in W&B's `parameters` by dotted key; adds a problem for each unusable one."""
     for name, spec in parameters.items():
         key = f"{prefix}{name}"
         if isinstance(spec, dict) and isinstance(spec.get("parameters"), dict):
@@ -367,13 +363,11 @@ def _range(name: str, low: Any, high: Any, step: Any = None) -> Range:
     is_log = name.startswith("log")
     if is_log and not low > 0:
         raise ValueError(f".min must be > 0 on a logarithmic scale, got {low}")
-    if name == "int_uniform":
-        if not (isinstance(low, int) and isinstance(high, int)):
-            raise ValueError(f" must have integers for min and max, got {low} and {high}")
-        step = 1
+    if name == "int_uniform" and not (isinstance(low, int) and isinstance(high, int)):
+        raise ValueError(f" must have integers for min and max, got {low} and {high}")
     if step is not None and not step > 0:
         raise ValueError(f".q must be > 0, got {step}")
-    return Range(low, high, is_log, step)
+    return Range(low, high, is_log, 1 if name == "int_uniform" else step)
 
 
 def _is_number(value: Any) -> bool:
