@@ -31,7 +31,7 @@ app.add_typer(select, name="select")
 
 
 def _option(metavar: str | None, text: str, default: Any = None, *names: str, **more: Any) -> Any:
-    shown = default not in (None, False, ...)
+    shown = not any(default is each for each in (None, False, ...))
     return typer.Option(default, *names, metavar=metavar, help=text, show_default=shown, **more)
 
 
@@ -253,7 +253,9 @@ def _share(text: str) -> float:
 def write_shards(
     run: Path = _argument("RUN", "Run directory with a ledger."),
     out: Path = _option("DIR", "Where to write.", ...),
-    top: float | None = _option("SHARE", "Keep this best share by mean score.", parser=_share),
+    top: float | None = _option(
+        "SHARE", "Best share of the candidates by mean score, not those kept.", parser=_share
+    ),
     source: str | None = _option("DIR", "The run's dataset or its URL, if it was moved."),
     per_shard: int | None = _PER_SHARD,
     max_bytes: int | None = _MAX_BYTES,
@@ -300,8 +302,10 @@ def compare(
     out: Path = _option("DIR", "Where compare.csv, compare.html and pictures go.", Path(".")),
     baseline: str | None = _option("GROUP", "Group to test against (default uniform, or first)."),
     metric: str | None = _option("NAME", "What to judge by (default: test accuracy, else loss)."),
-    loss: str = _option("NAME", "Loss that --reach is a value of.", "test/loss"),
-    reach: float | None = _option("LOSS", "Value to be reached (default: the baseline's last)."),
+    loss: str = _option("NAME", "Name of the loss to be reached.", "test/loss"),
+    reach: float | None = _option(
+        "LOSS", "Loss to be reached (default: baseline's last, same seed)."
+    ),
     partial: bool = _option(None, "Unfinished runs too, as far as they got.", False, "--partial"),
     wandb: Literal["online", "offline"] | None = _option("[MODE]", _WANDB_HELP),
     project: str = _option("NAME", "W&B project.", "selectflow"),

@@ -23,6 +23,13 @@ def test_every_command_has_help_in_plain_text(words, capsys):
         assert text.isascii()  # no boxes
 
 
+def test_help_shows_the_defaults(capsys):
+    main(["shards", "make", "-h"])
+    assert "Seed of random choices.  [default: 0]" in capsys.readouterr().out
+    main(["compare", "-h"])
+    assert "[default: test/loss]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
