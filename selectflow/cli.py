@@ -303,9 +303,7 @@ def compare(
     baseline: str | None = _option("GROUP", "Group to test against (default uniform, or first)."),
     metric: str | None = _option("NAME", "What to judge by (default: test accuracy, else loss)."),
     loss: str = _option("NAME", "Name of the loss to be reached.", "test/loss"),
-    reach: float | None = _option(
-        "LOSS", "Loss to be reached (default: baseline's last, same seed)."
-    ),
+    reach: float | None = _option("LOSS", "Value of it (default: baseline's last, same seed)."),
     partial: bool = _option(None, "Unfinished runs too, as far as they got.", False, "--partial"),
     wandb: Literal["online", "offline"] | None = _option("[MODE]", _WANDB_HELP),
     project: str = _option("NAME", "W&B project.", "selectflow"),
