@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from selectflow.run.config import ConfigError, load
-from selectflow.tune.record import TuneError
-from selectflow.tune.sweep import Sweep, as_override
+from selectflow.tune.record import Cells, cells_of_runs
+from selectflow.tune.space import Sweep, TuneError, as_override
 
 
 def wandb_spec(sweep: Sweep) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def wandb_spec(sweep: Sweep) -> dict[str, Any]:
     return spec | {"name": sweep.name}
 
 
-def serve(sweep: Sweep, count: int | None = None) -> str:
+def serve(sweep: Sweep, count: int | None = None) -> Cells:
     """Create a sweep on W&B's server, and run its settings here until it has no more.
 
     Args:
@@ -34,7 +34,7 @@ def serve(sweep: Sweep, count: int | None = None) -> str:
         count: most runs that this agent makes; None: no limit.
 
     Returns:
-        The path of the sweep, as `wandb agent` takes it on other machines.
+        The cells of the runs that agents made of this sweep on this machine.
 
     Raises:
         TuneError: there is no key, or no network.
@@ -54,10 +54,10 @@ def serve(sweep: Sweep, count: int | None = None) -> str:
     path = "/".join(part for part in (sweep.keys.entity, project, sweep_id) if part)
     print(f"created sweep {path}; on other machines: wandb agent {path}", flush=True)
     wandb.agent(sweep_id, entity=sweep.keys.entity, project=project, count=count)
-    return path
+    return cells_of_runs(sweep, _run_dirs(sweep))
 
 
-def run_dirs(sweep: Sweep) -> list[Path]:
+def _run_dirs(sweep: Sweep) -> list[Path]:
     """The directories here of the runs that agents made of a sweep."""
     root, found = load(sweep.config, sweep.overrides).root, []
     for path in sorted(root.glob("*/config.yaml")):

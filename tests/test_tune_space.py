@@ -9,9 +9,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from selectflow.cli import main
 from selectflow.run.config import ConfigError, load
 from selectflow.run.yaml_io import dump_yaml
-from selectflow.tune.space import Choice, Range
-from selectflow.tune.sweep import load_sweep
-from selectflow.tune.wandb_server import wandb_spec
+from selectflow.tune.space import Choice, Range, load_sweep
+from selectflow.tune.wandb import wandb_spec
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ["${env}", "${interpreter}", "${program}", "base.yaml", "${args_no_hyphens}"]

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from selectflow.tune.cell_table import Cell, Cells, cost, print_cells, sort_cells, write_cells
-from selectflow.tune.map import draw_map, write_map
+from selectflow.tune.record import Cell, Cells, sort_cells
+from selectflow.tune.report import cost, draw_map, print_cells, write_cells, write_map
 
 
 def cell(horizon, lr, values=(), state="complete", last=None, error=None, steps=30):
