@@ -11,7 +11,7 @@ from selectflow.cli_select import add_commands as add_select
 from selectflow.cli_shards import add_commands as add_shards
 from selectflow.cli_tune import add_arguments as add_tune
 from selectflow.run.config import json_schema
-from selectflow.run.terminal import print_anything
+from selectflow.run.main import print_anything
 
 # A command imports what it alone needs when it runs, so that the others start quickly.
 

@@ -56,7 +56,7 @@ def _compare(args: argparse.Namespace) -> None:
     from selectflow.report.runs import load_runs  # noqa: PLC0415
     from selectflow.report.samples import examine_groups  # noqa: PLC0415
     from selectflow.report.table import print_tables  # noqa: PLC0415
-    from selectflow.run.tracking import log_report  # noqa: PLC0415
+    from selectflow.run.wandb import log_report  # noqa: PLC0415
 
     comparison = summarize(
         load_runs(args.runs),

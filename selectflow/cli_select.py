@@ -41,7 +41,7 @@ def _write_shards(args: argparse.Namespace) -> None:
     from selectflow.data import find_splits, open_catalog  # noqa: PLC0415
     from selectflow.run.config import load  # noqa: PLC0415
     from selectflow.run.ledger import last_step, read_stream  # noqa: PLC0415
-    from selectflow.run.sample_scores import kept_keys, mean_scores, write_selected  # noqa: PLC0415
+    from selectflow.run.scores import kept_keys, mean_scores, write_selected  # noqa: PLC0415
 
     stream = read_stream(args.run)
     config = load(args.run / "config.yaml")

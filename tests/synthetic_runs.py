@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from selectflow.report.runs import Run, load_run
-from selectflow.run.tracking import Tracker
+from selectflow.run.tracker import Tracker
 from selectflow.run.yaml_io import dump_yaml
 
 

@@ -20,7 +20,7 @@ from selectflow.report.panels import Line, Panel
 from selectflow.report.samples import examine, extremes, show
 from selectflow.report.selected import EDGES, Sample, read_selected, standardised
 from selectflow.run.ledger import Ledger
-from selectflow.run.sample_scores import write_scores
+from selectflow.run.scores import write_scores
 from selectflow.strategies import Selection
 
 

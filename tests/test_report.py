@@ -20,7 +20,7 @@ from selectflow.report.align import (
 from selectflow.report.groups import differences, groups, label, strategy
 from selectflow.report.runs import ReportError, Run, find_runs, load_run, load_runs, wandb_path
 from selectflow.run.directory import lock
-from selectflow.run.tracking import Tracker
+from selectflow.run.tracker import Tracker
 
 
 def test_a_run_is_read_back_as_it_was_tracked(tmp_path):

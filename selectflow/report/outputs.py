@@ -12,7 +12,7 @@ from selectflow.report.panels import Histogram, Panel
 from selectflow.report.quantities import KEPT_ALTERED, WALL, quantity
 from selectflow.report.samples import Examined
 from selectflow.report.table import to_records, write_csv
-from selectflow.run.tracking import Chart, Report
+from selectflow.run.wandb import Chart, Report
 
 
 def write_outputs(comparison: Comparison, examined: list[Examined], folder: Path) -> list[Path]:
