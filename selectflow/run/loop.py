@@ -51,7 +51,7 @@ def train(config: RunConfig, task: Task) -> Path:
 
     With `select.horizon: .inf` a copy of the model is first trained on everything, and only the
     samples that helped most are trained on; the clock starts with the seconds that this took.
-    With `select.replay` what another run kept is trained on, without scoring.
+    With `select.replay` the run trains on the examples that another run kept, without scoring.
 
     Args:
         config: the run.
@@ -78,21 +78,22 @@ def train(config: RunConfig, task: Task) -> Path:
 
 
 def _train(run: _Run) -> None:
-    """Run the loop; the log, the tracker and, after a bad loss, the weights are kept."""
+    """Run the loop; close the log and the tracker however it ends, save also after a bad loss."""
     with stop_request() as stop:
         try:
             status = run.loop(stop)
             run.checkpoints.wait()
             run.finish(status)
         except BaseException as error:
-            with contextlib.suppress(OSError):  # which must not hide why the run ends
+            with contextlib.suppress(OSError):  # it would hide why the run ends
                 if isinstance(error, FloatingPointError):
                     run.save()
                 run.finish("failed")
             raise
         finally:
-            with contextlib.suppress(OSError):  # raised before, or it would hide why the run ends
-                run.checkpoints.wait()  # the run directory is not let go of before
+            # the run directory stays locked until all is written; an error was raised above
+            with contextlib.suppress(OSError):
+                run.checkpoints.wait()
 
 
 class _Run:
@@ -157,7 +158,7 @@ class _Run:
         return "finished"  # the pools have come to their end
 
     def kept(self, steps: int) -> Iterator[list[tuple[Batch, Selection]]]:
-        """What each of so many steps trains on: of each of its pools the kept part, and why."""
+        """The batches of each of so many steps: of each pool the kept part, and its selection."""
         num = self.config.select.pools_per_update
         parts: list[tuple[Batch, Selection]] = []
         for pool in islice(self.pools, steps * num):
