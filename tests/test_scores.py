@@ -19,7 +19,6 @@ from selectflow.run.scores import (
     SampleScores,
     kept_keys,
     mean_scores,
-    ranked_samples,
     write_scores,
     write_selected,
 )
@@ -115,24 +114,6 @@ def test_mean_scores_and_kept_keys_are_those_of_a_slow_loop_over_the_ledger(run_
         assert score == pytest.approx(sum(values) / len(values), rel=1e-12)
     assert set(scores.occurrences.tolist()) == {1, 2}
     assert kept_keys(run_dir) == list(dict.fromkeys(row["key"] for row in rows if row["kept"]))
-
-
-def test_ranked_samples_are_those_of_a_slow_loop_over_the_pools(run_dir, tmp_path):
-    rows, found = read_ledger(run_dir).to_pylist(), {}
-    for step in range(1, 61):
-        pool = [row for row in rows if row["step"] == step]
-        scores = torch.tensor([row["score"] for row in pool], dtype=torch.float64)
-        values = (scores - scores.mean()) / scores.std(correction=0)
-        for row, value in zip(pool, values.tolist(), strict=True):
-            found.setdefault(row["key"], []).append((value, row["kept"]))
-    ranked = ranked_samples(run_dir)
-    assert {sample.key for sample in ranked} == set(found)
-    assert [sample.score for sample in ranked] == sorted((s.score for s in ranked), reverse=True)
-    for sample in ranked:
-        values, kept = zip(*found[sample.key], strict=True)
-        assert sample.score == pytest.approx(sum(values) / len(values), rel=1e-9, abs=1e-12)
-        assert (sample.times, sample.kept) == (len(values), sum(kept))
-    assert ranked_samples(tmp_path) == []
 
 
 @pytest.mark.parametrize("top", [None, 0.25])

@@ -134,11 +134,6 @@ class Ledger:
         self.flush()
 
 
-def has_ledger(run_dir: str | Path) -> bool:
-    """Whether there is a ledger to read in a run directory."""
-    return bool(_paths(Path(run_dir, LEDGER_FOLDER)))
-
-
 def read_ledger(run_dir: str | Path, columns: Sequence[str] | None = None) -> Any:
     """The ledger of a run, also of one that goes on.
 

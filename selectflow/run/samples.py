@@ -1,43 +1,24 @@
-"""The samples that a run scored highest and lowest: recent ones as text, at the end as pictures.
+"""The samples that a run scored highest and lowest, on stdout and at W&B.
 
-A table of the recent ones is on stdout and at W&B with each evaluation, one of the whole run at the
-end.
+A table of the recent ones is shown with each evaluation, one of the whole run at its end.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from selectflow.core.batches import Batch
-from selectflow.data import (
-    DataError,
-    Sources,
-    Tokenizer,
-    open_tokenizer,
-    picture,
-    read_metadata,
-    read_samples,
-)
 from selectflow.run.config import RunConfig
-from selectflow.run.scores import RankedSample, ranked_samples
+from selectflow.run.sample_text import extreme_rows
 from selectflow.run.task import Task
 from selectflow.run.tracker import Tracker
 from selectflow.strategies import Selection
 
 _ENDS = {"highest": 1, "lowest": -1}
 _WIDTH = 100  # characters of a line
-_SIDE = 64  # pixels
-_LENGTH = 280  # characters of a text
 
 
 class SampleTable:
@@ -185,150 +166,3 @@ class SampleDisplay:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after `state_dict`."""
         self._table.load_state_dict(state)
-
-
-# --- samples as a reader sees them ----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A sample as a reader sees it.
-
-    Attributes:
-        key: its id.
-        facts: what is known of it: label, score, how often it was kept.
-        png: its picture; None for text.
-        text: its text; "" for a picture.
-        altered: whether its label was altered; None: not known.
-    """
-
-    key: str
-    facts: list[str]
-    png: bytes | None
-    text: str
-    altered: bool | None
-
-    @property
-    def data_uri(self) -> str:
-        """The picture, for an img element."""
-        return "data:image/png;base64," + base64.b64encode(self.png or b"").decode()
-
-
-def extreme_rows(run_dir: Path, source: Sources, num: int = 16) -> list[dict[str, Any]]:
-    """The samples of a run with the highest and the lowest mean score, as rows of a table.
-
-    Args:
-        run_dir: its directory.
-        source: the dataset that it read, as `PoolStream` takes it.
-        num: samples at each end.
-
-    Raises:
-        DataError: the dataset cannot be read.
-        LedgerError: the ledger cannot be read.
-    """
-    ranked = ranked_samples(run_dir)
-    metadata = read_metadata(source, "train", max_errors=math.inf) if ranked else {}
-    scores = {sample.key: sample.score for sample in ranked}
-    ends = zip(_ENDS, extremes(ranked, source, metadata, num), strict=True)
-    return [
-        {
-            "end": end, "key": shown.key, "score": scores[shown.key], "altered": shown.altered,
-            "facts": ", ".join(shown.facts), "text": shown.text, "png": shown.png,
-        }
-        for end, samples in ends
-        for shown in samples
-    ]  # fmt: skip
-
-
-def extremes(
-    ranked: Sequence[RankedSample],
-    source: Sources,
-    metadata: Mapping[str, Mapping[str, Any]],
-    num: int,
-) -> tuple[list[Shown], list[Shown]]:
-    """The samples with the highest and with the lowest mean score.
-
-    Args:
-        ranked: samples of a run, highest mean score first.
-        source: the dataset, as `PoolStream` takes it.
-        metadata: sample key -> what the writer of the data recorded.
-        num: samples at each end, fewer where there are not twice as many.
-
-    Returns:
-        Highest first, and lowest first; samples that the dataset does not hold are left out.
-
-    Raises:
-        DataError: the dataset cannot be read.
-    """
-    num = min(num, len(ranked) // 2)
-    ends = ranked[:num], ranked[len(ranked) - num :][::-1]
-    if not num:
-        return [], []
-    found = read_samples(source, "train", [sample.key for part in ends for sample in part])
-    tokenizers = _tokenizers(source)
-
-    def source_of(key: str) -> str:
-        return key.partition("/")[0] if isinstance(source, Mapping) else ""
-
-    def shown(part: Sequence[RankedSample]) -> list[Shown]:
-        return [
-            show(s, found[s.key], metadata.get(s.key, {}), tokenizers.get(source_of(s.key)))
-            for s in part
-            if s.key in found
-        ]
-
-    return shown(ends[0]), shown(ends[1])
-
-
-def _tokenizers(source: Sources) -> dict[str, Tokenizer]:
-    """The tokenizer of each source that has one, by name; "" where there is one source.
-
-    Images have none, nor have shards without a manifest, or whose tokenizer is lost.
-    """
-    found: dict[str, Tokenizer] = {}
-    for name, each in (source if isinstance(source, Mapping) else {"": source}).items():
-        if isinstance(each, str | Path):
-            with suppress(DataError):
-                found[name] = open_tokenizer(each)
-    return found
-
-
-def show(
-    sample: RankedSample,
-    fields: Mapping[str, Any],
-    made: Mapping[str, Any],
-    tokenizer: Tokenizer | None = None,
-) -> Shown:
-    """A sample as a picture or text.
-
-    Args:
-        sample: its scores.
-        fields: its content, as `read_split` yields it.
-        made: what the writer of the data recorded about it.
-        tokenizer: of its tokens; None: bytes are text, others stay ids.
-    """
-    facts = [f"score {sample.score:+.2f} sd", f"kept {sample.kept} of {sample.times}"]
-    if "cls" in fields:
-        facts.insert(0, f"label {fields['cls']}")
-    altered = bool(made["altered"]) if "altered" in made else None
-    if altered and "true_label" in made:
-        facts[0] += f", really {made['true_label']}"
-    known = dict.fromkeys(str(made[name]) for name in ("domain", "origin") if name in made)
-    facts[:0] = known
-    image = next((fields[f] for f in ("png", "jpg", "jpeg", "npy") if f in fields), None)
-    if image is not None and np.ndim(image) == 3:
-        file = io.BytesIO()
-        picture(dict(fields), _SIDE).save(file, "PNG")
-        return Shown(sample.key, facts, file.getvalue(), "", altered)
-    return Shown(sample.key, facts, None, _text(fields, tokenizer)[:_LENGTH], altered)
-
-
-def _text(fields: Mapping[str, Any], tokenizer: Tokenizer | None) -> str:
-    if "txt" in fields:
-        return str(fields["txt"])
-    tokens = np.asarray(fields.get("npy", []))
-    if tokenizer is not None and tokens.ndim == 1:
-        return tokenizer.decode(tokens.tolist())
-    if tokens.dtype == np.uint8:  # bytes are text
-        return tokens.tobytes().decode("utf-8", "replace")
-    return "tokens " + " ".join(map(str, tokens.ravel()[:_LENGTH].tolist()))

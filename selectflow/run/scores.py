@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ import torch
 from selectflow.core.files import atomic_file
 from selectflow.data import Layout, Manifest, Sources, write_subset
 from selectflow.offline.score import SampleScores
-from selectflow.run.ledger import has_ledger, read_ledger
+from selectflow.run.ledger import read_ledger
 
 _DEFAULT_LAYOUT = Layout()
 
@@ -45,60 +44,6 @@ def kept_keys(run_dir: str | Path) -> list[str]:
     table = read_ledger(run_dir, ["key", "kept"])
     keys: list[str] = table.filter(table["kept"])["key"].unique().to_pylist()
     return keys
-
-
-class RankedSample(NamedTuple):
-    """One sample over a run.
-
-    Attributes:
-        key: its id.
-        score: mean of its scores, each in standard deviations from the mean of its pool.
-        times: pools it was in.
-        kept: times it was kept.
-    """
-
-    key: str
-    score: float
-    times: int
-    kept: int
-
-
-def ranked_samples(run_dir: str | Path) -> list[RankedSample]:
-    """The samples of a run by mean standardised score, highest first; none without a ledger.
-
-    After offline selection they are those that it scored, as one pool.
-
-    Raises:
-        LedgerError: the ledger cannot be read.
-    """
-    from pyarrow.parquet import read_table  # noqa: PLC0415
-
-    offline = Path(run_dir, "selected", "scores.parquet")
-    if offline.is_file():
-        table = read_table(offline, columns=["key", "score", "kept"])
-        ends = [0, len(table)]
-    elif has_ledger(run_dir):
-        table = read_ledger(run_dir, ["step", "key", "score", "kept"])
-        ends = [0, *(np.flatnonzero(np.diff(table["step"].to_numpy())) + 1), len(table)]
-    else:
-        return []
-    scores = table["score"].to_numpy()
-    scores = np.concatenate([standardised(scores[i:j]) for i, j in pairwise(ends)])
-    keys, rows = _numbered(table["key"])
-    times, total = np.bincount(rows), np.bincount(rows, scores)
-    kept = np.bincount(rows, table["kept"].to_numpy()).astype(int)
-    columns = (total / times).tolist(), times.tolist(), kept.tolist()
-    found = map(RankedSample, keys, *columns)
-    return sorted(found, key=lambda sample: (-sample.score, sample.key))
-
-
-def standardised(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Scores of a pool in standard deviations from their mean; 0 where all are equal.
-
-    The scale of scores changes by orders of magnitude while a model learns; this compares steps.
-    """
-    sd = scores.std()
-    return (scores - scores.mean()) / sd if sd > 0 else np.zeros_like(scores)
 
 
 def _numbered(column: Any) -> tuple[list[str], npt.NDArray[np.int64]]:
