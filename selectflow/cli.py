@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from selectflow.run.terminal import print_anything
+from selectflow.run.main import print_anything
 
 if TYPE_CHECKING:
     from selectflow.data import Layout
@@ -266,7 +266,7 @@ def write_shards(
     from selectflow.data import DataError, find_splits, open_catalog
     from selectflow.run.config import load
     from selectflow.run.ledger import last_step, read_stream
-    from selectflow.run.sample_scores import kept_keys, mean_scores, write_selected
+    from selectflow.run.scores import kept_keys, mean_scores, write_selected
 
     stream = read_stream(run)
     config = load(run / "config.yaml")
@@ -314,7 +314,7 @@ def compare(
     from selectflow.report.runs import load_runs
     from selectflow.report.samples import examine_groups
     from selectflow.report.tables import print_tables
-    from selectflow.run.tracking import log_report
+    from selectflow.run.wandb import log_report
 
     comparison = summarize(
         load_runs(runs), baseline=baseline, quality=metric, loss=loss, reach=reach, partial=partial

@@ -68,7 +68,7 @@ def test_arguments_that_cannot_be_read(words, message, capsys):
 def test_a_comparison_is_logged_online_unless_told_otherwise(words, mode, tmp_path, monkeypatch):
     modes = []
     monkeypatch.setattr(
-        "selectflow.run.tracking.log_report", lambda *_, mode, **__: modes.append(mode)
+        "selectflow.run.wandb.log_report", lambda *_, mode, **__: modes.append(mode)
     )
     run = make_run(tmp_path / "run", [0.5]).folder
     assert main(["compare", str(run), "--out", str(tmp_path), *words]) == 0

@@ -16,7 +16,7 @@ from selectflow.report.groups import flat
 from selectflow.report.runs import KEPT_ALTERED, WALL
 from selectflow.report.samples import Examined
 from selectflow.report.tables import grids, quantity, sentences, to_records, write_csv
-from selectflow.run.tracking import Chart, Report
+from selectflow.run.wandb import Chart, Report
 
 
 def write_outputs(comparison: Comparison, examined: Sequence[Examined], folder: Path) -> list[Path]:

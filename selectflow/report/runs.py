@@ -193,7 +193,7 @@ def fetch_run(path: str) -> Run:
         ReportError: it has logged nothing yet.
         TrackingError: W&B cannot be asked, or knows no such run.
     """
-    from selectflow.run.tracking import download_run  # noqa: PLC0415
+    from selectflow.run.wandb import download_run  # noqa: PLC0415
 
     found = download_run(path)
     rows = [row for row in found.history if row.get(STEP) is not None]

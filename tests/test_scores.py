@@ -15,7 +15,7 @@ from selectflow.cli import main
 from selectflow.data import DataError, PoolStream, read_manifest, read_split
 from selectflow.run.ledger import read_ledger
 from selectflow.run.loop import train
-from selectflow.run.sample_scores import (
+from selectflow.run.scores import (
     SampleScores,
     kept_keys,
     mean_scores,

@@ -1,4 +1,4 @@
-"""Samples ranked by one score each, and the chosen ones as a dataset of their own."""
+"""One score for each sample of a run, and the chosen samples as a dataset of their own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from selectflow.core.files import atomic_file
 from selectflow.data import Layout, Manifest, Sources, write_subset
 from selectflow.offline.score import SampleScores
-from selectflow.run.ledger import read_parts
+from selectflow.run.ledger import read_ledger
 
 _DEFAULT_LAYOUT = Layout()
 
@@ -26,15 +28,11 @@ def mean_scores(run_dir: str | Path) -> SampleScores:
     Raises:
         LedgerError: there is none, or it cannot be read.
     """
-    total: dict[str, float] = {}
-    count: dict[str, int] = {}
-    for part in read_parts(run_dir, ["key", "score"]):
-        for key, score in zip(part["key"].to_pylist(), part["score"].to_pylist(), strict=True):
-            total[key] = total.get(key, 0.0) + score
-            count[key] = count.get(key, 0) + 1
-    occurrences = torch.tensor(list(count.values()))
-    score = torch.tensor(list(total.values()), dtype=torch.float64) / occurrences
-    return SampleScores(list(total), score, occurrences)
+    table = read_ledger(run_dir, ["key", "score"])
+    keys, rows = _numbered(table["key"])
+    occurrences, total = np.bincount(rows), np.bincount(rows, table["score"].to_numpy())
+    score = torch.from_numpy(total / occurrences)
+    return SampleScores(keys, score, torch.from_numpy(occurrences))
 
 
 def kept_keys(run_dir: str | Path) -> list[str]:
@@ -43,9 +41,18 @@ def kept_keys(run_dir: str | Path) -> list[str]:
     Raises:
         LedgerError: the run has no ledger, or it cannot be read.
     """
-    parts = read_parts(run_dir, ["key", "kept"])
-    kept = (key for part in parts for key in part.filter(part["kept"])["key"].to_pylist())
-    return list(dict.fromkeys(kept))
+    table = read_ledger(run_dir, ["key", "kept"])
+    keys: list[str] = table.filter(table["kept"])["key"].unique().to_pylist()
+    return keys
+
+
+def _numbered(column: Any) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """The distinct values of a column in the order of their first row, and the number of each row.
+
+    `Table.group_by` keeps no order, and adds up in none.
+    """
+    encoded = column.dictionary_encode().combine_chunks()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
 
 
 def write_scores(folder: str | Path, scores: SampleScores, kept: Iterable[str]) -> Path:

@@ -15,7 +15,7 @@ from selectflow.report.runs import load_runs
 from selectflow.report.samples import examine_groups
 from selectflow.run.ledger import read_ledger
 from selectflow.run.loop import train
-from selectflow.run.sample_table import SampleTable, lines, one_line
+from selectflow.run.samples import SampleTable, lines, one_line
 from selectflow.strategies import Selection
 
 

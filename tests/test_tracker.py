@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from wandb_log import offline_records
 
-from selectflow.run.tracking import Progress, Tracker
+from selectflow.run.tracker import Tracker
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -137,7 +137,7 @@ def test_wandb_that_fails_later_is_switched_off_with_one_warning(tmp_path):
 ONLINE = """
 import sys, warnings
 from pathlib import Path
-from selectflow.run.tracking import Tracker
+from selectflow.run.tracker import Tracker
 Tracker(Path(sys.argv[1]) / "plain", {}, name="a").log(1, {})
 assert "wandb" not in sys.modules, "a run without W&B must not pay for its import"
 with warnings.catch_warnings(record=True) as caught:
@@ -195,20 +195,3 @@ def test_wandb_online_falls_back_to_offline(online_runs, cause, reason):
     history = [record for record in offline_records(path) if record["type"] == "history"]
     assert [record["history"]["item"]["train/loss"] for record in history] == [1.0]
     assert lines(path) == [{"train/step": 1, "train/loss": 1.0}]
-
-
-def test_progress_prints_plain_lines_at_every_nth_and_the_last_step(capsys):
-    with Progress(7, every=3, description="train") as progress:
-        for step in range(1, 8):
-            progress.update(step, f"loss {step}")
-    assert capsys.readouterr().out == "train 3/7 loss 3\ntrain 6/7 loss 6\ntrain 7/7 loss 7\n"
-
-
-def test_progress_is_a_bar_at_a_terminal(capsys):
-    with Progress(4, every=1, force_terminal=True) as progress:
-        for step in range(1, 5):
-            progress.update(step, "loss 0.5")
-    shown = capsys.readouterr().out
-    assert "4/4" in shown
-    assert "\x1b[" in shown  # drawn in place
-    assert "train 1/4" not in shown

@@ -1,4 +1,7 @@
-"""The examples of the highest and of the lowest scores since the last evaluation, line by line."""
+"""The samples that a run scored highest and lowest, on stdout and at W&B.
+
+A table of the recent ones is shown with each evaluation, one of the whole run at its end.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,10 @@ from typing import Any
 import torch
 
 from selectflow.core.batches import Batch
+from selectflow.run.config import RunConfig
+from selectflow.run.sample_text import extreme_rows
+from selectflow.run.task import Task
+from selectflow.run.tracker import Tracker
 from selectflow.strategies import Selection
 
 _ENDS = {"highest": 1, "lowest": -1}
@@ -17,8 +24,8 @@ _WIDTH = 100  # characters of a line
 class SampleTable:
     """Collects the extremes of the scores of a stretch of steps.
 
-    A score is given in standard deviations of its pool, from the pool's mean, so that those of
-    different steps compare. An example that comes again stands with the more extreme score.
+    A score is in standard deviations of its pool, from the pool's mean, so that those of different
+    steps compare. An example that comes again is listed once, with its more extreme score.
 
     Args:
         num: examples at each end, >= 1.
@@ -36,7 +43,7 @@ class SampleTable:
         self._rows: dict[str, list[dict[str, Any]]] = {end: [] for end in _ENDS}
 
     def add(self, step: int, selection: Selection) -> None:
-        """Look at the scores of one pool; those of a pool whose scores are all equal say nothing.
+        """Look at the scores of one pool; skip a pool whose scores are all equal.
 
         Args:
             step: the optimizer step that it was for, from 1.
@@ -68,7 +75,7 @@ class SampleTable:
         rows.sort(key=lambda row: -sign * row["score"])
 
     def rows(self) -> list[dict[str, Any]]:
-        """The highest, highest first, then the lowest, lowest first, under equal names."""
+        """The highest, highest first, then the lowest, lowest first; rows have equal keys."""
         return [dict(row) for rows in self._rows.values() for row in rows]
 
     def clear(self) -> None:
@@ -85,7 +92,7 @@ class SampleTable:
 
 
 def one_line(text: str) -> str:
-    """The text without line ends and control characters, which stand as in Python source."""
+    """The text with line ends and control characters escaped, as in Python source."""
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
     )
@@ -107,3 +114,55 @@ def lines(rows: Sequence[Mapping[str, Any]], title: str) -> str:
                 line = head + (row["text"] or row["key"])
                 found.append(line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…")
     return "\n".join(found)
+
+
+class SampleDisplay:
+    """Shows the samples of a run; none where its scores do not compare samples.
+
+    Args:
+        config: the run; `track.samples` is the number at each end, 0: W&B alone, at the end.
+        task: whose samples they are.
+        tracker: of the run.
+    """
+
+    def __init__(self, config: RunConfig, task: Task, tracker: Tracker) -> None:
+        self._num, self._run_dir = config.track.samples, config.run_dir
+        self._source, self._tracker = task.source, tracker
+        # scores of a uniform choice are random, those of a replay are another run's
+        self._is_scored = config.select.strategy != "uniform" and not config.select.replay
+        # offline selection is over when the run starts
+        self._is_live = self._num > 0 and self._is_scored and not config.select.is_offline
+        self._table = SampleTable(self._num, task.kinds, task.show)
+
+    def add(self, step: int, selection: Selection) -> None:
+        """Look at one pool of the optimizer step `step`, from 1."""
+        if self._is_live:
+            self._table.add(step, selection)
+
+    def show_recent(self, step: int) -> None:
+        """Show the samples of the highest and of the lowest scores since the last call."""
+        if rows := self._table.rows():
+            print(lines(rows, f"scores of the pools up to step {step}"), flush=True)
+            self._tracker.show(lambda: rows, "recent")
+        self._table.clear()
+
+    def show_all(self) -> None:
+        """Show the extremes by mean score over the whole run; at W&B also where `samples` is 0."""
+        source, run_dir = self._source, self._run_dir
+        if source is None or not self._is_scored:
+            return
+        if self._num:
+            rows = [
+                row | {"origin": row["facts"], "text": one_line(row["text"])}
+                for row in extreme_rows(run_dir, source, self._num)
+            ]
+            print(lines(rows, "mean scores of the whole run"), flush=True)
+        self._tracker.show(lambda: extreme_rows(run_dir, source))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The samples since the last `show_recent`."""
+        return self._table.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after `state_dict`."""
+        self._table.load_state_dict(state)

@@ -1,5 +1,7 @@
 """What a run reports while it trains: metrics.jsonl, summary.json and W&B."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -8,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selectflow.core.files import size_on_disk
-from selectflow.run.tracking import sink
+from selectflow.run import wandb
+from selectflow.run.metrics import STEP
 
 Mode = Literal["disabled", "offline", "online"]
 
@@ -65,7 +68,7 @@ class Tracker:
             "tags": list(tags),
             "id": run_id,
         }
-        self._wandb = None if mode == "disabled" else sink.start(options, mode, timeout_s)
+        self._wandb = None if mode == "disabled" else wandb.start(options, mode, timeout_s)
         self.run_id: str | None = self._wandb.id if self._wandb else None
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
@@ -79,11 +82,11 @@ class Tracker:
             OSError: the line cannot be written; it names the file.
             TypeError: a value is not a number.
         """
-        record = {"train/step": step} | {key: _number(key, value) for key, value in metrics.items()}
-        _write(self._metrics, json.dumps(record, allow_nan=False) + "\n", mode="a")
+        record = {STEP: step} | {key: _number(key, value) for key, value in metrics.items()}
+        write_text(self._metrics, json.dumps(record, allow_nan=False) + "\n", mode="a")
         self._last |= record
         finite = {key: value for key, value in record.items() if value is not None}
-        self._to_wandb(lambda run: sink.log(run, finite))
+        self._to_wandb(lambda run: wandb.log(run, finite))
 
     def state_dict(self) -> dict[str, Any]:
         """The W&B run and how long metrics.jsonl is, all of it on the disk."""
@@ -98,7 +101,7 @@ class Tracker:
         """Go on after `state_dict`; later lines of metrics.jsonl are cut off."""
         os.truncate(self._metrics, state["metrics_bytes"])
         self._last = dict(state["last"])
-        self._resumed_at = [*state.get("resumed_at", ()), self._last.get("train/step", 0)]
+        self._resumed_at = [*state.get("resumed_at", ()), self._last.get(STEP, 0)]
 
     def show(
         self, samples: Callable[[], Sequence[Mapping[str, Any]]], name: str = "samples"
@@ -109,7 +112,7 @@ class Tracker:
             samples: call for rows of equal keys: plain values, and maybe under "png" a picture.
             name: what they are logged under.
         """
-        self._to_wandb(lambda run: sink.show(run, samples(), name))
+        self._to_wandb(lambda run: wandb.show(run, samples(), name))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json and close W&B, which takes the ledger and what was selected along.
@@ -128,9 +131,9 @@ class Tracker:
             values["resumed_at"] = self._resumed_at
         # Written beside and then renamed: a reader sees the whole summary or none.
         beside = self._summary.with_name("summary.json.tmp")
-        _write(beside, json.dumps(values, indent=2, allow_nan=False) + "\n", mode="w")
+        write_text(beside, json.dumps(values, indent=2, allow_nan=False) + "\n", mode="w")
         os.replace(beside, self._summary)
-        self._to_wandb(lambda run: sink.finish(run, values, self._summary.parent))
+        self._to_wandb(lambda run: wandb.finish(run, values, self._summary.parent))
         self._wandb = None
 
     def _to_wandb(self, send: Callable[[Any], object]) -> None:
@@ -140,7 +143,7 @@ class Tracker:
             send(self._wandb)
         except Exception as error:  # W&B raises anything, and none of it is worth losing a run
             self._wandb = None
-            sink.warn(
+            wandb.warn(
                 f"W&B failed and is switched off, the run goes on with {self._metrics}", error
             )
 
@@ -156,7 +159,12 @@ def _number(name: str, value: Any) -> float | int | None:
     return value if math.isfinite(value) else None
 
 
-def _write(path: Path, text: str, mode: Literal["a", "w"]) -> None:
+def write_text(path: Path, text: str, mode: Literal["a", "w"]) -> None:
+    """Write or append a text.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
     try:
         with path.open(mode, encoding="utf-8") as file:
             file.write(text)
