@@ -4,15 +4,15 @@ BIN := .venv/bin
 READY := .venv/ready
 SEEDS ?= 0 1 2
 
-.PHONY: demo test test-slow lint format results bench study-proxy study-adaptive clean
+.PHONY: demo test test-slow lint format docs results bench study-proxy study-adaptive clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-# Digits with 40% wrong labels: trained on what comes, on what is kept, and with horizon and learning
-# rate under control; a table and a chart.
+# Digits with 40% wrong labels: plain training, selection, and selection with horizon and learning rate
+# under control; a table and a chart.
 demo: $(READY)
 	for seed in $(SEEDS); do for run in uniform online adaptive; do \
 	  $(BIN)/python trainers/vision.py configs/digits_$$run.yaml \
@@ -37,13 +37,22 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Selection against plain training, over seeds: the tables and figures of the README, in runs/results/.
+# A page of each module, in build/docs. A warning is an error, but for modules that pdoc also finds by
+# itself.
+MODULES = $(subst /,.,$(patsubst %/__init__,%,$(basename $(shell find selectflow -name '*.py' ! -name __main__.py))))
+docs: $(READY)
+	rm -rf build/docs
+	$(BIN)/python -W error -W 'ignore:The module specification' -m pdoc \
+	  --docformat google --output-directory build/docs $(sort $(MODULES))
+
+# Selection against plain training, over seeds: the tables and figures of notebooks/RESULTS.md, in
+# runs/results/.
 # TASKS="noised clean" makes a part; finished runs are not repeated.
 TASKS ?= noised clean imbalanced text lora finetune
 results: $(READY)
 	$(BIN)/python tests/benchmarks/results.py --tasks $(TASKS)
 
-# Cost of a step and its parts, each printing the figures of the README.
+# Cost of a step and its parts, each printing the figures of notebooks/RESULTS.md.
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/step_cost.py
 	$(BIN)/python tests/benchmarks/control_cost.py
