@@ -22,7 +22,7 @@ demo: $(READY)
 	  runs/digits_online-s$(seed) runs/digits_adaptive-s$(seed)) --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # What takes minutes: the slow tests, among them the demo's claims over five seeds.
 test-slow: $(READY)
