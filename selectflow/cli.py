@@ -17,24 +17,24 @@ from selectflow.run.terminal import print_anything
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from selectflow.audit.budget_table import print_budget  # noqa: PLC0415
-    from selectflow.audit.report import measured_before, run_audit  # noqa: PLC0415
+    from selectflow.audit.budget import read_results, run_audit  # noqa: PLC0415
+    from selectflow.audit.report import print_budget  # noqa: PLC0415
 
     config = load_audit(args.config, args.overrides)
     if isinstance(config, ProxyConfig):
         _audit_proxy(config)
         return
     folder = run_audit(config, lambda done: print(done, flush=True))
-    print_budget(measured_before(config, folder))
+    print_budget(read_results(config))
     print(f"wrote {folder}")
 
 
 def _audit_proxy(config: ProxyConfig) -> None:
-    from selectflow.audit.proxy_report import run_proxy  # noqa: PLC0415
-    from selectflow.audit.proxy_table import print_proxy  # noqa: PLC0415
+    from selectflow.audit.proxy import run_proxy  # noqa: PLC0415
+    from selectflow.audit.report import print_proxy  # noqa: PLC0415
 
-    folder, cells = run_proxy(config, lambda done: print(done, flush=True))
-    print_proxy(cells)
+    folder, figures = run_proxy(config, lambda done: print(done, flush=True))
+    print_proxy(figures)
     print(f"wrote {folder}")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from selectflow.report.runs import Run, load_run
 from selectflow.run.tracking import Tracker
-from selectflow.run.yaml_io import dump_yaml
+from selectflow.run.yaml import dump_yaml
 
 
 def make_run(

@@ -11,9 +11,9 @@ from test_run import ROOT, config, digits, loss_fn, read_lines, run_trainer, tas
 from selectflow.data import PoolStream, read_manifest, read_metadata, read_split
 from selectflow.offline.record import record
 from selectflow.offline.score import score_samples
-from selectflow.run.config_training import OptimizerConfig
 from selectflow.run.ledger import read_ledger
 from selectflow.run.loop import RunError, train
+from selectflow.run.sections import OptimizerConfig
 from selectflow.run.step import build_optimizer
 
 __all__ = ["digits"]  # the fixture

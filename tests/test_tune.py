@@ -18,7 +18,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from selectflow.cli import main
 from selectflow.data import make_digits
 from selectflow.run.config import load
-from selectflow.run.yaml_io import dump_yaml
+from selectflow.run.yaml import dump_yaml
 from selectflow.tune.cells import cells_of_runs
 from selectflow.tune.record import TuneError, open_study, read_cells
 from selectflow.tune.search import tune

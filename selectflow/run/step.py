@@ -16,10 +16,8 @@ from selectflow.control.rules import AutoHorizon, AutoRate
 from selectflow.control.schedule import HorizonSchedule
 from selectflow.core.batches import Batch, chunks, describe, num_examples
 from selectflow.core.passes import LossFn
-from selectflow.run.config_schedules import ScheduleConfig
-from selectflow.run.config_select import SelectConfig
-from selectflow.run.config_training import OptimizerConfig, TrainConfig
 from selectflow.run.directory import RunError
+from selectflow.run.sections import OptimizerConfig, ScheduleConfig, SelectConfig, TrainConfig
 from selectflow.run.task import Task
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from selectflow.report.runs import Run, load_run
 from selectflow.run.config import RunConfig, known_keys, load
-from selectflow.run.yaml_io import dump_yaml, read_yaml, set_key
+from selectflow.run.yaml import dump_yaml, read_yaml, set_key
 from selectflow.tune.cell_table import Cell, Cells, State, sort_cells
 from selectflow.tune.space import Setting
 from selectflow.tune.sweep import Sweep

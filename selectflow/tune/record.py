@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selectflow.run.yaml_io import dump_yaml, read_yaml
+from selectflow.run.yaml import dump_yaml, read_yaml
 from selectflow.tune.cell_table import Cells, State
 from selectflow.tune.cells import load_runs, make_cell, sort_into
 from selectflow.tune.space import Choice, Domain, Setting

@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from selectflow.options import ConfigError, Count, Section, describe
 from selectflow.run.config import RunConfig, load
-from selectflow.run.yaml_io import read_yaml
+from selectflow.run.yaml import read_yaml
 from selectflow.tune.space import OTHERS_OF_WANDB, Choice, Domain, Range, Setting, read_domains
 
 CONFIG_PLACE = "CONFIG.yaml"
