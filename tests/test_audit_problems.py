@@ -9,7 +9,7 @@ import torch
 from selectflow.audit.budget import RecordedRun
 from selectflow.audit.config import AuditConfig, GPT2Model, LlamaModel
 from selectflow.audit.influence import influence, leave_one_out
-from selectflow.audit.problems import PROBLEMS, AuditedRun
+from selectflow.audit.problems import PROBLEMS, AuditedRun, spoiled
 from selectflow.core.batches import take
 from selectflow.options import ConfigError
 
@@ -166,3 +166,19 @@ def test_auditing_images_does_not_import_transformers():
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["label", "input_ids"])
+def test_spoiling(name):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.arange(500) % 10
+    if name == "input_ids":
+        values = torch.arange(500 * 12).reshape(500, 12)
+    found = spoiled({name: values}, 0.4, generator)[name]
+    changed = found != values
+    rows = changed if name == "label" else changed.any(1)
+    assert int(rows.sum()) == 200
+    if name == "label":
+        assert set(found.tolist()) == set(range(10))
+    else:
+        assert torch.equal(found.sort(1).values, values)

@@ -17,7 +17,6 @@ from selectflow.audit.proxy import (
     best_scored,
     measure_proxy,
     rank_of_medians,
-    spoiled,
     summarize,
 )
 from selectflow.cli import main
@@ -163,22 +162,6 @@ def test_medians_are_ranked_over_the_grid_alone():
     assert len(figures) == 10
     expected = scipy.stats.spearmanr([f.relative for f in grid], [f.true_relative for f in grid])
     assert rank_of_medians(figures, "keep 0.5") == pytest.approx(expected.statistic)
-
-
-@pytest.mark.parametrize("name", ["label", "input_ids"])
-def test_spoiling(name):
-    generator = torch.Generator().manual_seed(0)
-    values = torch.arange(500) % 10
-    if name == "input_ids":
-        values = torch.arange(500 * 12).reshape(500, 12)
-    found = spoiled({name: values}, 0.4, generator)[name]
-    changed = found != values
-    rows = changed if name == "label" else changed.any(1)
-    assert int(rows.sum()) == 200
-    if name == "label":
-        assert set(found.tolist()) == set(range(10))
-    else:
-        assert torch.equal(found.sort(1).values, values)
 
 
 def test_the_command_writes_points_figures_and_a_picture(tmp_path, capsys):

@@ -160,6 +160,22 @@ def cast(batch: Batch, dtype: torch.dtype) -> Batch:
     }
 
 
+def spoiled(examples: Batch, share: float, generator: torch.Generator) -> Batch:
+    """A share of the examples with a wrong label, or with their tokens in random order."""
+    num = num_examples(examples)
+    chosen = torch.randperm(num, generator=generator)[: round(share * num)]
+    name = "label" if "label" in examples else "input_ids"
+    values = examples[name].clone()
+    if name == "label":
+        classes = int(values.max()) + 1
+        shift = torch.randint(1, classes, chosen.shape, generator=generator)
+        values[chosen] = (values[chosen] + shift) % classes
+    else:
+        for row in chosen.tolist():
+            values[row] = values[row, torch.randperm(values.shape[1], generator=generator)]
+    return {**examples, name: values}
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from selectflow.audit.config import ProxyConfig
-from selectflow.audit.problems import PROBLEMS, build_adamw, cast
+from selectflow.audit.problems import PROBLEMS, build_adamw, cast, spoiled
 from selectflow.audit.report import plain, rank_correlation, write_csv, write_json, write_proxy
 from selectflow.audit.reruns import effects
 from selectflow.control.rules import AutoHorizon
@@ -223,22 +223,6 @@ def best_scored(
     window = Window(derivatives, place.updates[:horizon], lambda i, _: take(pools[i], nominal[i]))
     sweep(window, place.state, read_target, keep, capacity=horizon)
     return [found[index] for index in range(horizon)]
-
-
-def spoiled(examples: Batch, share: float, generator: torch.Generator) -> Batch:
-    """A share of the examples with a wrong label, or with their tokens in random order."""
-    num = num_examples(examples)
-    chosen = torch.randperm(num, generator=generator)[: round(share * num)]
-    name = "label" if "label" in examples else "input_ids"
-    values = examples[name].clone()
-    if name == "label":
-        classes = int(values.max()) + 1
-        shift = torch.randint(1, classes, chosen.shape, generator=generator)
-        values[chosen] = (values[chosen] + shift) % classes
-    else:
-        for row in chosen.tolist():
-            values[row] = values[row, torch.randperm(values.shape[1], generator=generator)]
-    return {**examples, name: values}
 
 
 # --- figures over the points of all runs ----------------------------------------------------------
