@@ -337,19 +337,18 @@ def audit(
     overrides: list[str] = _argument("KEY=VALUE", "As in seeds=1.", None),
 ) -> None:
     """Compare influence with leave-one-out retraining."""
-    from selectflow.audit.budget_table import print_budget
+    from selectflow.audit.budget import read_results, run_audit
     from selectflow.audit.config import ProxyConfig, load_audit
-    from selectflow.audit.proxy_report import run_proxy
-    from selectflow.audit.proxy_table import print_proxy
-    from selectflow.audit.report import measured_before, run_audit
+    from selectflow.audit.proxy import run_proxy
+    from selectflow.audit.report import print_budget, print_proxy
 
     study = load_audit(config, overrides)
     if isinstance(study, ProxyConfig):
-        folder, cells = run_proxy(study, _tell)
-        print_proxy(cells)
+        folder, figures = run_proxy(study, _tell)
+        print_proxy(figures)
     else:
         folder = run_audit(study, _tell)
-        print_budget(measured_before(study, folder))
+        print_budget(read_results(study))
     print(f"wrote {folder}")
 
 

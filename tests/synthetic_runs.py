@@ -7,7 +7,7 @@ import torch
 from selectflow.report.runs import Run, load_run
 from selectflow.run.ledger import Ledger
 from selectflow.run.tracker import Tracker
-from selectflow.run.yaml_io import dump_yaml
+from selectflow.run.yaml import dump_yaml
 from selectflow.strategies import Selection
 
 POOLS = [{"a": 1.0, "b": 2.0, "c": 6.0}, {"a": 300.0, "b": 100.0, "d": 200.0}]

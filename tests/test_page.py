@@ -13,7 +13,7 @@ from selectflow.report.compare import summarize
 from selectflow.report.groups import flat
 from selectflow.report.page import describe_task, render
 from selectflow.report.samples import examine
-from selectflow.run.config_data import DataConfig
+from selectflow.run.sections import DataConfig
 
 
 @pytest.fixture(scope="module")

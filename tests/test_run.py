@@ -24,11 +24,10 @@ from selectflow.data import (
 from selectflow.run import ledger as ledger_module
 from selectflow.run.build import build_horizon, build_schedule
 from selectflow.run.config import RunConfig
-from selectflow.run.config_schedules import ScheduleConfig
-from selectflow.run.config_select import SelectConfig
 from selectflow.run.ledger import read_ledger
 from selectflow.run.log import Stopwatch
 from selectflow.run.loop import RunError, Task, resolve_device, train
+from selectflow.run.sections import ScheduleConfig, SelectConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,9 +12,9 @@ from selectflow.data import PoolStream, read_manifest, read_metadata, read_split
 from selectflow.offline.record import record
 from selectflow.offline.score import score_samples
 from selectflow.run.build import build_optimizer
-from selectflow.run.config_training import OptimizerConfig
 from selectflow.run.ledger import read_ledger
 from selectflow.run.loop import RunError, train
+from selectflow.run.sections import OptimizerConfig
 
 __all__ = ["digits"]  # the fixture
 

@@ -17,10 +17,10 @@ from selectflow import Selector
 from selectflow.core.batches import MicroBatches, take
 from selectflow.data import PoolStream
 from selectflow.run.config import ConfigError, RunConfig, load
-from selectflow.run.config_training import TrainConfig
 from selectflow.run.ledger import read_ledger
 from selectflow.run.loop import train
 from selectflow.run.replay import ReplayError
+from selectflow.run.sections import TrainConfig
 from selectflow.run.step import build_losses, update
 
 __all__ = ["digits"]  # the fixture

@@ -18,7 +18,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from selectflow.cli import main
 from selectflow.data import make_digits
 from selectflow.run.config import load
-from selectflow.run.yaml_io import dump_yaml
+from selectflow.run.yaml import dump_yaml
 from selectflow.tune.record import cells_of_runs, read_cells
 from selectflow.tune.search import open_study, tune
 from selectflow.tune.space import TuneError, load_sweep

@@ -8,7 +8,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from selectflow.cli import main
 from selectflow.run.config import ConfigError, load
-from selectflow.run.yaml_io import dump_yaml
+from selectflow.run.yaml import dump_yaml
 from selectflow.tune.space import Choice, Range, load_sweep
 from selectflow.tune.wandb import wandb_spec
 

@@ -121,8 +121,7 @@ def describe_task(comparison: Comparison) -> str:
 
     Settings of text are those of text alone, and of label noise those of digits.
     """
-    from selectflow.run.config_data import DataConfig  # noqa: PLC0415
-    from selectflow.run.config_training import ModelConfig  # noqa: PLC0415
+    from selectflow.run.sections import DataConfig, ModelConfig  # noqa: PLC0415
 
     sections = {"data": DataConfig(), "model": ModelConfig()}
     defaults = dict(flat({key: of.model_dump(mode="json") for key, of in sections.items()}))

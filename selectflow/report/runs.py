@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from selectflow.run.yaml_io import read_yaml
+from selectflow.run.yaml import read_yaml
 
 # Names of metrics, as runs log them.
 STEP = "train/step"

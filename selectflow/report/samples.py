@@ -104,7 +104,7 @@ def _dataset_of(run: Run) -> Path | str | None:
     """Directory or URL of the shards that a run read; None where its configuration is of others."""
     from pydantic import ValidationError  # noqa: PLC0415
 
-    from selectflow.run.config_data import DataConfig  # noqa: PLC0415
+    from selectflow.run.sections import DataConfig  # noqa: PLC0415
 
     try:
         return DataConfig.model_validate(run.config.get("data", {})).directory

@@ -15,10 +15,8 @@ from selectflow.control.horizon import HorizonSchedule
 from selectflow.control.rules import AutoHorizon, AutoRate
 from selectflow.core.batches import Batch
 from selectflow.run.config import RunConfig
-from selectflow.run.config_schedules import ScheduleConfig
-from selectflow.run.config_select import SelectConfig
-from selectflow.run.config_training import OptimizerConfig
 from selectflow.run.replay import Replay
+from selectflow.run.sections import OptimizerConfig, ScheduleConfig, SelectConfig
 from selectflow.run.task import RunError, Task
 from selectflow.selector import Selector
 

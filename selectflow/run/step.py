@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from selectflow.core.batches import Batch, chunks, describe, num_examples
 from selectflow.core.passes import LossFn
-from selectflow.run.config_training import TrainConfig
+from selectflow.run.sections import TrainConfig
 from selectflow.run.task import RunError
 
 

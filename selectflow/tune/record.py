@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from selectflow.report.runs import Run, load_run
 from selectflow.run.config import RunConfig, known_keys, load
-from selectflow.run.yaml_io import dump_yaml, read_yaml, set_key
+from selectflow.run.yaml import dump_yaml, read_yaml, set_key
 from selectflow.tune.space import Choice, Sweep
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selectflow.run.directory import lock, wait_until_free
-from selectflow.run.yaml_io import dump_yaml, read_yaml
+from selectflow.run.yaml import dump_yaml, read_yaml
 from selectflow.tune.record import NOTE, encode, has_ended, is_interrupted, setting_of
 from selectflow.tune.space import Choice, Domain, Hyperband, Sweep, TuneError
 

@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from selectflow.options import ConfigError, Count, Section, describe, nearest
 from selectflow.run.config import RunConfig, load
-from selectflow.run.yaml_io import read_yaml
+from selectflow.run.yaml import read_yaml
 
 _MACROS = ("${env}", "${interpreter}", "${program}", "${args_no_hyphens}")
 _COMMAND = f"[{', '.join(_MACROS[:3])}, CONFIG.yaml, {_MACROS[3]}]"

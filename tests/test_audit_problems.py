@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
+from selectflow.audit.budget import RecordedRun
 from selectflow.audit.config import AuditConfig, GPT2Model, LlamaModel
 from selectflow.audit.influence import influence, leave_one_out
-from selectflow.audit.rows import Recorded
-from selectflow.audit.settings import PROBLEMS, Setting
+from selectflow.audit.problems import PROBLEMS, AuditedRun, spoiled
 from selectflow.core.batches import take
 from selectflow.options import ConfigError
 
@@ -24,16 +24,16 @@ def small(kind, **changes):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_leave_one_out_is_what_a_plain_loop_makes_of_the_rest(kind):
     """Through masks, rotary embeddings and adapters: `vmap` of the model against torch.optim."""
-    setting = Setting(small(kind, schedule="constant"), 0)
-    trajectory, queries = setting.record(1e-3), setting.queries()
+    run = AuditedRun(small(kind, schedule="constant"), 0)
+    trajectory, queries = run.record(1e-3), run.queries()
     loss_fn = PROBLEMS[kind].loss_fn
 
     def retrained(removed):
-        model = setting.model().double().eval()
+        model = run.model().double().eval()
         params = [param for param in model.parameters() if param.requires_grad]
         optimizer = torch.optim.AdamW(params, 1e-3, (0.9, 0.95), 1e-8, 0.01)
         for step in range(4):
-            batch = setting.batch(step)
+            batch = run.batch(step)
             if step == removed:
                 batch = take(batch, torch.tensor([0, 2]))
             optimizer.zero_grad()
@@ -51,12 +51,12 @@ def test_leave_one_out_is_what_a_plain_loop_makes_of_the_rest(kind):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_first_and_second_order_are_those_of_a_reweighted_run(kind):
     """Against central differences in the weight of one example, in float64."""
-    setting = Setting(small(kind, schedule="constant", eps=1e-3), 0)
-    trajectory, queries = setting.record(1e-3), setting.queries()
+    run = AuditedRun(small(kind, schedule="constant", eps=1e-3), 0)
+    trajectory, queries = run.record(1e-3), run.queries()
     loss_fn = PROBLEMS[kind].loss_fn
 
     def phi(alpha):
-        model = setting.model().double().eval()
+        model = run.model().double().eval()
         params = [param for param in model.parameters() if param.requires_grad]
         optimizer = torch.optim.AdamW(params, 1e-3, (0.9, 0.95), 1e-3, 0.01)
         for step in range(4):
@@ -64,7 +64,7 @@ def test_first_and_second_order_are_those_of_a_reweighted_run(kind):
             if step == 1:
                 weights += alpha * torch.tensor([1 / 6, -1 / 3, 1 / 6], dtype=torch.float64)
             optimizer.zero_grad()
-            (loss_fn(model, setting.batch(step)) * weights).sum().backward()
+            (loss_fn(model, run.batch(step)) * weights).sum().backward()
             optimizer.step()
         return loss_fn(model, queries).detach()
 
@@ -78,12 +78,12 @@ def test_first_and_second_order_are_those_of_a_reweighted_run(kind):
 
 
 def test_adapters_alone_are_trained_on_the_warmed_weights():
-    setting = Setting(small("llama"), 0)
-    trained = setting.record(1e-3).state(0).params
+    run = AuditedRun(small("llama"), 0)
+    trained = run.record(1e-3).state(0).params
     assert all("lora_" in name for name in trained)
     # new adapters add nothing: the model begins as the plain training left it
-    adapted = setting.model().eval()
-    queries = setting.queries()
+    adapted = run.model().eval()
+    queries = run.queries()
     with torch.no_grad():
         losses = PROBLEMS["llama"].loss_fn(adapted, queries)
         with adapted.disable_adapter():
@@ -93,8 +93,8 @@ def test_adapters_alone_are_trained_on_the_warmed_weights():
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_models_compute_in_the_precision_of_their_weights(kind):
     """A change of 1e-10 in the weights shows; through float32 it would not."""
-    setting = Setting(small(kind), 0)
-    model, queries = setting.model().double().eval(), setting.queries()
+    run = AuditedRun(small(kind), 0)
+    model, queries = run.model().double().eval(), run.queries()
     loss_fn = PROBLEMS[kind].loss_fn
     param = next(param for param in model.parameters() if param.requires_grad)
     with torch.no_grad():
@@ -126,14 +126,14 @@ def test_pretrained_weights_from_a_folder(tmp_path):
     config = small("gpt2").model_copy(
         update={"model": GPT2Model(block=8, pretrained=str(tmp_path)), "warm_steps": 0}
     )
-    setting = Setting(config, 5)
-    assert config.precision == "float32"
-    loaded = setting.model()
+    run = AuditedRun(config, 5)
+    assert config.precision == torch.float32
+    loaded = run.model()
     assert all(
         torch.equal(param, other)
         for param, other in zip(model.parameters(), loaded.parameters(), strict=True)
     )
-    assert setting.queries()["input_ids"].shape == (2, 8)
+    assert run.queries()["input_ids"].shape == (2, 8)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -148,7 +148,7 @@ def test_weights_that_are_not_there(kind, tmp_path, monkeypatch):
 
 def test_a_large_model_is_measured_a_few_reruns_at_a_time():
     config = small("gpt2", memory_gib=0.02)
-    recorded = Recorded.of(Setting(config, 0), 1e-3)
+    recorded = RecordedRun.of(AuditedRun(config, 0), 1e-3)
     size = sum(part.num_bytes() for part in recorded.trajectory.state(0))
     assert recorded.limits["num_parallel"] == int(0.02 * 2**30 / (8 * size)) < 64
     pairs = [(0, 1), (1, 2), (3, 0)]
@@ -159,10 +159,26 @@ def test_a_large_model_is_measured_a_few_reruns_at_a_time():
 
 def test_auditing_images_does_not_import_transformers():
     code = (
-        "import sys, selectflow.audit.report; "
+        "import sys, selectflow.audit.budget, selectflow.audit.proxy; "
         "print([m for m in ('transformers', 'peft', 'tokenizers') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["label", "input_ids"])
+def test_spoiling(name):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.arange(500) % 10
+    if name == "input_ids":
+        values = torch.arange(500 * 12).reshape(500, 12)
+    found = spoiled({name: values}, 0.4, generator)[name]
+    changed = found != values
+    rows = changed if name == "label" else changed.any(1)
+    assert int(rows.sum()) == 200
+    if name == "label":
+        assert set(found.tolist()) == set(range(10))
+    else:
+        assert torch.equal(found.sort(1).values, values)

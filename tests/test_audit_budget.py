@@ -8,14 +8,14 @@ import pytest
 import scipy.stats
 import torch
 
-from selectflow.audit import report as audit_report
+from selectflow.audit import budget
+from selectflow.audit.budget import SparseTrajectory, read_results, run_audit
 from selectflow.audit.config import AuditConfig, CNNModel, MLPModel, load_audit
-from selectflow.audit.images import image_loss, mlp
 from selectflow.audit.influence import influence, leave_one_out
-from selectflow.audit.report import measured_before, run_audit, spearman
-from selectflow.audit.settings import Setting
+from selectflow.audit.problems import AuditedRun
+from selectflow.audit.report import spearman
 from selectflow.cli import main
-from selectflow.offline.sparse import SparseTrajectory
+from selectflow.models.vision import image_losses, mlp
 from selectflow.options import ConfigError
 
 SMALL = AuditConfig(
@@ -41,7 +41,7 @@ def test_spearman_is_that_of_scipy():
 
 def test_faithful_influence_ranks_as_retraining_does_and_sgd_does_not():
     """A smooth model: what exact misses is its own update's nonlinearity, sgd misses more."""
-    trajectory, queries = Setting(SMALL, 0).record(1e-3), Setting(SMALL, 0).queries()
+    trajectory, queries = AuditedRun(SMALL, 0).record(1e-3), AuditedRun(SMALL, 0).queries()
     pairs = [(step, position) for step in range(2, 12) for position in range(8)]
     truth = leave_one_out(trajectory, queries, pairs)
 
@@ -56,17 +56,17 @@ def test_faithful_influence_ranks_as_retraining_does_and_sgd_does_not():
 @pytest.mark.parametrize("model", [SMALL.model, CNNModel(width=2)], ids=["mlp", "cnn"])
 def test_precisions_train_the_same_model_on_the_same_data(model):
     config = SMALL.model_copy(update={"model": model})
-    exact = Setting(config, 1).record(1e-3).state(12).params
-    single = Setting(config, 1, torch.float32).record(1e-3).state(12).params
+    exact = AuditedRun(config, 1).record(1e-3).state(12).params
+    single = AuditedRun(config, 1, torch.float32).record(1e-3).state(12).params
     assert max(float((exact[n] - single[n]).abs().max()) for n in exact) < 1e-5
-    other = Setting(config, 2).record(1e-3).state(12).params
+    other = AuditedRun(config, 2).record(1e-3).state(12).params
     assert max(float((exact[n] - other[n]).abs().max()) for n in exact) > 1e-2
 
 
 @pytest.mark.parametrize("hold", [False, True])
 def test_sparse_states_are_exact_at_snapshots_and_guessed_between(hold):
-    setting = Setting(SMALL, 0)
-    dense, sparse = setting.record(1e-3), SparseTrajectory.of(setting.record(1e-3, 4), hold)
+    run = AuditedRun(SMALL, 0)
+    dense, sparse = run.record(1e-3), SparseTrajectory.of(run.record(1e-3, 4), hold)
     for index in range(13):
         guess, state = sparse.guess(index), dense.state(index)
         gap = (guess.params - state.params).norm()
@@ -76,7 +76,7 @@ def test_sparse_states_are_exact_at_snapshots_and_guessed_between(hold):
             assert (guess.exp_avg - held.exp_avg).norm() < 1e-12
     middle = (dense.state(4).params + dense.state(8).params) / 2
     assert (sparse.guess(6).params - middle).norm() < 1e-12
-    pairs, queries = [(5, 0), (9, 3)], setting.queries()
+    pairs, queries = [(5, 0), (9, 3)], run.queries()
     exact, guessed = influence(dense, queries, pairs), influence(sparse, queries, pairs)
     assert (exact - guessed).norm() / exact.norm() > 1e-3
 
@@ -137,17 +137,17 @@ def test_an_audit_goes_on_behind_the_runs_that_it_holds(tmp_path):
 
 def test_a_killed_audit_loses_only_the_run_it_was_in(tmp_path, monkeypatch):
     config = SMALL.model_copy(update={"root": tmp_path, "horizons": ()})
-    measure = audit_report.measure_run
+    measure = budget.measure_budget
 
-    def killed(setting, lr):
-        if setting.seed == 1:
+    def killed(run, lr):
+        if run.seed == 1:
             raise KeyboardInterrupt
-        return measure(setting, lr)
+        return measure(run, lr)
 
-    monkeypatch.setattr(audit_report, "measure_run", killed)
+    monkeypatch.setattr(budget, "measure_budget", killed)
     with pytest.raises(KeyboardInterrupt):
         run_audit(config)
-    assert {r.seed for r in measured_before(config, tmp_path / "small")} == {0}
+    assert {r.seed for r in read_results(config)} == {0}
 
 
 def test_more_examples_than_there_are(tmp_path):
@@ -159,19 +159,19 @@ def test_more_examples_than_there_are(tmp_path):
 def test_steps_before_the_recording_are_plain_training_on_other_examples():
     """The start of the recording is what a plain loop makes of the same examples."""
     config = SMALL.model_copy(update={"warm_steps": 3, "warm_lr": 1e-2})
-    setting = Setting(config, 1, torch.float32)
+    run = AuditedRun(config, 1, torch.float32)
     torch.manual_seed(1)
-    model = mlp(config.model)
+    model = mlp(64, 10, (8,), "gelu")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, (0.9, 0.95), 1e-8, 0.01)
     for step in range(12, 15):
         optimizer.zero_grad()
-        image_loss(model, setting.batch(step)).mean().backward()
+        image_losses(model, run.batch(step)).mean().backward()
         optimizer.step()
-    start = setting.record(1e-3).state(0)
+    start = run.record(1e-3).state(0)
     for name, param in model.named_parameters():
         assert torch.equal(start.params[name], param)
     assert not any(moment.any() for moment in start.exp_avg.values())
-    seen = torch.cat([setting.queries()["image"], *(setting.batch(i)["image"] for i in range(15))])
+    seen = torch.cat([run.queries()["image"], *(run.batch(i)["image"] for i in range(15))])
     assert len(seen.flatten(1).unique(dim=0)) == len(seen) == 6 + 15 * 8
 
 
@@ -183,7 +183,7 @@ def test_everything_wrong_in_a_configuration_is_reported(tmp_path):
     message = str(caught.value)
     for line in (
         "model.widht must be a known key, got 3; did you mean model.width?",
-        "model.width must be greater than or equal to 1, got 0",
+        "model.width must be an integer >= 1, got 0",
         "model.hiden must be a known key, got '[3]'; did you mean model.hidden?",
         "seed must be a known key, got 3; did you mean seeds?",
         "spcing must be a known key, got '2'; did you mean spacing?",

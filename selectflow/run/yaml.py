@@ -1,13 +1,20 @@
-"""YAML as people write it: `1e-3` is a number, a key given twice is an error."""
+"""Configurations from YAML and `key=value` overrides, with errors that name all that is wrong.
 
+YAML is read as people write it: `1e-3` is a number, a key given twice is an error.
+"""
+
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import yaml
+from pydantic import BaseModel, ValidationError, model_validator
 
-from selectflow.options import ConfigError, nearest, nearest_key
+from selectflow.options import ConfigError, Section, describe, nearest, nearest_key
+
+# --- reading and writing --------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
@@ -96,6 +103,96 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: config must be a mapping, got {values!r}")
     return values
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+
+class Configuration(Section):
+    """The whole of a configuration, as a YAML file holds it."""
+
+    example: ClassVar[str]  # of an override, for the message about one that is none
+
+    @classmethod
+    def disagreements(cls, values: Mapping[str, Any]) -> Iterable[str]:
+        """What is wrong between fields that are right each, one line for each.
+
+        Args:
+            values: plain values, as read from a file; single fields may be wrong or missing.
+
+        Raises:
+            TypeError: a field has a wrong type.
+        """
+        del values
+        return ()
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if problems := list(self.disagreements(self.model_dump())):
+            raise ValueError("; ".join(problems))
+        return self
+
+
+Kind = TypeVar("Kind", bound=Configuration)
+
+
+def load_as(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
+    """The configuration of a YAML file with `key=value` overrides.
+
+    Args:
+        kind: what the file's mapping has the fields of.
+        path: YAML file.
+        overrides: dotted paths and YAML values, as `select.horizon=2` or `model.hidden=[64, 64]`;
+            later ones win.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown, has the wrong type or is out of
+            range; the message has one line for each of them.
+    """
+    values = read_yaml(path)
+    known = keys_of(kind)
+    found = [set_key(values, item, known, kind.example) for item in overrides]
+    problems = [problem for problem in found if problem]
+    try:
+        config = kind.model_validate(values)
+    except ValidationError as error:
+        problems += [_describe(dict(item), known) for item in error.errors() if item["loc"]]
+        with contextlib.suppress(TypeError):  # of a value that is among the problems already
+            problems.extend(kind.disagreements(values))
+    if problems:
+        count = f"{len(problems)} error{'s' if len(problems) > 1 else ''}"
+        raise ConfigError("\n  ".join([f"{path}: {count} in the configuration", *problems]))
+    return config
+
+
+def _describe(error: dict[str, Any], known: Sequence[str]) -> str:
+    """One error of pydantic in a line, with the path that the file has."""
+    if error["type"] == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    section, *rest = error["loc"]
+    if error["type"] == "union_tag_invalid":  # an unknown value of the field that tells the kind
+        name, context = error["ctx"]["discriminator"].strip("'"), error["ctx"]
+        error |= {"type": "literal_error", "loc": (section, name), "input": context["tag"]}
+        error["ctx"] = {"expected": context["expected_tags"]}
+    elif len(rest) > 1 and f"{section}.{rest[0]}" not in known:
+        error["loc"] = (section, *rest[1:])  # without the kind of the section
+    return describe(error, known)
+
+
+def keys_of(kind: type[BaseModel]) -> list[str]:
+    """Dotted paths of all keys of a configuration, sections included."""
+    return list(dict.fromkeys(_keys(kind)))
+
+
+def _keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        yield prefix + name
+        for part in (field.annotation, *get_args(field.annotation)):  # of a union, each
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _keys(part, f"{prefix}{name}.")
 
 
 def set_key(
