@@ -36,3 +36,8 @@ def edit_shard(root, name, edit):
 
 def keys_of(pools):
     return [key for pool in pools for key in pool["key"]]
+
+
+def files_of(root):
+    """The contents of each file of a directory, by name."""
+    return {path.name: path.read_bytes() for path in Path(root).iterdir()}

@@ -2,9 +2,15 @@
 
 from pathlib import Path
 
+import torch
+
 from selectflow.report.runs import Run, load_run
-from selectflow.run.tracking import Tracker
-from selectflow.run.yaml_io import dump_yaml
+from selectflow.run.ledger import Ledger
+from selectflow.run.tracker import Tracker
+from selectflow.run.yaml import dump_yaml
+from selectflow.strategies import Selection
+
+POOLS = [{"a": 1.0, "b": 2.0, "c": 6.0}, {"a": 300.0, "b": 100.0, "d": 200.0}]
 
 
 def make_run(
@@ -43,3 +49,19 @@ def make_run(
     if status:
         tracker.finish({"status": status, "steps": 10 * len(accuracies)})
     return load_run(path)
+
+
+def write_ledger(run_dir, pools, first=1):
+    """A ledger of pools given as {key: score} from step `first`, of each the two largest kept."""
+    ledger = Ledger(run_dir)
+    for step, pool in enumerate(pools, first):
+        scores = torch.tensor(list(pool.values()), dtype=torch.float64)
+        best = scores.argsort(descending=True)[:2]
+        ledger.add(
+            step,
+            Selection(
+                pool={"key": list(pool)}, indices=best, scores=scores, losses=None, step=step - 1,
+                horizon=0, age=0, target_loss=None, lookahead_s=0.0, seconds=0.0,
+            ),
+        )  # fmt: skip
+    ledger.flush()

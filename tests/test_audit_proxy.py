@@ -8,16 +8,23 @@ import scipy.stats
 import torch
 from reference import clone, removal, rerun, slopes
 
-from selectflow.audit import proxy as audit_proxy
+from selectflow.audit import proxy
 from selectflow.audit.config import ProxyConfig, load_audit
-from selectflow.audit.images import image_loss
-from selectflow.audit.proxy import Point, measure_run
-from selectflow.audit.proxy_report import rank_of_medians, summarize
+from selectflow.audit.proxy import (
+    Place,
+    ProxyPoint,
+    ProxyRun,
+    best_scored,
+    measure_proxy,
+    rank_of_medians,
+    summarize,
+)
 from selectflow.cli import main
 from selectflow.core.batches import take
 from selectflow.core.lookahead import look_ahead
 from selectflow.core.sweep import Window
 from selectflow.core.torch_optim import OptimizerReader
+from selectflow.models.vision import image_losses
 from selectflow.options import ConfigError
 
 SMALL = ProxyConfig(
@@ -40,7 +47,7 @@ def run():
     """A run with every batch it drew, its model and optimizer as the first window found them."""
     kept = {}
 
-    class Course(audit_proxy._Course):
+    class Kept(ProxyRun):
         def batch(self, size):
             drawn = super().batch(size)
             kept.setdefault("batches", []).append(drawn)
@@ -49,18 +56,18 @@ def run():
         def train(self, steps):
             super().train(steps)
             kept.setdefault("start", clone(self.model, self.optimizer))
-            kept["course"] = self
+            kept["run"] = self
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(audit_proxy, "_Course", Course)
-        points = list(measure_run(SMALL, 3e-3, 0))
+        patched.setattr(proxy, "ProxyRun", Kept)
+        points = list(measure_proxy(SMALL, 3e-3, 0))
     return points, kept
 
 
 def test_removals_are_reruns_by_torch(run):
     points, kept = run
-    args = *kept["start"], image_loss
-    window, target = kept["batches"][20:24], kept["course"].target
+    args = *kept["start"], image_losses
+    window, target = kept["batches"][20:24], kept["run"].target
     for horizon in (2, 4):
         found = [p for p in points if p.change == "removal" and p.horizon == horizon]
         assert len(found) == 8
@@ -75,21 +82,21 @@ def test_removals_are_reruns_by_torch(run):
 
 def test_a_selection_keeps_the_best_scores_of_its_own_look_ahead(run):
     _, kept = run
-    course, pools = kept["course"], kept["batches"][24:26]
+    at, pools = kept["run"], kept["batches"][24:26]
     model, optimizer = clone(*kept["start"])
     reader = OptimizerReader(model, optimizer)
-    place = audit_proxy._Place(course, reader.state(), reader.updates(2))
+    place = Place(at, 0, reader.state(), reader.updates(2))
     nominal = [torch.arange(8) for _ in pools]
-    selected = audit_proxy._selected(place, pools, nominal, 2)
+    selected = best_scored(place, pools, nominal, 2)
     batches = [take(pool, index) for pool, index in zip(pools, nominal, strict=True)]
-    window = Window(course.derivatives, place.updates, lambda i, _: batches[i])
-    ahead = look_ahead(window, place.state, course.target, num_sensitivities=2)
+    window = Window(at.derivatives, place.updates, lambda i, _: batches[i])
+    ahead = look_ahead(window, place.state, at.target, num_sensitivities=2)
     for chosen, pool, gamma, batch in zip(
         selected, pools, ahead.sensitivities, batches, strict=True
     ):
-        scores = -slopes(model, image_loss, pool, gamma)
+        scores = -slopes(model, image_losses, pool, gamma)
         assert set(chosen.tolist()) == set(scores.topk(8).indices.tolist())
-        image_loss(model, batch).mean().backward()
+        image_losses(model, batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -111,9 +118,10 @@ def made_up(num=30):
         lr, horizon = (1e-3, 1e-2)[row % 2], (1, 4)[row // 2 % 2]
         effect = first + second + 0.3 * third
         points.append(
-            Point(
-                "keep 0.5", lr, 0, row, horizon, first, second, effect,
-                first + 0.1 * fast, second + 0.1 * noise, 2.0, 1.0,
+            ProxyPoint(
+                change="keep 0.5", lr=lr, seed=0, window=row, horizon=horizon, first=first,
+                second=second, effect=effect, fast_first=first + 0.1 * fast,
+                fast_second=second + 0.1 * noise, exact_s=2.0, fast_s=1.0,
             )
         )  # fmt: skip
     return points
@@ -149,28 +157,12 @@ def test_figures_are_those_of_scipy():
 
 
 def test_medians_are_ranked_over_the_grid_alone():
-    cells = summarize(made_up())
-    grid = [c for c in cells if c.lr is not None and c.horizon is not None]
+    figures = summarize(made_up())
+    grid = [f for f in figures if f.lr is not None and f.horizon is not None]
     assert len(grid) == 4
-    assert len(cells) == 10
-    expected = scipy.stats.spearmanr([c.relative for c in grid], [c.true_relative for c in grid])
-    assert rank_of_medians(cells, "keep 0.5") == pytest.approx(expected.statistic)
-
-
-@pytest.mark.parametrize("name", ["label", "input_ids"])
-def test_spoiling(name):
-    generator = torch.Generator().manual_seed(0)
-    values = torch.arange(500) % 10
-    if name == "input_ids":
-        values = torch.arange(500 * 12).reshape(500, 12)
-    spoiled = audit_proxy._spoiled({name: values}, 0.4, generator)[name]
-    changed = spoiled != values
-    rows = changed if name == "label" else changed.any(1)
-    assert int(rows.sum()) == 200
-    if name == "label":
-        assert set(spoiled.tolist()) == set(range(10))
-    else:
-        assert torch.equal(spoiled.sort(1).values, values)
+    assert len(figures) == 10
+    expected = scipy.stats.spearmanr([f.relative for f in grid], [f.true_relative for f in grid])
+    assert rank_of_medians(figures, "keep 0.5") == pytest.approx(expected.statistic)
 
 
 def test_the_command_writes_points_figures_and_a_picture(tmp_path, capsys):
@@ -208,7 +200,7 @@ def test_too_few_examples():
     with pytest.raises(
         ConfigError, match=r"num_target \+ batch / keeps must be <= 1797.* got 1806"
     ):
-        next(measure_run(config, 1e-3, 0))
+        next(measure_proxy(config, 1e-3, 0))
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ from scipy.stats import ttest_rel
 from synthetic_runs import make_run
 
 from selectflow.cli import main
-from selectflow.report import words
-from selectflow.report.compare import summarize
+from selectflow.report import tables
+from selectflow.report.compare import Paired, holm, paired, stat, summarize
 from selectflow.report.runs import ReportError, load_run
-from selectflow.report.seeds import Paired, holm, paired, stat
-from selectflow.report.table import grids
+from selectflow.report.tables import grids, sentences
 
 
 @pytest.fixture
@@ -96,26 +95,26 @@ def test_groups_at_their_ends_at_equal_steps_and_at_equal_time(four_runs):
         "overhead": (2.0, 1.0),
     }
     for name, means in expected.items():
-        found = tuple(getattr(row, name).mean for row in comparison.rows)
+        found = tuple(row.stats[name].mean for row in comparison.rows)
         assert found == pytest.approx(means), name
-    assert influence.quality.sd == pytest.approx(0.1 / math.sqrt(2))
-    assert uniform.quality_at_step.sd == pytest.approx(0.2 / math.sqrt(2))
+    assert influence.stats["quality"].sd == pytest.approx(0.1 / math.sqrt(2))
+    assert uniform.stats["quality_at_step"].sd == pytest.approx(0.2 / math.sqrt(2))
     # Both influence runs end at 6 s, when the uniform runs had reached 0.8 and 1.0.
-    assert influence.baseline_in_same_time.mean == pytest.approx(0.9)
-    assert influence.baseline_in_same_time.sd == pytest.approx(0.2 / math.sqrt(2))
-    assert (uniform.baseline_in_same_time, influence.tokens_seen) == (None, None)
+    assert influence.stats["baseline_in_same_time"].mean == pytest.approx(0.9)
+    assert influence.stats["baseline_in_same_time"].sd == pytest.approx(0.2 / math.sqrt(2))
+    assert (uniform.stats["baseline_in_same_time"], influence.stats["tokens_seen"]) == (None, None)
 
 
 def test_differences_are_paired_by_seed(four_runs):
     influence, uniform = summarize(four_runs).rows
     # at step 30: 0.9 - 0.5 and 0.8 - 0.3; at 6 s: 0.9 - 0.8 and 0.8 - 1.0
-    steps, time = influence.at_equal_steps, influence.in_same_time
+    steps, time = influence.tests["at_equal_steps"], influence.tests["in_same_time"]
     assert (steps.mean, time.mean) == pytest.approx((0.45, -0.05))
     assert steps.p == pytest.approx(1 - 2 * math.atan(9) / math.pi)
     assert time.p == pytest.approx(1 - 2 * math.atan(1 / 3) / math.pi)
-    assert (uniform.at_equal_steps, uniform.in_same_time) == (None, None)
+    assert (uniform.tests["at_equal_steps"], uniform.tests["in_same_time"]) == (None, None)
     shuffled = summarize([four_runs[i] for i in (1, 3, 0, 2)]).rows[0]
-    assert shuffled.at_equal_steps.p == pytest.approx(steps.p)
+    assert shuffled.tests["at_equal_steps"].p == pytest.approx(steps.p)
 
 
 def test_no_difference_is_said_where_none_is_seen(tmp_path):
@@ -126,7 +125,7 @@ def test_no_difference_is_said_where_none_is_seen(tmp_path):
             for seed, value in enumerate(values)
         ]
         comparison = summarize(runs)
-        verdict = words.verdict(comparison.rows[1].at_equal_steps, comparison)
+        verdict = tables.verdict(comparison.rows[1].tests["at_equal_steps"], comparison.quality)
         shutil.rmtree(tmp_path)
         return verdict
 
@@ -137,23 +136,71 @@ def test_no_difference_is_said_where_none_is_seen(tmp_path):
 
 def test_less_of_a_loss_is_better(four_runs):
     comparison = summarize(four_runs, quality="test/loss")
-    assert comparison.rows[0].at_equal_steps.mean == pytest.approx(-0.45)
+    assert comparison.rows[0].tests["at_equal_steps"].mean == pytest.approx(-0.45)
     sure = Paired(-0.45, -0.5, -0.4, 0.01, 0.01, 3)
-    assert words.verdict(sure, comparison) == "better"
+    assert tables.verdict(sure, comparison.quality) == "better"
+
+
+def test_the_verdict_is_a_sentence_on_loss_and_quality(tmp_path):
+    values = {"uniform": [0.50, 0.52, 0.54], "loss": [0.60, 0.62, 0.63], "influence": [0.4, 0.6]}
+    runs = [
+        make_run(tmp_path / f"{name}{seed}", [value], strategy=name, seed=seed)
+        for name, found in values.items()
+        for seed, value in enumerate(found)
+    ]
+    comparison = summarize(runs)
+    _, loss, online = comparison.rows
+    # the test loss is 1 - accuracy: its differences are those of the accuracy, of the other sign
+    for question in ("at_equal_steps", "in_same_time"):
+        mirrored, test = loss.tests[f"loss_{question}"], loss.tests[question]
+        assert mirrored.mean == pytest.approx(-test.mean)
+        assert mirrored.corrected_p == pytest.approx(test.corrected_p)
+    # two differences of online, -0.1 and 0.08: t = 1 / 9 on one degree of freedom
+    assert online.tests["at_equal_steps"].p == pytest.approx(1 - 2 * math.atan(1 / 9) / math.pi)
+    p, p2 = (f"{row.tests['at_equal_steps'].corrected_p:.2g}" for row in (loss, online))
+    better = (
+        f"loss against uniform: test loss is better by 0.097 nats (p = {p}, 3 seeds), "
+        f"test accuracy is better by 9.7 points (p = {p}, 3 seeds)."
+    )
+    unclear = (
+        f"online H=1 K=1 against uniform: test loss is not told apart with 2 seeds (+0.010 nats, "
+        f"p = {p2}), test accuracy is not told apart with 2 seeds (-1.0 points, p = {p2})."
+    )
+    assert sentences(comparison) == [
+        f"At step 10, {better}",
+        f"In the time of loss, {better}",
+        f"At step 10, {unclear}",
+        f"In the time of online H=1 K=1, {unclear}",
+        "p: paired t test over seeds, corrected by Holm's method for the number of groups (2); "
+        "below 0.05 is called better or worse. Values are those of the step or second named, not "
+        "the best before it.",
+    ]
+    assert sentences(summarize(runs, quality="test/loss"))[0].count("test loss is better") == 1
+    worse = sentences(summarize(runs, baseline="loss"))[0]
+    assert worse.startswith("At step 10, uniform against loss: test loss is worse by 0.097 nats (p")
+    alone = summarize([run for run in runs if run.seed == (0, 0)])
+    assert sentences(alone) == [
+        "loss against uniform: not tested, as fewer than 2 seeds pair.",
+        "online H=1 K=1 against uniform: not tested, as fewer than 2 seeds pair.",
+    ]
 
 
 def test_time_and_steps_to_a_loss(four_runs):
     influence, uniform = summarize(four_runs, reach=0.31).rows
-    assert (influence.reach_step.mean, influence.reach_s.mean) == pytest.approx((20, 4.0))
-    assert (uniform.reach_step.mean, uniform.reach_s.mean) == pytest.approx((50, 5.0))
+    assert (influence.stats["reach_step"].mean, influence.stats["reach_s"].mean) == pytest.approx(
+        (20, 4.0)
+    )
+    assert (uniform.stats["reach_step"].mean, uniform.stats["reach_s"].mean) == pytest.approx(
+        (50, 5.0)
+    )
     # By default what uniform with the same seed ends with: 0.2 for seed 0, which i0 has at step
     # 30; 0 for seed 1, which i1 never has and u1 has at step 60.
     influence, uniform = summarize(four_runs).rows
-    assert (influence.num_reached, influence.reach_step) == (1, None)
-    assert words.reached(influence, influence.reach_step) == "1 of 2 runs"
-    assert (uniform.num_reached, uniform.reach_step.mean) == (2, 60)
+    assert (influence.num_reached, influence.stats["reach_step"]) == (1, None)
+    assert tables.reached(influence, "reach_step") == "1 of 2 runs"
+    assert (uniform.num_reached, uniform.stats["reach_step"].mean) == (2, 60)
     never = summarize(four_runs, reach=-1.0).rows[0]
-    assert words.reached(never, never.reach_step) == "never"
+    assert tables.reached(never, "reach_step") == "never"
 
 
 def test_what_offline_selection_took_counts(tmp_path):
@@ -163,11 +210,17 @@ def test_what_offline_selection_took_counts(tmp_path):
     (tmp_path / "o" / "offline.json").write_text(json.dumps(report))
     comparison = summarize([plain, load_run(run.folder)])
     uniform, offline = comparison.rows
-    assert (offline.label, offline.upfront_s.mean, uniform.upfront_s) == ("offline", 10, None)
-    assert offline.wall_s.mean == pytest.approx(12)
-    assert offline.samples_scored.mean == 500 + 1280
-    assert offline.overhead.mean == pytest.approx(6)  # 12 s for 20 steps, against 20 s for 200
-    assert offline.baseline_in_same_time.mean == 0.5
+    assert (offline.label, offline.stats["upfront_s"].mean, uniform.stats["upfront_s"]) == (
+        "offline",
+        10,
+        None,
+    )
+    assert offline.stats["wall_s"].mean == pytest.approx(12)
+    assert offline.stats["samples_scored"].mean == 500 + 1280
+    assert offline.stats["overhead"].mean == pytest.approx(
+        6
+    )  # 12 s for 20 steps, against 20 s for 200
+    assert offline.stats["baseline_in_same_time"].mean == 0.5
     assert comparison.time_s == 12
 
 
@@ -177,10 +230,12 @@ def test_a_group_is_blank_where_one_of_its_runs_has_no_value(tmp_path):
     make_run(tmp_path / "c", [0.1, 0.2], strategy="uniform", seed=0, step_s=0.4)
     make_run(tmp_path / "d", [0.3, 0.4], strategy="uniform", seed=1, step_s=0.4)
     rows = summarize([load_run(tmp_path / name) for name in "acd"]).rows
-    assert rows[0].baseline_in_same_time.mean == 0.1  # at 6 s: evaluated after 4 s and after 8 s
+    assert (
+        rows[0].stats["baseline_in_same_time"].mean == 0.1
+    )  # at 6 s: evaluated after 4 s and after 8 s
     # b ends at 10 s, but uniform with its seed was stopped at 8 s.
     comparison = summarize([load_run(tmp_path / name) for name in "abcd"])
-    assert comparison.rows[0].baseline_in_same_time is None
+    assert comparison.rows[0].stats["baseline_in_same_time"] is None
     assert "uniform was not run with all seeds for as long as online H=1 K=1: give it more" in (
         " ".join(comparison.notes)
     )
@@ -188,7 +243,7 @@ def test_a_group_is_blank_where_one_of_its_runs_has_no_value(tmp_path):
 
 def test_the_baseline_can_be_chosen(four_runs):
     comparison = summarize(four_runs, baseline="online H=1 K=1")
-    assert comparison.rows[1].at_equal_steps.mean == pytest.approx(-0.45)
+    assert comparison.rows[1].tests["at_equal_steps"].mean == pytest.approx(-0.45)
     with pytest.raises(ReportError, match="baseline must be one of 'online H=1 K=1', 'uniform'"):
         summarize(four_runs, baseline="random")
 
@@ -203,7 +258,7 @@ def test_unfinished_runs_are_left_out_and_said(tmp_path):
     comparison = summarize([*whole, *others])
     (row,) = comparison.rows
     assert (comparison.step, row.num_runs, row.num_left_out) == (20, 2, 3)
-    assert words.runs_of(row) == "2 (-3)"
+    assert tables.runs_of(row) == "2 (-3)"
     assert comparison.notes == [
         f"left out, crashed at step 10 of 100: {tmp_path / 'crashed'}",
         f"left out, failed at step 10 of 100: {tmp_path / 'failed'}",
@@ -232,6 +287,8 @@ def test_compare_prints_tables_and_writes_csv_and_pictures(tmp_path, four_runs, 
     same_time = "online H=1 K=1 in the same time no difference seen -5.0 -195.6 to +185.6 0.8 0.8 2"
     assert same_time in rows
     assert "uniform 65 1040 0 6.5 ± 0.7 25 ± 0 x 1.00" in rows
+    assert rows[-4:-1] == sentences(summarize(four_runs))
+    assert rows[-1].startswith("wrote ")
     with (out / "compare.csv").open() as file:
         found = {row["label"]: row for row in csv.DictReader(file)}
     assert float(found["uniform"]["quality_at_step_mean"]) == pytest.approx(0.4)

@@ -116,33 +116,38 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_keeps_and_learns_what_our_own_loop_does(tmp_path, accumulation):
-    """50 steps, with 2 pools to a step beyond the end of an epoch."""
-    expected_model, expected = own_loop(50, accumulation)
-    trainer = trainer_for(tmp_path, gradient_accumulation_steps=accumulation)
+@pytest.mark.parametrize(("accumulation", "num_steps"), [(1, 50), (2, 38)])
+def test_keeps_and_learns_what_our_own_loop_does(tmp_path, accumulation, num_steps):
+    """With 2 pools to a step beyond the end of an epoch, which has 70 of them."""
+    expected_model, expected = own_loop(num_steps, accumulation)
+    options = {"gradient_accumulation_steps": accumulation, "max_steps": num_steps}
+    trainer = trainer_for(tmp_path, **options)
     trainer.train()
     assert trainer.trained_on == expected
-    assert len(expected) == 50 * accumulation
+    assert len(expected) == num_steps * accumulation
     assert torch.equal(weights(trainer.model), weights(expected_model))
 
 
-@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_resumes_with_the_trainers_checkpoint(tmp_path, accumulation):
+@pytest.mark.parametrize(
+    ("accumulation", "saved", "num_steps"),
+    [(1, 7, 16), pytest.param(2, 23, 50, marks=pytest.mark.slow)],
+)
+def test_resumes_with_the_trainers_checkpoint(tmp_path, accumulation, saved, num_steps):
     """Stopped at an odd step, in the middle of an interval and with pools peeked at."""
-    options = {"save_strategy": "steps", "save_steps": 23, "max_steps": 50}
+    options = {"save_strategy": "steps", "save_steps": saved, "max_steps": num_steps}
     options["gradient_accumulation_steps"] = accumulation
-    whole = trainer_for(tmp_path / "whole", **options)
+    folder, last = tmp_path / "whole", 2 * saved
+    whole = trainer_for(folder, **options)
     whole.train()
-    assert (tmp_path / "whole/checkpoint-46" / STATE_FILE).exists()
-    rest = trainer_for(tmp_path / "whole", model=llama(seed=9), **options)
-    rest.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-23"))
-    assert rest.trained_on == whole.trained_on[23 * accumulation :]
+    assert (folder / f"checkpoint-{last}" / STATE_FILE).exists()
+    rest = trainer_for(folder, model=llama(seed=9), **options)
+    rest.train(resume_from_checkpoint=str(folder / f"checkpoint-{saved}"))
+    assert rest.trained_on == whole.trained_on[saved * accumulation :]
     assert torch.equal(weights(rest.model), weights(whole.model))
-    shutil.rmtree(tmp_path / "whole/checkpoint-50")
-    again = trainer_for(tmp_path / "whole", model=llama(seed=9), **options)
+    shutil.rmtree(folder / f"checkpoint-{num_steps}")
+    again = trainer_for(folder, model=llama(seed=9), **options)
     again.train(resume_from_checkpoint=True)  # the last one there is
-    assert again.trained_on == whole.trained_on[46 * accumulation :]
+    assert again.trained_on == whole.trained_on[last * accumulation :]
 
 
 def test_a_checkpoint_without_a_selector(tmp_path, caplog):
@@ -247,10 +252,16 @@ def test_a_last_pool_that_is_too_small(tmp_path):
 CHECKPOINTING = [None, {"use_reentrant": False}, {"use_reentrant": True}]
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A trainer that keeps its activations, after its training."""
+    trainer = trainer_for(tmp_path_factory.mktemp("plain"), max_steps=6)
+    trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize("kwargs", CHECKPOINTING)
-def test_activations_that_are_recomputed_change_nothing(tmp_path, kwargs):
-    plain = trainer_for(tmp_path / "plain", max_steps=6)
-    plain.train()
+def test_activations_that_are_recomputed_change_nothing(tmp_path, plain, kwargs):
     recomputed = trainer_for(
         tmp_path, max_steps=6, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs
     )

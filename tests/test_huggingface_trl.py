@@ -80,12 +80,18 @@ def test_sft_trainer_selects_and_resumes(tmp_path, lora):
     assert {"select/score_mean", "num_tokens"} <= line.keys()  # ours and theirs
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
+def plain(tmp_path_factory, request):
+    """A trainer that keeps its activations, after its training; whether with LoRA."""
+    trainer = sft_trainer(tmp_path_factory.mktemp("plain"), request.param)
+    trainer.train()
+    return trainer, request.param
+
+
 @pytest.mark.parametrize("kwargs", CHECKPOINTING)
-def test_activations_that_are_recomputed_change_nothing(tmp_path, kwargs, lora):
+def test_activations_that_are_recomputed_change_nothing(tmp_path, plain, kwargs):
     """SFTConfig recomputes them unless told otherwise; under LoRA peft sets a hook, too."""
-    plain = sft_trainer(tmp_path / "plain", lora)
-    plain.train()
+    plain, lora = plain
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
     recomputed = sft_trainer(tmp_path, lora, **options)
     recomputed.train()

@@ -9,11 +9,12 @@ from test_kill import finish, start
 from test_resume import assert_same, outcome
 from test_run import config, digits, read_lines, task
 
-import selectflow.run.loop
+import selectflow.run.build
 from selectflow import AutoHorizon, AutoRate
 from selectflow.core.torch_optim import OptimizerReader
 from selectflow.run.checkpoint import Checkpoints
-from selectflow.run.decisions import DECISIONS, DecisionLog
+from selectflow.run.log import DECISIONS, DecisionLog
+from selectflow.run.loop import train
 
 __all__ = ["digits"]  # the fixture
 
@@ -34,7 +35,7 @@ def options(folder, every):
 def restless(patch=setattr):
     """Let the controller move often."""
     for name, made in SETTINGS.items():
-        patch(selectflow.run.loop, name, lambda *_, made=made: made)
+        patch(selectflow.run.build, name, lambda *_, made=made: made)
 
 
 def kill():
@@ -96,7 +97,7 @@ def whole(digits, tmp_path_factory):
 
 
 def run(digits, made):
-    selectflow.run.loop.train(made, task(digits))
+    train(made, task(digits))
     return 0
 
 

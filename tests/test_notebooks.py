@@ -32,6 +32,14 @@ def test_what_is_committed_is_one_whole_run_with_small_outputs(path):
     assert not re.search(r"/(tmp|home|root|work|Users)/", json.dumps(outputs(notebook)))
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_imports_exists(path):
+    cells = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    imports = re.findall(r"^from selectflow.*$", "\n".join(cells), re.MULTILINE)
+    assert imports
+    exec("\n".join(imports), {})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_draws_what_it_shows(path, tmp_path):

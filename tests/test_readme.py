@@ -1,5 +1,6 @@
-"""The snippet that the README shows is run as it stands."""
+"""The README: its snippets run or import as they stand, and what it names exists."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -7,13 +8,23 @@ import pytest
 import torch
 from problems import image_loss, images, mlp
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+from selectflow import Selector
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "notebooks/RESULTS.md")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def snippet():
     """The README's first Python block, and its lines that mention the selector."""
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    return code, [line for line in code.splitlines() if "elect" in line]
+    return SNIPPETS[0], [line for line in SNIPPETS[0].splitlines() if "elect" in line]
+
+
+def anchors(text):
+    """What a link may point at: the headings, as GitHub spells them in an address."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}
 
 
 def test_the_snippet_runs_and_learns():
@@ -39,7 +50,44 @@ def test_adding_selection_takes_at_most_four_lines():
     assert 1 <= len(added) <= 4
 
 
+@pytest.mark.parametrize("code", SNIPPETS[1:])
+def test_what_the_other_snippets_import_exists(code):
+    compile(code, "README.md", "exec")
+    exec("\n".join(re.findall(r"^from selectflow.*$", code, re.MULTILINE)), {})
+
+
+def test_the_options_are_those_of_the_selector_with_their_defaults():
+    rows = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|required) \|", README, re.MULTILINE)
+    parameters = list(inspect.signature(Selector).parameters.values())[4:]  # after the target
+    assert dict(rows) == {
+        parameter.name: ""
+        if parameter.default is parameter.empty
+        else repr(parameter.default).replace("'", '"')
+        for parameter in parameters
+    }
+
+
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)(?:`|\s+#)", README))))
 def test_every_make_target_it_names_exists(target):
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_to_a_file_and_a_heading(document):
+    path = ROOT / document
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    assert links
+    for link in links:
+        file, _, anchor = link.partition("#")
+        found = (path.parent / file).resolve() if file else path
+        assert found.exists(), link
+        if anchor:
+            assert anchor in anchors(found.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_program_and_configuration_it_names_exists(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for name in set(re.findall(r"\b(?:tests|trainers|configs|selectflow)/[\w/]+\.\w+", text)):
+        assert (ROOT / name).exists(), name

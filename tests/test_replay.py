@@ -9,8 +9,8 @@ from torch import nn
 
 from selectflow.data import PoolStream
 from selectflow.run.config import ConfigError, load
-from selectflow.run.decisions import read_decisions
 from selectflow.run.ledger import read_ledger
+from selectflow.run.log import read_decisions
 from selectflow.run.loop import RunError, train
 from selectflow.run.replay import ReplayError, read_choices
 from selectflow.selector import Selector

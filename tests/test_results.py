@@ -9,7 +9,7 @@ import results_tasks
 from synthetic_runs import make_run
 
 from selectflow.data import read_metadata
-from selectflow.report.quantities import ACCURACY, TARGET_LOSS, TEST_LOSS
+from selectflow.report.runs import ACCURACY, TARGET_LOSS, TEST_LOSS
 from selectflow.run.config import load
 
 ONLINE = str(results_tasks.ROOT / "configs" / "digits_online.yaml")
@@ -42,10 +42,10 @@ def test_equal_time_counts_what_was_spent_before_the_first_step(found):
     uniform, offline = comparison.rows
     assert comparison.step == 20
     # offline ends at 3 + 20 * 0.2 = 7 s, when uniform has done 70 steps; at equal steps it has 20
-    assert offline.baseline_in_same_time.mean == pytest.approx((0.7 + 0.8) / 2)
-    assert offline.in_same_time.mean == pytest.approx((0.2 + 0.0) / 2)
-    assert uniform.quality_at_step.mean == pytest.approx((0.4 + 0.2) / 2)
-    assert offline.at_equal_steps.mean == pytest.approx((0.5 + 0.6) / 2)
+    assert offline.stats["baseline_in_same_time"].mean == pytest.approx((0.7 + 0.8) / 2)
+    assert offline.tests["in_same_time"].mean == pytest.approx((0.2 + 0.0) / 2)
+    assert uniform.stats["quality_at_step"].mean == pytest.approx((0.4 + 0.2) / 2)
+    assert offline.tests["at_equal_steps"].mean == pytest.approx((0.5 + 0.6) / 2)
 
 
 def test_the_table_has_every_method_at_equal_steps_and_in_the_same_time(found):
@@ -81,7 +81,7 @@ def test_early_stopping_reads_the_test_set_where_the_target_loss_was_lowest(foun
     late = with_target(found["uniform"][0], [5, 4, 4, 3, 6, 1, 2, 2])
     runs = {"uniform": [late], "offline": [with_target(found["offline"][0], [2, 1])]}
     runs = {name: [*map(results.best_by_target, each)] for name, each in runs.items()}
-    assert results.compare(runs, ACCURACY).rows[1].baseline_in_same_time.mean == 0.8
+    assert results.compare(runs, ACCURACY).rows[1].stats["baseline_in_same_time"].mean == 0.8
 
 
 def test_methods_of_one_strategy_on_other_data_are_compared_as_named(tmp_path):
@@ -92,7 +92,7 @@ def test_methods_of_one_strategy_on_other_data_are_compared_as_named(tmp_path):
         "oracle": [make_run(tmp_path / "o", [0.3, 0.5], strategy="uniform", data=clean)],
     }
     rows = results.compare(runs, ACCURACY).rows
-    assert [(row.label, row.quality_at_step.mean) for row in rows] == [
+    assert [(row.label, row.stats["quality_at_step"].mean) for row in rows] == [
         ("uniform", 0.2),
         ("oracle", 0.5),
     ]

@@ -6,34 +6,28 @@ import resource
 import subprocess
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_datasets import sample
 from torch import nn
 
 from selectflow.control.horizon import as_horizon
 from selectflow.data import (
-    Manifest,
     PoolStream,
     make_digits,
     read_batches,
     read_metadata,
-    write_manifest,
-    write_split,
 )
 from selectflow.run import ledger as ledger_module
+from selectflow.run.build import build_horizon, build_schedule
 from selectflow.run.config import RunConfig
-from selectflow.run.config_schedules import ScheduleConfig
-from selectflow.run.config_select import SelectConfig
 from selectflow.run.ledger import read_ledger
 from selectflow.run.log import Stopwatch
 from selectflow.run.loop import RunError, Task, resolve_device, train
-from selectflow.run.step import build_horizon, build_schedule
+from selectflow.run.sections import ScheduleConfig, SelectConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -274,68 +268,26 @@ def test_the_stopwatch_counts_only_between_start_and_stop(monkeypatch):
     assert watch.stop() == watch.stop() == 2.5
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "resnet18"])
-def test_the_vision_trainer(model, tmp_path):
-    done = run_trainer(
-        tmp_path, "configs/digits_online.yaml", f"model.name={model}", "steps=2",
-        "data.pool=12", "select.keep=4", "track.wandb=disabled",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "runs" / "digits_online-s0" / "summary.json").read_text())
-    assert summary["steps"] == 2
-    assert 0 <= summary["test/accuracy"] <= 1
+def test_progress_is_a_plain_line_with_each_evaluation(digits, tmp_path, capsys):
+    run_dir = train(config(tmp_path), task(digits))
+    evaluated = read_lines(run_dir / "metrics.jsonl")[1:]
+    expected = [
+        f"trial {line['train/step']}/7 loss {line['train/loss']:.3f}  "
+        f"altered {line['select/kept_altered']:.3f}"
+        for line in evaluated
+    ]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert [line.split()[1] for line in expected] == ["3/7", "6/7", "7/7"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["configs/digits_online.yaml", "select.horizn=2"], "select.horizon"),
-        (["configs/none.yaml"], "none.yaml"),
-        (["configs/digits_online.yaml", "data.name=shards", "data.root=nowhere"], "nowhere"),
-    ],
-)
-def test_the_trainer_answers_bad_input_in_one_message(arguments, message, tmp_path):
-    done = run_trainer(tmp_path, *arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_the_target_may_be_of_some_of_the_classes(tmp_path):
-    samples = {
-        "train": [sample(f"s{i}", i % 4) for i in range(16)],
-        "target": [sample("a", 0), sample("b", 1)],
-        "test": [sample("c", 1)],
-    }
-    splits = {name: tuple(write_split(tmp_path, name, of, 9)) for name, of in samples.items()}
-    write_manifest(tmp_path, Manifest(splits, ("cls", "json", "npy"), {}, 0))
-    shards = ["data.name=shards", f"data.root={tmp_path}", "data.pool=8", "select.keep=2"]
-    done = run_trainer(tmp_path, "configs/digits_uniform.yaml", *shards, "steps=4", "eval_every=4")
-    assert done.returncode == 0, done.stderr
-    few = run_trainer(tmp_path, "configs/digits_uniform.yaml", *shards, "model.num_classes=1")
-    assert few.returncode == 2
-    assert (
-        "model.num_classes must be at least 2, as target and test labels go up to 1" in few.stderr
-    )
-
-
-def test_a_run_need_not_read_all_shards_before_its_first_step(tmp_path):
-    train = [sample(f"s{i}", i % 4) for i in range(64)]
-    splits = {"train": tuple(write_split(tmp_path, "train", train, 8))}
-    for name in ("target", "test"):
-        splits[name] = tuple(write_split(tmp_path, name, [sample(name, 1)], 8))
-    write_manifest(tmp_path, Manifest(splits, ("cls", "json", "npy"), {}, 0))
-    pools = list(islice(PoolStream(tmp_path, pool=8, seed=0, buffer=8, memory_gib=0), 8))
-    last = int(pools[-1]["key"][0][1:]) // 8
-    (tmp_path / splits["train"][last].name).unlink()
-    arguments = [
-        "configs/digits_uniform.yaml", "data.name=shards", f"data.root={tmp_path}", "data.pool=8",
-        "data.buffer=8", "data.memory_gib=0", "select.keep=2", "steps=2", "eval_every=2",
-    ]  # fmt: skip
-    assert splits["train"][last].name in run_trainer(tmp_path, *arguments).stderr
-    done = run_trainer(tmp_path, *arguments, "track.kinds=false", "model.num_classes=4")
-    assert done.returncode == 0, done.stderr
+def test_progress_is_a_bar_at_a_terminal(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    train(config(tmp_path), task(digits))
+    shown = capsys.readouterr().out
+    assert "7/7" in shown
+    assert "\x1b[" in shown  # drawn in place
+    assert "trial 3/7" not in shown
 
 
 def run_trainer(tmp_path, path, *overrides):

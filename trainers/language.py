@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selectflow.data import (
     PoolStream,
@@ -27,75 +26,48 @@ from selectflow.data import (
     read_batches,
     read_metadata,
 )
-from selectflow.data.tokenizers import (
-    TOKENIZER_NAME,
-    Bytes,
-    Pieces,
+from selectflow.data.builtin.tokenizers import (
+    ByteTokenizer,
+    SubwordTokenizer,
     load_tokenizer,
     same_vocabulary,
 )
-from selectflow.models.adapters import load_pretrained, with_lora
-from selectflow.models.language import IGNORED, causal_lm_losses, document_positions, token_window
+from selectflow.data.manifest import TOKENIZER_NAME
+from selectflow.models.language import (
+    IGNORED,
+    NO_DROPOUT,
+    causal_lm_losses,
+    document_positions,
+    pretrained_lm,
+    token_window,
+    untrained_lm,
+    with_lora,
+)
 from selectflow.run.config import ConfigError, RunConfig
-from selectflow.run.config_data import DataConfig
-from selectflow.run.config_training import ModelConfig
 from selectflow.run.main import check_choice, trainer_main
+from selectflow.run.sections import DataConfig, ModelConfig
 from selectflow.run.task import Task
 
 Batch = dict[str, Any]
 EVAL_BATCH = 64
-# scores and training are to see one model
-_NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-
-
-def gpt2(config: ModelConfig, length: int, tokenizer: Tokenizer) -> PreTrainedModel:
-    """GPT-2, its output layer tied to the embedding."""
-    if config.pretrained is not None:
-        load = partial(GPT2LMHeadModel.from_pretrained, dtype=torch.float32, **_NO_DROPOUT)
-        return load_pretrained(load, config.pretrained)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=tokenizer.num_tokens,
-            bos_token_id=tokenizer.end,
-            eos_token_id=tokenizer.end,
-            n_positions=config.positions or length,
-            n_embd=config.width,
-            n_layer=config.layers,
-            n_head=config.heads,
-            **_NO_DROPOUT,
-        )
-    )
-
-
-def llama(config: ModelConfig, length: int, tokenizer: Tokenizer) -> PreTrainedModel:
-    """Llama, its feed-forward layers three times as wide as the embedding."""
-    if config.pretrained is not None:
-        load = partial(LlamaForCausalLM.from_pretrained, dtype=torch.float32)
-        return load_pretrained(load, config.pretrained)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=tokenizer.num_tokens,
-            bos_token_id=tokenizer.end,
-            eos_token_id=tokenizer.end,
-            max_position_embeddings=config.positions or length,
-            hidden_size=config.width,
-            intermediate_size=3 * config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-        )
-    )
-
-
-MODELS = {"gpt2": gpt2, "llama": llama}
+MODELS = ("gpt2", "llama")
 
 
 def build_model(config: ModelConfig, length: int, tokenizer: Tokenizer) -> nn.Module:
     """The configured model, which fits sequences of `length` tokens and the tokenizer."""
-    if config.pretrained is None and config.width % config.heads:
+    assert config.name in ("gpt2", "llama")
+    options = NO_DROPOUT if config.name == "gpt2" else {}
+    if config.pretrained is not None:
+        model = pretrained_lm(config.name, config.pretrained, **options)
+    elif config.width % config.heads:
         raise ConfigError(
             f"model.width must be a multiple of model.heads ({config.heads}), got {config.width}"
         )
-    model = MODELS[config.name](config, length, tokenizer)
+    else:
+        sizes = (config.positions or length, config.width, config.layers, config.heads)
+        model = untrained_lm(
+            config.name, tokenizer.num_tokens, *sizes, end=tokenizer.end, **options
+        )
     positions = int(model.config.max_position_embeddings)
     if length > positions:
         raise ConfigError(
@@ -110,7 +82,7 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any, model: nn.Module) -> No
     if config.pretrained is None:
         return
     if has_bytes(config.pretrained, model):
-        theirs: Any = Bytes()
+        theirs: Any = ByteTokenizer()
     else:
         theirs = load_tokenizer(config.pretrained)
     if not same_vocabulary(tokenizer, theirs):
@@ -124,7 +96,7 @@ def has_bytes(pretrained: str, model: Any) -> bool:
     """Whether a model of a folder reads bytes: there is no tokenizer, and its ids are theirs."""
     folder, ids = Path(pretrained), (model.config.vocab_size, model.config.eos_token_id)
     is_alone = folder.is_dir() and not (folder / TOKENIZER_NAME).exists()
-    return is_alone and ids == (Bytes.num_tokens, Bytes.end)
+    return is_alone and ids == (ByteTokenizer.num_tokens, ByteTokenizer.end)
 
 
 def save(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
@@ -132,7 +104,7 @@ def save(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     # peft would else look for the base model on Hugging Face, to see whether tokens were added
     options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     model.save_pretrained(folder, **options)
-    if isinstance(tokenizer, Pieces):
+    if isinstance(tokenizer, SubwordTokenizer):
         (folder / TOKENIZER_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
 
 
@@ -196,7 +168,7 @@ def make_data(data: DataConfig) -> None:
 def build_task(config: RunConfig) -> Task:
     """The model, its data and how it is judged; the same for the same configuration."""
     data = config.data
-    check_choice("model.name", config.model.name, tuple(MODELS))
+    check_choice("model.name", config.model.name, MODELS)
     check_choice("data.name", data.name, ("text", "shards"))
     make_data(data)
     tokenizer = open_tokenizer(data.directory)

@@ -9,79 +9,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import torchvision
-from einops.layers.torch import Rearrange, Reduce
-from torch import Tensor, nn
+from torch import nn
 
 from selectflow.data import PoolStream, make_digits, read_batches, read_labels, read_metadata
+from selectflow.models.vision import cnn, evaluate, image_losses, mlp, resnet18
 from selectflow.options import ConfigError
 from selectflow.run.config import RunConfig
-from selectflow.run.config_training import ModelConfig
 from selectflow.run.main import check_choice, trainer_main
+from selectflow.run.sections import ModelConfig
 from selectflow.run.task import Task
 
 Batch = dict[str, Any]
+MODELS = ("mlp", "cnn", "resnet18")
 EVAL_BATCH = 512
 
 
-def mlp(config: ModelConfig, shape: torch.Size, num_classes: int) -> nn.Module:
-    """Fully connected layers of `config.hidden` units with ReLU between them."""
-    sizes = [shape.numel(), *config.hidden]
-    layers: list[nn.Module] = [Rearrange("n c h w -> n (c h w)")]
-    for fan_in, fan_out in pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
-
-
-def cnn(config: ModelConfig, shape: torch.Size, num_classes: int) -> nn.Module:
-    """Three convolutions with batch norm, each but the first at half the resolution."""
-    layers: list[nn.Module] = []
-    channels = shape[0]
-    for stage in range(3):
-        width = config.width * 2**stage
-        stride = 1 if stage == 0 else 2
-        # batch norm subtracts the mean: a bias before it would have no effect
-        convolution = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
-        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
-        channels = width
-    head = nn.Linear(channels, num_classes)
-    return nn.Sequential(*layers, Reduce("n c h w -> n c", "mean"), head)
-
-
-def resnet18(config: ModelConfig, shape: torch.Size, num_classes: int) -> nn.Module:
-    """ResNet-18 of torchvision, its first layers replaced for images of up to 64 pixels."""
-    del config
-    model: nn.Module = torchvision.models.resnet18(num_classes=num_classes)
-    small = shape[-1] <= 64
-    kernel, stride, padding = (3, 1, 1) if small else (7, 2, 3)
-    model.conv1 = nn.Conv2d(shape[0], 64, kernel, stride, padding, bias=False)
-    if small:
-        model.maxpool = nn.Identity()
-    return model
-
-
-MODELS = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18}
-
-
-def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of each example, shape (N,)."""
-    return F.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
-
-
-def evaluate(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
-    """Mean loss and accuracy over all examples of `batches`."""
-    loss, right, total = 0.0, 0, 0
-    for batch in batches:
-        logits = model(batch["image"])
-        loss += F.cross_entropy(logits, batch["label"], reduction="sum").item()
-        right += int((logits.argmax(1) == batch["label"]).sum())
-        total += len(logits)
-    return {"loss": loss / total, "accuracy": right / total}
+def build_model(config: ModelConfig, shape: torch.Size, num_classes: int) -> nn.Module:
+    """The configured model of images of the shape (C, H, W)."""
+    if config.name == "mlp":
+        return mlp(shape.numel(), num_classes, config.hidden)
+    if config.name == "cnn":
+        return cnn(shape[0], num_classes, config.width)
+    return resnet18(shape, num_classes)
 
 
 def count_classes(config: RunConfig, held_out: Sequence[Batch]) -> int:
@@ -106,7 +58,7 @@ def count_classes(config: RunConfig, held_out: Sequence[Batch]) -> int:
 def build_task(config: RunConfig) -> Task:
     """The model, its data and how it is judged; the same for the same configuration."""
     data = config.data
-    check_choice("model.name", config.model.name, tuple(MODELS))
+    check_choice("model.name", config.model.name, MODELS)
     check_choice("data.name", data.name, ("digits", "shards"))
     if data.name == "digits":
         make_digits(data.directory, label_noise=data.label_noise, seed=data.seed)
@@ -119,10 +71,10 @@ def build_task(config: RunConfig) -> Task:
         metadata = read_metadata(data.directory, "train", max_errors=data.max_errors)
     num_classes = count_classes(config, [*target, *test])
     torch.manual_seed(config.seed)
-    model = MODELS[config.model.name](config.model, target[0]["image"][0].shape, num_classes)
+    model = build_model(config.model, target[0]["image"][0].shape, num_classes)
     return Task(
         model=model,
-        loss_fn=loss_fn,
+        loss_fn=image_losses,
         evaluate=evaluate,
         pools=pools,
         target=target,

@@ -1,52 +1,41 @@
-"""The configuration of an audit: its fields, its ranges, and errors that name all that is wrong."""
+"""The configuration of an audit, and which of its runs are still to be measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import torch
+from pydantic import BeforeValidator, Field, model_validator
 
-from selectflow.options import ConfigError, describe
-from selectflow.run.yaml_io import read_yaml, set_key
+from selectflow.options import ConfigError, Count, Directory, Section
+from selectflow.run.sections import Beta, Positive
+from selectflow.run.yaml import Configuration, load_as, read_yaml
 
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+# What may differ between two starts of an audit: where it is, and which runs are asked for.
+_NOT_MEASURED = {"name", "root", "overwrite", "seeds", "lrs", "num_threads"}
 
 
-class MLPModel(_Section):
+class MLPModel(Section):
     """A multilayer perceptron on the digits."""
 
+    is_large: ClassVar[bool] = False  # so that double precision would be a burden
     kind: Literal["mlp"] = "mlp"
     hidden: tuple[Count, ...] = Field(
         default=(16, 16), strict=False, description="units of each hidden layer"
     )
     activation: Literal["relu", "gelu"] = Field(default="relu", description="nonlinearity")
 
-    @property
-    def large(self) -> bool:
-        """Whether double precision would be a burden."""
-        return False
 
-
-class CNNModel(_Section):
+class CNNModel(Section):
     """Two convolutions and a linear layer on the digits."""
 
+    is_large: ClassVar[bool] = False
     kind: Literal["cnn"] = "cnn"
     width: Count = Field(default=4, description="channels of the first convolution")
     activation: Literal["relu", "gelu"] = Field(default="gelu", description="nonlinearity")
 
-    @property
-    def large(self) -> bool:
-        """Whether double precision would be a burden."""
-        return False
 
-
-class _TextModel(_Section):
+class _TextModel(Section):
     block: Annotated[int, Field(ge=2)] = Field(default=32, description="tokens of one example")
     shape: str = "small"
     pretrained: str | None = Field(
@@ -66,7 +55,7 @@ class _TextModel(_Section):
         return self
 
     @property
-    def large(self) -> bool:
+    def is_large(self) -> bool:
         """Whether double precision would be a burden."""
         return self.shape != "small" or self.pretrained is not None
 
@@ -88,45 +77,92 @@ class LlamaModel(_TextModel):
     lora_rank: Count = Field(default=4, description="rank of the adapters of all projections")
 
 
+def _with_kind(model: object) -> object:
+    return {"kind": "mlp"} | model if isinstance(model, dict) else model
+
+
 Model = MLPModel | CNNModel | GPT2Model | LlamaModel
 
 
-class _Study(_Section):
+class Study(Configuration):
     """What all studies choose: a model, its optimizer and where results go."""
 
+    example: ClassVar[str] = "seeds=1"
+
     name: str = Field(min_length=1, description="name of the audit, and of its directory")
-    root: Annotated[Path, Field(strict=False)] = Field(
+    root: Directory = Field(
         default=Path("audits"), description="directory that holds the audits' directories"
     )
     overwrite: bool = Field(
         default=False, description="measure again what the directory already holds"
     )
-    model: Annotated[Model, Field(discriminator="kind")] = MLPModel()
+    model: Annotated[Model, Field(discriminator="kind"), BeforeValidator(_with_kind)] = MLPModel()
     seeds: Count = Field(default=3, description="runs for each learning rate, seeds 0, 1, ...")
     batch: Annotated[int, Field(ge=2)] = Field(default=32, description="B: examples of one step")
     betas: tuple[Beta, Beta] = Field(
         default=(0.9, 0.95), strict=False, description="decay of exp_avg and of exp_avg_sq"
     )
-    eps: Rate = Field(default=1e-8, description="added to the root of exp_avg_sq")
+    eps: Positive = Field(default=1e-8, description="added to the root of exp_avg_sq")
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled decay")
     dtype: Literal["float64", "float32"] | None = Field(
         default=None,
         description="precision of truth and scores; null: float64, or float32 for a large model",
     )
     num_threads: Count | None = Field(default=None, description="torch CPU threads")
-
-    @property
-    def precision(self) -> Literal["float64", "float32"]:
-        """The precision of truth and scores."""
-        return self.dtype or ("float32" if self.model.large else "float64")
-
-
-class AuditConfig(_Study):
-    """One setting in which influence is compared with leave-one-out retraining."""
-
-    lrs: tuple[Rate, ...] = Field(
+    lrs: tuple[Positive, ...] = Field(
         default=(1e-3, 1e-4, 1e-5), strict=False, min_length=1, description="learning rates"
     )
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The precision of truth and scores."""
+        is_single = self.dtype == "float32" or (self.dtype is None and self.model.is_large)
+        return torch.float32 if is_single else torch.float64
+
+    @property
+    def folder(self) -> Path:
+        """The directory of the results, root/name."""
+        return self.root / self.name
+
+    def runs_left(
+        self, measured: set[tuple[float, int]], progress: Callable[[str], None]
+    ) -> Iterator[tuple[float, int]]:
+        """Learning rate and seed of each run that is still to be measured.
+
+        Args:
+            measured: learning rates and seeds of the others.
+            progress: told what was found, and what was measured when the next run is asked for.
+
+        Yields:
+            One run after the other, on the configured number of CPU threads.
+        """
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
+        for lr in self.lrs:
+            for seed in range(self.seeds):
+                if (lr, seed) in measured:
+                    progress(f"found lr {lr:g}, seed {seed}")
+                else:
+                    yield lr, seed
+                    progress(f"measured lr {lr:g}, seed {seed}")
+
+    def check_same(self, held: Mapping[str, Any], path: Path) -> None:
+        """Refuse to go on with what another configuration measured.
+
+        Raises:
+            ConfigError: `held`, a configuration found in `path`, differs in what is measured.
+        """
+        for key, value in self.model_dump(mode="json").items():
+            if key not in _NOT_MEASURED and held.get(key) != value:
+                raise ConfigError(
+                    f"{path} must be of this configuration, got {key} {held.get(key)}, here "
+                    f"{value}; give another name, or overwrite=true to measure all again"
+                )
+
+
+class AuditConfig(Study):
+    """One setting in which influence is compared with leave-one-out retraining."""
+
     horizons: tuple[Count, ...] = Field(
         default=(1, 4, 16), strict=False, description="finite horizons beside the whole run"
     )
@@ -134,7 +170,7 @@ class AuditConfig(_Study):
     warm_steps: int = Field(
         default=0, ge=0, description="plain training steps on other examples before the recording"
     )
-    warm_lr: Rate = Field(default=1e-3, description="learning rate of those")
+    warm_lr: Positive = Field(default=1e-3, description="learning rate of those")
     schedule: Literal["constant", "cosine"] = Field(
         default="cosine", description="learning rate over the run; cosine falls to 0"
     )
@@ -145,27 +181,28 @@ class AuditConfig(_Study):
     spacing: Annotated[int, Field(ge=2)] = Field(
         default=4, description="updates between two snapshots, for the system-level rows"
     )
-    memory_gib: Rate | None = Field(
+    memory_gib: Positive | None = Field(
         default=None,
         description="limit for snapshots, and for what a sweep or rerun keeps, in GiB; null: 1, or "
         "the least that is needed",
     )
 
-    @model_validator(mode="after")
-    def _fields_agree(self) -> Self:
-        if self.horizons and max(self.horizons) > self.steps:
-            raise ValueError(
-                f"horizons must be <= steps ({self.steps}), got {max(self.horizons)}; "
+    @classmethod
+    def disagreements(cls, values: Mapping[str, Any]) -> Iterable[str]:
+        """Of the horizons with the steps."""
+        filled = cls.model_construct(**values)
+        if filled.horizons and max(filled.horizons) > filled.steps:
+            yield (
+                f"horizons must be <= steps ({filled.steps}), got {max(filled.horizons)}; "
                 "lower it or record more steps"
             )
-        return self
 
 
-class ProxyConfig(_Study):
+class ProxyConfig(Study):
     """One setting in which the error proxy is compared with the true error of first order."""
 
     study: Literal["proxy"]
-    lrs: tuple[Rate, ...] = Field(
+    lrs: tuple[Positive, ...] = Field(
         default=(1e-2, 3e-3, 1e-3, 3e-4, 1e-4),
         strict=False,
         min_length=1,
@@ -189,13 +226,15 @@ class ProxyConfig(_Study):
         "or tokens in random order"
     )  # fmt: skip
 
-    @model_validator(mode="after")
-    def _fields_agree(self) -> Self:
-        if self.num_removals > self.batch:
-            raise ValueError(
-                f"num_removals must be <= batch ({self.batch}), got {self.num_removals}; lower it"
+    @classmethod
+    def disagreements(cls, values: Mapping[str, Any]) -> Iterable[str]:
+        """Of the removals with the batch that they are from."""
+        filled = cls.model_construct(**values)
+        if filled.num_removals > filled.batch:
+            yield (
+                f"num_removals must be <= batch ({filled.batch}), got {filled.num_removals}; "
+                "lower it"
             )
-        return self
 
 
 def load_audit(path: str | Path, overrides: Sequence[str] = ()) -> AuditConfig | ProxyConfig:
@@ -214,36 +253,6 @@ def load_audit(path: str | Path, overrides: Sequence[str] = ()) -> AuditConfig |
         ConfigError: the file cannot be read, or a key is unknown, has the wrong type or is out of
             range; the message has one line for each of them.
     """
-    values = read_yaml(path)
-    kind = ProxyConfig if "study" in values else AuditConfig
-    known = _known_keys(kind)
-    found = [set_key(values, item, known, "seeds=1") for item in overrides]
-    problems = [problem for problem in found if problem]
-    if isinstance(model := values.get("model"), dict):
-        model.setdefault("kind", "mlp")
-    try:
-        config = kind.model_validate(values)
-    except ValidationError as error:
-        problems += [_describe(dict(item), known) for item in error.errors()]
-    if problems:
-        raise ConfigError("\n  ".join([f"{path}: errors in the configuration", *problems]))
-    return config
-
-
-def _known_keys(kind: type[_Study]) -> list[str]:
-    of_models = {f"model.{key}": None for model in get_args(Model) for key in model.model_fields}
-    return [*kind.model_fields, *of_models]
-
-
-def _describe(error: dict[str, Any], known: list[str]) -> str:
-    """One error in a line; pydantic puts the kind of the model into the path of its fields."""
-    if error["type"] == "value_error":
-        return str(error["msg"]).removeprefix("Value error, ")
-    section, *rest = error["loc"]
-    if error["type"] == "union_tag_invalid":
-        context = error["ctx"]
-        error |= {"type": "literal_error", "loc": ("model", "kind"), "input": context["tag"]}
-        error["ctx"] = {"expected": context["expected_tags"]}
-    elif section == "model" and len(rest) > 1:
-        error["loc"] = ("model", *rest[1:])
-    return describe(error, known)
+    if "study" in read_yaml(path):
+        return load_as(ProxyConfig, path, overrides)
+    return load_as(AuditConfig, path, overrides)

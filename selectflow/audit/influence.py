@@ -7,25 +7,25 @@ after minus the loss before, of shape (num_pairs, num_queries): positive = the e
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from selectflow.audit.assumptions import METHODS
 from selectflow.audit.reruns import Removal, expand, rerun, weights_without
 from selectflow.core.batches import Batch, num_examples
 from selectflow.core.derivatives import Curvature
-from selectflow.core.optim import Adjoint, State, Update
+from selectflow.core.optim import SGD, Adjoint, Rule, State, Update
 from selectflow.core.params import Params
 from selectflow.core.sweep import SweepStep
 from selectflow.offline.record import record
 from selectflow.offline.trajectory import Trajectory
 
-__all__ = ["METHODS", "Trajectory", "influence", "leave_one_out", "record"]
+__all__ = ["METHODS", "influence", "leave_one_out", "record"]
 
 Reduce = Literal["none", "mean"]
 Response = Literal["linear", "exact"]
@@ -120,47 +120,81 @@ def influence(
     removals = _removals(trajectory, pairs, horizon)
     weights = _query_weights(queries, reduce)
     if order == 2:
-
-        def both(chunk: Sequence[Removal]) -> Tensor:
-            first, second = expand(trajectory, queries, chunk)
-            return (first + second).cpu() @ weights.T.to(first.dtype)
-
-        return _in_chunks(removals, num_parallel, both)
-    predict = _response if own_update == "exact" else _linear
-
-    def swept(part: Tensor) -> Tensor:
-        return _sweep(
-            trajectory, queries, removals, part, METHODS[method], curvature, predict, memory_gib
-        )
-
-    return torch.cat([swept(part) for part in torch.split(weights, num_parallel)], 1)
+        return _second_order(trajectory, queries, removals, weights, num_parallel)
+    assumed = _assumed(trajectory.updates, method)
+    respond = _response if own_update == "exact" else _linear
+    parts = [
+        _first_order(trajectory, queries, removals, part, assumed, curvature, respond, memory_gib)
+        for part in torch.split(weights, num_parallel)
+    ]
+    return torch.cat(parts, 1)
 
 
-def _sweep(
+def _second_order(
     trajectory: Trajectory,
     queries: Batch,
     removals: Sequence[Removal],
     weights: Tensor,
-    assume: Callable[[Sequence[Update]], list[Update]],
+    num_parallel: int,
+) -> Tensor:
+    """I + Q of each measurement, shape (num_pairs, rows of `weights`)."""
+
+    def both(chunk: Sequence[Removal]) -> Tensor:
+        first, second = expand(trajectory, queries, chunk)
+        return (first + second).cpu() @ weights.T.to(first.dtype)
+
+    return _in_chunks(removals, num_parallel, both)
+
+
+def _first_order(
+    trajectory: Trajectory,
+    queries: Batch,
+    removals: Sequence[Removal],
+    weights: Tensor,
+    assumed: Sequence[Update],
     curvature: Curvature,
-    predict: Callable[[Trajectory, SweepStep, Sequence[Removal]], Tensor],
+    respond: Callable[[Trajectory, SweepStep, Sequence[Removal]], Tensor],
     memory_gib: float | None,
 ) -> Tensor:
-    """First-order prediction of each measurement, shape (num_pairs, rows of `weights`)."""
-    assumed = assume(trajectory.updates)
+    """I of each measurement by one sweep, shape (num_pairs, rows of `weights`)."""
     found = torch.zeros(len(removals), len(weights), dtype=_dtype(trajectory))
-    for end, rows in _by(range(len(removals)), lambda row: removals[row].end):
-        wanted = dict(_by(rows, lambda row: removals[row].index))
+    for end, rows in _by(range(len(removals)), lambda row: removals[row].end).items():
+        wanted = _by(rows, lambda row: removals[row].index)
 
-        def keep(visit: SweepStep, wanted: dict[int, list[int]] = wanted) -> None:
+        def keep(visit: SweepStep, wanted: Mapping[int, list[int]] = wanted) -> None:
             if rows := wanted.get(visit.index, []):
                 chosen = [removals[row] for row in rows]
-                found[rows] = predict(trajectory, visit, chosen).cpu().to(found.dtype)
+                found[rows] = respond(trajectory, visit, chosen).cpu().to(found.dtype)
 
         adjoint = _query_adjoint(trajectory, end, queries, weights)
         window = trajectory.window(min(wanted), curvature, assumed)
         trajectory.sweep(window, end, adjoint, keep, memory_gib)
     return found
+
+
+# --- what a sweep may assume of the recorded optimizer: the truth, or a common mistake ------
+
+
+METHODS: dict[str, Callable[[Any, float], Rule]] = {
+    "adamw": lambda rule, _: rule,
+    # theta' = theta - lr g
+    "sgd": lambda rule, _: SGD(rule.names, rule.step, rule.lr, 0.0, 0.0, 0.0, False),
+    "constant_lr": lambda rule, first_lr: dataclasses.replace(rule, lr=first_lr),
+    "no_decay": lambda rule, _: dataclasses.replace(rule, weight_decay=0.0),
+}
+"""Name -> the rule that a sweep takes for a recorded one, whose first learning rate is given."""
+
+
+def _assumed(updates: Sequence[Update], method: str) -> list[Update]:
+    """The updates that a sweep takes for the recorded ones."""
+    first_lr = {name: rule.lr for rule in updates[0].rules for name in rule.names}
+    change = METHODS[method]
+    return [
+        dataclasses.replace(
+            update, rules=tuple(change(rule, first_lr[rule.names[0]]) for rule in update.rules)
+        )
+        for update in updates
+    ]
 
 
 # --- the two responses of the example's own update ------------------------------------------
@@ -271,11 +305,12 @@ def _in_chunks(
     return found[torch.tensor(order).argsort()]
 
 
-def _by(rows: Iterable[int], key: Callable[[int], int]) -> Iterator[tuple[int, list[int]]]:
+def _by(rows: Iterable[int], key: Callable[[int], int]) -> Mapping[int, list[int]]:
+    """Rows by their key."""
     groups: dict[int, list[int]] = defaultdict(list)
     for row in rows:
         groups[key(row)].append(row)
-    yield from groups.items()
+    return groups
 
 
 def _dtype(trajectory: Trajectory) -> torch.dtype:

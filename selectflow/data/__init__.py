@@ -1,25 +1,27 @@
-"""WebDataset shards: written, read back, streamed as pools; built-in datasets."""
+"""WebDataset shards: written, read back, streamed as pools; built-in datasets.
 
-from selectflow.data.build import Layout
-from selectflow.data.catalog import Sources
-from selectflow.data.digits import make_digits
-from selectflow.data.images import make_folder, make_torchvision
-from selectflow.data.inspect import contact_sheet, head, picture, verify
+Reading needs `os.pread`, which only POSIX systems have.
+"""
+
+from selectflow.data.builtin.images import make_digits, make_folder, make_torchvision
+from selectflow.data.builtin.text import TextOptions, make_text
+from selectflow.data.builtin.tokenizers import Tokenizer, open_tokenizer
+from selectflow.data.cache import Cache
 from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, write_manifest
-from selectflow.data.remote import Cache
-from selectflow.data.shards import write_split
-from selectflow.data.sources import find_manifest, find_splits, open_catalog
+from selectflow.data.sources import Sources, find_manifest, find_splits, open_catalog
 from selectflow.data.splits import (
+    contact_sheet,
+    head,
+    picture,
     read_batches,
     read_labels,
     read_metadata,
     read_samples,
     read_split,
+    verify,
 )
 from selectflow.data.stream import PoolStream
-from selectflow.data.subset import write_subset
-from selectflow.data.text import TextOptions, make_text
-from selectflow.data.tokenizers import Tokenizer, open_tokenizer
+from selectflow.data.write import Layout, write_split, write_subset
 
 __all__ = [
     "Cache",

@@ -9,11 +9,37 @@ from typing import Any
 from selectflow.core.files import atomic_file
 
 MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
 MANIFEST_VERSION = 1
 
 
 class DataError(ValueError):
     """A dataset that cannot be written or read as asked; the message says where and the fix."""
+
+
+def damaged(shard: str, rule: str, got: str) -> DataError:
+    """The error for a shard that breaks a rule."""
+    fix = "restore the file, or write the dataset again"
+    return DataError(f"shard {shard} must {rule}, got {got}; {fix}")
+
+
+def check_least(name: str, value: float, least: int, hint: str) -> None:
+    """Refuse an argument below its least value, or NaN.
+
+    Raises:
+        DataError: It is; names the argument.
+    """
+    if not value >= least:
+        raise DataError(f"{name} must be >= {least}, got {value}; {hint}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed below 0.
+
+    Raises:
+        DataError: It is.
+    """
+    check_least("seed", seed, 0, "numpy takes no negative seeds")
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from selectflow.data.catalog import Ints
+from selectflow.data.fields import Ints
+from selectflow.data.manifest import check_least, check_seed
 
 _MIX_BLOCK = 4096  # choices of a source that are drawn at once
-_MIX = 2**31  # keeps their random numbers apart from those of the lanes
+_MIX = 2**31  # keeps their random numbers apart from those of the sources' own orders
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,19 @@ class Shuffle:
         shuffle: False keeps the stored order.
         buffer: samples shuffled together, >= 1; at least one shard.
         resample: draw the shards of an epoch with replacement.
+
+    Raises:
+        DataError: seed or buffer is out of its range.
     """
 
     seed: int
     shuffle: bool = True
     buffer: int = 4096
     resample: bool = False
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        check_least("buffer", self.buffer, 1, "use shuffle=False for the stored order")
 
 
 class Draw(NamedTuple):
@@ -41,12 +49,12 @@ class Draw(NamedTuple):
     epochs: Ints
 
 
-class Lane:
+class SourceOrder:
     """The endless order of one source: epochs without a gap between them.
 
     The shards of an epoch are permuted and cut into groups of at least `buffer` samples; the rows
-    of a group are permuted. So a row's place depends on no state but (epoch, position), and at
-    most two groups of shards are in use at once.
+    of a group are permuted. So a row's place is a function of (epoch, position) alone, and at most
+    two groups of shards are in use at once.
 
     Args:
         index: number of the source, which sets its random numbers apart.
@@ -104,8 +112,8 @@ class Lane:
     def _enter_group(self, position: int, first: int = 0, start: int = 0) -> None:
         """Lay out the rows of the group that holds `position`.
 
-        A group ends with the first shard that fills it, so groups are found from the front, or from
-        one that is known: its first shard, and the samples before it.
+        A group ends with the first shard that fills it. So groups are counted from the start of
+        the epoch, or from a known one: its first shard, and the number of samples before it.
         """
         while True:
             full = start + self._options.buffer
@@ -135,67 +143,68 @@ class Lane:
 
 
 class Order:
-    """The rows of a stream: one lane, or several mixed at random by weight.
+    """The rows of a stream: of one source, or of several mixed at random by weight.
 
     Args:
         counts: samples of each shard of all sources.
-        lanes: number of shards of each source.
+        num_shards: number of shards of each source.
         options: how to shuffle.
-        weights: share of each source in the stream, any positive scale; None: all sources are one
-            lane, so that an epoch holds every sample of all of them once.
+        weights: share of each source in the stream, any positive scale; None: all sources are
+            ordered as one, so that an epoch holds every sample of all of them once.
     """
 
     def __init__(
         self,
         counts: Ints,
-        lanes: Sequence[int],
+        num_shards: Sequence[int],
         options: Shuffle,
         weights: Sequence[float] | None = None,
     ) -> None:
         self._seed, self._drawn, self._block = options.seed, 0, (-1, np.empty(0, np.int64))
         self._shares = None if weights is None else np.array(weights) / np.sum(weights)
-        ends = np.cumsum(lanes if weights is not None else [len(counts)])
+        ends = np.cumsum(num_shards if weights is not None else [len(counts)])
         firsts = np.concatenate([[0], counts.cumsum()])
-        self._lanes = [
-            Lane(index, int(firsts[start]), counts[start:end], options)
+        self._sources = [
+            SourceOrder(index, int(firsts[start]), counts[start:end], options)
             for index, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
         ]
 
     def take(self, count: int) -> Draw:
         """The next `count` samples."""
-        if len(self._lanes) == 1:
+        if len(self._sources) == 1:
             self._drawn += count
-            return self._lanes[0].take(count)
-        sources = self._sources(count)
+            return self._sources[0].take(count)
+        mix = self._mix(count)
         self._drawn += count
         drawn = Draw(np.empty(count, np.int64), np.empty(count, np.int64))
-        for index, lane in enumerate(self._lanes):
-            chosen = sources == index
-            drawn.rows[chosen], drawn.epochs[chosen] = lane.take(int(chosen.sum()))
+        for index, source in enumerate(self._sources):
+            chosen = mix == index
+            drawn.rows[chosen], drawn.epochs[chosen] = source.take(int(chosen.sum()))
         return drawn
 
     def position(self) -> dict[str, Any]:
-        """Where the order is: samples drawn, and epoch and position of each lane."""
+        """Where the order is: samples drawn, and epoch and position of each source."""
         return {
             "drawn": self._drawn,
-            "epoch": [lane.epoch for lane in self._lanes],
-            "position": [lane.position for lane in self._lanes],
+            "epoch": [source.epoch for source in self._sources],
+            "position": [source.position for source in self._sources],
         }
 
     def seek(self, position: dict[str, Any]) -> None:
         """Go to a position.
 
         Raises:
-            ValueError: it lies outside an epoch, or is of another number of lanes.
+            ValueError: it lies outside an epoch, or is of another number of sources.
         """
-        if len(position["epoch"]) != len(self._lanes):
-            raise ValueError(f"epoch must have {len(self._lanes)} items, got {position['epoch']}")
-        cursors = zip(self._lanes, position["epoch"], position["position"], strict=True)
-        for lane, epoch, place in cursors:
-            lane.seek(epoch, place)
+        if len(position["epoch"]) != (size := len(self._sources)):
+            raise ValueError(f"epoch must have {size} items, got {position['epoch']}")
+        places = zip(self._sources, position["epoch"], position["position"], strict=True)
+        for source, epoch, place in places:
+            source.seek(epoch, place)
         self._drawn = position["drawn"]
 
-    def _sources(self, count: int) -> Ints:
+    def _mix(self, count: int) -> Ints:
+        """The source of each of the next `count` samples, shape (count,)."""
         parts, start, end = [], self._drawn, self._drawn + count
         while start < end:
             block, at = divmod(start, _MIX_BLOCK)
@@ -206,6 +215,6 @@ class Order:
     def _choices(self, block: int) -> Ints:
         if self._block[0] != block:
             random = np.random.default_rng([self._seed, _MIX, block])
-            size = len(self._lanes)
+            size = len(self._sources)
             self._block = (block, random.choice(size, size=_MIX_BLOCK, p=self._shares))
         return self._block[1]

@@ -1,18 +1,25 @@
-"""Samples read from shards at any row, each shard checked before its first sample is used."""
+"""Samples and pools read by row, each shard checked before its first sample is used.
 
-import hashlib
+It reads by `os.pread`, which only POSIX systems have.
+"""
+
 import os
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from io import FileIO
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
-from selectflow.data.catalog import Catalog, Entry, Ints, damaged
-from selectflow.data.fields import CODECS, PACKED, Sample
-from selectflow.data.manifest import DataError
-from selectflow.data.tar_index import Record, list_records
+from selectflow.data.fields import CODECS, PACKED, Batch, Ints, Sample, collate, finish, shared
+from selectflow.data.manifest import DataError, damaged
+from selectflow.data.sources import Catalog, Entry
+from selectflow.data.tar_index import Record, scan
 
 
 class Fault(NamedTuple):
@@ -30,20 +37,21 @@ class Fault(NamedTuple):
 
 
 class ShardReader:
-    """Reads samples by row. Holds the indexes of the shards used last, and no open files.
+    """Reads samples by row. Keeps the indexes of the shards used last, and no files open.
 
     Args:
         catalog: the shards.
         fields: extensions to decode; None: all.
-        capacity: samples in the shards whose index is held, beyond the shard in use.
+        capacity: samples in the shards whose index is kept, beyond the shard in use.
     """
 
     def __init__(
         self, catalog: Catalog, fields: Iterable[str] | None = None, capacity: int = 0
     ) -> None:
-        self._catalog, self._capacity, self._held = catalog, capacity, 0
+        self._catalog, self._capacity = catalog, capacity
+        self._num_indexed = 0  # samples in the shards of `_checked`
         self._fields = None if fields is None else frozenset(fields)
-        self._opened: OrderedDict[int, _Opened | DataError] = OrderedDict()
+        self._checked: OrderedDict[int, _CheckedShard | DataError] = OrderedDict()
 
     def read(self, rows: Ints) -> tuple[list[Sample], list[Fault]]:
         """The samples at `rows`, in that order, without those that cannot be read."""
@@ -62,46 +70,46 @@ class ShardReader:
 
     def _read(self, index: int, places: Ints) -> Iterator[Sample | DataError]:
         try:
-            opened, file = self._open_file(index)
+            shard, file = self._open(index)
         except DataError as error:
             yield from [error] * len(places)
             return
         with file:
             for place in places.tolist():
                 try:
-                    yield opened.sample(file, place)
+                    yield shard.sample(file, place)
                 except DataError as error:
                     yield error
 
-    def _open_file(self, index: int) -> "tuple[_Opened, FileIO]":
-        opened = self._open(index)
-        if isinstance(opened, DataError):
-            raise opened
-        file = opened.file()
-        if file is None:  # fetched again since, so checked again
-            del self._opened[index]
-            self._held -= int(self._catalog.counts[index])
-            return self._open_file(index)
-        return opened, file
+    def _open(self, index: int) -> "tuple[_CheckedShard, FileIO]":
+        shard = self._check(index)
+        if isinstance(shard, DataError):
+            raise shard
+        file = shard.file()
+        if file is None:  # fetched again since it was checked: check the new copy
+            del self._checked[index]
+            self._num_indexed -= int(self._catalog.counts[index])
+            return self._open(index)
+        return shard, file
 
-    def _open(self, index: int) -> "_Opened | DataError":
-        if index in self._opened:
-            self._opened.move_to_end(index)
-            return self._opened[index]
+    def _check(self, index: int) -> "_CheckedShard | DataError":
+        if index in self._checked:
+            self._checked.move_to_end(index)
+            return self._checked[index]
         entry = self._catalog.entries[index]
         try:
-            self._opened[index] = _Opened(entry, self._fields)
+            self._checked[index] = _CheckedShard(entry, self._fields)
         except DataError as error:
-            self._opened[index] = error
-        self._held += entry.shard.count
-        while len(self._opened) > 1 and self._held > self._capacity + entry.shard.count:
-            oldest, _ = self._opened.popitem(last=False)
-            self._held -= int(self._catalog.counts[oldest])
-        return self._opened[index]
+            self._checked[index] = error
+        self._num_indexed += entry.shard.count
+        while len(self._checked) > 1 and self._num_indexed > self._capacity + entry.shard.count:
+            oldest, _ = self._checked.popitem(last=False)
+            self._num_indexed -= int(self._catalog.counts[oldest])
+        return self._checked[index]
 
 
-class _Opened:
-    """A shard that was found to be what the manifest says, and where its samples lie."""
+class _CheckedShard:
+    """A shard that agrees with the manifest, and where its samples lie."""
 
     def __init__(self, entry: Entry, fields: frozenset[str] | None) -> None:
         self._entry = entry
@@ -115,7 +123,7 @@ class _Opened:
             except DataError:
                 if not entry.is_remote:
                     raise
-        entry.cache.forget(entry.url)  # a damaged copy: once more from where it comes
+        entry.cache.forget(entry.url)  # the local copy is damaged: fetch it once more
         with _open_file(entry) as file:
             self._check(file)
 
@@ -124,10 +132,10 @@ class _Opened:
         self._records = _index(self._entry, file)
 
     def file(self) -> FileIO | None:
-        """The file, opened; None for another copy of a remote one than was checked.
+        """The file, opened; None if it is a remote one that was fetched again since its check.
 
         Raises:
-            DataError: it is gone, or another than the one that was checked.
+            DataError: it is missing, or has changed since its check.
         """
         file = _open_file(self._entry)
         if _signature(file) == self._signature:
@@ -198,16 +206,14 @@ def _index(entry: Entry, file: FileIO) -> list[Record]:
     """The records of a shard.
 
     Raises:
-        DataError: the shard is not what the manifest says. A wrong checksum is reported last,
-            since it cannot tell what is wrong.
+        DataError: the shard does not agree with the manifest. A wrong checksum is reported last,
+            since it does not say what is wrong.
     """
     shard = entry.shard
     try:
-        records = list_records(file)
+        records, digest = scan(file)
     except ValueError as error:
         raise damaged(entry.name, f"be a tar file of {shard.bytes} bytes", f"{error}") from error
-    file.seek(0)
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != shard.sha256:
         for record in records:
             if any(_extension(entry, field) not in record.members for field in entry.fields):
@@ -229,3 +235,73 @@ def _missing(entry: Entry, record: Record) -> DataError:
 
 def _extension(entry: Entry, field: str) -> str:
     return field if entry.pack == 1 else PACKED[field].extension
+
+
+PoolRead = tuple[Batch | DataError, list[Fault]]
+"""A pool, or why there is none, and its samples that cannot be read."""
+
+
+def read_pools(reader: ShardReader, rows: Iterator[Ints], num_workers: int) -> Iterator[PoolRead]:
+    """Read a pool for each array of rows, as a model takes it.
+
+    Args:
+        reader: reads the samples.
+        rows: the rows of each pool.
+        num_workers: processes that read and decode; 0: this one.
+    """
+    pools: Iterator[PoolRead]
+    if num_workers == 0:
+        pools = map(partial(_read_pool, reader), rows)
+    else:
+        loader = DataLoader(
+            _PoolsByRows(reader),
+            batch_size=None,
+            sampler=rows,
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            worker_init_fn=partial(_end_with_parent, os.getpid()),
+            generator=torch.Generator(),  # else it draws from the generator that training uses
+        )
+        pools = iter(loader)
+    for batch, faults in pools:
+        yield (finish(batch) if isinstance(batch, dict) else batch), faults
+
+
+def _read_pool(reader: ShardReader, rows: Ints) -> PoolRead:
+    samples, faults = reader.read(rows)
+    if not samples:
+        rule = f"a pool must hold a readable sample, got {len(rows)} that are not"
+        return DataError(f"{rule}; the first: {faults[0].message}"), faults
+    try:
+        return collate(samples), faults
+    except DataError as error:  # returned, since a DataLoader would wrap it in a traceback
+        return error, faults
+
+
+class _PoolsByRows(Dataset[PoolRead]):
+    """The pools as a worker of a DataLoader reads them."""
+
+    def __init__(self, reader: ShardReader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, rows: Ints) -> PoolRead:
+        batch, faults = _read_pool(self._reader, rows)
+        return (shared(batch) if isinstance(batch, dict) else batch), faults
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _end_with_parent(parent: int, _: int) -> None:
+    """End this worker soon after the process that started it, even if that was killed.
+
+    torch does so too, but not for a worker that is blocked writing to a full pipe.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

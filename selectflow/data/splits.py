@@ -1,19 +1,19 @@
-"""Whole splits in stored order: for evaluation, for reports, and sample by sample."""
+"""Whole splits in stored order: for evaluation, for reports, and to look at."""
 
 import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from selectflow.data.catalog import Catalog, Ints, Sources
-from selectflow.data.collate import FIELDS, Batch, collate, finish
-from selectflow.data.fields import Sample
-from selectflow.data.manifest import DataError
-from selectflow.data.reader import ShardReader
-from selectflow.data.remote import Cache
-from selectflow.data.sources import open_catalog
+from selectflow.data.cache import Cache
+from selectflow.data.fields import FIELDS, Batch, Ints, Sample, collate, finish, image_of
+from selectflow.data.manifest import DataError, check_least
+from selectflow.data.reader import Fault, ShardReader
+from selectflow.data.sources import Catalog, Sources, find_splits, open_catalog
 
 _CHUNK = 256  # samples decoded at once
 
@@ -53,14 +53,22 @@ def _read_rows(
     catalog: Catalog, fields: Iterable[str] | None, max_errors: float
 ) -> Iterator[tuple[int, Sample]]:
     """All samples in stored order, with their rows."""
-    reader, num_errors = ShardReader(catalog, fields), 0
-    for start in range(0, catalog.num_samples, _CHUNK):
-        rows = np.arange(start, min(start + _CHUNK, catalog.num_samples))
-        samples, faults = reader.read(rows)
+    num_errors = 0
+    for rows, samples, faults in _read_chunks(catalog, fields):
         num_errors += len(faults)
         if num_errors > max_errors:
             raise DataError(faults[0].message)
         yield from zip(np.setdiff1d(rows, [f.row for f in faults]).tolist(), samples, strict=True)
+
+
+def _read_chunks(
+    catalog: Catalog, fields: Iterable[str] | None = None
+) -> Iterator[tuple[Ints, list[Sample], list[Fault]]]:
+    """Rows in stored order, some at a time: with their samples, and faults for unreadable ones."""
+    reader = ShardReader(catalog, fields)
+    for start in range(0, catalog.num_samples, _CHUNK):
+        rows = np.arange(start, min(start + _CHUNK, catalog.num_samples))
+        yield rows, *reader.read(rows)
 
 
 def read_batches(
@@ -68,20 +76,15 @@ def read_batches(
 ) -> list[Batch]:
     """A split in stored order, such as the target or the test set.
 
+    The other arguments and the errors are those of `read_split`.
+
     Args:
-        root: Dataset directory, or any other source of `PoolStream`.
-        split: Name of the split.
         batch_size: Examples in each batch but the last, >= 1.
-        cache: Where remote shards are kept.
 
     Returns:
-        Batches in the format of `PoolStream`.
-
-    Raises:
-        DataError: batch_size is below 1, or the split cannot be read.
+        Batches in the format of `PoolStream`, on the CPU.
     """
-    if batch_size < 1:
-        raise DataError(f"batch_size must be >= 1, got {batch_size}; 256 suits small samples")
+    check_least("batch_size", batch_size, 1, "256 suits small samples")
     samples = _read(open_catalog(root, split, cache), FIELDS)
     batches = []
     while batch := list(islice(samples, batch_size)):
@@ -94,17 +97,10 @@ def read_metadata(
 ) -> dict[str, dict[str, Any]]:
     """What the writer recorded about each sample; for reports, never for selection.
 
-    Args:
-        root: Dataset directory, or any other source of `PoolStream`.
-        split: Name of the split.
-        max_errors: Samples that may be unreadable, and are then left out.
-        cache: Where remote shards are kept.
+    Arguments and errors are those of `read_split`.
 
     Returns:
-        Sample key -> its json. Where no shard has any, nothing is read and nothing returned.
-
-    Raises:
-        DataError: The split cannot be read.
+        Sample key -> its json; empty, and nothing is read, if no shard has the field.
     """
     catalog = open_catalog(root, split, cache)
     if not any("json" in entry.fields for entry in catalog.entries):
@@ -118,14 +114,7 @@ def read_labels(
 ) -> Ints:
     """The label of each sample of a split, in stored order, shape (N,), int64.
 
-    Args:
-        root: Dataset directory, or any other source of `PoolStream`.
-        split: Name of the split.
-        max_errors: Samples that may be unreadable, and are then left out.
-        cache: Where remote shards are kept.
-
-    Raises:
-        DataError: The split cannot be read, or its samples have no labels.
+    Arguments and errors are those of `read_split`; a sample without a label is an error, too.
     """
     labels = []
     for sample in _read(open_catalog(root, split, cache), ("cls",), max_errors):
@@ -141,17 +130,13 @@ def read_labels(
 def read_samples(
     root: Sources, split: str, keys: Iterable[str], *, cache: Cache | None = None
 ) -> dict[str, Sample]:
-    """Some samples of a split; the contents of the others are not read.
+    """The samples with these keys; of the others only the headers are read.
 
-    Args:
-        root: Dataset directory, or any other source of `PoolStream`.
-        split: Name of the split.
-        keys: Of the samples.
-        cache: Where remote shards are kept.
+    The other arguments are those of `read_split`.
 
     Returns:
-        Key -> sample, as `read_split` yields it, without those that the split does not hold, or
-        that cannot be read.
+        Key -> sample, as `read_split` yields it; without those that are not in the split or cannot
+        be read.
 
     Raises:
         DataError: No manifest or no such split.
@@ -166,3 +151,77 @@ def read_samples(
             rows.append(row)
     samples, _ = ShardReader(catalog).read(np.array(rows, dtype=np.int64))
     return {sample["__key__"]: sample for sample in samples}
+
+
+def verify(root: str | Path) -> list[Fault]:
+    """Read and decode every sample of every split.
+
+    Args:
+        root: Dataset directory or its URL, or a folder of shards.
+
+    Returns:
+        The samples that cannot be read; the first alone of a shard that is damaged as a whole.
+
+    Raises:
+        DataError: Nothing there, or a damaged shard without a manifest.
+    """
+    faults: dict[str, Fault] = {}
+    for split in find_splits(root):
+        for _, _, found in _read_chunks(open_catalog(root, split)):
+            for fault in found:
+                faults.setdefault(fault.message, fault)
+    return list(faults.values())
+
+
+def head(root: str | Path, split: str, count: int) -> list[Sample]:
+    """The first samples of a split, in stored order.
+
+    Args:
+        root: Dataset directory, or any other source of `PoolStream`.
+        split: Name of the split.
+        count: Samples, >= 1.
+
+    Raises:
+        DataError: count is below 1, or the samples cannot be read.
+    """
+    check_least("count", count, 1, "ask for a few")
+    return list(islice(read_split(root, split), count))
+
+
+def contact_sheet(samples: list[Sample], path: str | Path, *, side: int = 96) -> None:
+    """Save the images of samples as one PNG, a square grid in reading order.
+
+    Args:
+        samples: With a field "npy" or "png" or "jpg" of shape (1 or 3, height, width): bytes, or
+            floats in [0, 1].
+        path: Where to write.
+        side: Height and width of each image in pixels, enlarged or reduced to it.
+
+    Raises:
+        DataError: A sample without an image.
+    """
+    columns = int(np.ceil(np.sqrt(len(samples))))
+    rows = -(-len(samples) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * side), "white")
+    for place, sample in enumerate(samples):
+        row, column = divmod(place, columns)
+        sheet.paste(picture(sample, side - 4), (column * side + 2, row * side + 2))
+    sheet.save(path, "PNG")
+
+
+def picture(sample: Sample, side: int) -> Image.Image:
+    """The image of a sample, as in `contact_sheet`.
+
+    Raises:
+        DataError: It has none.
+    """
+    pixels = next((sample[field] for field in ("png", "jpg", "npy") if field in sample), None)
+    if pixels is None or pixels.ndim != 3 or len(pixels) not in (1, 3):
+        got = "none" if pixels is None else f"an array of shape {pixels.shape}"
+        raise DataError(
+            f"sample {sample['__key__']!r} must have an image of 1 or 3 channels, got {got}; "
+            "look at it without a contact sheet"
+        )
+    if pixels.dtype != np.uint8:
+        pixels = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
+    return image_of(pixels).convert("RGB").resize((side, side), Image.Resampling.NEAREST)

@@ -2,35 +2,79 @@
 
 import logging
 import math
-import os
-import threading
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from selectflow.data.catalog import Ints, Sources
-from selectflow.data.collate import FIELDS, Batch, collate, finish, num_bytes, pick, shared
-from selectflow.data.fields import Sample
-from selectflow.data.manifest import DataError
+from selectflow.data.cache import Cache
+from selectflow.data.fields import FIELDS, Batch, Ints, Sample, collate, finish, num_bytes, pick
+from selectflow.data.manifest import DataError, check_least
 from selectflow.data.order import Draw, Order, Shuffle
-from selectflow.data.reader import Fault, ShardReader
-from selectflow.data.remote import Cache
-from selectflow.data.sources import open_catalog
+from selectflow.data.reader import Fault, PoolRead, ShardReader, read_pools
+from selectflow.data.sources import Sources, open_catalog
 
 _log = logging.getLogger(__name__)
 
-_AT_ONCE = 1 << 20  # bytes
+_AT_ONCE = 1 << 20  # bytes of pools taken from memory at once
 
-_Read = tuple[Batch | DataError, list[Fault]]  # a pool, and its samples that cannot be read
+_Drawn = tuple[Draw, dict[str, Any]]  # the samples asked for in a pool, and the position after it
 
-_Drawn = tuple[Draw, dict[str, Any]]  # what a pool was asked for, and the position after it
+
+@runtime_checkable
+class Pools(Protocol):
+    """Candidate pools that a run can resume and report on, as a `PoolStream`."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the pools depend on besides the position, in plain values."""
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """Samples that could not be read so far, by shard."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The pools after the present position."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, in plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position that `state_dict` returned."""
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The pools of this process: of every `world_size` consecutive pools, the one at `rank`."""
+
+    pool: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        check_least("pool", self.pool, 1, "it is the number of candidates")
+        if not 0 <= self.rank < self.world_size:
+            rule = f"rank must be in [0, {self.world_size}), got {self.rank}"
+            raise DataError(f"{rule}; check world_size")
+
+    def draw(self, order: Order, drawn: deque[_Drawn]) -> Iterator[Ints]:
+        """The rows of each pool; appends the pool's draw and the position after it to `drawn`.
+
+        It must not refer to the stream: a DataLoader in a reference cycle is collected late, and
+        then takes seconds to stop.
+        """
+        worker = get_worker_info()  # of a DataLoader around the stream
+        index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        shape = (workers, self.world_size, self.pool)
+        while True:
+            taken = order.take(math.prod(shape))
+            draw = Draw(*(each.reshape(shape)[index, self.rank] for each in taken))
+            drawn.append((draw, order.position()))
+            yield draw.rows
 
 
 class PoolStream(IterableDataset[Batch]):
@@ -41,12 +85,12 @@ class PoolStream(IterableDataset[Batch]):
     holds every sample once. Epochs are joined without a gap, so that every pool is full and all
     ranks take as many steps as they like; one pool may span several epochs.
 
-    Data that fit `memory_gib` are decoded once and held as stacked tensors; a pool is then one
-    index_select. Others are read from their shards as they are needed.
+    Data that fit `memory_gib` are decoded once and held as stacked arrays, from which each pool is
+    taken. Other data are read from their shards pool by pool.
 
-    It has workers of its own. A `DataLoader` with workers around it keeps the order, but only
-    torchdata's `StatefulDataLoader` learns the position from them. Lightning looks one batch ahead
-    of a stream unless `limit_train_batches` is a number of batches: its checkpoints are then exact.
+    The stream has workers of its own. A `DataLoader` with workers around it keeps the order, but
+    only torchdata's `StatefulDataLoader` learns the position from them. Lightning draws one batch
+    ahead of the step unless `limit_train_batches` is a number: set it, for exact checkpoints.
 
     Args:
         source: Dataset directory or its manifest, folder of shards, brace pattern or list of
@@ -64,11 +108,11 @@ class PoolStream(IterableDataset[Batch]):
             its next epoch. None: an epoch holds every sample of all sources once.
         rank: This process, in [0, world_size): it gets every world_size-th pool.
         world_size: Processes that share the stream, >= 1.
-        num_workers: Processes that read and decode, >= 0; unused for data in memory. They pay
-            where decoding takes long; packed records come faster without.
+        num_workers: Processes that read and decode, >= 0; unused for data in memory. They help
+            where decoding takes long; packed records are read faster without.
         memory_gib: Limit for decoded data to be held in memory, in GiB, >= 0.
-        max_errors: Samples that may be unreadable before the stream raises, >= 0. A pool lacks
-            those that are.
+        max_errors: Unreadable samples that are left out of their pools before the stream raises,
+            >= 0.
         cache: Where remote shards are kept; None: the default `Cache`.
 
     Raises:
@@ -93,43 +137,34 @@ class PoolStream(IterableDataset[Batch]):
         max_errors: int = 0,
         cache: Cache | None = None,
     ) -> None:
-        _check_range("pool", pool, 1, "it is the number of candidates")
-        _check_range("seed", seed, 0, "numpy takes no negative seeds")
-        _check_range("buffer", buffer, 1, "use shuffle=False for the stored order")
-        _check_range("num_workers", num_workers, 0, "0 reads in this process")
-        _check_range("memory_gib", memory_gib, 0, "0 holds nothing in memory")
-        _check_range("max_errors", max_errors, 0, "0 stops at the first")
-        if not 0 <= rank < world_size:
-            raise DataError(f"rank must be in [0, {world_size}), got {rank}; check world_size")
-        self._pool, self._rank, self._world_size = pool, rank, world_size
+        check_least("num_workers", num_workers, 0, "0 reads in this process")
+        check_least("memory_gib", memory_gib, 0, "0 holds nothing in memory")
+        check_least("max_errors", max_errors, 0, "0 stops at the first")
+        self._share = _Share(pool, rank, world_size)
+        self._shuffle = Shuffle(seed, shuffle, buffer, resample)
         self._num_workers, self._max_errors = num_workers, max_errors
         self._catalog = open_catalog(source, split, cache)
-        self._options = Shuffle(seed, shuffle, buffer, resample)
-        self._weights = _shares(weights, source)
+        self._weights = _checked(weights, source)
         # everything that the order depends on, besides the position
-        self._identity = {
+        self._order_identity = {
             "fingerprint": self._catalog.fingerprint,
             "split": split,
-            "seed": seed,
-            "shuffle": shuffle,
-            "buffer": buffer,
-            "resample": resample,
+            **asdict(self._shuffle),
             "weights": self._weights,
         }
-        capacity = 2 * (buffer + int(self._catalog.counts.max()))  # two groups: see Lane
-        lanes = len(self._weights or [1])
-        self._reader = ShardReader(self._catalog, FIELDS, capacity * lanes)
+        # a source uses at most two groups of shards at once: see SourceOrder
+        in_use = 2 * (buffer + int(self._catalog.counts.max())) * len(self._weights or [1])
+        self._reader = ShardReader(self._catalog, FIELDS, in_use)
         self._faults: dict[int, str] = {}  # row -> shard
         self._logged: set[str] = set()
         self._position = self._new_order().position()
-        self._batches: Iterator[_Read] | None = None
+        self._batches: Iterator[PoolRead] | None = None
         self._memory = self._load(memory_gib)
 
     @property
     def identity(self) -> dict[str, Any]:
         """All that the pools depend on, in plain values: dataset, order, pool size and rank."""
-        shared = {"pool": self._pool, "rank": self._rank, "world_size": self._world_size}
-        return self._identity | shared
+        return self._order_identity | asdict(self._share)
 
     @property
     def num_samples(self) -> int:
@@ -150,8 +185,8 @@ class PoolStream(IterableDataset[Batch]):
 
         Returns:
             "image" float32 (P, ...) and "label" int64 (P,), or "tokens" int64 (P, ...), or "text"
-            list of P strings; "key" list of P strings; "epoch" list of the P epochs, from 0, of
-            its source that each example belongs to. Images stored as bytes are in [0, 1].
+            list of P strings; "key" list of P strings; "epoch" list of P integers, the epoch of
+            its source that each example is of, from 0. Images stored as bytes are in [0, 1].
 
         Raises:
             DataError: More samples than `max_errors` cannot be read; names shard and key.
@@ -164,23 +199,23 @@ class PoolStream(IterableDataset[Batch]):
             self._count(faults)
             if isinstance(batch, DataError):
                 raise batch
-        except BaseException:  # Ctrl-C, too, after which a notebook may go on
+        except BaseException:  # also Ctrl-C, after which a notebook may go on
             self._batches = None  # stay at the last pool handed out
             raise
         self._position = position
         return batch | {"epoch": _epochs(draw, faults)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is: after the last pool handed out. The same on every rank.
+        """The position after the last pool handed out. The same on every rank.
 
         Returns:
-            "epoch" and "position" (samples of that epoch handed out to all ranks) of each lane,
+            "epoch" and "position" (samples of that epoch handed out to all ranks) of each source,
             "drawn" (samples of the whole stream), "errors" (shards of the unreadable rows), and
-            what the order depends on. Pool size and numbers of ranks and workers are free to
-            change.
+            what the order depends on. The stream that resumes may have another pool size and other
+            numbers of ranks and workers.
         """
         faults = {str(row): shard for row, shard in self._faults.items()}
-        return self._identity | self._position | {"errors": faults}
+        return self._order_identity | self._position | {"errors": faults}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where another stream of the same dataset and order was.
@@ -192,7 +227,7 @@ class PoolStream(IterableDataset[Batch]):
             DataError: The state is of another dataset or order, is incomplete, or lies outside
                 the epoch; the stream then stays where it was.
         """
-        for name, value in self._identity.items():
+        for name, value in self._order_identity.items():
             if state.get(name) != value:
                 raise DataError(
                     f"{name} must be {value!r} as in this stream, got {state.get(name)!r} in the "
@@ -210,29 +245,18 @@ class PoolStream(IterableDataset[Batch]):
 
     def _new_order(self) -> Order:
         catalog = self._catalog
-        return Order(catalog.counts, catalog.lanes, self._options, self._weights)
+        return Order(catalog.counts, catalog.num_shards, self._shuffle, self._weights)
 
-    def _start(self) -> Iterator[_Read]:
-        """The pools after the present position, and in `_drawn` what each was asked for."""
+    def _start(self) -> Iterator[PoolRead]:
+        """The pools after the present position; `_drawn` gets the samples asked for in each."""
         order = self._new_order()
         order.seek(self._position)
         self._drawn: deque[_Drawn] = deque()
-        rows = _draw(order, self._drawn, self._pool, self._rank, self._world_size)
+        rows = self._share.draw(order, self._drawn)
         if self._memory is not None:
-            return _from_memory(self._memory, rows, self._pool)
-        read = partial(_read_pool, self._reader)
-        if self._num_workers == 0 or get_worker_info():  # a worker cannot start workers
-            return _finished(map(read, rows))
-        loader = DataLoader(
-            _ByRows(read),
-            batch_size=None,
-            sampler=rows,
-            num_workers=self._num_workers,
-            collate_fn=_unchanged,
-            worker_init_fn=partial(_end_with_parent, os.getpid()),
-            generator=torch.Generator(),  # else it would draw from the generator of the training
-        )
-        return _finished(iter(loader))
+            return _from_memory(self._memory, rows, self._share.pool)
+        # a worker of a DataLoader around the stream cannot start workers
+        return read_pools(self._reader, rows, 0 if get_worker_info() else self._num_workers)
 
     def _count(self, faults: list[Fault]) -> None:
         for fault in faults:
@@ -242,12 +266,12 @@ class PoolStream(IterableDataset[Batch]):
                     f"{fault.message}; or raise max_errors, {self._max_errors}, to go on without "
                     f"such samples, so far {self.errors}"
                 )
-            if fault.message not in self._logged:  # a damaged shard has one for all its samples
+            if fault.message not in self._logged:  # one message for all samples of a damaged shard
                 _log.warning("unreadable sample: %s", fault.message)
                 self._logged.add(fault.message)
 
     def _load(self, memory_gib: float) -> Batch | None:
-        """All samples, if they are readable and fit."""
+        """All samples stacked; None if they do not fit or some may be left out as unreadable."""
         limit = memory_gib * 2**30
         if self._catalog.num_bytes > 4 * limit:  # far from fitting, even as uncompressed arrays
             return None
@@ -259,38 +283,17 @@ class PoolStream(IterableDataset[Batch]):
         for rows in np.split(np.arange(self.num_samples), ends[:-1]):
             found, faults = self._reader.read(rows)
             if faults and self._max_errors:
-                return None  # each is then counted when it is its turn
+                return None  # each is then counted when its pool is read
             self._count(faults)
             samples += found
         return collate(samples)
 
 
-def _draw(
-    order: Order, drawn: deque[_Drawn], pool: int, rank: int, world_size: int
-) -> Iterator[Ints]:
-    """The rows of each pool of this process, and in `drawn` more about it.
-
-    No method: in a reference cycle a DataLoader is collected late, and takes seconds to stop.
-    """
-    worker = get_worker_info()  # of a DataLoader around the stream
-    share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
-    while True:
-        taken = order.take(shares * world_size * pool)
-        draw = Draw(*(each.reshape(shares, world_size, pool)[share, rank] for each in taken))
-        drawn.append((draw, order.position()))
-        yield draw.rows
-
-
-def _finished(pools: Iterator[_Read]) -> Iterator[_Read]:
-    """Pools of the reader with their batches as a model takes them."""
-    for batch, faults in pools:
-        yield (finish(batch) if isinstance(batch, dict) else batch), faults
-
-
-def _from_memory(memory: Batch, rows: Iterator[Ints], pool: int) -> Iterator[_Read]:
+def _from_memory(memory: Batch, rows: Iterator[Ints], pool: int) -> Iterator[PoolRead]:
     """Pools of data in memory, small ones several at a time.
 
-    Between two pools a training step drives this code out of the processor's caches.
+    Taken one by one, each would find this code evicted from the processor's caches by a training
+    step.
     """
     size = pool * num_bytes(memory) // len(memory["key"])
     num = max(1, min(16, _AT_ONCE // max(1, size)))
@@ -305,52 +308,7 @@ def _epochs(draw: Draw, faults: list[Fault]) -> list[int]:
     return epochs
 
 
-def _end_with_parent(parent: int, _: int) -> None:
-    """End this worker soon after the process that started it, however that came to its end.
-
-    torch looks as well, but leaves a worker for ever that was writing to a pipe that is full.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class _ByRows(Dataset[_Read]):
-    """What a DataLoader's worker runs."""
-
-    def __init__(self, read: Callable[[Ints], _Read]) -> None:
-        self._read = read
-
-    def __getitem__(self, rows: Ints) -> _Read:
-        batch, faults = self._read(rows)
-        return (shared(batch) if isinstance(batch, dict) else batch), faults
-
-
-def _read_pool(reader: ShardReader, rows: Ints) -> _Read:
-    samples, faults = reader.read(rows)
-    if not samples:
-        rule = f"a pool must hold a readable sample, got {len(rows)} that are not"
-        return DataError(f"{rule}; the first: {faults[0].message}"), faults
-    try:
-        return collate(samples), faults
-    except DataError as error:  # returned, since a DataLoader would wrap it in a traceback
-        return error, faults
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _check_range(name: str, value: float, least: int, hint: str) -> None:
-    if not value >= least:
-        raise DataError(f"{name} must be >= {least}, got {value}; {hint}")
-
-
-def _shares(weights: Mapping[str, float] | None, source: Sources) -> list[float] | None:
+def _checked(weights: Mapping[str, float] | None, source: Sources) -> list[float] | None:
     if weights is None:
         return None
     names = list(source) if isinstance(source, Mapping) else []

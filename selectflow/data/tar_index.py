@@ -1,5 +1,9 @@
-"""Where the members of a tar file lie, found from its headers without reading the contents."""
+"""Where the members of a tar file lie, found from its headers without reading the contents.
 
+It reads by `os.pread`, which only POSIX systems have.
+"""
+
+import hashlib
 import os
 import re
 import tarfile
@@ -10,13 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 _BLOCK = 512
-_WINDOW = 1 << 18  # bytes read at once
 _END = bytes(_BLOCK)
 _FILE, _DIRECTORY, _PAX = (b"0", b"\0"), b"5", b"x"
 _PAX_KEY = re.compile(rb"\d+ ([^=\n]+)=")
 _HARMLESS = {b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"}
-
-
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's rule
 
 
@@ -46,13 +47,24 @@ class Record(NamedTuple):
     members: dict[str, Member]
 
 
+def scan(file: FileIO) -> tuple[list[Record], str]:
+    """The records in a tar file, as `list_records`, and the sha256 of the file.
+
+    Raises:
+        ValueError: as `list_records`.
+    """
+    records = list_records(file)
+    file.seek(0)
+    return records, hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def list_records(file: FileIO) -> list[Record]:
     """The records in a tar file, in stored order; see `list_members`.
 
-    As WebDataset has it, the key ends at the first dot of the file name.
+    By WebDataset's rule the key ends at the first dot of the file name.
 
     Raises:
-        ValueError: the file is damaged, a member comes twice, or a key again after another one.
+        ValueError: the file is damaged, or its members of one key are not consecutive and distinct.
     """
     records: dict[str, Record] = {}
     last = None
@@ -72,7 +84,7 @@ def list_records(file: FileIO) -> list[Record]:
     return list(records.values())
 
 
-def list_members(file: FileIO) -> list[Member]:
+def list_members(file: FileIO, window: int = 1 << 18) -> list[Member]:
     """The regular files in an uncompressed tar file, in stored order.
 
     Plain headers are read here, some eight times as fast as by `tarfile`, which reads the rest:
@@ -80,13 +92,14 @@ def list_members(file: FileIO) -> list[Member]:
 
     Args:
         file: an open file; its position may change.
+        window: bytes read at once, >= 512.
 
     Raises:
         ValueError: the file is not a whole, undamaged tar file.
     """
     headers, places = [], []  # of regular files: header, offset and size of the contents
     try:
-        for block, offset, length in _headers(file):
+        for block, offset, length in _headers(file, window):
             kind = block[156:157]
             if kind in _FILE:
                 places.append((offset, length))
@@ -109,18 +122,18 @@ def list_members(file: FileIO) -> list[Member]:
 
 
 class _DamagedError(ValueError):
-    """A header that cannot be followed; the caller knows which came before."""
+    """A header that cannot be read; the caller knows which member came before it."""
 
 
-def _headers(file: FileIO) -> Iterator[tuple[bytes, int, int]]:
-    """Each header of a tar file, and the offset and size of the contents that it announces."""
+def _headers(file: FileIO, window: int) -> Iterator[tuple[bytes, int, int]]:
+    """Each header of a tar file, and the offset and size of its member's contents."""
     descriptor, size = file.fileno(), os.fstat(file.fileno()).st_size
-    window, start, offset = b"", 0, 0  # what was read last, and from where
+    data, start, offset = b"", 0, 0  # what was read last, and from where
     while True:
         at = offset - start
-        if at + _BLOCK > len(window):
-            window, start, at = os.pread(descriptor, _WINDOW, offset), offset, 0
-        block = window[at : at + _BLOCK]
+        if at + _BLOCK > len(data):
+            data, start, at = os.pread(descriptor, window, offset), offset, 0
+        block = data[at : at + _BLOCK]
         if block == _END:
             return
         if len(block) < _BLOCK:

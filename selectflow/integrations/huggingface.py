@@ -13,7 +13,6 @@ and `log` reports what was selected.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -29,8 +28,8 @@ from selectflow.core.batches import Batch, num_examples
 from selectflow.core.files import atomic_file
 from selectflow.core.passes import LossFn
 from selectflow.models.language import causal_lm_losses
+from selectflow.run import metrics
 from selectflow.selector import Selector
-from selectflow.strategies import Selection
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -85,7 +84,7 @@ class SelectTrainerMixin(_Base):
         self.selector: Selector | None = None
         self._target, self._keep, self._loss_fn = target, keep, loss_fn
         self._select_options = dict(select_options or {})
-        self._means = _Means()
+        self._means, self._select_s = metrics.Means(), 0.0
         self._resume_from: str | None = None
         self._source: Iterator[Batch] | None = None
         self._selected: Iterator[Batch] = iter(())
@@ -112,15 +111,18 @@ class SelectTrainerMixin(_Base):
             self._selected = self.selector.stream(map(self._checked, epoch_iterator))
         kept = []
         for batch in islice(self._selected, num_batches):
-            assert self.selector.last is not None
-            self._means.add(self.selector.last)
+            last = self.selector.last
+            assert last is not None
+            ahead = {metrics.LOOKAHEAD_TARGET_LOSS: last.target_loss}
+            self._means.add(metrics.of_selection(last) | ahead)
+            self._select_s += last.seconds
             kept.append(batch)
         return super().get_batch_samples(iter(kept), num_batches, device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As of the Trainer; with the training loss go the means of what was selected."""
         if "loss" in logs:
-            logs = logs | self._means.pop()
+            logs = logs | self._means.pop() | {metrics.SELECT_S: self._select_s}
         super().log(logs, *args, **kwargs)
 
     def start_selecting(self) -> None:
@@ -150,7 +152,7 @@ class SelectTrainerMixin(_Base):
             **options,
         )
         self._source = None
-        self._means = _Means()
+        self._means, self._select_s = metrics.Means(), 0.0
         if self._resume_from is not None:
             self._load(Path(self._resume_from, STATE_FILE))
 
@@ -213,35 +215,6 @@ class _SelectorCallback(TrainerCallback):
         if not args.save_only_model and args.should_save:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             self._trainer.save_selector(folder)
-
-
-class _Means:
-    """Means over the selections since they were last asked for, by metric name."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = defaultdict(float)
-        self._counts: dict[str, int] = defaultdict(int)
-        self._select_s = 0.0
-
-    def add(self, selection: Selection) -> None:
-        found = {
-            "select/score_mean": float(selection.scores[selection.indices].mean()),
-            "select/kept_fraction": len(selection.indices) / len(selection.scores),
-            "select/horizon": selection.horizon,
-            "select/target_loss": selection.target_loss,
-        }
-        for name, value in found.items():
-            if value is not None:
-                self._sums[name] += value
-                self._counts[name] += 1
-        self._select_s += selection.seconds
-
-    def pop(self) -> dict[str, float]:
-        """The means, and the seconds of selection since the training began."""
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        self._sums.clear()
-        self._counts.clear()
-        return means | {"perf/select_s": self._select_s}
 
 
 @contextmanager

@@ -1,20 +1,33 @@
-"""Losses of causal language models by example, for batches as transformers has them."""
+"""Causal language models of transformers: their losses by example, GPT-2, Llama and adapters.
+
+Batches are those of transformers: `input_ids`, and where there are, `labels`, `attention_mask` and
+`position_ids`.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selectflow.core.batches import describe
+from selectflow.options import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Architecture = Literal["gpt2", "llama"]
 
 IGNORED = -100  # label of a position that does not count, as everywhere in torch and transformers
 
 _PER_TOKEN = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 _MODEL_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+
+# --- losses of each example -----------------------------------------------------------------------
 
 
 def causal_lm_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -157,3 +170,145 @@ def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
             "returns one loss per example"
         )
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+# layers that get adapters: all projections
+_PROJECTIONS = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+
+_Loaded = TypeVar("_Loaded")
+
+
+NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+"""Options of GPT-2 with which training and scores see one model; Llama has no dropout."""
+
+
+def untrained_lm(
+    architecture: Architecture,
+    num_tokens: int,
+    positions: int,
+    width: int,
+    layers: int,
+    heads: int,
+    *,
+    end: int | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """GPT-2, its output layer tied to the embedding, or Llama, with random weights.
+
+    Args:
+        architecture: which of them.
+        num_tokens: size of the vocabulary.
+        positions: longest sequence, in tokens.
+        width: size of a token's embedding, a multiple of `heads`; Llama's feed-forward layers are
+            three times as wide.
+        layers: transformer blocks.
+        heads: attention heads of a block.
+        end: id of the token that ends a document.
+        options: of `transformers.GPT2Config` or `LlamaConfig`, in place of the above where given.
+    """
+    from transformers import (  # noqa: PLC0415
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    shape: dict[str, Any] = {
+        "vocab_size": num_tokens,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "max_position_embeddings": positions,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    if architecture == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(**shape | options))
+    return LlamaForCausalLM(LlamaConfig(**shape | {"intermediate_size": 3 * width} | options))
+
+
+def pretrained_lm(architecture: Architecture, name: str, **options: Any) -> PreTrainedModel:
+    """GPT-2 or Llama with weights from elsewhere, in float32.
+
+    Args:
+        architecture: which of them.
+        name: a folder of `save_pretrained` or a Hugging Face name.
+        options: of the model's configuration, in place of its own.
+
+    Raises:
+        ConfigError: the weights cannot be loaded; says what to do without a network.
+    """
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM  # noqa: PLC0415
+
+    kind = GPT2LMHeadModel if architecture == "gpt2" else LlamaForCausalLM
+    load: Callable[..., PreTrainedModel] = kind.from_pretrained
+    return load_pretrained(lambda name: load(name, dtype=torch.float32, **options), name)
+
+
+def load_pretrained(load: Callable[[str], _Loaded], name: str) -> _Loaded:
+    """What `load` makes of `model.pretrained`: weights or a tokenizer.
+
+    Raises:
+        ConfigError: it cannot be loaded; says what to do without a network.
+    """
+    try:
+        return load(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            "model.pretrained must be a folder that save_pretrained wrote, or a Hugging Face name "
+            f"that is cached or can be downloaded, got {name!r} ({reason}); fetch it where there "
+            "is a network, with `hf download`, or leave it out for random weights"
+        ) from error
+
+
+def with_lora(model: nn.Module, architecture: Architecture, rank: int) -> nn.Module:
+    """The model with new adapters on all its projections; only they are trained.
+
+    Args:
+        model: GPT-2 or Llama of transformers; changed in place.
+        architecture: which of them.
+        rank: of the adapters, >= 1; their scale is 2.
+    """
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+
+    adapters = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=_PROJECTIONS[architecture],
+        fan_in_fan_out=architecture == "gpt2",  # its layers hold their weights transposed
+    )
+    with warnings.catch_warnings():  # peft asks transformers in words that it has deprecated
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        adapted: nn.Module = get_peft_model(model, adapters)
+    return adapted
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in the precision of its input."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return self.weight * scaled
+
+
+def norms_in_own_precision(model: nn.Module) -> None:
+    """Replace Llama's norms, which go through float32, by those in the precision of the weights.
+
+    In float64 the rounding to float32 would be as large as the effect of one example.
+    """
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: PLC0415
+
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, LlamaRMSNorm):
+                setattr(parent, name, RMSNorm(child.weight, child.variance_epsilon))

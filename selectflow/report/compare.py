@@ -1,4 +1,10 @@
-"""The comparison: groups at their ends, at equal steps and equal time, against a baseline."""
+"""The comparison: groups at their ends, at equal steps and equal time, against a baseline.
+
+Every value is a mean over seeds. Differences are tested by Student's paired t over runs with the
+same seed. An exact test of signs could not answer with three to five seeds: its smallest two-sided
+p is 2 / 2^n, 0.25 for three seeds and 0.06 for five, whatever the data. The price of the t test is
+the assumption that differences are about normal.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +14,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from selectflow.report.align import Points, common_end, end, first_reach, series, total, value_at
-from selectflow.report.groups import Groups, differences, groups, label, task_of
-from selectflow.report.notes import finished, lengths, resumed, too_short
-from selectflow.report.quantities import (
+import numpy as np
+
+from selectflow.report.groups import (
+    Groups,
+    differences,
+    finished,
+    groups,
+    label,
+    lengths,
+    resumed,
+    task_of,
+)
+from selectflow.report.runs import (
     ACCURACY,
     KEPT_ALTERED,
     SCORED,
@@ -22,82 +37,148 @@ from selectflow.report.quantities import (
     TEST_LOSS,
     TOKENS,
     WALL,
+    ReportError,
+    Run,
+    common_end,
+    end,
+    first_reach,
+    series,
+    total,
+    value_at,
 )
-from selectflow.report.runs import ReportError, Run
-from selectflow.report.seeds import Paired, Stat, holm, paired, stat
 
 _BASELINE = "uniform"
 _QUALITIES = (ACCURACY, TEST_LOSS, TARGET_LOSS)
+SIGNIFICANT = 0.05
+"""A corrected p below this is called a difference."""
+
+
+# --- statistics over seeds -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean and sample standard deviation over seeds; `sd` is None for a single one."""
+
+    mean: float
+    sd: float | None
+    num: int
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences to a baseline over seeds.
+
+    Attributes:
+        mean: mean difference, group minus baseline.
+        low: lower end of its 95% interval, by Student's t.
+        high: upper end.
+        p: two-sided p value of this comparison by itself.
+        corrected_p: the same, corrected for the number of groups compared; see `holm`.
+        num: pairs, >= 2.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    corrected_p: float
+    num: int
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether a difference is seen: the corrected p is below 0.05."""
+        return self.corrected_p < SIGNIFICANT
+
+
+def stat(values: Sequence[float | None]) -> Stat | None:
+    """Mean and sample standard deviation, None if a value is missing or there is none."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    sd = statistics.stdev(known) if len(known) > 1 else None
+    return Stat(statistics.fmean(known), sd, len(known))
+
+
+def paired(differences: Sequence[float]) -> Paired | None:
+    """Student's t test that the mean of paired differences is 0.
+
+    Args:
+        differences: of each seed, group minus baseline.
+
+    Returns:
+        The test; None for fewer than two pairs.
+    """
+    from scipy.stats import ttest_1samp  # noqa: PLC0415  a second to import
+
+    num = len(differences)
+    if num < 2:
+        return None
+    mean = statistics.fmean(differences)
+    if np.ptp(differences) <= 1e-12 * abs(mean):  # equal but for rounding: the limit of the test
+        p = 1.0 if mean == 0 else 0.0
+        return Paired(mean, mean, mean, p, p, num)
+    test = ttest_1samp(differences, 0.0)
+    low, high = map(float, test.confidence_interval(0.95))
+    return Paired(mean, low, high, float(test.pvalue), float(test.pvalue), num)
+
+
+def holm(tests: Sequence[Paired | None]) -> list[Paired | None]:
+    """The tests with p values corrected for their number, by Holm's step-down method.
+
+    The more groups are compared, the more of them differ by chance: of 14 without any effect one
+    has p < 0.05 more often than not.
+    """
+    known = sorted((test.p, place) for place, test in enumerate(tests) if test is not None)
+    corrected, largest = list(tests), 0.0
+    for rank, (p, place) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        test = tests[place]
+        assert test is not None
+        corrected[place] = replace(test, corrected_p=largest)
+    return corrected
+
+
+# --- groups against the baseline ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
-    """One group of a comparison; a value is None where one of its runs does not have it.
+    """One group of a comparison.
 
     Attributes:
-        label: the strategy and what tells it from others.
+        label: the strategy, and the options in which it differs from other groups of it.
         num_runs: seeds compared.
         num_left_out: runs of this label that did not finish and are left out.
-        steps: optimizer steps at the end.
-        samples_seen: samples trained on at the end.
-        samples_scored: samples scored at the end, those of offline selection included.
-        tokens_seen: tokens trained on at the end.
-        wall_s: seconds of training and selecting, those before the first step included.
-        upfront_s: seconds of recording and sweeping before the first step (offline).
-        select_share: share of `wall_s` spent on choosing.
-        overhead: seconds a step, `upfront_s` included, over those of the baseline.
-        kept_altered: share of altered labels among the kept, mean over the run.
-        quality: at the end of each run.
-        quality_at_step: at the step that all runs have reached.
-        quality_at_time: at the second that all runs have reached.
-        baseline_in_same_time: quality of the baseline with the same seed when each run ended.
-        loss: loss at the end.
-        reach_step: steps to the loss to reach; None where a run never does.
-        reach_s: seconds to it.
-        num_reached: runs that reach it; None without such a loss.
-        at_equal_steps: `quality_at_step` against the baseline's, by seed.
-        in_same_time: `quality` against `baseline_in_same_time`, by seed.
+        stats: the values of `_measure` over seeds; None where one of the runs lacks it.
+        num_reached: runs that reach the loss to reach; None where it is not known.
+        tests: the quality against the baseline's, "at_equal_steps" and "in_same_time", and the
+            loss, "loss_at_equal_steps" and "loss_in_same_time"; None for fewer than two pairs.
     """
 
     label: str
     num_runs: int
     num_left_out: int
-    steps: Stat | None
-    samples_seen: Stat | None
-    samples_scored: Stat | None
-    tokens_seen: Stat | None
-    wall_s: Stat | None
-    upfront_s: Stat | None
-    select_share: Stat | None
-    overhead: Stat | None
-    kept_altered: Stat | None
-    quality: Stat | None
-    quality_at_step: Stat | None
-    quality_at_time: Stat | None
-    baseline_in_same_time: Stat | None
-    loss: Stat | None
-    reach_step: Stat | None
-    reach_s: Stat | None
+    stats: dict[str, Stat | None]
     num_reached: int | None
-    at_equal_steps: Paired | None
-    in_same_time: Paired | None
+    tests: dict[str, Paired | None]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All groups, and what they are compared by.
+    """All groups, and the terms of their comparison.
 
     Attributes:
-        rows: a group each, in order of appearance.
+        rows: one for each group, in order of appearance.
         runs: the runs compared, by group.
         task: the options that all runs share.
         baseline: label of the group that the others are tested against.
         quality: metric by which they are judged.
-        loss: metric of `Row.loss` and of the loss to reach.
+        loss: metric of the loss, which is also judged and is to be reached.
         reach: the loss to reach; None: what the baseline with the same seed ends with.
-        step: the step of `Row.quality_at_step`; None where it is not known.
-        time_s: the second of `Row.quality_at_time`.
-        notes: what a reader must know: runs left out, of different lengths, resumed.
+        step: the last step that all runs have reached; None where it is not known.
+        time_s: the last second that all runs have reached.
+        notes: for the reader: runs left out, of different lengths, resumed.
     """
 
     rows: list[Row]
@@ -133,7 +214,7 @@ def summarize(
         baseline: label of the group to test against; None: "uniform", else the first one.
         quality: metric to judge by; None: the first of test/accuracy, test/loss and target/loss
             that all runs have.
-        loss: metric of the loss to reach.
+        loss: metric of the loss, which is judged too and is to be reached.
         reach: the loss to reach; None: for each run what the baseline with its seed ends with.
         partial: compare runs that have not finished as far as they got. Otherwise they are left
             out, unless none has finished.
@@ -144,29 +225,25 @@ def summarize(
     kept, out, notes = finished(runs, partial)
     found = groups(kept)
     name = _baseline(found, baseline)
-    judged, step, time_s = quality or _quality(kept), common_end(kept, STEP), common_end(kept, WALL)
-    baselines = {run.seed: run for run in found[name]}
-    known = _Known(name, baselines, judged, loss, reach, step, time_s)
-    left = Counter(label(run) for run in out)
-    rows = [_row(of, members, left[label(members[0])], known) for of, members in found.items()]
-    untimed = [row.label for row in rows if row.wall_s and row.baseline_in_same_time is None]
     notes += [*lengths(found), *resumed(kept), *differences(found)]
-    notes += too_short(name, [of for of in untimed if of != name])
-    rows, task = _corrected(rows), task_of(kept)
-    return Comparison(rows, found, task, name, judged, loss, reach, step, time_s, notes)
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What every row is compared by; see `Comparison`. Baselines are by seed."""
-
-    baseline: str
-    baselines: Mapping[tuple[Any, Any], Run]
-    quality: str
-    loss: str
-    reach: float | None
-    step: float | None
-    time_s: float | None
+    step, time_s = common_end(kept, STEP), common_end(kept, WALL)
+    judged = quality or _quality(kept)
+    comparison = Comparison(
+        [], found, task_of(kept), name, judged, loss, reach, step, time_s, notes
+    )
+    left = Counter(map(label, out))
+    rows = [_row(of, left[label(members[0])], comparison) for of, members in found.items()]
+    untimed = [
+        row.label
+        for row in rows
+        if row.label != name and row.stats["wall_s"] and row.stats["baseline_in_same_time"] is None
+    ]
+    if untimed:
+        notes.append(
+            f"{name} was not run with all seeds for as long as {', '.join(untimed)}: give it more "
+            "steps to compare in the same time"
+        )
+    return replace(comparison, rows=_corrected(rows))
 
 
 def _baseline(found: Groups, wanted: str | None) -> str:
@@ -183,112 +260,103 @@ def _quality(runs: Sequence[Run]) -> str:
     return next(everywhere, ACCURACY)
 
 
-def _row(name: str, members: Sequence[Run], left_out: int, known: _Known) -> Row:
-    def at_end(metric: str) -> Stat | None:
-        return stat([end(run, metric) for run in members])
+_QUESTIONS = ("at_equal_steps", "in_same_time")
 
-    def at(place: float | None, axis: str) -> list[float | None]:
-        return [value_at(run, known.quality, place, axis) for run in members]
 
-    def over(axis: str) -> Stat | None:
-        return stat([total(run, axis) for run in members])
+def _row(name: str, left_out: int, of: Comparison) -> Row:
+    members, baselines = of.runs[name], {run.seed: run for run in of.runs[of.baseline]}
+    measured = [_measure(run, baselines, of) for run in members]
+    stats = {key: stat([values[key] for values in measured]) for key in measured[0]}
+    has_loss = any(end(run, of.loss) is not None for run in members)
+    num_reached = sum(values["reach_step"] is not None for values in measured)
+    pairs = [(run, baselines[run.seed]) for run in members if run.seed in baselines]
+    if name == of.baseline:
+        pairs = []
+    tests: dict[str, Paired | None] = {}
+    for prefix, metric in (("", of.quality), ("loss_", of.loss)):
+        found = _tests(pairs, metric, of.step)
+        tests |= {prefix + key: test for key, test in zip(_QUESTIONS, found, strict=True)}
+    return Row(name, len(members), left_out, stats, num_reached if has_loss else None, tests)
 
-    baselines = [known.baselines.get(run.seed) for run in members]
-    at_step = at(known.step, STEP)
-    baseline_at_step = [
-        None if of is None else value_at(of, known.quality, known.step) for of in baselines
+
+def _measure(
+    run: Run, baselines: Mapping[tuple[Any, Any], Run], of: Comparison
+) -> dict[str, float | None]:
+    """All values of a run by name; None where it does not have one."""
+    baseline, upfront_s = baselines.get(run.seed), run.summary.get("perf/upfront_s")
+    wall_s, select_s, altered = end(run, WALL), end(run, SELECT), series(run, KEPT_ALTERED)
+    reach = _reached_loss(run, baselines, of)
+    return {
+        "steps": total(run, STEP),
+        "samples_seen": total(run, SEEN),  # trained on
+        "samples_scored": total(run, SCORED),  # by offline selection too
+        "tokens_seen": total(run, TOKENS),
+        "wall_s": total(run, WALL),  # of training and selecting, before the first step too
+        "upfront_s": run.offline.get("upfront_s", upfront_s),  # of it, before the first step
+        "select_share": select_s / wall_s if select_s is not None and wall_s else None,  # of wall_s
+        "overhead": _overhead(run, baselines),  # seconds a step over those of the baseline
+        "kept_altered": statistics.fmean(y for _, y in altered) if altered else None,
+        "quality": end(run, of.quality),
+        "quality_at_step": value_at(run, of.quality, of.step),
+        "quality_at_time": value_at(run, of.quality, of.time_s, WALL),
+        "baseline_in_same_time": _in_same_time(run, baseline, of.quality),
+        "loss": end(run, of.loss),
+        "reach_step": None if reach is None else first_reach(run, of.loss, reach),
+        "reach_s": None if reach is None else first_reach(run, of.loss, reach, WALL),
+    }
+
+
+def _tests(
+    pairs: Sequence[tuple[Run, Run]], metric: str, step: float | None
+) -> list[Paired | None]:
+    """Runs against the baseline with their seed: at equal steps, and at the run's last second."""
+    at_step = [(value_at(run, metric, step), value_at(of, metric, step)) for run, of in pairs]
+    at_end = [(end(run, metric), _in_same_time(run, of, metric)) for run, of in pairs]
+    return [
+        paired([one - other for one, other in both if one is not None and other is not None])
+        for both in (at_step, at_end)
     ]
-    ends = [end(run, known.quality) for run in members]
-    same_time = [_in_same_time(run, known) for run in members]
-    reached = [_reach(run, known) for run in members]
-    num_reached = sum(place is not None for place in reached)
-    asked = any(end(run, known.loss) is not None for run in members)
-    is_baseline = name == known.baseline
-    return Row(
-        label=name,
-        num_runs=len(members),
-        num_left_out=left_out,
-        steps=over(STEP),
-        samples_seen=over(SEEN),
-        samples_scored=over(SCORED),
-        tokens_seen=over(TOKENS),
-        wall_s=over(WALL),
-        upfront_s=stat([_upfront_s(run) for run in members]),
-        select_share=stat([_select_share(run) for run in members]),
-        overhead=stat([_overhead(run, known.baselines) for run in members]),
-        kept_altered=stat([_mean(series(run, KEPT_ALTERED)) for run in members]),
-        quality=stat(ends),
-        quality_at_step=stat(at_step),
-        quality_at_time=stat(at(known.time_s, WALL)),
-        baseline_in_same_time=None if is_baseline else stat(same_time),
-        loss=at_end(known.loss),
-        reach_step=stat([place and place[0] for place in reached]),
-        reach_s=stat([place and place[1] for place in reached]),
-        num_reached=num_reached if asked else None,
-        at_equal_steps=None if is_baseline else _test(at_step, baseline_at_step),
-        in_same_time=None if is_baseline else _test(ends, same_time),
-    )
-
-
-def _test(values: Sequence[float | None], others: Sequence[float | None]) -> Paired | None:
-    """The paired test over the seeds that have both; None for fewer than two."""
-    both = zip(values, others, strict=True)
-    return paired([one - other for one, other in both if one is not None and other is not None])
 
 
 def _corrected(rows: Sequence[Row]) -> list[Row]:
     """The rows with p values corrected for the number of groups."""
-    steps = holm([row.at_equal_steps for row in rows])
-    times = holm([row.in_same_time for row in rows])
-    tests = zip(rows, steps, times, strict=True)
-    return [replace(row, at_equal_steps=one, in_same_time=two) for row, one, two in tests]
+    by_test = {key: holm([row.tests[key] for row in rows]) for key in rows[0].tests}
+    return [
+        replace(row, tests={key: tests[place] for key, tests in by_test.items()})
+        for place, row in enumerate(rows)
+    ]
 
 
-def _in_same_time(run: Run, known: _Known) -> float | None:
-    """Quality of the baseline with the same seed at the second when a run ended."""
-    baseline, ended = known.baselines.get(run.seed), end(run, WALL)
-    longest = None if baseline is None else end(baseline, WALL)
-    if baseline is None or ended is None or longest is None or longest < ended:
-        return None  # it may have gone on to something better or worse
-    return value_at(baseline, known.quality, ended, WALL)
-
-
-def _reach(run: Run, known: _Known) -> tuple[float, float | None] | None:
-    """Step and second at which a run first has the loss to reach, None where it never does."""
-    wanted = known.reach
-    if wanted is None:
-        ends = {seed: end(of, known.loss) for seed, of in known.baselines.items()}
-        values = [value for value in ends.values() if value is not None]
-        wanted = ends.get(run.seed)
-        if wanted is None and values:  # no baseline has its seed
-            wanted = statistics.fmean(values)
-    if wanted is None or (step := first_reach(run, known.loss, wanted)) is None:
+def _in_same_time(run: Run, baseline: Run | None, metric: str) -> float | None:
+    """A metric of the baseline with the same seed at the second when a run ended."""
+    if baseline is None or baseline is run:
         return None
-    return step, first_reach(run, known.loss, wanted, WALL)
+    ended, longest = end(run, WALL), end(baseline, WALL)
+    if ended is None or longest is None or longest < ended:
+        return None  # it may have gone on to something better or worse
+    return value_at(baseline, metric, ended, WALL)
 
 
-def _upfront_s(run: Run) -> float | None:
-    found = run.offline.get("upfront_s", run.summary.get("perf/upfront_s"))
-    return None if found is None else float(found)
-
-
-def _select_share(run: Run) -> float | None:
-    select_s, wall_s = end(run, SELECT), end(run, WALL)
-    return select_s / wall_s if select_s is not None and wall_s else None
+def _reached_loss(
+    run: Run, baselines: Mapping[tuple[Any, Any], Run], of: Comparison
+) -> float | None:
+    """The loss that a run is to reach: by default what the baseline with its seed ends with."""
+    if of.reach is not None:
+        return of.reach
+    ends = {seed: end(baseline, of.loss) for seed, baseline in baselines.items()}
+    if (own := ends.get(run.seed)) is not None:
+        return own
+    known = [value for value in ends.values() if value is not None]
+    return statistics.fmean(known) if known else None  # no baseline has its seed
 
 
 def _overhead(run: Run, baselines: Mapping[tuple[Any, Any], Run]) -> float | None:
     mine = _step_s(run)
-    paces = [_step_s(of) for seed, of in baselines.items() if seed == run.seed]
-    paces = paces or [_step_s(of) for of in baselines.values()]
-    known = [pace for pace in paces if pace]
+    others = [baselines[run.seed]] if run.seed in baselines else baselines.values()
+    known = [pace for other in others if (pace := _step_s(other))]
     return mine / statistics.fmean(known) if mine is not None and known else None
 
 
 def _step_s(run: Run) -> float | None:
     wall_s, steps = end(run, WALL), run.last_step
     return wall_s / steps if wall_s is not None and steps else None
-
-
-def _mean(points: Points) -> float | None:
-    return statistics.fmean(y for _, y in points) if points else None

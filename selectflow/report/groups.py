@@ -1,4 +1,4 @@
-"""Runs by strategy: which are of one task, which of one group, and how the groups differ."""
+"""Runs of one task by strategy, and the notes that a reader of their comparison needs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import Any
 
 from selectflow.report.runs import ReportError, Run
 
-# The data and the model make the task: runs that differ there are not comparable, except in how
-# the data are read, stored and drawn.
+# Runs whose data or model differ are of different tasks; how data are read and stored may differ.
 _TASK = ("data.", "model.", "target.")
 _SAME_TASK = (
     "data.root", "data.seed", "data.pool", "data.num_workers", "data.buffer", "data.memory_gib",
     "data.max_errors", "data.target_batch",
 )  # fmt: skip
-# Runs of one group may differ in these: the seeds, and what does not change the result.
+# Runs of one group may differ in their seeds and in options that do not change the result.
 _FREE = (
     "name", "root", "seed", "overwrite", "resume", "device", "num_threads", "max_wall_s",
     "eval_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.seed",
@@ -29,16 +28,18 @@ _LOOK_AHEAD = (
 )  # fmt: skip
 _INFINITE = (math.inf, "Infinity", "inf", ".inf")  # as YAML and as W&B return it
 
+_STATES = {"running": "still running", "stopped": "stopped by a signal"}
+
 Groups = dict[str, list[Run]]
 
 
 def strategy(run: Run) -> str:
-    """uniform, loss, offline, adaptive, online, replay, or the name of a strategy of one's own."""
+    """uniform, loss, offline, adaptive, online, replay, or the name of a user's own strategy."""
     return _strategy(run.config.get("select", {}))
 
 
 def label(run: Run) -> str:
-    """The strategy of a run; online with its horizon H and interval K, a replay with whose."""
+    """The strategy of a run; online with horizon H and interval K, a replay with its source."""
     if strategy(run) == "replay" and run.replayed:
         return f"replay of {_label(run.replayed.get('select', {}))}"
     return _label(run.config.get("select", {}))
@@ -77,7 +78,7 @@ def groups(runs: Sequence[Run]) -> Groups:
     Raises:
         ReportError: the runs are of different tasks, or two of one group have the same seed.
     """
-    configs = {id(run): dict(_flat(run.config)) for run in runs}
+    configs = {id(run): dict(flat(run.config)) for run in runs}
     _check_task(runs, configs)
     found: Groups = {}
     for run in runs:
@@ -95,33 +96,16 @@ def groups(runs: Sequence[Run]) -> Groups:
     return found
 
 
-def differences(found: Groups) -> list[str]:
-    """Options outside the selection that are not the same for all groups, a line for each."""
-    firsts = {name: dict(_flat(members[0].config)) for name, members in found.items()}
-    keys = sorted({key for config in firsts.values() for key in config})
-    lines = []
-    for key in keys:
-        if key in _FREE or (key.startswith(("select.", "track.")) and key != "select.keep"):
-            continue
-        names: dict[str, list[str]] = {}
-        for name, config in firsts.items():
-            if key in config:
-                names.setdefault(str(config[key]), []).append(name)
-        if len(names) > 1:
-            values = "; ".join(f"{value} in {', '.join(of)}" for value, of in names.items())
-            lines.append(f"groups differ in {key}: {values}")
-    return lines
-
-
 def task_of(runs: Sequence[Run]) -> dict[str, Any]:
     """The options that make the task, the same for all runs."""
-    return {key: value for key, value in _flat(runs[0].config) if _is_task(key)}
+    return {key: value for key, value in flat(runs[0].config) if _is_task(key)}
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Options of a configuration by dotted key."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -163,3 +147,70 @@ def _check_seeds(name: str, members: Sequence[Run]) -> None:
                 f"{name!r}: {seen[run.seed].where} and {run.where}; leave one out"
             )
         seen[run.seed] = run
+
+
+# --- notes ----------------------------------------------------------------------------------
+
+
+def finished(runs: Sequence[Run], partial: bool) -> tuple[list[Run], list[Run], list[str]]:
+    """The runs to compare, the runs left out, and notes on both.
+
+    Args:
+        runs: all of them.
+        partial: also compare runs that have not finished, as is done if none has.
+    """
+    # One crashed run would otherwise pull the common last step of all the others down to its own.
+    done = [run for run in runs if run.status == "finished"]
+    others = [run for run in runs if run.status != "finished"]
+    if partial or not done:
+        notes = [f"as far as it got, {_state(run)}" for run in others]
+        if others and not done:
+            notes.insert(0, "no run has finished yet: all are compared as far as they got")
+        return list(runs), [], notes
+    return done, others, [f"left out, {_state(run)}" for run in others]
+
+
+def _state(run: Run) -> str:
+    state = _STATES.get(run.status, run.status)
+    return f"{state} at step {run.last_step} of {run.config.get('steps', '?')}: {run.where}"
+
+
+def lengths(found: Groups) -> list[str]:
+    """A line for each group whose runs are of different lengths."""
+    lines = []
+    for name, members in found.items():
+        steps = sorted({run.last_step for run in members})
+        if len(steps) > 1:
+            lines.append(
+                f"runs of {name} are of different lengths, {steps[0]} to {steps[-1]} steps: the "
+                "end of each is its own, lines are drawn as far as all of them go"
+            )
+    return lines
+
+
+def resumed(runs: Sequence[Run]) -> list[str]:
+    """A line for each run that was resumed: its seconds are those of the steps it kept."""
+    return [
+        f"resumed at step {', '.join(map(str, at))}: {run.where}; its clock goes on from the "
+        "checkpoint, what was lost after it is not counted"
+        for run in runs
+        if (at := run.summary.get("resumed_at"))
+    ]
+
+
+def differences(found: Groups) -> list[str]:
+    """Options outside the selection that are not the same for all groups, a line for each."""
+    firsts = {name: dict(flat(members[0].config)) for name, members in found.items()}
+    keys = sorted({key for config in firsts.values() for key in config})
+    lines = []
+    for key in keys:
+        if key in _FREE or (key.startswith(("select.", "track.")) and key != "select.keep"):
+            continue
+        names: dict[str, list[str]] = {}
+        for name, config in firsts.items():
+            if key in config:
+                names.setdefault(str(config[key]), []).append(name)
+        if len(names) > 1:
+            values = "; ".join(f"{value} in {', '.join(of)}" for value, of in names.items())
+            lines.append(f"groups differ in {key}: {values}")
+    return lines

@@ -1,4 +1,4 @@
-"""A run as it lies in its directory, or at W&B."""
+"""A run as its directory or W&B has it, and the values of its metrics over steps or seconds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from selectflow.run.yaml_io import read_yaml
+from selectflow.run.yaml import read_yaml
+
+# Names of metrics, as runs log them.
+STEP = "train/step"
+SEEN = "data/samples_seen"
+SCORED = "data/samples_scored"
+TOKENS = "data/tokens_seen"
+WALL = "perf/wall_s"  # seconds of training and selecting so far, evaluation not counted
+SELECT = "perf/select_s"  # seconds of them spent on selecting
+ACCURACY = "test/accuracy"
+TEST_LOSS = "test/loss"
+TARGET_LOSS = "target/loss"
+KEPT = "select/kept_"  # prefix: shares of a kind among the kept, as select/kept_altered
+KEPT_ALTERED = "select/kept_altered"
+HORIZON = "select/horizon"
+LR_MULTIPLIER = "select/lr_multiplier"
+RELATIVE_ERROR = "select/relative_error"
+
+COUNTS = (SEEN, SCORED, TOKENS)  # 0 before the first step, where they are not logged
 
 Status = Literal["finished", "stopped", "failed", "running", "crashed"]
+Points = list[tuple[float, float]]
 
 
 class ReportError(ValueError):
@@ -21,16 +40,16 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what it was asked to do and what it measured.
+    """One run: its configuration and its metrics.
 
     Attributes:
         where: its directory, or its path at W&B.
         config: the resolved configuration, in plain values.
         metrics: one dict per train/step, in rising order.
-        summary: of a run that came to an end of its own, else empty.
+        summary: written at the end of a run; empty for a run that crashed or is running.
         status: finished; stopped by a signal, to be resumed; failed with an error; running: a
-            process holds it; crashed: it ended without a word.
-        offline: what offline selection took before the first step; empty without it.
+            process holds its directory; crashed: it ended without writing a summary.
+        offline: the cost of offline selection before the first step; empty without it.
         folder: its directory; None at W&B.
         replayed: configuration of the run whose choices it replays; empty where it is not known.
     """
@@ -46,27 +65,26 @@ class Run:
 
     @property
     def seed(self) -> tuple[Any, Any]:
-        """What pairs it with runs of other groups: its seed and that of its data."""
+        """Its seed and that of its data: runs of two groups are paired by both."""
         return self.config.get("seed"), self.config.get("data", {}).get("seed")
 
     @property
     def last_step(self) -> int:
         """Optimizer steps at its last line of metrics."""
-        return int(self.metrics[-1]["train/step"])
+        return int(self.metrics[-1][STEP])
 
 
 def find_runs(patterns: Sequence[str]) -> list[Path]:
-    """The run directories that paths and globs stand for.
+    """The run directories that paths and globs name.
 
     Args:
-        patterns: directories, taken as they are, or globs, of whose matches those are taken that
-            have a metrics.jsonl.
+        patterns: directories, or globs, which match directories that hold a metrics.jsonl.
 
     Returns:
         The directories in the order given, each once.
 
     Raises:
-        ReportError: a pattern stands for no run.
+        ReportError: a pattern matches no run.
     """
     found: dict[Path, Path] = {}  # a run named by two patterns is one run
     for pattern in patterns:
@@ -127,11 +145,11 @@ def _replayed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _status(path: Path, summary: dict[str, Any]) -> Status:
-    # Only a process that works in the directory holds its lock; a killed one has lost it.
+    # A process holds the lock of its directory; one that was killed has lost it.
     from selectflow.run.directory import is_locked  # noqa: PLC0415
 
     if is_locked(path):
-        return "running"  # also where the summary of an earlier stop is still there
+        return "running"  # even where an earlier stop left a summary
     said = str(summary.get("status", "crashed"))
     return "stopped" if said.startswith("stopped") else _ENDS.get(said, "crashed")
 
@@ -153,7 +171,7 @@ def wandb_path(text: str) -> str | None:
 
 
 def load_runs(patterns: Sequence[str]) -> list[Run]:
-    """The runs that directories, globs and W&B paths stand for.
+    """The runs that directories, globs and W&B paths name.
 
     Raises:
         ReportError: as `find_runs` and `load_run`.
@@ -175,14 +193,14 @@ def fetch_run(path: str) -> Run:
         ReportError: it has logged nothing yet.
         TrackingError: W&B cannot be asked, or knows no such run.
     """
-    from selectflow.run.tracking import download_run  # noqa: PLC0415
+    from selectflow.run.wandb import download_run  # noqa: PLC0415
 
     found = download_run(path)
-    rows = [row for row in found.history if row.get("train/step") is not None]
+    rows = [row for row in found.history if row.get(STEP) is not None]
     if not rows:
         raise ReportError(f"{path} has no train/step at W&B yet; wait for its first evaluation")
     said = str(found.summary.get("status", ""))
-    # W&B's own word is all there is of a run without a summary
+    # a run without a summary has only the state that W&B gives it
     state: Status = "running" if found.state == "running" else _ENDS.get(found.state, "crashed")
     status: Status = "stopped" if said.startswith("stopped") else _ENDS.get(said, state)
     return Run(path, found.config, _merged(rows), found.summary, status)
@@ -196,7 +214,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
             break  # the run is writing it now, or was killed while it did
         try:
             row = json.loads(line)
-            int(row["train/step"])
+            int(row[STEP])
         except (ValueError, KeyError, TypeError) as error:
             message = f"{path}, line {number} must be a JSON object with train/step"
             raise ReportError(f"{message}, got {line.strip()[:80]!r}") from error
@@ -211,7 +229,7 @@ def _merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     last = -1
     for row in rows:
-        step = int(row["train/step"])
+        step = int(row[STEP])
         if step < last:  # resumed from an earlier checkpoint: what came after it did not happen
             found = {done: found[done] for done in found if done < step}
         found[step] = found.get(step, {}) | row
@@ -229,3 +247,70 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ReportError(f"{path} must be a JSON object, got {value!r}")
     return value
+
+
+# --- values of a metric --------------------------------------------------------------------
+
+
+def series(run: Run, metric: str, over: str = STEP) -> Points:
+    """A metric of a run over its steps, samples, tokens or seconds.
+
+    Args:
+        run: the run.
+        metric: name of the metric.
+        over: name of the metric on the x axis. Counts are 0 before the first step; samples that
+            offline selection scored before it count.
+
+    Returns:
+        (x, value) for each line that has both; null values are left out.
+    """
+    upfront = run.offline.get("samples_scored", 0) if over == SCORED else 0
+    found = []
+    for line in run.metrics:
+        x, y = line.get(over), line.get(metric)
+        if x is None and over in COUNTS and line.get(STEP) == 0:
+            x = 0
+        if x is not None and y is not None:
+            found.append((float(x) + upfront, float(y)))
+    return found
+
+
+def end(run: Run, metric: str) -> float | None:
+    """The last value of a metric, None if it was never logged."""
+    points = series(run, metric)
+    return points[-1][1] if points else None
+
+
+def total(run: Run, axis: str) -> float | None:
+    """The end of a run on an axis; the cost of offline selection is included."""
+    points = series(run, axis, axis)
+    return points[-1][0] if points else None
+
+
+def value_at(run: Run, metric: str, at: float | None, over: str = STEP) -> float | None:
+    """The last value of a metric at or before a step or second; None if there is none.
+
+    Args:
+        run: the run.
+        metric: name of the metric.
+        at: the step or second; None: not known.
+        over: name of the metric that `at` is a value of.
+    """
+    known = [] if at is None else [y for x, y in series(run, metric, over) if x <= at]
+    return known[-1] if known else None
+
+
+def first_reach(run: Run, metric: str, at_most: float, over: str = STEP) -> float | None:
+    """The step or second of the first evaluation with a metric at or below a value; None: never."""
+    return next((x for x, y in series(run, metric, over) if y <= at_most), None)
+
+
+def common_end(runs: Sequence[Run], axis: str) -> float | None:
+    """The largest step or second that all runs have reached; None where one does not log it.
+
+    Runs that stay at 0, as those that score nothing on the axis of samples scored, do not count.
+    """
+    ends = [total(run, axis) for run in runs]
+    if any(found is None for found in ends):
+        return None
+    return min((found for found in ends if found), default=None)

@@ -1,51 +1,42 @@
-"""The samples that runs scored highest and lowest, as pictures or text."""
+"""What a run selected, from its ledger: scores of kinds of candidates, domains, best and worst."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from selectflow.report.groups import Groups, strategy
-from selectflow.report.runs import Run
-from selectflow.report.selected import Sample, Selected, read_selected
+from selectflow.report.runs import Points, Run
+from selectflow.run.sample_text import Shown, extremes, rank_samples, read_scored, sum_samples
 
-if TYPE_CHECKING:
-    from selectflow.data import Sources, Tokenizer
+EDGES: npt.NDArray[np.float64] = np.linspace(-4, 4, 41)
+"""Edges of the bins of standardised scores; the outermost also count what lies beyond."""
 
-_SIDE = 64  # pixels
-_LENGTH = 280  # characters of a text
+_STRETCHES = 40  # of a run, for shares over steps
+
+Metadata = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A sample as a reader sees it.
+class Selected:
+    """What a run selected.
 
     Attributes:
-        key: its id.
-        facts: what is known of it: label, score, how often it was kept.
-        png: its picture; None for text.
-        text: its text; "" for a picture.
-        altered: whether its label was altered; None: not known.
+        ranked: an Arrow table of its samples, highest mean score first; see `rank_samples`.
+        histograms: kind of candidate -> counts in the bins of `EDGES`: kept and rejected, and
+            where it is known altered and clean.
+        domains: domain -> (step, share among the kept), a point for each stretch of the run.
     """
 
-    key: str
-    facts: list[str]
-    png: bytes | None
-    text: str
-    altered: bool | None
-
-    @property
-    def data_uri(self) -> str:
-        """The picture, for an img element."""
-        return "data:image/png;base64," + base64.b64encode(self.png or b"").decode()
+    ranked: Any
+    histograms: dict[str, npt.NDArray[np.int64]]
+    domains: dict[str, Points] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,30 +83,28 @@ def examine(label: str, run: Run, num: int = 8) -> Examined | None:
 
     if run.folder is None:
         return None
-    root = dataset_of(run)
-    if root is None:
-        selected = read_selected(run.folder, {})
-        note = "samples are not shown: the configuration names no data that can be read here"
-        return Examined(label, run, selected, [], [], note) if selected else None
+    root, metadata = _dataset_of(run), {}
+    best: list[Shown] = []
+    worst: list[Shown] = []
+    note = "samples are not shown: the configuration names no data that can be read here"
     try:
-        metadata = read_metadata(root, "train", max_errors=math.inf)
+        if root is not None:
+            metadata = read_metadata(root, "train", max_errors=math.inf)
         selected = read_selected(run.folder, metadata)
-        if selected is None:
-            return None
-        best, worst = extremes(selected, root, metadata, num)
+        if selected is not None and root is not None:
+            best, worst = extremes(selected.ranked, root, metadata, num)
+            note = "" if best else f"samples are not shown: {root} holds other ones"
     except DataError as error:
         selected = read_selected(run.folder, {})
         note = f"samples are not shown: {error}"
-        return Examined(label, run, selected, [], [], note) if selected else None
-    note = "" if best else f"samples are not shown: {root} holds other ones"
-    return Examined(label, run, selected, best, worst, note)
+    return Examined(label, run, selected, best, worst, note) if selected else None
 
 
-def dataset_of(run: Run) -> Path | str | None:
+def _dataset_of(run: Run) -> Path | str | None:
     """Directory or URL of the shards that a run read; None where its configuration is of others."""
     from pydantic import ValidationError  # noqa: PLC0415
 
-    from selectflow.run.config_data import DataConfig  # noqa: PLC0415
+    from selectflow.run.sections import DataConfig  # noqa: PLC0415
 
     try:
         return DataConfig.model_validate(run.config.get("data", {})).directory
@@ -123,132 +112,56 @@ def dataset_of(run: Run) -> Path | str | None:
         return None
 
 
-def extremes(
-    selected: Selected, root: Sources, metadata: Mapping[str, Mapping[str, Any]], num: int
-) -> tuple[list[Shown], list[Shown]]:
-    """The samples with the highest and with the lowest mean score.
-
-    Args:
-        selected: what a run selected.
-        root: the dataset, as `PoolStream` takes it.
-        metadata: sample key -> what the writer of the data recorded.
-        num: samples at each end, fewer where there are not twice as many.
-
-    Returns:
-        Highest first, and lowest first.
-
-    Raises:
-        DataError: the dataset cannot be read.
-    """
-    from selectflow.data import read_samples  # noqa: PLC0415
-
-    ranked = selected.ranked()
-    num = min(num, len(ranked) // 2)
-    ends = ranked[:num], ranked[len(ranked) - num :][::-1]
-    found = read_samples(root, "train", [sample.key for part in ends for sample in part])
-
-    tokenizers = _tokenizers(root)
-
-    def source_of(key: str) -> str:
-        return key.partition("/")[0] if isinstance(root, Mapping) else ""
-
-    def shown(part: Sequence[Sample]) -> list[Shown]:
-        known = (sample for sample in part if sample.key in found)
-        return [
-            show(s, found[s.key], metadata.get(s.key, {}), tokenizers.get(source_of(s.key)))
-            for s in known
-        ]
-
-    return shown(ends[0]), shown(ends[1])
-
-
-def extreme_rows(run_dir: Path, source: Sources, num: int = 16) -> list[dict[str, Any]]:
-    """The samples of a run with the highest and the lowest mean score, as rows of a table.
+def read_selected(run_dir: Path, metadata: Metadata) -> Selected | None:
+    """What a run selected; None where it recorded nothing.
 
     Args:
         run_dir: its directory.
-        source: the dataset that it read, as `PoolStream` takes it.
-        num: samples at each end.
-
-    Raises:
-        DataError: the dataset cannot be read.
-        LedgerError: the ledger cannot be read.
+        metadata: sample key -> what the writer of the data recorded: "altered", "domain".
     """
-    from selectflow.data import read_metadata  # noqa: PLC0415
+    from pyarrow import array, string  # noqa: PLC0415
+    from pyarrow.compute import index_in  # noqa: PLC0415
 
-    metadata = read_metadata(source, "train", max_errors=math.inf)
-    selected = read_selected(run_dir, metadata)
-    if selected is None:
-        return []
-    ends = zip(("highest", "lowest"), extremes(selected, source, metadata, num), strict=True)
-    return [
-        {
-            "end": end, "key": shown.key, "score": selected.samples[shown.key].score,
-            "altered": shown.altered, "facts": ", ".join(shown.facts), "text": shown.text,
-            "png": shown.png,
-        }
-        for end, samples in ends
-        for shown in samples
-    ]  # fmt: skip
-
-
-def _tokenizers(root: Sources) -> dict[str, Tokenizer]:
-    """What the tokens of each source are read with, by name; "" where there is one source.
-
-    Without one are images, shards that have no manifest, and a lost tokenizer: ids can be shown.
-    """
-    from selectflow.data import DataError, open_tokenizer  # noqa: PLC0415
-
-    found: dict[str, Tokenizer] = {}
-    for name, source in (root if isinstance(root, Mapping) else {"": root}).items():
-        if isinstance(source, str | Path):
-            with suppress(DataError):
-                found[name] = open_tokenizer(source)
-    return found
+    keys = array(list(metadata), string())
+    # one more, the last, of candidates that the metadata do not name: place -1
+    altered = np.array([*(bool(made.get("altered")) for made in metadata.values()), False])
+    named = [str(made.get("domain", "")) for made in metadata.values()]
+    domains, codes = np.unique([*named, ""], return_inverse=True)
+    counts: dict[str, npt.NDArray[np.int64]] = {}
+    sums, kept_domains = [], []
+    tells_altered = any("altered" in made for made in metadata.values())
+    for table in read_scored(run_dir):
+        sums.append(sum_samples(table))
+        place = index_in(table["key"], value_set=keys).fill_null(-1).to_numpy()
+        kept = table["kept"].to_numpy()
+        kinds = {"kept": kept, "rejected": ~kept}
+        if tells_altered:
+            kinds |= {"altered": altered[place], "clean": ~altered[place]}
+        scores = table["score"].to_numpy().clip(EDGES[0], EDGES[-1])
+        for name, chosen in kinds.items():
+            counts[name] = counts.get(name, 0) + np.histogram(scores[chosen], EDGES)[0]
+        known = kept & (codes[place] != codes[-1])
+        kept_domains.append((table["step"].to_numpy()[known], codes[place[known]]))
+    if not any(len(part) for part in sums):
+        return None
+    return Selected(rank_samples(sums), counts, _shares(domains.tolist(), kept_domains))
 
 
-def show(
-    sample: Sample,
-    fields: Mapping[str, Any],
-    made: Mapping[str, Any],
-    tokenizer: Tokenizer | None = None,
-) -> Shown:
-    """A sample as a picture or text.
-
-    Args:
-        sample: its scores.
-        fields: its content, as `read_split` yields it.
-        made: what the writer of the data recorded about it.
-        tokenizer: of its tokens; None: bytes are text, others stay ids.
-    """
-    facts = [f"score {sample.score:+.2f} sd", f"kept {sample.kept} of {sample.times}"]
-    if "cls" in fields:
-        facts.insert(0, f"label {fields['cls']}")
-    altered = bool(made["altered"]) if "altered" in made else None
-    if altered and "true_label" in made:
-        facts[0] += f", really {made['true_label']}"
-    known = dict.fromkeys(str(made[name]) for name in ("domain", "origin") if name in made)
-    facts[:0] = known
-    image = next((fields[f] for f in ("png", "jpg", "jpeg", "npy") if f in fields), None)
-    if image is not None and np.ndim(image) == 3:
-        return Shown(sample.key, facts, _png(dict(fields)), "", altered)
-    return Shown(sample.key, facts, None, _text(fields, tokenizer)[:_LENGTH], altered)
-
-
-def _png(fields: dict[str, Any]) -> bytes:
-    from selectflow.data import picture  # noqa: PLC0415
-
-    file = io.BytesIO()
-    picture(fields, _SIDE).save(file, "PNG")
-    return file.getvalue()
-
-
-def _text(fields: Mapping[str, Any], tokenizer: Tokenizer | None) -> str:
-    if "txt" in fields:
-        return str(fields["txt"])
-    tokens = np.asarray(fields.get("npy", []))
-    if tokenizer is not None and tokens.ndim == 1:
-        return tokenizer.decode(tokens.tolist())
-    if tokens.dtype == np.uint8:  # bytes are text
-        return tokens.tobytes().decode("utf-8", "replace")
-    return "tokens " + " ".join(map(str, tokens.ravel()[:_LENGTH].tolist()))
+def _shares(
+    names: list[str], kept: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
+) -> dict[str, Points]:
+    """Share of each domain in stretches of steps, from steps and domains of kept candidates."""
+    steps, domains = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+    if not steps.size:
+        return {}
+    distinct, place = np.unique(steps, return_inverse=True)
+    size = -(-len(distinct) // _STRETCHES)
+    counts = np.zeros((-(-len(distinct) // size), len(names)))
+    np.add.at(counts, (place // size, domains), 1)
+    shares = counts / counts.sum(1, keepdims=True)
+    middles = [float(distinct[at : at + size].mean()) for at in range(0, len(distinct), size)]
+    return {
+        name: list(zip(middles, shares[:, i].tolist(), strict=True))
+        for i, name in enumerate(names)
+        if counts[:, i].any()
+    }

@@ -1,29 +1,25 @@
 """The configuration of a run: its sections, and errors that name all that is wrong."""
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field
 
-from selectflow.options import (
-    ConfigError,
-    Count,
-    Directory,
-    Section,
-    describe,
-    must_be,
-    nearest_key,
+from selectflow.options import ConfigError, Count, Directory, Section, must_be, nearest_key
+from selectflow.run.sections import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SelectConfig,
+    TrainConfig,
+    mode_of,
 )
-from selectflow.run.config_data import DataConfig
-from selectflow.run.config_schedules import ScheduleConfig
-from selectflow.run.config_select import SelectConfig, TrackConfig
-from selectflow.run.config_training import ModelConfig, OptimizerConfig, TrainConfig
-from selectflow.run.yaml_io import dump_yaml, read_yaml, set_key
+from selectflow.run.yaml import Configuration, dump_yaml, keys_of, load_as
 
 __all__ = ["ConfigError", "RunConfig", "json_schema", "known_keys", "load", "to_yaml"]
 
@@ -45,8 +41,35 @@ Device = Annotated[
 ]
 
 
-class RunConfig(Section):
+class TrackConfig(Section):
+    """Where the metrics go besides metrics.jsonl."""
+
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        default="disabled", description="Weights & Biases; offline needs no login"
+    )
+    project: str = Field(default="selectflow", min_length=1, description="W&B project")
+    group: str | None = Field(default=None, description="W&B group: runs that are compared")
+    job_type: str | None = Field(
+        default=None, description="W&B job type; null: the strategy, or replay"
+    )
+    tags: tuple[str, ...] = Field(default=(), strict=False, description="W&B tags")
+    kinds: bool = Field(
+        default=True,
+        description="shares among the kept of what the data say of their samples (altered, where "
+        "from), for which all that they say is read before the first step",
+    )
+    samples: int = Field(
+        default=0,
+        ge=0,
+        description="examples of the highest and as many of the lowest scores that are shown with "
+        "each evaluation, and at the end for the whole run: on stdout, and at W&B where it is used",
+    )
+
+
+class RunConfig(Configuration):
     """One training run with data selection."""
+
+    example: ClassVar[str] = "select.horizon=2"
 
     name: RunName = Field(
         description="name of the run, and of its directory under root; {seed}, {optimizer.lr} "
@@ -96,101 +119,64 @@ class RunConfig(Section):
         """The directory of this run, root/run_name."""
         return self.root / self.run_name
 
-    @model_validator(mode="after")
-    def _fields_agree(self) -> Self:
-        if problems := list(_disagreements(self.model_dump())):
-            raise ValueError("; ".join(problems))
-        return self
-
-
-def _disagreements(values: Mapping[str, Any]) -> Iterator[str]:
-    # Reads plain values, so that these are reported together with errors in single fields.
-    keep, pool = _get(values, "select", "keep"), _get(values, "data", "pool")
-    if isinstance(keep, int) and isinstance(pool, int) and keep > pool:
-        yield f"select.keep must be <= data.pool ({pool}), got {keep}; keep fewer or enlarge it"
-    horizon, strategy = _get(values, "select", "horizon"), _get(values, "select", "strategy")
-    if horizon == math.inf and strategy in ("uniform", "loss"):
-        yield (
-            f"select.strategy must be influence when select.horizon is .inf, got {strategy!r}; "
-            "give a finite horizon"
+    @classmethod
+    def disagreements(cls, values: Mapping[str, Any]) -> Iterator[str]:
+        """Of the selection with the pools and the horizon, of the name with the keys."""
+        data, select = (
+            _filled(DataConfig(), values, "data"),
+            _filled(SelectConfig(), values, "select"),
         )
-    known = known_keys()
-    for key in re.findall(r"\{([a-z_.]+)\}", str(values.get("name"))):
-        if key not in known:
-            yield f"name must have known keys in braces, got {{{key}}}{nearest_key(key, known)}"
-    if horizon == math.inf and (replay := _get(values, "select", "replay")) is not None:
-        yield (
-            f"select.replay must be null when select.horizon is .inf, got {str(replay)!r}; give a "
-            "finite horizon"
-        )
-    for key, default in (("score_view", None), ("pools_per_update", 1)):
-        if horizon == math.inf and (value := _get(values, "select", key)) != default:
-            only = "null" if default is None else default
-            yield f"select.{key} must be {only} when select.horizon is .inf, got {value!r}"
-    schedule = _get(values, "select", "horizon_schedule")
-    shape = schedule.get("name") if isinstance(schedule, dict) else None
-    if shape in ("linear", "step") and (isinstance(horizon, str) or horizon == math.inf):
-        yield (
-            "select.horizon must be an integer, the first horizon, when "
-            f"select.horizon_schedule.name is {shape}, got {horizon!r}"
-        )
-    if _get(values, "data", "name") == "shards" and _get(values, "data", "root") is None:
-        yield "data.root must be a directory when data.name is 'shards', got None; set data.root"
+        keep, pool, horizon = select["keep"], data["pool"], select["horizon"]
+        if isinstance(keep, int) and isinstance(pool, int) and keep > pool:
+            yield f"select.keep must be <= data.pool ({pool}), got {keep}; keep fewer or enlarge it"
+        if data["name"] == "shards" and data["root"] is None:
+            yield (
+                "data.root must be a directory when data.name is 'shards', got None; set data.root"
+            )
+        known = known_keys()
+        for key in re.findall(r"\{([a-z_.]+)\}", str(values.get("name"))):
+            if key not in known:
+                yield f"name must have known keys in braces, got {{{key}}}{nearest_key(key, known)}"
+        is_offline = mode_of(horizon, select["replay"]) == "offline"
+        if is_offline:
+            yield from _of_offline(select)
+        schedule = select["horizon_schedule"]
+        shape = schedule.get("name") if isinstance(schedule, dict) else None
+        if shape in ("linear", "step") and (isinstance(horizon, str) or is_offline):
+            yield (
+                "select.horizon must be an integer, the first horizon, when "
+                f"select.horizon_schedule.name is {shape}, got {horizon!r}"
+            )
 
 
-def _get(values: Mapping[str, Any], section: str, key: str) -> object:
-    default = RunConfig.model_fields[section].default
-    given = values.get(section)
-    return given[key] if isinstance(given, dict) and key in given else getattr(default, key)
+def _of_offline(select: Mapping[str, Any]) -> Iterator[str]:
+    """Fields that offline selection does not take."""
+    for key, only, fix in (
+        ("strategy", "influence", "; give a finite horizon"),
+        ("replay", None, "; give a finite horizon"),
+        ("score_view", None, ""),
+        ("pools_per_update", 1, ""),
+    ):
+        value = str(select[key]) if isinstance(select[key], Path) else select[key]
+        if value != only:
+            rule = "null" if only is None else only
+            yield f"select.{key} must be {rule} when select.horizon is .inf, got {value!r}{fix}"
+
+
+def _filled(section: Section, values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section's plain values, the defaults where none are given."""
+    given = values.get(name)
+    return dict(section) | (given if isinstance(given, dict) else {})
 
 
 def known_keys() -> list[str]:
-    """Dotted paths of all keys of a configuration, sections included."""
-    return list(_keys(RunConfig))
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
-
-
-def _lines(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
-    known = known_keys()
-    single = [describe(item, known) for item in error.errors() if item["loc"]]
-    return single + list(_disagreements(values))
+    """Dotted paths of all keys of a run's configuration, sections included."""
+    return keys_of(RunConfig)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a YAML file with `key=value` overrides.
-
-    Args:
-        path: YAML file, a mapping of the fields of RunConfig.
-        overrides: dotted paths and YAML values, as `select.horizon=2` or `model.hidden=[64, 64]`;
-            later ones win.
-
-    Returns:
-        The validated configuration.
-
-    Raises:
-        ConfigError: the file cannot be read, or a key is unknown, has the wrong type or is out of
-            range; the message has one line for each of them.
-    """
-    values = read_yaml(path)
-    known = known_keys()
-    found = [set_key(values, item, known, "select.horizon=2") for item in overrides]
-    problems = [problem for problem in found if problem]
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        problems += _lines(error, values)
-    if problems:
-        head = (
-            f"{path}: {len(problems)} error{'s' if len(problems) > 1 else ''} in the configuration"
-        )
-        raise ConfigError("\n  ".join([head, *problems]))
-    return config
+    """The configuration of a run, as `load_as` reads it."""
+    return load_as(RunConfig, path, overrides)
 
 
 def to_yaml(config: RunConfig) -> str:

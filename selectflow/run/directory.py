@@ -13,13 +13,9 @@ from typing import Any
 
 from selectflow.run.checkpoint import Checkpoints
 from selectflow.run.config import RunConfig, load, to_yaml
-from selectflow.run.decisions import DECISIONS
 from selectflow.run.ledger import LEDGER_FOLDER
-
-
-class RunError(ValueError):
-    """A run that cannot start: the message says why, and what to do."""
-
+from selectflow.run.log import DECISIONS
+from selectflow.run.task import RunError
 
 # What may differ between a run and the one that resumes it.
 _FREE_ON_RESUME = {
@@ -44,7 +40,7 @@ def open_run_dir(config: RunConfig) -> dict[str, Any] | None:
             f"select.replay must be another run than this one, got {replayed}; choose another name"
         )
     known = run_dir / "config.yaml"
-    # one whose arguments were refused leaves its config.yaml alone, and may be started again
+    # a run whose arguments were refused has left a config.yaml alone, and may be started again
     if any((run_dir / name).exists() for name in ("metrics.jsonl", "offline.json")):
         if config.overwrite:
             _remove(run_dir)
@@ -103,15 +99,15 @@ def _fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-_held: set[Path] = set()  # by this process, from which a record lock does not keep itself
+_held: set[Path] = set()  # locks of this process: a record lock keeps out other processes alone
 
 
 @contextlib.contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory for this process.
+    """Hold a run directory for this process. For POSIX systems: it takes a record lock.
 
-    A process that it forks does not hold it: the workers of a run that was killed, which live on
-    for some seconds, do not keep it from being resumed.
+    Forked processes do not hold it: a run that was killed can be resumed at once, while its
+    workers live on for some seconds.
 
     Raises:
         RunError: another process, or this one, holds it.
@@ -122,7 +118,7 @@ def lock(run_dir: Path) -> Iterator[None]:
         f"run directory must be used by one process, got {run_dir}, where another is at work; wait "
         "for it, or choose another name"
     )
-    if path in _held:  # not to be opened: closing it would let go of the lock
+    if path in _held:  # the file must not be opened: closing it would release the lock
         raise refusal
     with path.open("w") as file:
         try:

@@ -10,45 +10,33 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from selectflow.core.batches import Batch, MicroBatches, to_device
-from selectflow.run.checkpoint import (
-    Checkpoints,
-    PoolSource,
-    StopRequest,
-    generator_states,
-    identity_of,
-    restore_generators,
-    stop_request,
-)
+from selectflow.run import metrics
+from selectflow.run.build import build_optimizer, build_schedule, build_selector, resolve_device
+from selectflow.run.checkpoint import Checkpoints, generator_states, restore_generators
 from selectflow.run.config import RunConfig
-from selectflow.run.decisions import DecisionLog
-from selectflow.run.directory import RunError, is_finished, lock, open_run_dir
+from selectflow.run.directory import is_finished, lock, open_run_dir
 from selectflow.run.ledger import Ledger
-from selectflow.run.log import RunLog, Stopwatch
+from selectflow.run.log import DecisionLog, RunLog, Stopwatch
 from selectflow.run.offline import select_offline
-from selectflow.run.replay import Replay
-from selectflow.run.sample_display import SampleDisplay
-from selectflow.run.step import (
-    build_horizon,
-    build_losses,
-    build_optimizer,
-    build_rate,
-    build_schedule,
-    build_view,
-    resolve_device,
-    update,
-)
-from selectflow.run.task import Task
-from selectflow.run.tracking import Progress, Tracker
-from selectflow.selector import Selector
+from selectflow.run.samples import SampleDisplay
+from selectflow.run.step import build_losses, update
+from selectflow.run.task import PoolSource, RunError, Task, identity_of
+from selectflow.run.tracker import Tracker
 from selectflow.strategies import Selection
 
 __all__ = ["RunError", "Task", "resolve_device", "train"]
@@ -63,7 +51,7 @@ def train(config: RunConfig, task: Task) -> Path:
 
     With `select.horizon: .inf` a copy of the model is first trained on everything, and only the
     samples that helped most are trained on; the clock starts with the seconds that this took.
-    With `select.replay` what another run kept is trained on, without scoring.
+    With `select.replay` the run trains on the examples that another run kept, without scoring.
 
     Args:
         config: the run.
@@ -90,21 +78,22 @@ def train(config: RunConfig, task: Task) -> Path:
 
 
 def _train(run: _Run) -> None:
-    """Run the loop; the log, the tracker and, after a bad loss, the weights are kept."""
+    """Run the loop; close the log and the tracker however it ends, save also after a bad loss."""
     with stop_request() as stop:
         try:
             status = run.loop(stop)
             run.checkpoints.wait()
             run.finish(status)
         except BaseException as error:
-            with contextlib.suppress(OSError):  # which must not hide why the run ends
+            with contextlib.suppress(OSError):  # it would hide why the run ends
                 if isinstance(error, FloatingPointError):
                     run.save()
                 run.finish("failed")
             raise
         finally:
-            with contextlib.suppress(OSError):  # raised before, or it would hide why the run ends
-                run.checkpoints.wait()  # the run directory is not let go of before
+            # the run directory stays locked until all is written; an error was raised above
+            with contextlib.suppress(OSError):
+                run.checkpoints.wait()
 
 
 class _Run:
@@ -122,8 +111,10 @@ class _Run:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)
         stream = identity_of(task.pools)
-        self.selector = self._build_selector(stream)
-        self.pools = PoolSource(task.pools, self.device, self.selector.max_peeked)
+        self.selector = build_selector(
+            config, task, self.optimizer, self.scheduler, self.target, stream
+        )
+        self.pools = PoolSource(task.pools, self.device)
         self.watch = Stopwatch(upfront_s)
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
         self.tracker = _tracker(config, saved)
@@ -134,34 +125,14 @@ class _Run:
         if saved is not None:
             self.load_state_dict(saved)
 
-    def _build_selector(self, stream: dict[str, Any]) -> Selector | Replay:
-        config = self.config
-        if config.select.replay:
-            pools = config.select.pools_per_update
-            return Replay(config.select.replay, config.steps, stream, pools)
-        return Selector(
-            self.model,
-            self.optimizer,
-            self.task.loss_fn,
-            self.target,
-            lr_scheduler=self.scheduler,
-            max_grad_norm=config.optimizer.max_grad_norm,
-            seed=config.seed,
-            horizon=build_horizon(config.select, config.steps),
-            lr=build_rate(config.select),
-            score_view=build_view(config.select, self.task),
-            **config.select.selector_options(),
-        )
-
     def loop(self, stop: StopRequest) -> str:
-        """Train to the end of the run, or until a stop is requested; how it ended."""
+        """Train to the end of the run, or until a stop is requested; returns how it ended."""
         config = self.config
         if self.step == 0:
             self.log.flush(0, 0.0, self.upfront_s, self.evaluate())
-        remaining = config.steps - self.step
-        with Progress(config.steps, every=config.eval_every, description=config.run_name) as bar:
+        with progress_bar(config.run_name, config.steps) as bar:
             self.watch.start()
-            for parts in self.kept(remaining):
+            for parts in self.kept(config.steps - self.step):
                 loss = self.update([batch for batch, _ in parts])
                 lr = self.optimizer.param_groups[0]["lr"] * parts[-1][1].lr_multiplier
                 self.scheduler.step()
@@ -172,12 +143,13 @@ class _Run:
                 for _, selection in parts:
                     self.samples.add(self.step, selection)
                 is_last = self.step == config.steps or wall_s >= (config.max_wall_s or math.inf)
-                if self.step % config.eval_every == 0 or is_last:
+                is_evaluated = self.step % config.eval_every == 0 or is_last
+                if is_evaluated:
                     self.log.flush(self.step, lr, wall_s, self.evaluate())
                     self.samples.show_recent(self.step)
                 if self.step % config.checkpoint_every == 0 or is_last or stop.name:
                     self.save()
-                bar.update(self.step, self.log.summary())
+                show_progress(bar, self.step, self.log.summary(), with_line=is_evaluated)
                 if is_last:
                     return "finished"
                 if stop.name:
@@ -186,11 +158,11 @@ class _Run:
         return "finished"  # the pools have come to their end
 
     def kept(self, steps: int) -> Iterator[list[tuple[Batch, Selection]]]:
-        """What each of so many steps trains on: the kept samples of its pools, and the choice."""
+        """The batches of each of so many steps: of each pool the kept part, and its selection."""
         num = self.config.select.pools_per_update
-        stream = islice(self.selector.stream(self.pools), steps * num)
         parts: list[tuple[Batch, Selection]] = []
-        for batch in stream:
+        for pool in islice(self.pools, steps * num):
+            batch = self.selector.select(pool, self.pools.upcoming())
             assert self.selector.last is not None
             parts.append((batch, self.selector.last))
             if len(parts) == num:
@@ -216,9 +188,9 @@ class _Run:
         with evaluating(self.model):
             for split, batches in (("target", self.target), ("test", self.test)):
                 means = self.task.evaluate(self.model, batches)
-                found |= {f"{split}/{name}": value for name, value in means.items()}
+                found |= {metrics.evaluated(split, name): x for name, x in means.items()}
         errors = sum(self.pools.errors.values())
-        return found | {"data/errors": errors, "perf/data_s": self.pools.seconds}
+        return found | {metrics.DATA_ERRORS: errors, metrics.DATA_S: self.pools.seconds}
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless it was written or read already."""
@@ -233,7 +205,7 @@ class _Run:
             if self.task.save:
                 self.task.save(self.config.run_dir / "model")
             self.samples.show_all()
-        upfront = {"perf/upfront_s": self.upfront_s} if self.config.select.is_offline else {}
+        upfront = {metrics.UPFRONT_S: self.upfront_s} if self.config.select.is_offline else {}
         errors = {"errors_by_shard": errors} if (errors := self.pools.errors) else {}
         self.tracker.finish({"status": status, "steps": self.step} | upfront | errors)
 
@@ -243,8 +215,8 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "selector": self.selector.state_dict(with_peeked=False),
-            "pools": self.pools.state_dict(self.selector.num_peeked),
+            "selector": self.selector.state_dict(with_peeked=False),  # `pools` draws them again
+            "pools": self.pools.state_dict(),
             "log": self.log.state_dict(),
             "samples": self.samples.state_dict(),
             "tracker": self.tracker.state_dict(),
@@ -273,6 +245,61 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def progress_bar(name: str, steps: int) -> Progress:
+    """How far a run has got: a bar on stdout at a terminal, and elsewhere nothing."""
+    console = Console(file=sys.stdout)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    bar.add_task(name, total=steps, text="")
+    return bar
+
+
+def show_progress(bar: Progress, step: int, text: str, *, with_line: bool) -> None:
+    """Move the bar to a step; where none is drawn, print a line if there is to be one."""
+    (task,) = bar.tasks
+    bar.update(task.id, completed=step, text=text)
+    if bar.disable and with_line:
+        print(f"{task.description} {step}/{task.total} {text}".rstrip(), flush=True)
+
+
+class StopRequest:
+    """Whether the process was asked to stop, by SIGTERM or Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Let the running step end on SIGTERM or the first Ctrl-C; a second signal ends at once."""
+    request, signals = StopRequest(), (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # only the main thread may handle signals
+        return
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        request.name = signal.Signals(number).name
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in signals:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _tracker(config: RunConfig, saved: dict[str, Any] | None) -> Tracker:

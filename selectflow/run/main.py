@@ -1,7 +1,8 @@
-"""What the programs in trainers/ have in common: their command line."""
+"""The command line that the programs in trainers/ have in common."""
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,6 @@ from selectflow.options import ConfigError
 from selectflow.run.config import RunConfig, load
 from selectflow.run.loop import train
 from selectflow.run.task import Task
-from selectflow.run.terminal import print_anything
 
 
 def trainer_main(
@@ -57,3 +57,12 @@ def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
             f"{key} must be one of {', '.join(choices)} for this trainer, got {value!r}; the "
             "others belong to another program in trainers/"
         )
+
+
+def print_anything() -> None:
+    """From here on, print a character that stdout cannot encode as its escape in Python source.
+
+    A run must not end because a terminal, a pipe or a log cannot show a character of its data.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

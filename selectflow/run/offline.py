@@ -1,4 +1,4 @@
-"""Offline selection as the first stage of a run: what it keeps becomes the run's task."""
+"""Offline selection as the first stage of a run, whose task is then the kept samples."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from selectflow.data import PoolStream, Sources
 from selectflow.offline.record import record
 from selectflow.offline.score import score_samples
 from selectflow.offline.trajectory import Trajectory
+from selectflow.run.build import build_optimizer, build_schedule, resolve_device
 from selectflow.run.config import RunConfig
-from selectflow.run.directory import RunError
-from selectflow.run.sample_scores import write_selected
-from selectflow.run.step import build_optimizer, build_schedule, resolve_device
-from selectflow.run.task import Task
+from selectflow.run.scores import write_selected
+from selectflow.run.task import RunError, Task
 
 
 def select_offline(config: RunConfig, task: Task) -> tuple[Task, float]:
@@ -53,7 +52,7 @@ def select_offline(config: RunConfig, task: Task) -> tuple[Task, float]:
             "got None; pass the directory that PoolStream reads"
         )
     report = config.run_dir / "offline.json"
-    if not report.exists():  # it is written last
+    if not report.exists():  # it is written last, after the shards
         found = _select(config, task, task.source)
         with atomic_file(report) as file:
             file.write((json.dumps(found, indent=2) + "\n").encode())
@@ -64,7 +63,7 @@ def select_offline(config: RunConfig, task: Task) -> tuple[Task, float]:
 
 
 def _select(config: RunConfig, task: Task, source: Sources) -> dict[str, float]:
-    """Record, sweep, rank, write; what was found and how long it took."""
+    """Record, sweep, rank and write; returns counts of samples and the seconds of each stage."""
     began, select = time.perf_counter(), config.select
     trajectory = _record(config, task)
     recorded_s = time.perf_counter() - began
@@ -90,7 +89,7 @@ def _select(config: RunConfig, task: Task, source: Sources) -> dict[str, float]:
 
 
 def _record(config: RunConfig, task: Task) -> Trajectory:
-    """Train a copy of the model on everything as it comes."""
+    """Train a copy of the model on all samples, in the order of the pools."""
     select, device = config.select, resolve_device(config.device)
     num_steps = select.record_steps or config.steps
     model = copy.deepcopy(task.model).to(device)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from selectflow.core.batches import Batch, take
-from selectflow.run.decisions import read_decisions
 from selectflow.run.ledger import last_step, read_parts, read_stream
+from selectflow.run.log import read_decisions
 from selectflow.strategies import Selection
 
 
@@ -77,8 +77,8 @@ def _choice(step: int, rows: Any) -> Choice:
 class Replay:
     """Hands out the part of each pool that a recorded run trained on.
 
-    It stands where a `Selector` stands in a run, and gives the same batches in the same order, as
-    long as it gets the same pools.
+    A run uses it in place of a `Selector`. It gives the same batches in the same order, as long as
+    it gets the same pools.
 
     Args:
         run_dir: the recorded run.
@@ -93,8 +93,6 @@ class Replay:
     Warns:
         UserWarning: the controller changed its learning rate, which a replay does not repeat.
     """
-
-    max_peeked = num_peeked = 0  # nothing is looked at ahead of its time
 
     def __init__(
         self,
@@ -117,44 +115,48 @@ class Replay:
                 stacklevel=2,
             )
         self.last: Selection | None = None
+        self._choices: Iterator[Choice] | None = None  # of the steps after `_step`
 
-    def stream(self, pools: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of the recorded run, from the pools that it had.
+    def select(self, pool: Batch, upcoming: Iterable[Batch] = ()) -> Batch:
+        """The part of a pool that the recorded run trained on.
 
         Args:
-            pools: mappings with a list "key".
+            pool: a mapping with a list "key": the one that the recorded run had.
+            upcoming: the pools that follow it, which a replay does not need.
 
         Raises:
-            ReplayError: a pool is another than the recorded one; names the step.
+            ReplayError: the pool is another than the recorded one; names the step.
         """
-        choices = read_choices(self._run_dir, self._step, self._num_pools)
-        for choice, pool in zip(choices, pools, strict=False):
-            began = time.perf_counter()
-            _check_pool(self._run_dir, choice, pool["key"])
-            self._step = choice.step
-            batch = take(pool, choice.indices)
-            self.last = Selection(
-                pool=pool,
-                indices=choice.indices,
-                scores=choice.scores,
-                losses=None,
-                step=choice.step - 1,
-                horizon=None,
-                age=0,
-                target_loss=None,
-                lookahead_s=0.0,
-                seconds=time.perf_counter() - began,
-            )
-            yield batch
+        del upcoming
+        if self._choices is None:
+            self._choices = read_choices(self._run_dir, self._step, self._num_pools)
+        choice = next(self._choices)
+        began = time.perf_counter()
+        _check_pool(self._run_dir, choice, pool["key"])
+        self._step = choice.step
+        batch = take(pool, choice.indices)
+        self.last = Selection(
+            pool=pool,
+            indices=choice.indices,
+            scores=choice.scores,
+            losses=None,
+            step=choice.step - 1,
+            horizon=None,
+            age=0,
+            target_loss=None,
+            lookahead_s=0.0,
+            seconds=time.perf_counter() - began,
+        )
+        return batch
 
     def state_dict(self, *, with_peeked: bool = True) -> dict[str, Any]:
-        """How far it has come; there is nothing that was peeked at."""
+        """How far it has come; it peeks at no pools."""
         del with_peeked
         return {"step": self._step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after `state_dict`."""
-        self._step = state["step"]
+        self._step, self._choices = state["step"], None
 
 
 def _check_same(run_dir: str | Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

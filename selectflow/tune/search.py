@@ -1,32 +1,51 @@
 """A sweep on this machine: cells in parallel processes, poor ones stopped early, resumable.
 
 A cell is one setting of the parameters; its seeds are run one after the other. After its i-th
-evaluation, counted over its seeds, its value is the mean of the metric at the end of the seeds
-that are done and of the present one now. Cells are compared at equal i, so that what the metric
-does early in a run is the same for all. Optuna keeps the record of the cells, proposes settings
-(`random`, `bayes`) and decides who is stopped; this module runs them.
+evaluation, counted over its seeds, its value is the mean of the metric over the seeds that have
+ended and the present one. Cells are compared at equal i, so that the early course of the metric is
+the same for all. Optuna keeps the record of the cells, proposes settings (`random`, `bayes`) and
+decides which cells are stopped; this module runs them.
+
+A run on little data takes less time than importing torch does. So the imports are made once, in
+multiprocessing's fork server, and each run begins as a copy of it: a fresh process, with nothing
+of another run in it, that starts in milliseconds.
 """
 
 from __future__ import annotations
 
+import ast
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
 import statistics
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selectflow.run.directory import lock
-from selectflow.tune.record import NOTE, TuneError, has_more, next_setting, open_study
-from selectflow.tune.runs import RunProcess, run_server
-from selectflow.tune.space import Setting
-from selectflow.tune.sweep import Sweep
+from selectflow.run.directory import lock, wait_until_free
+from selectflow.run.yaml import dump_yaml, read_yaml
+from selectflow.tune.record import NOTE, encode, has_ended, is_interrupted, setting_of
+from selectflow.tune.space import Choice, Domain, Hyperband, Sweep, TuneError
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
 
 _POLL_S = 0.2
 _NUM_FAILURES = 3  # that many first cells, all failed, end the sweep: the rest would fail too
+_FREE_ON_RESUME = {"run_cap", "description", "project", "entity"}
+# Imports that torch and pyarrow put off to their first use: most of the start of a short run.
+_IMPORTED_LATE = ("torch._dynamo", "torch._decomp.decompositions_for_jvp", "pandas")
+_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def tune(sweep: Sweep, out: Path, jobs: int, tell: Callable[[str], None]) -> Study:
@@ -46,105 +65,93 @@ def tune(sweep: Sweep, out: Path, jobs: int, tell: Callable[[str], None]) -> Stu
         TuneError: `out` holds another sweep, the first cells all failed, or optuna is missing.
         RunError: another process is at work in `out`.
     """
-    with lock(out), run_server(Path(sweep.keys.program)) as context:
+    with lock(out), _run_server(Path(sweep.keys.program)) as context:
         study = open_study(sweep, out)
-        active: list[_Cell] = []
+        active: dict[Generator[_RunProcess, None, str], _RunProcess] = {}
         try:
             while True:
-                while len(active) < jobs and has_more(sweep, study, len(active)):
-                    active.append(_Cell(sweep, study, out, context))
+                while len(active) < jobs and _has_more(sweep, study, len(active)):
+                    cell = _run_cell(sweep, study, out, context)
+                    active[cell] = next(cell)
                 if not active:
                     return study
-                connection.wait([cell.run.sentinel for cell in active], _POLL_S)
-                for cell in [cell for cell in active if cell.advance()]:
-                    active.remove(cell)
-                    tell(cell.summary())
-                    _check_failures(study)
+                connection.wait([run.sentinel for run in active.values()], _POLL_S)
+                for cell in list(active):
+                    try:
+                        active[cell] = next(cell)
+                    except StopIteration as end:
+                        del active[cell]
+                        tell(end.value)
+                        _check_failures(study)
         finally:
-            for cell in active:
-                cell.run.stop()
-            for cell in active:
-                cell.run.wait()
+            for run in active.values():
+                run.stop()
+            for run in active.values():
+                run.wait()
 
 
-class _Cell:
-    """A cell that is being run: the trial that stands for it, and its present run."""
+class _RunFailed(Exception):
+    """A run that did not finish, or whose metric cannot be used; the message says why."""
 
-    def __init__(self, sweep: Sweep, study: Study, out: Path, context: ForkServerContext) -> None:
-        self._sweep, self._study, self._out, self._context = sweep, study, out, context
-        self._trial: Trial = study.ask()
-        self.setting: Setting = next_setting(sweep, self._trial)
-        self._seeds = sweep.seeds or (None,)
-        self._finals: list[float] = []  # the metric at the end of each seed that is done
-        self._value: float | None = None  # of the present one, now
-        self._num_evaluations = 0
-        self._is_stopped = False
-        self._note: str | None = None
-        self.run = self._start()
 
-    def advance(self) -> bool:
-        """Read what the run has written, and go on to the next seed; whether the cell has ended."""
-        is_running = self.run.is_running  # before reading, so that no last line is missed
-        for row in self.run.new_rows():
-            self._read(row)
-        return not is_running and self._has_ended()
+def _run_cell(
+    sweep: Sweep, study: Study, out: Path, context: ForkServerContext
+) -> Generator[_RunProcess, None, str]:
+    """Run a new cell of a study: yields its present run while it waits, returns how it ended."""
+    from optuna import TrialPruned  # noqa: PLC0415
+    from optuna.trial import TrialState  # noqa: PLC0415
 
-    def summary(self) -> str:
-        """The cell and how it ended, in one line."""
-        name = " ".join(f"{key}={value}" for key, value in self.setting.items())
-        metric = self._sweep.keys.metric.name
-        if self._note:
-            return f"{name}: failed, {self._note}"
-        if self._is_stopped:
-            return f"{name}: stopped after {self._num_evaluations} evaluations"
-        return f"{name}: {metric} {statistics.fmean(self._finals):.4g}"
+    trial = study.ask({key: _distribution(domain) for key, domain in sweep.domains.items()})
+    setting = setting_of(sweep, trial)
+    name = " ".join(f"{key}={value}" for key, value in setting.items())
+    try:
+        mean = yield from _run_seeds(sweep, trial, setting, out, context)
+    except TrialPruned as error:
+        study.tell(trial, state=TrialState.PRUNED)
+        return f"{name}: {error}"
+    except _RunFailed as error:
+        trial.set_user_attr(NOTE, str(error))
+        study.tell(trial, state=TrialState.FAIL)
+        return f"{name}: failed, {error}"
+    study.tell(trial, mean)
+    return f"{name}: {sweep.keys.metric.name} {mean:.4g}"
 
-    def _start(self) -> RunProcess:
-        overrides = self._sweep.local_overrides(self._out, self._seeds[len(self._finals)])
-        arguments = self._sweep.arguments(self.setting, overrides)
-        config = self._sweep.load(self.setting, overrides)
-        self._value, self._steps = None, config.steps
-        return RunProcess(self._context, Path(self._sweep.keys.program), arguments, config.run_dir)
 
-    def _read(self, row: dict[str, Any]) -> None:
-        metric = self._sweep.keys.metric.name
-        if metric not in row or self._is_stopped or self._note:
-            return
-        self._value = row[metric]
-        if self._value is None:
-            self._note = f"{metric} is not finite at step {row['train/step']}"
-            self.run.stop()
-            return
-        self._num_evaluations += 1
-        self._trial.report(statistics.fmean([*self._finals, self._value]), self._num_evaluations)
-        is_last_seed = len(self._finals) + 1 == len(self._seeds)
-        if is_last_seed and row["train/step"] >= self._steps:
-            return  # there is nothing left to stop
-        if self._trial.should_prune():
-            self._is_stopped = True
-            self.run.stop()
+def _run_seeds(
+    sweep: Sweep, trial: Trial, setting: dict[str, Any], out: Path, context: ForkServerContext
+) -> Generator[_RunProcess, None, float]:
+    """Run the seeds of a cell one after the other; returns the mean of the metric at their ends."""
+    from optuna import TrialPruned  # noqa: PLC0415
 
-    def _has_ended(self) -> bool:
-        from optuna.trial import TrialState  # noqa: PLC0415
-
-        if self._is_stopped:
-            self._study.tell(self._trial, state=TrialState.PRUNED)
-            return True
-        failure = self.run.failure()
-        if self._note is None and (failure or self._value is None):
-            metric = self._sweep.keys.metric.name
-            self._note = failure or f"it logged no {metric}"
-        if self._note:
-            self._trial.set_user_attr(NOTE, self._note)
-            self._study.tell(self._trial, state=TrialState.FAIL)
-            return True
-        assert self._value is not None
-        self._finals.append(self._value)
-        if len(self._finals) < len(self._seeds):
-            self.run = self._start()
-            return False
-        self._study.tell(self._trial, statistics.fmean(self._finals))
-        return True
+    metric, seeds = sweep.keys.metric.name, sweep.seeds or (None,)
+    finals: list[float] = []
+    num_evaluations = 0
+    for seed in seeds:
+        overrides = sweep.local_overrides(out, seed)
+        config, value = sweep.load(setting, overrides), None
+        run = _RunProcess(context, sweep, sweep.arguments(setting, overrides), config.run_dir)
+        yield run
+        for row in run.rows():
+            if row is None:
+                yield run
+            elif metric in row:
+                value = row[metric]
+                if value is None:
+                    yield from run.stopped()
+                    raise _RunFailed(f"{metric} is not finite at step {row['train/step']}")
+                num_evaluations += 1
+                trial.report(statistics.fmean([*finals, value]), num_evaluations)
+                is_last_seed = len(finals) + 1 == len(seeds)
+                is_end = is_last_seed and row["train/step"] >= config.steps  # nothing left to stop
+                if not is_end and trial.should_prune():
+                    yield from run.stopped()
+                    raise TrialPruned(f"stopped after {num_evaluations} evaluations")
+        if failure := run.failure():
+            raise _RunFailed(failure)
+        if value is None:
+            raise _RunFailed(f"it logged no {metric}")
+        finals.append(value)
+    return statistics.fmean(finals)
 
 
 def _check_failures(study: Study) -> None:
@@ -152,3 +159,227 @@ def _check_failures(study: Study) -> None:
     notes = [trial.user_attrs.get(NOTE) for trial in ended]
     if len(notes) >= _NUM_FAILURES and all(notes):
         raise TuneError(f"a sweep's cells must run, got {len(notes)} that failed; {notes[-1]}")
+
+
+def open_study(sweep: Sweep, out: Path) -> Study:
+    """The record of a sweep, with a trial waiting for every setting that is known to be due.
+
+    Args:
+        sweep: the sweep.
+        out: the directory of the record, held by this process.
+
+    Raises:
+        TuneError: `out` holds another sweep, or optuna is missing.
+    """
+    try:
+        import optuna  # noqa: PLC0415
+        from optuna.storages import journal  # noqa: PLC0415
+    except ImportError as error:
+        raise TuneError("optuna must be there to tune; pip install 'selectflow[tune]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    out.mkdir(parents=True, exist_ok=True)
+    _check_resumable(sweep, out / "sweep.yaml")
+    path = str(out / "study.journal")
+    study = optuna.create_study(
+        storage=journal.JournalStorage(journal.JournalFileBackend(path)),
+        study_name=sweep.name,
+        direction=sweep.keys.metric.goal,
+        load_if_exists=True,
+        pruner=_pruner(sweep.keys.early_terminate),
+    )
+    samplers = optuna.samplers
+    sampler = samplers.TPESampler if sweep.keys.method == "bayes" else samplers.RandomSampler
+    # A resumed sweep must not propose again what it proposed when it began: another seed.
+    study.sampler = sampler(seed=len(study.trials))
+    _enqueue_due(sweep, study)
+    return study
+
+
+def _enqueue_due(sweep: Sweep, study: Study) -> None:
+    """Let a trial wait for every cell of a grid that has not ended, or else was interrupted."""
+    from optuna.trial import TrialState  # noqa: PLC0415
+
+    is_grid = sweep.keys.method == "grid"
+    for trial in study.get_trials(states=[TrialState.RUNNING]):  # of a sweep that was killed
+        if not is_grid:
+            study.enqueue_trial(trial.params)
+        study.tell(trial.number, state=TrialState.FAIL)
+    if is_grid:
+        settings = sweep.grid()
+        random.Random(0).shuffle(settings)  # else the first brackets would compare neighbours only
+        known = [trial.user_attrs.get("key") for trial in study.trials if not is_interrupted(trial)]
+        for setting in settings[: sweep.keys.run_cap]:
+            params = {key: encode(value) for key, value in setting.items()}
+            if json.dumps(params) not in known:
+                study.enqueue_trial(params, user_attrs={"key": json.dumps(params)})
+
+
+def _check_resumable(sweep: Sweep, path: Path) -> None:
+    """Write the sweep and its base configuration, or compare them with those of the record."""
+    ours = {key: value for key, value in sweep.raw.items() if key not in _FREE_ON_RESUME}
+    ours = json.loads(json.dumps({"sweep": ours, "config": read_yaml(sweep.config)}))
+    if not path.exists():
+        path.write_text(dump_yaml(ours), encoding="utf-8")
+        return
+    theirs = read_yaml(path)
+    differing = [
+        f"{part}.{key}"
+        for part in ours
+        for key in sorted(ours[part].keys() | theirs[part].keys())
+        if ours[part].get(key) != theirs[part].get(key)
+    ]
+    if differing:
+        raise TuneError(
+            f"a sweep must be resumed as it was, got other values of {', '.join(differing)} than "
+            f"in {path}; choose another directory with --out, or delete {path.parent}"
+        )
+
+
+def _pruner(rule: Hyperband | None) -> BasePruner:
+    from optuna.pruners import NopPruner, SuccessiveHalvingPruner  # noqa: PLC0415
+
+    if rule is None:
+        return NopPruner()
+    return SuccessiveHalvingPruner(
+        min_resource=rule.first, reduction_factor=rule.eta, min_early_stopping_rate=0
+    )
+
+
+def _has_more(sweep: Sweep, study: Study, num_active: int) -> bool:
+    """Whether there is a setting left to begin."""
+    if sweep.keys.method == "grid":
+        return any(trial.state.name == "WAITING" for trial in study.get_trials(deepcopy=False))
+    assert sweep.keys.run_cap is not None
+    return num_active + sum(map(has_ended, study.trials)) < sweep.keys.run_cap
+
+
+def _distribution(domain: Domain) -> BaseDistribution:
+    from optuna import distributions  # noqa: PLC0415
+
+    if isinstance(domain, Choice):
+        return distributions.CategoricalDistribution([encode(value) for value in domain.values])
+    low, high, step = domain.low, domain.high, domain.step
+    if all(isinstance(number, int) for number in (low, high, step)):
+        return distributions.IntDistribution(int(low), int(high), step=int(step or 1))
+    return distributions.FloatDistribution(low, high, log=domain.is_log, step=step)
+
+
+@contextmanager
+def _run_server(program: Path) -> Iterator[ForkServerContext]:
+    """Where runs are forked from: one thread each, the imports of `program` made."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_imports(program), *_IMPORTED_LATE, __name__])
+    before = {name: os.environ.get(name) for name in _ONE_THREAD}
+    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))  # read when the server imports torch
+    try:
+        yield context
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+
+def _imports(program: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.parse(program.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+    return names
+
+
+class _RunProcess:
+    """One run of a sweep's trainer in a process of its own.
+
+    Args:
+        context: what `_run_server` gave.
+        sweep: the sweep.
+        arguments: the command line of the trainer.
+        run_dir: the run directory that it will write; its output goes beside, into `<name>.log`.
+    """
+
+    def __init__(
+        self, context: ForkServerContext, sweep: Sweep, arguments: Sequence[str], run_dir: Path
+    ) -> None:
+        self._run_dir = run_dir
+        self._log = run_dir.with_name(f"{run_dir.name}.log")
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        self._process = context.Process(
+            target=_run_trainer, args=(sweep.keys.program, [*arguments], run_dir, self._log)
+        )
+        self._process.start()
+
+    @property
+    def sentinel(self) -> int:
+        """Becomes ready when the process ends, for `multiprocessing.connection.wait`."""
+        return self._process.sentinel
+
+    def stop(self) -> None:
+        """Ask it to end its step, save and stop; does not wait."""
+        if self._process.is_alive():
+            self._process.terminate()
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        self._process.join()
+
+    def stopped(self) -> Iterator[_RunProcess]:
+        """Stop it, and yield it until it has ended."""
+        self.stop()
+        while self._process.is_alive():
+            yield self
+
+    def rows(self) -> Iterator[dict[str, Any] | None]:
+        """The lines of its metrics.jsonl while it runs; None where there is no new one yet."""
+        path, size_read, last_step = self._run_dir / "metrics.jsonl", 0, -1
+        while True:
+            is_running = self._process.is_alive()  # before reading, so that no last line is missed
+            text = b""
+            if path.exists():
+                if path.stat().st_size < size_read:
+                    size_read = 0  # cut back to the checkpoint that the run resumed from
+                with path.open("rb") as file:
+                    file.seek(size_read)
+                    text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            size_read += len(whole)
+            for row in map(json.loads, whole.splitlines()):
+                # a resumed run does steps again that were read before it cut the file back
+                if row["train/step"] > last_step:
+                    last_step = row["train/step"]
+                    yield row
+            if not is_running:
+                return
+            yield None
+
+    def failure(self) -> str | None:
+        """Why an ended run did not finish; None if it did."""
+        summary = self._run_dir / "summary.json"
+        if self._process.exitcode == 0 and summary.exists():
+            status = json.loads(summary.read_text("utf-8"))["status"]
+            return None if status == "finished" else str(status)
+        lines = self._log.read_text("utf-8", "replace").splitlines() if self._log.exists() else []
+        last = next((line for line in reversed(lines) if line.strip()), "no output")
+        return f"{last.removeprefix('error: ')} (see {self._log})"
+
+
+def _run_trainer(program: str, arguments: list[str], run_dir: Path, log: Path) -> None:
+    """In the new process: run the trainer as from the command line, its output in a file."""
+    with log.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # A sweep that was killed leaves runs that are still saving when it is started again.
+    wait_until_free(run_dir)
+    sys.argv = [program, *arguments]
+    sys.path.insert(0, str(Path(program).resolve().parent))  # as Python does for a script
+    runpy.run_path(program, run_name="__main__")
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)

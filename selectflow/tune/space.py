@@ -1,13 +1,34 @@
-"""What a parameter of a sweep may be: W&B's distributions as a choice or a range."""
+"""A sweep in W&B's own format: what varies, how it is searched, and what is measured.
+
+    program: trainers/vision.py
+    command: ["${env}", "${interpreter}", "${program}", CONFIG.yaml, "${args_no_hyphens}"]
+    method: grid
+    metric: {name: target/loss, goal: minimize}
+    parameters: {optimizer.lr: {values: [1.0e-3, 3.0e-3]}, seed: {values: [0, 1, 2]}}
+
+The parameters are keys of the run's configuration, dotted or nested. `seed` is not searched: every
+cell, one setting of the other parameters, is run with each of its values.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from selectflow.options import nearest
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from selectflow.options import ConfigError, Count, Section, describe, nearest
+from selectflow.run.config import RunConfig, load
+from selectflow.run.yaml import read_yaml
+
+_MACROS = ("${env}", "${interpreter}", "${program}", "${args_no_hyphens}")
+_COMMAND = f"[{', '.join(_MACROS[:3])}, CONFIG.yaml, {_MACROS[3]}]"
 
 # distribution -> the keys that it needs
 _DISTRIBUTIONS = {
@@ -19,8 +40,8 @@ _DISTRIBUTIONS = {
     "log_uniform": ("min", "max"),  # of the exponents of e
     "log_uniform_values": ("min", "max"),
 }
-# What W&B's server has beside: known, so that the error can say that it is not a misspelling.
-OTHERS_OF_WANDB = {
+# Words that only W&B's server supports: an error must not call them misspelled.
+_ONLY_ON_WANDB = {
     "categorical_w_probabilities", "inv_log_uniform", "inv_log_uniform_values", "normal",
     "q_normal", "log_normal", "q_log_normal", "q_log_uniform", "q_log_uniform_values", "beta",
     "q_beta", "probabilities", "mu", "sigma", "custom", "envelope", "target", "impute",
@@ -30,59 +51,265 @@ OTHERS_OF_WANDB = {
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several values; a constant is a choice of one."""
+    """A parameter with one of several values; a constant has one."""
 
     values: tuple[Any, ...]
-
-    @property
-    def is_constant(self) -> bool:
-        return len(self.values) == 1
 
 
 @dataclass(frozen=True)
 class Range:
-    """A number between two, both included; `step` None: any number between."""
+    """A parameter between two numbers, both included; `step` None: any number between."""
 
     low: float
     high: float
     is_log: bool = False
     step: float | None = None
-    is_constant = False
-
-    @property
-    def is_integer(self) -> bool:
-        """Whether all of its values are integers."""
-        return self.step is not None and all(
-            isinstance(number, int) for number in (self.low, self.high, self.step)
-        )
-
-    def values(self) -> tuple[float, ...] | None:
-        """All of its values, None if they cannot be counted."""
-        if self.step is None:
-            return None
-        num = math.floor((self.high - self.low) / self.step + 1e-9) + 1
-        return tuple(self.low + index * self.step for index in range(num))
 
 
 Domain = Choice | Range
-Setting = dict[str, Any]
-"""Values of the parameters by dotted key."""
 
 
-def read_domains(
-    parameters: Mapping[str, Any], problems: list[str], prefix: str = ""
-) -> Iterator[tuple[str, Domain]]:
-    """The domains in a sweep's `parameters`, by dotted key.
+class TuneError(ValueError):
+    """A sweep that cannot be run; the message says why."""
+
+
+class Metric(Section):
+    """What a sweep minimizes or maximizes."""
+
+    name: str = Field(description="a metric of the target set, as target/loss")
+    goal: Literal["minimize", "maximize"] = Field(default="minimize", description="direction")
+
+
+class Hyperband(Section):
+    """Early termination: at each bracket only the best 1/eta of the cells that got there go on.
+
+    Brackets are at min_iter, min_iter * eta, ... evaluations; or, given max_iter and s, the first
+    is at max_iter / eta^s.
+    """
+
+    type: Literal["hyperband"] = Field(description="hyperband: W&B's only one")
+    min_iter: Count | None = Field(default=None, description="evaluations before the first bracket")
+    max_iter: Count | None = Field(default=None, description="evaluations of a whole cell")
+    s: Count | None = Field(default=None, description="brackets, counted back from max_iter")
+    eta: Annotated[int, Field(ge=2)] = Field(default=3, description="one in eta goes on")
+
+    @property
+    def first(self) -> int:
+        """Evaluations before the first bracket."""
+        if self.min_iter is not None:
+            return self.min_iter
+        assert self.max_iter is not None
+        return max(1, int(self.max_iter // self.eta ** (self.s or 1)))
+
+    @model_validator(mode="after")
+    def _has_brackets(self) -> Self:
+        if self.min_iter is None and self.max_iter is None:
+            rule = {"rule": "a mapping with min_iter, or with max_iter and s"}
+            raise PydanticCustomError("rule", "must be {rule}", rule)
+        return self
+
+
+class SweepFile(Section):
+    """The keys of a sweep file."""
+
+    program: str = Field(description="the trainer, a Python file")
+    method: Literal["grid", "random", "bayes"] = Field(description="how settings are chosen")
+    metric: Metric = Field(description="what is optimized")
+    parameters: dict[str, Any] = Field(min_length=1, description="what varies")
+    command: tuple[str, ...] = Field(strict=False, description=f"as {_COMMAND}")
+    early_terminate: Hyperband | None = Field(default=None, description="stop poor cells early")
+    run_cap: Count | None = Field(default=None, description="most cells that are tried")
+    name: str | None = Field(default=None, description="of the sweep")
+    description: str | None = Field(default=None, description="for people")
+    project: str | None = Field(default=None, description="W&B project")
+    entity: str | None = Field(default=None, description="W&B entity")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that can be run.
+
+    Attributes:
+        name: of the sweep, and of its directory.
+        keys: the file's other keys.
+        domains: of every parameter but the seed, by dotted key.
+        seeds: every cell is run with each; empty: with the configuration's own.
+        config: the YAML that the settings are applied to.
+        overrides: `key=value` that the command gives to every run.
+        raw: the file's mapping, as W&B takes it.
+    """
+
+    name: str
+    keys: SweepFile
+    domains: dict[str, Domain]
+    seeds: tuple[int, ...]
+    config: Path
+    overrides: tuple[str, ...]
+    raw: dict[str, Any]
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every setting of a grid, the last parameter changing fastest."""
+        choices = [domain.values for domain in self.domains.values() if isinstance(domain, Choice)]
+        return [
+            dict(zip(self.domains, chosen, strict=True)) for chosen in itertools.product(*choices)
+        ]
+
+    def local_overrides(self, out: Path, seed: int | None) -> list[str]:
+        """The overrides of every run under the directory `out`, in addition to its setting."""
+        overrides = [
+            as_override("name", self.run_name()),
+            as_override("root", str(out / "runs")),
+            "resume=auto",
+            "overwrite=false",
+            "num_threads=1",
+        ]
+        if "track.wandb" not in self.domains:
+            overrides.append("track.wandb=disabled")  # metrics.jsonl has all that the sweep reads
+        return overrides if seed is None else [*overrides, f"seed={seed}"]
+
+    def run_name(self) -> str:
+        """A name that differs for every run of the sweep, as `RunConfig.name` has it."""
+        parts = [
+            f"{key.rpartition('.')[2].replace('_', '-')}{{{key}}}"
+            for key, domain in self.domains.items()
+            if isinstance(domain, Range) or len(domain.values) > 1
+        ]
+        return "-".join([*parts, "s{seed}"])
+
+    def load(self, setting: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+        """The configuration of a run.
+
+        Raises:
+            ConfigError: a parameter is unknown, or a value out of its range.
+        """
+        return load(self.config, self.arguments(setting, overrides)[1:])
+
+    def arguments(self, setting: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[str]:
+        """The trainer's arguments: the YAML, the command's overrides, the setting, and others."""
+        given = [as_override(key, value) for key, value in setting.items()]
+        return [str(self.config), *self.overrides, *given, *overrides]
+
+
+def as_override(key: str, value: Any) -> str:
+    """`key=value` with the value as YAML."""
+    if value == math.inf:
+        return f"{key}=.inf"
+    return f"{key}={json.dumps(value)}"
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """The sweep in a YAML file, checked together with the configuration that it varies.
 
     Args:
-        parameters: W&B's mapping, whose keys may be dotted or nested.
-        problems: takes a line for each parameter that cannot be used.
-        prefix: of the keys.
+        path: a sweep file of W&B.
+
+    Returns:
+        The sweep. Its paths are taken from the working directory, as W&B's agents do.
+
+    Raises:
+        ConfigError: the file cannot be read, uses what is not supported, selects on anything but
+            the target set, or gives a parameter that the configuration does not have or a value
+            that it does not take.
     """
+    raw = read_yaml(path)
+    try:
+        keys = SweepFile.model_validate(raw)
+    except ValidationError as error:
+        known = [*SweepFile.model_fields, *(f"metric.{key}" for key in Metric.model_fields)]
+        known += [f"early_terminate.{key}" for key in Hyperband.model_fields]
+        _fail(path, [_of_wandb(dict(item), known) for item in error.errors()])
+    problems: list[str] = []
+    domains = dict(_read_domains(keys.parameters, problems))
+    if keys.method == "grid":
+        domains = {key: _counted(domain) for key, domain in domains.items()}
+    config, overrides = _configuration(keys, problems)
+    problems += _disagreements(keys, domains)
+    if problems:
+        _fail(path, problems)
+    seeds = domains.pop("seed", Choice(()))
+    assert isinstance(seeds, Choice)
+    name = keys.name or Path(path).stem
+    sweep = Sweep(name, keys, domains, seeds.values, config, overrides, raw)
+    for setting in _samples(sweep):
+        sweep.load(setting, [f"seed={seeds.values[0]}"] if seeds.values else [])
+    return sweep
+
+
+def _fail(path: str | Path, problems: list[str]) -> None:
+    head = f"{path}: {len(problems)} error{'s' if len(problems) > 1 else ''} in the sweep"
+    raise ConfigError("\n  ".join([head, *problems]))
+
+
+def _of_wandb(error: Mapping[str, Any], known: Sequence[str]) -> str:
+    key, value = str(error["loc"][-1]), error["input"]
+    for name in (key, value):
+        if isinstance(name, str) and name in _ONLY_ON_WANDB:
+            path = ".".join(str(part) for part in error["loc"])
+            return f"{path} must be left to W&B's server: {name!r} is not supported here"
+    return describe(error, known)
+
+
+def _disagreements(keys: SweepFile, domains: Mapping[str, Domain]) -> Iterator[str]:
+    if not Path(keys.program).is_file():
+        yield f"program must be an existing file, got {keys.program!r}"
+    if not keys.metric.name.startswith("target/"):
+        yield (
+            "metric.name must be measured on the target set, as target/loss, got "
+            f"{keys.metric.name!r}; what selects must not be the test set"
+        )
+    if keys.method == "grid":
+        for key, domain in domains.items():
+            if isinstance(domain, Range):  # one that can be counted is a choice by now
+                yield f"parameters.{key} must have values in a grid, got a range"
+    elif keys.run_cap is None:
+        yield f"run_cap must be given when method is {keys.method}, got None; how many cells?"
+    seeds = domains.get("seed", Choice((0,)))
+    if not isinstance(seeds, Choice) or not all(isinstance(seed, int) for seed in seeds.values):
+        yield "parameters.seed must have integer values, each of which every cell is run with"
+
+
+def _configuration(keys: SweepFile, problems: list[str]) -> tuple[Path, tuple[str, ...]]:
+    """The YAML and the overrides in a sweep's command."""
+    rest = [word for word in keys.command if word not in _MACROS and word != "python"]
+    configs = [word for word in rest if "=" not in word and word.endswith((".yaml", ".yml"))]
+    others = [word for word in rest if word not in configs and "=" not in word]
+    if others or len(configs) != 1 or _MACROS[2] not in keys.command:
+        at = f"{others[0]!r} in it" if others else list(keys.command)
+        problems.append(f"command must be {_COMMAND}, with key=value where needed, got {at}")
+        return Path(), ()
+    if _MACROS[3] not in keys.command:
+        problems.append(f"command must hold {_MACROS[3]}, where the parameters go")
+    return Path(configs[0]), tuple(word for word in rest if "=" in word)
+
+
+def _counted(domain: Domain) -> Domain:
+    """A range with a step as the choice of its values."""
+    if isinstance(domain, Choice) or domain.step is None:
+        return domain
+    num = math.floor((domain.high - domain.low) / domain.step + 1e-9) + 1
+    return Choice(tuple(domain.low + index * domain.step for index in range(num)))
+
+
+def _samples(sweep: Sweep) -> list[dict[str, Any]]:
+    """Settings to check: a whole grid, else every value, and both ends of a range, once."""
+    if sweep.keys.method == "grid":
+        return sweep.grid()
+    ends = {
+        key: domain.values if isinstance(domain, Choice) else (domain.low, domain.high)
+        for key, domain in sweep.domains.items()
+    }
+    first = {key: values[0] for key, values in ends.items()}
+    return [first | {key: value} for key, values in ends.items() for value in values]
+
+
+def _read_domains(
+    parameters: Mapping[str, Any], problems: list[str], prefix: str = ""
+) -> Iterator[tuple[str, Domain]]:
+    """The domains in W&B's `parameters` by dotted key; adds a problem for each unusable one."""
     for name, spec in parameters.items():
         key = f"{prefix}{name}"
         if isinstance(spec, dict) and isinstance(spec.get("parameters"), dict):
-            yield from read_domains(spec["parameters"], problems, f"{key}.")
+            yield from _read_domains(spec["parameters"], problems, f"{key}.")
             continue
         try:
             yield key, _domain(spec)
@@ -96,7 +323,7 @@ def _domain(spec: Any) -> Domain:
         raise ValueError(f" must be a mapping with value, values, or min and max, got {spec!r}")
     name = spec.get("distribution") or _inferred(spec)
     for word in (name, *spec):
-        if word in OTHERS_OF_WANDB:
+        if word in _ONLY_ON_WANDB:
             raise ValueError(f" must be left to W&B's server: {word!r} is not supported here")
     if name not in _DISTRIBUTIONS:
         near = nearest(str(name), list(_DISTRIBUTIONS))
@@ -135,13 +362,11 @@ def _range(name: str, low: Any, high: Any, step: Any = None) -> Range:
     is_log = name.startswith("log")
     if is_log and not low > 0:
         raise ValueError(f".min must be > 0 on a logarithmic scale, got {low}")
-    if name == "int_uniform":
-        if not (isinstance(low, int) and isinstance(high, int)):
-            raise ValueError(f" must have integers for min and max, got {low} and {high}")
-        step = 1
+    if name == "int_uniform" and not (isinstance(low, int) and isinstance(high, int)):
+        raise ValueError(f" must have integers for min and max, got {low} and {high}")
     if step is not None and not step > 0:
         raise ValueError(f".q must be > 0, got {step}")
-    return Range(low, high, is_log, step)
+    return Range(low, high, is_log, 1 if name == "int_uniform" else step)
 
 
 def _is_number(value: Any) -> bool:

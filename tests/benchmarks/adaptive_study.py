@@ -36,8 +36,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selectflow import Selector
-from selectflow.report.quantities import TARGET_LOSS, TEST_LOSS
-from selectflow.report.runs import load_run
+from selectflow.report.runs import TARGET_LOSS, TEST_LOSS, load_run
 from selectflow.run.config import load
 from selectflow.run.ledger import read_ledger
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from selectflow import Selector
 from selectflow.core.batches import take
 from selectflow.core.derivatives import _NUM_CHECKED, _apart
+from selectflow.run.build import build_optimizer, build_schedule
 from selectflow.run.config import load
-from selectflow.run.step import build_optimizer, build_schedule
 
 ROOT = Path(__file__).parents[2]
 KEEP = 16

@@ -21,10 +21,9 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.trial import TrialState
 
-from selectflow.tune.cell_table import Cells
-from selectflow.tune.record import read_cells
+from selectflow.tune.record import Cells, read_cells
 from selectflow.tune.search import tune
-from selectflow.tune.sweep import Sweep, load_sweep
+from selectflow.tune.space import Sweep, load_sweep
 
 ROOT = Path(__file__).parents[2]
 Curves = list[list[float]]  # of a cell: for each seed its metric at every evaluation

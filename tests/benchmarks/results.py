@@ -35,25 +35,22 @@ from pathlib import Path
 import torch
 from results_tasks import BOTH, ROOT, TASKS, UNIFORM, Options, Task, trainer
 
-from selectflow.report import words
-from selectflow.report.align import end, value_at
-from selectflow.report.chart import write_png
-from selectflow.report.compare import Comparison, summarize
-from selectflow.report.panels import Panel, curves, kept_shares
-from selectflow.report.quantities import (
+from selectflow.report.compare import Comparison, Stat, stat, summarize
+from selectflow.report.figures import Panel, curves, kept_shares, write_png
+from selectflow.report.runs import (
     ACCURACY,
-    AXES,
     KEPT,
     KEPT_ALTERED,
     STEP,
     TARGET_LOSS,
     TEST_LOSS,
     WALL,
-    quantity,
+    Run,
+    end,
+    load_run,
+    value_at,
 )
-from selectflow.report.runs import Run, load_run
-from selectflow.report.seeds import Stat, stat
-from selectflow.report.table import Grid, grids
+from selectflow.report.tables import AXES, Grid, grids, quantity, spread, verdict
 from selectflow.run.config import RunConfig, load
 
 STRETCHED = f"{UNIFORM}, schedule stretched"
@@ -223,20 +220,21 @@ def headline(comparisons: Sequence[Comparison], with_noise: bool) -> Grid:
     for rows in zip(*(each.rows for each in comparisons), strict=True):
         name = rows[0].label
         seconds = stat([value_at(run, WALL, step) for run in first.runs[name]])
-        line = [name, words.spread(seconds, 1)]
+        line = [name, spread(seconds, 1)]
         both = list(zip(rows, comparisons, strict=True))
-        line += [shown(row.quality_at_step, of) for row, of in both]
-        line += [shown(row.baseline_in_same_time, of) for row, of in both]
-        line.append(said(words.verdict(row.at_equal_steps, of) for row, of in both))
-        line.append(said(words.verdict(row.in_same_time, of) for row, of in both))
-        cells.append(line + ([words.spread(rows[0].kept_altered, 1, 100)] if with_noise else []))
+        line += [shown(row.stats["quality_at_step"], of) for row, of in both]
+        line += [shown(row.stats["baseline_in_same_time"], of) for row, of in both]
+        for question in ("at_equal_steps", "in_same_time"):
+            line.append(said(verdict(row.tests[question], of.quality) for row, of in both))
+        altered = spread(rows[0].stats["kept_altered"], 1, 100)
+        cells.append(line + ([altered] if with_noise else []))
     return Grid("", head + (["wrong among kept (%)"] if with_noise else []), cells)
 
 
 def shown(found: Stat | None, comparison: Comparison) -> str:
     """Mean ± standard deviation in the unit of the quality."""
-    scale = quantity(comparison.quality).scale
-    return words.spread(found, words.quality_digits(comparison), scale)
+    unit = quantity(comparison.quality)
+    return spread(found, unit.digits, unit.scale)
 
 
 def said(verdicts: Iterable[str]) -> str:
@@ -271,8 +269,8 @@ def report(task: Task, found: dict[str, list[Run]], noise: bool) -> str:
 def as_long(runs: Sequence[Run], metrics: Sequence[str]) -> str:
     """What uniform comes to in the seconds of the slowest method."""
     steps = ", ".join(str(run.last_step) for run in runs)
-    seconds = words.spread(stat([end(run, WALL) for run in runs]), 1)
-    ends = (f"{name} {words.spread(stat([end(run, name) for run in runs]), 3)}" for name in metrics)
+    seconds = spread(stat([end(run, WALL) for run in runs]), 1)
+    ends = (f"{name} {spread(stat([end(run, name) for run in runs]), 3)}" for name in metrics)
     return f"{STRETCHED}: {steps} steps, {seconds} s: {', '.join(ends)}."
 
 
@@ -290,7 +288,7 @@ def kept_origins(found: dict[str, list[Run]]) -> Grid:
         line = [method]
         for column in columns:
             each = [mean_of(until(run, step), column) for run in members]
-            line.append(words.spread(stat([value for value in each if value is not None]), 1, 100))
+            line.append(spread(stat([value for value in each if value is not None]), 1, 100))
         cells.append(line)
     return Grid("", ["", *(name.removeprefix(KEPT) for name in columns)], cells)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from selectflow.data import make_digits, read_metadata, write_subset
-from selectflow.report.quantities import ACCURACY, KEPT, KEPT_ALTERED, TEST_LOSS
+from selectflow.report.runs import ACCURACY, KEPT, KEPT_ALTERED, TEST_LOSS
 from selectflow.run.config import load
 from selectflow.run.directory import is_finished
 

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from selectflow.audit.budget import RecordedRun
 from selectflow.audit.config import AuditConfig, GPT2Model, LlamaModel
-from selectflow.audit.rows import Recorded
-from selectflow.audit.settings import PROBLEMS, Setting
+from selectflow.audit.problems import PROBLEMS, AuditedRun
 from selectflow.offline.record import record
 from selectflow.offline.score import score_samples
 
@@ -111,9 +111,9 @@ def measure_shape(name, limit_gib):
         name=name, model=SHAPES[name], steps=3, batch=4, num_queries=1, horizons=(),
         schedule="constant", memory_gib=limit_gib,
     )  # fmt: skip
-    setting = Setting(config, 0)
+    run = AuditedRun(config, 0)
     began = time.process_time()
-    model = setting.model()
+    model = run.model()
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     total = sum(param.numel() for param in model.parameters())
     print(
@@ -122,11 +122,11 @@ def measure_shape(name, limit_gib):
         flush=True,
     )
     loss = PROBLEMS[config.model.kind].loss_fn
-    plain = train(model, loss, [setting.batch(step) for step in range(3)]) / 3
+    plain = train(model, loss, [run.batch(step) for step in range(3)]) / 3
     print(f"  plain step {plain:.2f} s; peak {peak_gib():.2f} GiB", flush=True)
     del model
     reset_peak()
-    recorded = Recorded.of(setting, 1e-4)
+    recorded = RecordedRun.of(run, 1e-4)
     print(
         f"  recorded step {recorded.trajectory.seconds / 3:.2f} s by the clock; peak "
         f"{peak_gib():.2f} GiB",

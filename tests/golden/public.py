@@ -8,7 +8,6 @@ CHANGELOG.md.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 from collections.abc import Callable, Iterator
@@ -20,10 +19,12 @@ PUBLIC = Path(__file__).with_name("public.json")
 
 def names() -> dict[str, Any]:
     """Parameters of the public callables, options of the commands, keys of a configuration."""
+    import typer  # noqa: PLC0415
+
     import selectflow  # noqa: PLC0415
     from selectflow import Selector, audit  # noqa: PLC0415
     from selectflow.audit import influence, leave_one_out  # noqa: PLC0415
-    from selectflow.cli import _parser  # noqa: PLC0415
+    from selectflow.cli import app  # noqa: PLC0415
     from selectflow.data import PoolStream  # noqa: PLC0415
     from selectflow.integrations.huggingface import SelectTrainerMixin  # noqa: PLC0415
     from selectflow.run.config import RunConfig  # noqa: PLC0415
@@ -43,7 +44,7 @@ def names() -> dict[str, Any]:
     return {
         "selectflow": sorted(selectflow.__all__),
         "parameters": {name: parameters(function) for name, function in callables.items()},
-        "commands": dict(commands(_parser())),
+        "commands": dict(commands(typer.main.get_command(app))),
         "keys": dict(keys(RunConfig)),
     }
 
@@ -59,16 +60,16 @@ def parameters(function: Callable[..., Any]) -> list[str]:
     return found
 
 
-def commands(parser: argparse.ArgumentParser, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
+def commands(command: Any, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
     """Arguments and options of each command, by its words."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for word, inner in action.choices.items():
-                yield from commands(inner, f"{prefix} {word}".strip())
-            return
-    options = [each for action in parser._actions for each in action.option_strings]
-    places = [action.dest for action in parser._actions if not action.option_strings]
-    yield prefix, [*places, *sorted(set(options) - {"-h", "--help"})]
+    if hasattr(command, "commands"):
+        for word, inner in command.commands.items():
+            yield from commands(inner, f"{prefix} {word}".strip())
+        return
+    kinds: dict[str, list[str]] = {"argument": [], "option": []}
+    for each in command.params:
+        kinds[each.param_type_name] += each.opts
+    yield prefix, [*kinds["argument"], *sorted(kinds["option"])]
 
 
 def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

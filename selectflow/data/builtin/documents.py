@@ -1,0 +1,225 @@
+"""Documents with a domain: the text that comes with Python, files, JSON lines, Hugging Face."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from selectflow.data.manifest import DataError
+
+_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "pydoc_data"}
+_LEFT_OUT |= {"__pycache__", "ensurepip", "turtledemo"}
+_TABLES = "encodings"  # its modules are lists of characters, made by a program
+
+
+class Document(NamedTuple):
+    """A text of one domain.
+
+    Attributes:
+        name: unique in its source.
+        domain: what kind of text it is.
+        text: the text.
+    """
+
+    name: str
+    domain: str
+    text: str
+
+
+class DocumentGroup(NamedTuple):
+    """Documents that must not be divided between splits, as the code and docstrings of a file.
+
+    Attributes:
+        identity: decides on the split; equal for equal texts.
+        read: reads the documents.
+    """
+
+    identity: str
+    read: Callable[[], Iterable[Document]]
+
+
+def source_text() -> list[DocumentGroup]:
+    """The text that comes with Python; it depends on its version.
+
+    "code" is the source of the standard library without its docstrings, which are "docstrings", one
+    document for each file. "prose" is the language reference, "tables" the modules of `encodings`,
+    "headers" Python's own C headers, if they are installed.
+    """
+    units = []
+    for name, path in _python_files():
+        key = str(name.with_suffix(""))
+        if name.parts[0] == _TABLES:
+            units.append(DocumentGroup(key, partial(_file, path, key, "tables")))
+        else:
+            units.append(DocumentGroup(key, partial(_module, path, key)))
+    include = Path(sysconfig.get_path("include"))
+    for path in sorted(include.rglob("*.h")):
+        key = f"include/{path.relative_to(include).with_suffix('')}"
+        units.append(DocumentGroup(key, partial(_file, path, key, "headers")))
+    return [*units, *_reference()]
+
+
+def python_sources() -> Iterator[str]:
+    """The standard library's source files as they are, in the order of their paths."""
+    for _, path in _python_files():
+        yield path.read_text(encoding="utf-8")
+
+
+def _python_files() -> Iterator[tuple[Path, Path]]:
+    """Relative and absolute paths."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        name = path.relative_to(library)
+        if not _LEFT_OUT & set(name.parts):
+            yield name, path
+
+
+def _module(path: Path, key: str) -> Iterator[Document]:
+    code, docstrings = split_docstrings(path.read_text(encoding="utf-8"))
+    yield Document(key, "code", code)
+    if docstrings:
+        yield Document(f"{key}/docstrings", "docstrings", docstrings)
+
+
+def _file(path: Path, key: str, domain: str) -> Iterator[Document]:
+    yield Document(key, domain, path.read_text(encoding="utf-8"))
+
+
+def _reference() -> Iterator[DocumentGroup]:
+    from pydoc_data.topics import topics  # noqa: PLC0415 - a long text that few need
+
+    for name, text in sorted(topics.items()):
+        key = f"topics/{name}"
+        yield DocumentGroup(key, partial(_only, Document(key, "prose", text)))
+
+
+def split_docstrings(source: str) -> tuple[str, str]:
+    """Python source without its docstrings, and the docstrings, joined by empty lines."""
+    lines: list[str | None] = [*source.split("\n")]  # as ast counts them: not at form feeds
+    docstrings = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text is not None:
+                docstrings.append(text)
+                statement = node.body[0]
+                first, last = statement.lineno - 1, statement.end_lineno
+                lines[first:last] = [None] * len(lines[first:last])
+    return "\n".join(line for line in lines if line is not None), "\n\n".join(docstrings)
+
+
+def text_files(folder: str | Path) -> list[DocumentGroup]:
+    """The files `<folder>/<domain>/**/*.txt` and `.md`.
+
+    Raises:
+        DataError: There are none, or one is not UTF-8.
+    """
+    root = Path(folder)
+    files = sorted(p for p in root.glob("*/**/*") if p.suffix in (".txt", ".md") and p.is_file())
+    if not files:
+        raise DataError(
+            f"folder must hold text as <domain>/<name>.txt, got none in {str(folder)!r}; "
+            "correct the path"
+        )
+    return [_alone(_read_file(root, path)) for path in files]
+
+
+def _read_file(root: Path, path: Path) -> Document:
+    name = path.relative_to(root)
+    try:
+        return Document(str(name.with_suffix("")), name.parts[0], path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} must be UTF-8, got {error}; convert or remove it") from error
+
+
+def json_lines(path: str | Path) -> list[DocumentGroup]:
+    """The lines `{"text": str, "domain": str}` of a file; without a domain it is "text".
+
+    Raises:
+        DataError: The file cannot be read, or a line is not like this; names it.
+    """
+    units = []
+    try:
+        with Path(path).open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    row = _parsed(path, number, line)
+                    units.append(_alone(_of_row(f"{Path(path).stem}/{number:08d}", row)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} must be readable UTF-8, got {error}; correct it") from error
+    if not units:
+        raise DataError(f"{path} must hold at least one line, got none; correct the path")
+    return units
+
+
+def _parsed(path: str | Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError(
+            f"line {number} of {path} must be a JSON object, got {error}; correct it"
+        ) from error
+
+
+def hugging_face(name: str) -> list[DocumentGroup]:
+    """The rows of a dataset's split "train": column "text", and "domain" where there is one.
+
+    Args:
+        name: A folder that `Dataset.save_to_disk` wrote, or what `datasets.load_dataset` takes,
+            with a configuration after a comma: "wikitext,wikitext-2-raw-v1".
+
+    Raises:
+        DataError: The library is missing, or the dataset cannot be loaded or has no text.
+    """
+    rows = _load_rows(name)
+    columns = list(getattr(rows, "column_names", []))
+    if "text" not in columns:
+        raise DataError(f"dataset must have a column 'text', got {columns}; rename the one it has")
+    return [_alone(_of_row(f"row/{number:08d}", rows[number])) for number in range(len(rows))]
+
+
+def _load_rows(name: str) -> Any:
+    try:
+        import datasets  # noqa: PLC0415 - heavy, and needed for this source alone
+    except ImportError as error:
+        raise DataError(
+            f"hf:{name} needs the datasets library, got none; pip install datasets"
+        ) from error
+    try:
+        if Path(name).is_dir() and not list(Path(name).glob("*.parquet")):
+            rows = datasets.load_from_disk(name)
+        else:
+            rows = datasets.load_dataset(*name.split(","), split="train")
+    except Exception as error:  # the library documents no closed list of errors
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"hf:{name} must be a folder of save_to_disk or a dataset on Hugging Face, got "
+            f"{type(error).__name__}: {reason}; without a network, save it to disk elsewhere"
+        ) from error
+    return rows["train"] if isinstance(rows, datasets.DatasetDict) else rows
+
+
+def _of_row(name: str, row: Any) -> Document:
+    text = row.get("text") if isinstance(row, Mapping) else None
+    if not isinstance(text, str):
+        raise DataError(f"{name} must have a string 'text', got {row!r:.80}; correct or drop it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can hold halves of surrogate pairs
+        raise DataError(f"{name} must have a text of whole characters, got {error}") from error
+    return Document(name, str(row.get("domain") or "text"), text)
+
+
+def _alone(document: Document) -> DocumentGroup:
+    # by its text: a copy under another name goes to the same split
+    return DocumentGroup(f"{zlib.crc32(document.text.encode()):08x}", partial(_only, document))
+
+
+def _only(document: Document) -> Iterator[Document]:
+    yield document

@@ -1,0 +1,326 @@
+"""Samples to WebDataset shards, reproducible byte for byte and without pickle."""
+
+import hashlib
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from webdataset import TarWriter
+
+from selectflow.core.files import atomic_file
+from selectflow.data.fields import CODECS, PACKED, Sample
+from selectflow.data.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    DataError,
+    Manifest,
+    Shard,
+    check_least,
+    read_manifest,
+    write_manifest,
+)
+from selectflow.data.sources import Sources, open_catalog, read_tokenizer
+from selectflow.data.splits import read_split
+
+# A dot would end the key, a leading "__" marks a member that webdataset skips, and the tar format
+# has room for 100 characters of name and extension.
+_KEY = re.compile(r"(?!__)(?=.{1,90}\Z)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
+_SPLIT = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class _Record(NamedTuple):
+    key: str
+    members: dict[str, bytes]
+    num_samples: int
+
+
+def write_split(
+    root: str | Path,
+    split: str,
+    samples: Iterable[Sample],
+    per_shard: int,
+    *,
+    pack: int = 1,
+    max_bytes: int | None = None,
+) -> list[Shard]:
+    """Write one split as shards `{split}-%06d.tar`, each of which appears only once it is whole.
+
+    Equal samples give equal bytes: owner, mode and time of every member are fixed.
+
+    Args:
+        root: Dataset directory, made if missing.
+        split: Name of the split: letters, digits, "_" and "-".
+        samples: Each `{"__key__": str}` and the same fields: "npy" (array), "cls" (int), "json"
+            (what JSON can hold), "txt" (str), "png" (uint8 of shape (1 or 3, height, width)),
+            "jpg" (the bytes of a file).
+        per_shard: Samples that close a shard, >= 1; a record is never divided.
+        pack: Samples of a record, >= 1. Above 1 each field of a record is one member, and the
+            key of a sample is "<shard>/<record>/<row>".
+        max_bytes: Bytes of contents that close a shard, >= 1; None: no limit.
+
+    Returns:
+        The shards written, in order.
+
+    Raises:
+        DataError: No samples; a key that is empty, has a dot or a stray "/", or is repeated; a
+            field that is unknown, not in every sample, not of its type, or cannot be packed.
+    """
+    if not _SPLIT.fullmatch(split):
+        raise DataError(f"split must be letters, digits, _ and -, got {split!r}; rename it")
+    for name, value in {"per_shard": per_shard, "pack": pack, "max_bytes": max_bytes}.items():
+        if value is not None:
+            check_least(name, value, 1, "leave it out for the default")
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    shards: list[Shard] = []
+    records = _pack(_checked(samples, pack), pack) if pack > 1 else map(_alone, _checked(samples))
+    for chunk in _chunks(records, per_shard, max_bytes):
+        shards.append(_write_shard(root / f"{split}-{len(shards):06d}.tar", chunk))
+    if not shards:
+        raise DataError(f"samples of split {split!r} must be at least 1, got 0; check the source")
+    return shards
+
+
+def _chunks(
+    records: Iterable[_Record], per_shard: int, max_bytes: int | None
+) -> Iterator[list[_Record]]:
+    chunk: list[_Record] = []
+    count = size = 0
+    for record in records:
+        chunk.append(record)
+        count += record.num_samples
+        size += sum(map(len, record.members.values()))
+        if count >= per_shard or (max_bytes and size >= max_bytes):
+            yield chunk
+            chunk, count, size = [], 0, 0
+    if chunk:
+        yield chunk
+
+
+def _checked(samples: Iterable[Sample], pack: int = 1) -> Iterator[Sample]:
+    known = CODECS.keys() if pack == 1 else PACKED.keys()
+    seen: set[str] = set()
+    fields: set[str] | None = None
+    for sample in samples:
+        key = sample.get("__key__")
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            raise DataError(
+                "__key__ must be 1 to 90 letters, digits, _ and -, in parts joined by single /, "
+                f"not starting with __, got {key!r}; rename the sample"
+            )
+        if key in seen:
+            raise DataError(f"__key__ must be unique in its split, got {key!r} twice; rename one")
+        seen.add(key)
+        given = sample.keys() - {"__key__"}
+        fields = fields or given
+        if not given or given != fields or not fields <= known:
+            packed = " that can be packed" if pack > 1 else ""
+            raise DataError(
+                f"fields must be the same for all samples and out of {sorted(known)}{packed}, "
+                f"got {sorted(given)} for key {key!r}; add the missing or rename the unknown"
+            )
+        yield sample
+
+
+def _alone(sample: Sample) -> _Record:
+    key = sample["__key__"]
+    fields = sorted(sample.keys() - {"__key__"})
+    return _Record(key, {f: _encode(key, f, CODECS[f][0], sample[f]) for f in fields}, 1)
+
+
+def _pack(samples: Iterator[Sample], pack: int) -> Iterator[_Record]:
+    index = 0
+    while chunk := list(islice(samples, pack)):
+        first, last = chunk[0]["__key__"], chunk[-1]["__key__"]
+        keys = first if len(chunk) == 1 else f"{first} to {last}"
+        members = {
+            PACKED[f].extension: _encode(keys, f, PACKED[f].encode, [s[f] for s in chunk])
+            for f in sorted(chunk[0].keys() - {"__key__"})
+        }
+        yield _Record(f"{index:06d}", members, len(chunk))
+        index += 1
+
+
+def _encode(key: str, field: str, encode: Callable[[Any], bytes], value: Any) -> bytes:
+    try:
+        return encode(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"field {field!r} of key {key!r} must be storable without pickle, "
+            f"got {type(value).__name__} ({error}); convert it first"
+        ) from error
+
+
+def _write_shard(path: Path, records: list[_Record]) -> Shard:
+    tar = io.BytesIO()
+    # mtime as an int: a float takes an extended header, two blocks for every member
+    with TarWriter(tar, encoder=False, user="", group="", mtime=0) as writer:
+        for record in records:
+            writer.write({"__key__": record.key} | record.members)
+    data = tar.getvalue()
+    with atomic_file(path) as file:
+        file.write(data)
+    count = sum(record.num_samples for record in records)
+    return Shard(path.name, count, len(data), hashlib.sha256(data).hexdigest())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples are laid out in shards.
+
+    Attributes:
+        per_shard: samples that close a shard, >= 1.
+        pack: samples of a record, >= 1.
+        max_bytes: bytes of contents that close a shard; None: no limit.
+    """
+
+    per_shard: int = 256
+    pack: int = 1
+    max_bytes: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The values that differ from their defaults, and always `per_shard`."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name == "per_shard" or value != getattr(Layout, name)
+        }
+
+
+_DEFAULT_LAYOUT = Layout()
+
+
+def build(
+    root: str | Path,
+    make_splits: Callable[[], Mapping[str, Iterable[Sample]]],
+    options: Mapping[str, Any],
+    seed: int,
+    layout: Layout,
+    tokenizer: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write the splits and then the manifest, or reuse the dataset that was written before.
+
+    Args:
+        root: Dataset directory, made if missing.
+        make_splits: The samples of each split; not called if the dataset is reused.
+        options: What the samples are made from, the builder's own name under "name".
+        seed: Seed of the builder.
+        layout: How to lay them out.
+        tokenizer: What the manifest says of the tokenizer; read after the splits are written.
+
+    Returns:
+        The manifest of the directory.
+
+    Raises:
+        DataError: The directory holds another dataset, or the samples cannot be written.
+    """
+    options = {**options, **layout.options()}
+    if Path(root, MANIFEST_NAME).exists():
+        return _reuse(root, options | {"seed": seed})
+    shards, fields = {}, set[str]()
+    for split, samples in make_splits().items():
+        noted = _note_fields(samples, fields)
+        shards[split] = tuple(write_split(root, split, noted, **asdict(layout)))
+    manifest = Manifest(
+        shards, tuple(sorted(fields)), options, seed, layout.pack, dict(tokenizer or {})
+    )
+    write_manifest(root, manifest)  # last: its presence says that the dataset is whole
+    return manifest
+
+
+def _note_fields(samples: Iterable[Sample], fields: set[str]) -> Iterator[Sample]:
+    """The samples; `fields` gets the names of their fields as they pass."""
+    for sample in samples:
+        fields |= sample.keys() - {"__key__"}
+        yield sample
+
+
+def _reuse(root: str | Path, wanted: dict[str, Any]) -> Manifest:
+    manifest = read_manifest(root)
+    held = manifest.options | {"seed": manifest.seed}
+    for option in wanted | held:  # the builder's name first
+        if held.get(option) != wanted.get(option):
+            raise DataError(
+                f"{option} must be {held.get(option)!r} as in the dataset at {str(root)!r}, "
+                f"got {wanted.get(option)!r}; choose another root, or delete that directory"
+            )
+    return manifest
+
+
+def write_subset(
+    root: str | Path,
+    source: Sources,
+    split: str,
+    keys: Iterable[str],
+    made_from: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    copied: Iterable[str] = (),
+    layout: Layout = _DEFAULT_LAYOUT,
+) -> Manifest:
+    """Write the samples of one split that have certain keys, or reuse those written before.
+
+    Samples keep their fields, metadata and stored order. The options in the manifest say what
+    they were made from: `source`, the fingerprint of the dataset, `split`, the other splits that
+    were `copied`, if any, and `made_from`.
+
+    Args:
+        root: Dataset directory, made if missing.
+        source: Dataset directory, or any other source of `PoolStream`.
+        split: Name of the split, in both.
+        keys: Keys of the samples to write, at least one.
+        made_from: How they were chosen, as JSON can hold it.
+        seed: Seed of that choice.
+        copied: Names of splits of the source that are copied whole.
+        layout: How to lay them out.
+
+    Returns:
+        The manifest of the directory.
+
+    Raises:
+        DataError: The source cannot be read or lacks a key; no keys; the directory holds another
+            dataset.
+    """
+    options = {
+        "name": "subset",
+        "source": open_catalog(source, split).fingerprint,
+        "split": split,
+        **made_from,
+    }
+    if others := sorted(set(copied)):
+        options["copied"] = others
+    splits = {split: _chosen(source, split, set(keys))}
+    splits |= {other: read_split(source, other) for other in others}
+    tokenizer = _copy_tokenizer(source, root)
+    return build(root, lambda: splits, options, seed, layout, tokenizer)
+
+
+def _chosen(source: Sources, split: str, keys: set[str]) -> Iterator[Sample]:
+    missing = set(keys)
+    for sample in read_split(source, split, max_errors=math.inf):
+        if sample["__key__"] in keys:
+            missing.discard(sample["__key__"])
+            yield sample
+    if missing:
+        raise DataError(
+            f"keys must be of readable samples of split {split!r}, got {min(missing)!r} and "
+            f"{len(missing) - 1} others that are not; pass the dataset that was scored"
+        )
+
+
+def _copy_tokenizer(source: Sources, root: str | Path) -> dict[str, Any]:
+    """Put the tokenizer of a local dataset beside other shards; what the manifest says of it."""
+    if not isinstance(source, str | Path) or not Path(source, MANIFEST_NAME).exists():
+        return {}
+    manifest = read_manifest(source)
+    if "sha256" in manifest.tokenizer:
+        data = read_tokenizer(source, manifest)
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with atomic_file(Path(root, TOKENIZER_NAME)) as file:
+            file.write(data)
+    return manifest.tokenizer

@@ -1,0 +1,90 @@
+"""The metrics of a run: their names, and means of them over a stretch of steps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from selectflow.strategies import Selection
+
+STEP = "train/step"
+TRAIN_LOSS = "train/loss"
+LEARNING_RATE = "train/lr"
+TARGET_LOSS = "target/loss"
+TEST_LOSS = "test/loss"
+TEST_ACCURACY = "test/accuracy"
+SCORE_MEAN = "select/score_mean"
+"""Mean score of the kept examples."""
+KEPT_FRACTION = "select/kept_fraction"
+HORIZON = "select/horizon"
+LR_MULTIPLIER = "select/lr_multiplier"
+LOOKAHEAD_TARGET_LOSS = "select/target_loss"
+"""Target loss at the end of the look-ahead."""
+SAMPLES_SEEN = "data/samples_seen"
+SAMPLES_SCORED = "data/samples_scored"
+TOKENS_SEEN = "data/tokens_seen"
+DATA_ERRORS = "data/errors"
+WALL_S = "perf/wall_s"
+"""Seconds of training so far: data, selection and updates, without evaluation."""
+DATA_S = "perf/data_s"
+SELECT_S = "perf/select_s"
+STEP_S = "perf/step_s"
+UPFRONT_S = "perf/upfront_s"
+"""Seconds of offline selection before the first step."""
+
+CONTROLLED = {
+    name: f"select/{name}"
+    for name in ("proxy_first_order", "proxy_second_order", "relative_error", "trust_ratio")
+}
+"""Measure of a controller's decision -> its metric, the last value."""
+
+
+def kept_share(kind: str) -> str:
+    """The metric for the share of a kind of sample, as "altered", among the kept."""
+    return f"select/kept_{kind}"
+
+
+def evaluated(split: str, name: str) -> str:
+    """The metric for a mean over a split, as over "test" the "accuracy"."""
+    return f"{split}/{name}"
+
+
+class Means:
+    """Means of metrics over a stretch of steps; each over the steps that have it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._weights: dict[str, float] = defaultdict(float)
+
+    def add(self, values: Mapping[str, float | None], weight: float = 1.0) -> None:
+        """Add a value of each metric; None: there is none."""
+        for name, value in values.items():
+            if value is not None:
+                self._sums[name] += weight * value
+                self._weights[name] += weight
+
+    def pop(self) -> dict[str, float]:
+        """The means since the last call, by metric name."""
+        means = {name: total / self._weights[name] for name, total in self._sums.items()}
+        self._sums.clear()
+        self._weights.clear()
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next means depend on."""
+        return {"sums": dict(self._sums), "weights": dict(self._weights)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after `state_dict`."""
+        self._sums.update(state["sums"])
+        self._weights.update(state["weights"])
+
+
+def of_selection(selection: Selection) -> dict[str, float | None]:
+    """The metrics of one selection that are reported as means over the selections."""
+    return {
+        SCORE_MEAN: float(selection.scores[selection.indices].mean()),
+        KEPT_FRACTION: len(selection.indices) / len(selection.scores),
+        HORIZON: selection.horizon,
+    }

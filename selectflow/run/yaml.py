@@ -1,0 +1,227 @@
+"""Configurations from YAML and `key=value` overrides, with errors that name all that is wrong.
+
+YAML is read as people write it: `1e-3` is a number, a key given twice is an error.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError, model_validator
+
+from selectflow.options import ConfigError, Section, describe, nearest, nearest_key
+
+# --- reading and writing --------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+# YAML 1.1 reads 1e-3 as a string, because it asks for a point and a signed exponent. The dumper
+# gets the rule too, so that it quotes a string which would be read back as a number.
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+_Dumper.add_representer(
+    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True)
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Args:
+        text: one YAML document.
+
+    Returns:
+        Dicts, lists, strings, numbers, booleans and None.
+
+    Raises:
+        ConfigError: the text is not YAML, or a mapping has a key twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"must be YAML: {error.problem}{where}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"must be YAML: {error}") from error
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """The YAML of plain values, which `parse_yaml` reads back to equal ones; lists on one line."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its top-level mapping, not empty.
+
+    Raises:
+        ConfigError: the file does not exist, is not text, not YAML, empty, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = sorted(str(other) for other in path.parent.glob("*.y*ml"))
+        message = f"{path}: config must be an existing file{nearest(str(path), known)}"
+        raise ConfigError(message) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: config must be a readable text file: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: config {error}") from error
+    if values is None:
+        raise ConfigError(f"{path}: config must not be empty; give it at least a name")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: config must be a mapping, got {values!r}")
+    return values
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+
+class Configuration(Section):
+    """The whole of a configuration, as a YAML file holds it."""
+
+    example: ClassVar[str]  # of an override, for the message about one that is none
+
+    @classmethod
+    def disagreements(cls, values: Mapping[str, Any]) -> Iterable[str]:
+        """What is wrong between fields that are right each, one line for each.
+
+        Args:
+            values: plain values, as read from a file; single fields may be wrong or missing.
+
+        Raises:
+            TypeError: a field has a wrong type.
+        """
+        del values
+        return ()
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if problems := list(self.disagreements(self.model_dump())):
+            raise ValueError("; ".join(problems))
+        return self
+
+
+Kind = TypeVar("Kind", bound=Configuration)
+
+
+def load_as(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
+    """The configuration of a YAML file with `key=value` overrides.
+
+    Args:
+        kind: what the file's mapping has the fields of.
+        path: YAML file.
+        overrides: dotted paths and YAML values, as `select.horizon=2` or `model.hidden=[64, 64]`;
+            later ones win.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown, has the wrong type or is out of
+            range; the message has one line for each of them.
+    """
+    values = read_yaml(path)
+    known = keys_of(kind)
+    found = [set_key(values, item, known, kind.example) for item in overrides]
+    problems = [problem for problem in found if problem]
+    try:
+        config = kind.model_validate(values)
+    except ValidationError as error:
+        problems += [_describe(dict(item), known) for item in error.errors() if item["loc"]]
+        with contextlib.suppress(TypeError):  # of a value that is among the problems already
+            problems.extend(kind.disagreements(values))
+    if problems:
+        count = f"{len(problems)} error{'s' if len(problems) > 1 else ''}"
+        raise ConfigError("\n  ".join([f"{path}: {count} in the configuration", *problems]))
+    return config
+
+
+def _describe(error: dict[str, Any], known: Sequence[str]) -> str:
+    """One error of pydantic in a line, with the path that the file has."""
+    if error["type"] == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    section, *rest = error["loc"]
+    if error["type"] == "union_tag_invalid":  # an unknown value of the field that tells the kind
+        name, context = error["ctx"]["discriminator"].strip("'"), error["ctx"]
+        error |= {"type": "literal_error", "loc": (section, name), "input": context["tag"]}
+        error["ctx"] = {"expected": context["expected_tags"]}
+    elif len(rest) > 1 and f"{section}.{rest[0]}" not in known:
+        error["loc"] = (section, *rest[1:])  # without the kind of the section
+    return describe(error, known)
+
+
+def keys_of(kind: type[BaseModel]) -> list[str]:
+    """Dotted paths of all keys of a configuration, sections included."""
+    return list(dict.fromkeys(_keys(kind)))
+
+
+def _keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        yield prefix + name
+        for part in (field.annotation, *get_args(field.annotation)):  # of a union, each
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _keys(part, f"{prefix}{name}.")
+
+
+def set_key(
+    values: dict[str, Any], override: str, known: Sequence[str], example: str
+) -> str | None:
+    """Set one `section.key=value` in a configuration's values.
+
+    Args:
+        values: as read from a file; changed in place.
+        override: dotted path and YAML value.
+        known: dotted paths of all keys.
+        example: of an override, for the message.
+
+    Returns:
+        What is wrong with the override, in one line, or None.
+    """
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        return f"{override!r} must be key=value, as in {example}"
+    if path not in known:
+        return f"{path} must be a known key, got {text!r}{nearest_key(path, known)}"
+    try:
+        value = parse_yaml(text)
+    except ConfigError as error:
+        return f"{path} {error}, got {text!r}"
+    *sections, leaf = path.split(".")
+    for section in sections:
+        if not isinstance(values.setdefault(section, {}), dict):
+            return None  # the section itself is wrong, which validation reports
+        values = values[section]
+    values[leaf] = value
+    return None

@@ -1,0 +1,82 @@
+"""A sweep on W&B's server: created there, and served by an agent here."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from selectflow.run.config import ConfigError, load
+from selectflow.tune.record import Cells, cells_of_runs
+from selectflow.tune.space import Sweep, TuneError, as_override
+
+
+def wandb_spec(sweep: Sweep) -> dict[str, Any]:
+    """What W&B's server is given: the file, its command completed.
+
+    Each run needs a name of its own, as its directory is called, and reports to W&B; what the
+    file's own command says of either comes later and wins. JSON has no infinity: `.inf` goes as
+    text, which the run's configuration reads as a number again.
+    """
+    command = list(sweep.keys.command)
+    after = command.index(str(sweep.config)) + 1
+    name = as_override("name", _name(sweep))
+    spec: dict[str, Any] = _without_infinities(sweep.raw)
+    spec["command"] = [*command[:after], name, "track.wandb=online", *command[after:]]
+    return spec | {"name": sweep.name}
+
+
+def serve(sweep: Sweep, count: int | None = None) -> Cells:
+    """Create a sweep on W&B's server, and run its settings here until it has no more.
+
+    Args:
+        sweep: the sweep.
+        count: most runs that this agent makes; None: no limit.
+
+    Returns:
+        The cells of the runs that agents made of this sweep on this machine.
+
+    Raises:
+        TuneError: there is no key, or no network.
+    """
+    # Imported here alone: a sweep on this machine does not pay for it.
+    import wandb  # noqa: PLC0415
+
+    project = sweep.keys.project or "selectflow"
+    try:
+        sweep_id = wandb.sweep(wandb_spec(sweep), entity=sweep.keys.entity, project=project)
+    except wandb.errors.Error as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TuneError(
+            f"a sweep on W&B must have a key and a network: {reason}; set WANDB_API_KEY or run "
+            "`wandb login`, or use --local, which needs neither"
+        ) from error
+    path = "/".join(part for part in (sweep.keys.entity, project, sweep_id) if part)
+    print(f"created sweep {path}; on other machines: wandb agent {path}", flush=True)
+    wandb.agent(sweep_id, entity=sweep.keys.entity, project=project, count=count)
+    return cells_of_runs(sweep, _run_dirs(sweep))
+
+
+def _run_dirs(sweep: Sweep) -> list[Path]:
+    """The directories here of the runs that agents made of a sweep."""
+    root, found = load(sweep.config, sweep.overrides).root, []
+    for path in sorted(root.glob("*/config.yaml")):
+        try:
+            name = load(path).name
+        except ConfigError:
+            continue  # of another version: not a run of this sweep
+        if name == _name(sweep):
+            found.append(path.parent)
+    return found
+
+
+def _name(sweep: Sweep) -> str:
+    return f"{sweep.name}-{sweep.run_name()}"
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(each) for each in value]
+    return ".inf" if value == math.inf else value

@@ -1,0 +1,220 @@
+"""Sweep files: what W&B's format becomes, and what is refused and why."""
+
+import math
+from pathlib import Path
+
+import pytest
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+from selectflow.cli import main
+from selectflow.run.config import ConfigError, load
+from selectflow.run.yaml import dump_yaml
+from selectflow.tune.space import Choice, Range, load_sweep
+from selectflow.tune.wandb import wandb_spec
+
+ROOT = Path(__file__).parents[1]
+COMMAND = ["${env}", "${interpreter}", "${program}", "base.yaml", "${args_no_hyphens}"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text("name: base\nsteps: 8\nselect: {keep: 4}\n")
+    Path("trainer.py").touch()
+
+
+def sweep(parameters, **keys):
+    values = {
+        "program": "trainer.py",
+        "command": COMMAND,
+        "method": "grid",
+        "metric": {"name": "target/loss", "goal": "minimize"},
+        "parameters": parameters,
+    } | keys
+    values = {key: value for key, value in values.items() if value is not None}
+    Path("sweep.yaml").write_text(dump_yaml(values))
+    return load_sweep("sweep.yaml")
+
+
+def refused(parameters, **keys):
+    with pytest.raises(ConfigError) as caught:
+        sweep(parameters, **keys)
+    return str(caught.value)
+
+
+def test_a_grid_is_every_combination_but_of_the_seeds():
+    found = sweep(
+        {
+            "optimizer": {"parameters": {"lr": {"values": [1e-3, 1e-2]}}},
+            "select.horizon": {"min": 0, "max": 2},
+            "select.keep": {"distribution": "q_uniform", "min": 0.25, "max": 0.75, "q": 0.25},
+            "seed": {"values": [3, 4]},
+            "steps": {"value": 5},
+        }
+    )
+    assert found.seeds == (3, 4)
+    assert found.grid() == [
+        {"optimizer.lr": lr, "select.horizon": horizon, "select.keep": keep, "steps": 5}
+        for lr in (1e-3, 1e-2)
+        for horizon in (0, 1, 2)
+        for keep in (0.25, 0.5, 0.75)
+    ]
+
+
+def test_ranges_are_those_of_wandb():
+    found = sweep(
+        {
+            "optimizer.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2},
+            "optimizer.eps": {"distribution": "log_uniform", "min": -18, "max": -12},
+            "optimizer.weight_decay": {"min": 0, "max": 0.1},
+            "select.interval": {"min": 1, "max": 8},
+            "select.horizon": {"values": [0, 1, math.inf]},
+        },
+        method="bayes",
+        run_cap=10,
+    )
+    assert found.domains == {
+        "optimizer.lr": Range(1e-4, 1e-2, is_log=True),
+        "optimizer.eps": Range(math.exp(-18), math.exp(-12), is_log=True),
+        "optimizer.weight_decay": Range(0, 0.1),
+        "select.interval": Range(1, 8, step=1),
+        "select.horizon": Choice((0, 1, math.inf)),
+    }
+
+
+def test_brackets_are_those_of_wandb():
+    one = {"type": "hyperband", "min_iter": 3}
+    assert sweep({"steps": {"value": 5}}, early_terminate=one).keys.early_terminate.first == 3
+    counted_back = {"type": "hyperband", "max_iter": 27, "s": 2}  # brackets 27/9 and 27/3
+    found = sweep({"steps": {"value": 5}}, early_terminate=counted_back)
+    assert (found.keys.early_terminate.first, found.keys.early_terminate.eta) == (3, 3)
+
+
+def test_the_settings_reach_the_configuration():
+    found = sweep(
+        {
+            "model.hidden": {"values": [[64], [32, 16]]},
+            "select.horizon": {"values": [math.inf]},
+            "optimizer.max_grad_norm": {"values": [None, 0.5]},
+            "seed": {"values": [1]},
+        },
+        command=[*COMMAND[:4], "steps=6", COMMAND[4]],
+    )
+    config = found.load(found.grid()[1], found.local_overrides(Path("out"), 1))
+    assert (config.model.hidden, config.optimizer.max_grad_norm) == ((64,), 0.5)
+    assert (config.select.horizon, config.steps, config.seed) == (math.inf, 6, 1)
+    assert config.run_dir == Path("out/runs/hidden-64--max-grad-norm0.5-s1")
+
+
+def test_every_run_has_a_directory_of_its_own():
+    found = sweep({"optimizer.lr": {"values": [1e-3, 1e-2]}, "select.keep": {"values": [1, 1.0]}})
+    overrides = found.local_overrides(Path("out"), None)
+    assert len({found.load(each, overrides).run_dir for each in found.grid()}) == 4
+
+
+def test_the_shipped_sweep_is_one(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = load_sweep("configs/sweep_digits.yaml")
+    assert (len(found.grid()), found.seeds) == (25, (0, 1, 2))
+
+
+# --- bad input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"select.horizn": {"values": [1]}}, "select.horizn must be a known key"),
+        ({"select.horizn": {"values": [1]}}, "did you mean select.horizon?"),
+        ({"horizon": {"values": [1]}}, "did you mean select.horizon?"),
+        ({"select.horizon": {"values": [0, -1]}}, "select.horizon must be an integer >= 0"),
+        ({"select.keep": {"values": [65]}}, "select.keep must be <= data.pool (64), got 65"),
+        ({"steps": 5}, "parameters.steps must be a mapping with value, values, or min and max"),
+        ({"steps": {"values": []}}, "parameters.steps.values must be a list that is not empty"),
+        ({"steps": {"min": 1}}, "parameters.steps must have min and max (uniform), got ['min']"),
+        ({"optimizer.lr": {"min": 0.1, "max": 0.2}}, "optimizer.lr must have values in a grid"),
+        ({"seed": {"values": [0.5]}, "steps": {"value": 1}}, "seed must have integer values"),
+        (
+            {"optimizer.lr": {"distribution": "log_uniform_value", "min": 1, "max": 2}},
+            "distribution must be one of constant, categorical, int_uniform, uniform, q_uniform, "
+            "log_uniform, log_uniform_values, got 'log_uniform_value'; did you mean",
+        ),
+        (
+            {"optimizer.lr": {"distribution": "beta", "a": 1, "b": 2}},
+            "parameters.optimizer.lr must be left to W&B's server: 'beta' is not supported here",
+        ),
+        (
+            {"steps": {"values": [1, 2], "probabilities": [0.5, 0.5]}},
+            "parameters.steps must be left to W&B's server: 'probabilities' is not supported here",
+        ),
+    ],
+)
+def test_parameters_that_cannot_be(parameters, message):
+    assert message in refused(parameters)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"metric": {"name": "test/accuracy", "goal": "maximize"}}, "must not be the test set"),
+        ({"metric": {"name": "train/loss"}}, "metric.name must be measured on the target set"),
+        ({"metric": {"name": "target/loss", "target": 0.1}}, "metric.target must be left to W&B"),
+        ({"method": "custom"}, "method must be left to W&B's server: 'custom'"),
+        ({"method": "gird"}, "method must be one of grid, random, bayes, got 'gird'; did you mean"),
+        ({"method": "random"}, "run_cap must be given when method is random"),
+        ({"controller": {"type": "local"}}, "controller must be left to W&B's server"),
+        ({"metod": "grid"}, "metod must be a known key, got 'grid'; did you mean method?"),
+        ({"program": None}, "program must be given"),
+        ({"program": "train.py"}, "program must be an existing file, got 'train.py'"),
+        ({"early_terminate": {"type": "hyperband"}}, "early_terminate must be a mapping with min"),
+        ({"early_terminate": {"type": "envelope"}}, "early_terminate.type must be left to W&B"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 2, "strict": True}}, "strict"),
+        ({"command": ["accelerate", "launch", *COMMAND[2:]]}, "got 'accelerate' in it"),
+        ({"command": COMMAND[:3]}, "command must be [${env}"),
+        ({"command": COMMAND[:4]}, "command must hold ${args_no_hyphens}"),
+    ],
+)
+def test_files_that_cannot_be_run(keys, message):
+    assert message in refused({"steps": {"value": 5}}, **keys)
+
+
+def test_everything_wrong_with_a_file_is_said_at_once():
+    text = refused(
+        {"optimizer.lr": {"min": 2, "max": 1}, "steps": 3},
+        metric={"name": "test/loss"},
+        command=["x", *COMMAND],
+    )
+    assert text.startswith("sweep.yaml: 4 errors in the sweep")
+
+
+def test_a_missing_base_is_named():
+    assert "other.yaml: config must be an existing file" in refused(
+        {"steps": {"value": 5}}, command=[*COMMAND[:3], "other.yaml", COMMAND[4]]
+    )
+
+
+def test_the_command_line_says_it_in_one_message(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "sweep.yaml", "--jobs", "0"])
+    assert "must be an integer >= 1, got '0'" in capsys.readouterr().err
+    refused({"select.horizn": {"values": [1]}})
+    assert main(["tune", "sweep.yaml"]) == 2
+    assert "did you mean select.horizon?" in capsys.readouterr().err
+
+
+# --- on W&B ---------------------------------------------------------------------------------
+
+
+def test_wandb_gives_the_trainer_what_it_is_to_run():
+    """The arguments as W&B's own agent writes them, from the file and the values it chose."""
+    found = sweep(
+        {"select.horizon": {"values": [1, math.inf]}, "model.hidden": {"values": [[64], [32]]}}
+    )
+    spec = wandb_spec(found)
+    assert spec["parameters"]["select.horizon"] == {"values": [1, ".inf"]}  # JSON has no infinity
+    chosen = {"select.horizon": {"value": ".inf"}, "model.hidden": {"value": [32]}}
+    given = create_sweep_command_args({"args": chosen})["args_no_hyphens"]
+    config = load(spec["command"][3], [*spec["command"][4:-1], *given])
+    assert (config.select.horizon, config.model.hidden) == (math.inf, (32,))
+    assert config.run_name == "sweep-horizoninf-hidden-32--s0"
+    assert config.track.wandb == "online"
