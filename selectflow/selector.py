@@ -29,7 +29,8 @@ from selectflow.core.batches import (
     through,
 )
 from selectflow.core.chunks import ChunkSize
-from selectflow.core.derivatives import Curvature, Derivatives, Forms, Method
+from selectflow.core.derivatives import Curvature, Derivatives
+from selectflow.core.forms import Forms, Method
 from selectflow.core.lookahead import NominalChoice, Policy, Upcoming
 from selectflow.core.params import scored_names
 from selectflow.core.passes import LossFn, Objective, check_finite
@@ -68,7 +69,7 @@ class Selector:
     the optimizer does.
 
     Args:
-        model: the module that is trained. Parameters in float32 or float64.
+        model: the module that is trained, in any floating-point type.
         optimizer: its `torch.optim.AdamW`, `Adam` or `SGD`.
         loss_fn: `loss_fn(model, batch)` -> per-example losses, shape (N,), differentiable.
         target: batches of clean examples that define the goal, iterated again and again, one
@@ -77,6 +78,9 @@ class Selector:
             follows the learning rates to come.
         max_grad_norm: what the user clips gradients to, by norm.
         seed: of the selector's own random numbers.
+        autocast: the type of the autocast that the user's loop opens around its own forward pass,
+            `torch.bfloat16` or `torch.float16`: scoring then runs in it, too. One that is opened in
+            loss_fn or around the selection is followed without a word.
 
     All other arguments are options, which `selectflow.options.SelectOptions` describes.
 
@@ -110,6 +114,7 @@ class Selector:
         chunk_size: ChunkSize = None,
         memory_gib: float | None = None,
         offload: Offload = "none",
+        autocast: torch.dtype | None = None,
     ) -> None:
         given = locals()
         names = SelectOptions.model_fields
@@ -124,7 +129,7 @@ class Selector:
             HorizonState.begin(horizon, seed) if isinstance(horizon, AutoHorizon) else None,
             RateState(RateRule(lr)) if isinstance(lr, AutoRate) else None,
         )
-        self._objective = Objective(model, loss_fn)
+        self._objective = Objective(model, loss_fn, autocast)
         self._derivatives = Derivatives(
             self._objective, derivative, chunk_size, memory_gib, state.forms
         )
@@ -227,6 +232,7 @@ class Selector:
             decisions=tuple(found.decisions),
             lookahead_s=found.lookahead_s,
             control_s=found.control_s,
+            score_error=state.forms.errors.get("losses"),
             seconds=time.perf_counter() - began,
         )
         return kept
@@ -235,7 +241,7 @@ class Selector:
         """Loss of each candidate at the present parameters."""
         if found.losses is None:
             with self._objective.scoring():
-                params = self._optimizer.params().detach()
+                params = self._optimizer.values()
                 found.losses = self._derivatives.losses(params, seen)
         return found.losses
 
@@ -243,7 +249,7 @@ class Selector:
         self, pool: Batch, seen: Batch, upcoming: Iterable[Batch], step: int, found: _Found
     ) -> Tensor:
         """-gamma . grad loss of each candidate, after a look-ahead where one is due."""
-        params, state = self._optimizer.params().detach(), self.state
+        params, state = self._optimizer.values(), self.state
         is_due = not state.serves(step, self._scored_names() or params)
         is_contested = is_due and self._contests is not None and self._contests.is_due(step)
         # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
@@ -354,7 +360,7 @@ class Selector:
             ValueError: the state is of a selector with other options, or of another model.
         """
         _check_same(state["options"], self._saved_options)
-        params, names = self._optimizer.params(), self._scored_names()
+        params, names = self._optimizer.values(), self._scored_names()
         self.state.load(state, params, params if names is None else params.pick(names))
         self._optimizer.resume_at(self.state.num_steps)
         if self.state.rate is not None:

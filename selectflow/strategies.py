@@ -78,6 +78,8 @@ class Selection:
         control_s: seconds that the controller took.
         lr_multiplier: of the learning rate of the user's schedule, in the step to come.
         decisions: what the controller decided before this selection, with its reasons.
+        score_error: relative error of the scores that the last check of central differences found;
+            0 for exact derivatives, None where nothing was differentiated.
     """
 
     pool: Batch
@@ -93,3 +95,4 @@ class Selection:
     control_s: float = 0.0
     lr_multiplier: float = 1.0
     decisions: tuple[Decision, ...] = ()
+    score_error: float | None = None

@@ -13,7 +13,7 @@ from torch import Tensor
 from selectflow.control.horizon import HorizonState
 from selectflow.control.rate import RateState
 from selectflow.core.batches import Batch
-from selectflow.core.derivatives import Forms
+from selectflow.core.forms import Forms
 from selectflow.core.lookahead import LookAhead
 from selectflow.core.params import Params
 

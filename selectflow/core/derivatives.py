@@ -6,20 +6,18 @@ Each directional derivative exists in two forms. `exact` is forward-mode differe
     d loss / d direction  ~  (loss(theta + e direction) - loss(theta - e direction)) / 2e
 
 which costs two forward passes for a whole pool, works with every kernel, and has an error that
-falls with e^2 until rounding takes over. e is set so that |e direction| is a fixed share of
-|theta|; one share does not serve both uses, see `directions`. `auto` takes central differences
-where a check on a few examples finds them right, since they are the cheaper form on every model
-measured, and the exact form otherwise.
+falls with e^2 until rounding takes over. e is set so that |e direction| is a share of |theta|,
+which depends on the use (`directions`) and on the arithmetic (`forms`). `auto` takes central
+differences where a check on a few examples finds them right, since they are the cheaper form on
+every model measured, and the exact form otherwise.
 """
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,45 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from selectflow.core.batches import Batch, chunks, num_examples
 from selectflow.core.chunks import Chunks, ChunkSize, Pass
 from selectflow.core.directions import has_queries, over_queries, split, step_size
+from selectflow.core.forms import NUM_CHECKED, Derive, Forms, Method, Use
 from selectflow.core.params import Params
 from selectflow.core.passes import Objective, check_finite
 
-Method = Literal["auto", "exact", "central"]
 Curvature = Literal["exact", "fisher", "none"]
-
-_log = logging.getLogger(__name__)
-
-_NO_FORWARD_MODE = ("forward AD", "forward mode AD", "functorch")  # as torch says it
-_NUM_CHECKED = 8  # examples on which the two forms are compared
-# Relative error at which central differences still rank a pool rightly: up to it, Spearman with the
-# exact form was 0.99 and more (tests/benchmarks/derivative_agreement.py). A Hessian product is a
-# correction to the adjoint, and across the kinks of ReLU the two forms need not agree.
-_TOLERANCE = 0.05
-
-
-@dataclass
-class Forms:
-    """Which form, "exact" or "central", derivatives have.
-
-    Attributes:
-        decided: the form by use, "losses" and "gradients", from the first use on.
-        unchecked: uses whose next one is to check that the form is right.
-    """
-
-    decided: dict[str, str] = field(default_factory=dict)
-    unchecked: set[str] = field(default_factory=set)
-
-    def recheck(self) -> None:
-        """Let the next use of each form check again that it is right."""
-        self.unchecked = set(self.decided)
-
-    def plain(self) -> dict[str, Any]:
-        """As plain values."""
-        return {"decided": dict(self.decided), "unchecked": sorted(self.unchecked)}
-
-    def load(self, plain: Mapping[str, Any]) -> None:
-        """Go on from `plain`."""
-        self.decided, self.unchecked = dict(plain["decided"]), set(plain["unchecked"])
 
 
 class Derivatives:
@@ -96,7 +60,6 @@ class Derivatives:
         self._chunks = Chunks(objective, chunk_size, memory_gib)
         self.method = method
         self.forms = forms or Forms()
-        self._is_said = False  # that there is no forward mode
 
     # --- the quantities -------------------------------------------------------------------
 
@@ -252,14 +215,15 @@ class Derivatives:
         return torch.cat(losses), torch.cat(slopes, -1)
 
     def _directional_central(
-        self, params: Params, direction: Params, batch: Batch, shrink: float = 1.0
+        self, params: Params, direction: Params, batch: Batch, scale: float | None = None
     ) -> tuple[Tensor, Tensor]:
         if has_queries(params, direction):
             each = [
-                self._directional_central(params, one, batch, shrink) for one in split(direction)
+                self._directional_central(params, one, batch, scale) for one in split(direction)
             ]
             return each[0][0], torch.stack([slopes for _, slopes in each])
-        step = shrink * step_size(params, direction, 0)
+        scale = self.forms.scales.get("losses", 1.0) if scale is None else scale
+        step = scale * step_size(params, direction, 0)
         if step == 0:
             losses = self._losses(params, batch)
             return losses, torch.zeros_like(losses)
@@ -286,12 +250,13 @@ class Derivatives:
         return total
 
     def _hessian_central(
-        self, params: Params, direction: Params, batch: Batch, shrink: float = 1.0
+        self, params: Params, direction: Params, batch: Batch, scale: float | None = None
     ) -> Params:
         if has_queries(params, direction):
-            each = [self._hessian_central(params, one, batch, shrink) for one in split(direction)]
+            each = [self._hessian_central(params, one, batch, scale) for one in split(direction)]
             return Params((name, torch.stack([one[name] for one in each])) for name in direction)
-        step = shrink * step_size(params, direction, 1)
+        scale = self.forms.scales.get("gradients", 1.0) if scale is None else scale
+        step = scale * step_size(params, direction, 1)
         if step == 0:
             return direction.zeros_like()
         _, ahead = self.gradient(params.add(direction, step), batch)
@@ -300,84 +265,28 @@ class Derivatives:
 
     # --- choosing between them ------------------------------------------------------------
 
-    def _decide(self, use: str, params: Params, direction: Params, batch: Batch) -> str:
-        if self.method == "central":
-            return "central"
-        if self.method == "exact":
-            self._check_forward_mode(use, params, direction, batch)
-            return "exact"
-        if use not in self.forms.decided or use in self.forms.unchecked:
-            if has_queries(params, direction):
-                direction = next(split(direction))
-            if not direction.norm():  # any form is right: the next use decides
-                return self.forms.decided.get(use, "central")
-            few = next(chunks(batch, _NUM_CHECKED))
-            form, why = self._compare(use, params, direction, few)
-            if form != self.forms.decided.get(use):
-                _log.info("derivatives of %s: %s (%s)", use, form, why)
-            self.forms.decided[use] = form
-            self.forms.unchecked.discard(use)
-        return self.forms.decided[use]
+    def _decide(self, use: Use, params: Params, direction: Params, batch: Batch) -> str:
+        if not self.forms.is_due(use, self.method):
+            return self.forms.decided[use]
+        if has_queries(params, direction):
+            direction = next(split(direction))
+        if not direction.norm():  # any form is right: the next use decides
+            usual = "exact" if self.method == "exact" else "central"
+            return self.forms.decided.get(use, usual)
+        few = next(chunks(batch, NUM_CHECKED))
+        return self.forms.decide(use, self.method, self._flat(use, params, direction, few))
 
-    def _check_forward_mode(
-        self, use: str, params: Params, direction: Params, batch: Batch
-    ) -> None:
-        """Try the exact form on one example, once."""
-        if use in self.forms.decided:
-            return
-        try:
-            one = next(self._chunks.of(params, batch, 1))
-            self._flat(use, params, direction, one)("exact", 1.0)
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _NO_FORWARD_MODE):
-                raise
-            raise RuntimeError(
-                f"a model with derivative 'exact' must have forward mode, got: {_reason(error)}; "
-                "use 'auto' or 'central'"
-            ) from error
-        self.forms.decided[use] = "exact"
-
-    def _compare(
-        self, use: str, params: Params, direction: Params, batch: Batch
-    ) -> tuple[str, str]:
-        """The form to use, and why: central where it agrees with the exact form, or itself."""
-        flat = self._flat(use, params, direction, batch)
-        central = flat("central", 1.0)
-        try:
-            reference, against = flat("exact", 1.0), "the exact form"
-        except RuntimeError as error:  # these examples went through forwards: the form is at fault
-            reference, against = flat("central", 0.5), "half the step"
-            if not self._is_said:
-                _log.info("no forward-mode derivative of this model (%s)", _reason(error))
-                self._is_said = True
-        apart = _apart(central, reference)
-        if use == "losses":
-            # What all examples share moves no rank, however large: what tells them apart counts.
-            about_mean = [slopes - slopes.mean() for slopes in (central, reference)]
-            apart = max(apart, _apart(*about_mean))
-        agrees = apart <= _TOLERANCE
-        if not agrees and against == "half the step":
-            raise FloatingPointError(
-                f"central differences of {use} must agree to {_TOLERANCE:.0%} between a "
-                f"step and half of it, got {apart:.1%}, and the model has no forward-mode "
-                "derivative; compute the losses in float32 without autocast, make the model smooth"
-                + ("" if use == "losses" else ", or set curvature to 'none'")
-            )
-        return ("central" if agrees else "exact"), f"{apart:.1e} from {against}"
-
-    def _flat(
-        self, use: str, params: Params, direction: Params, batch: Batch
-    ) -> Callable[[str, float], Tensor]:
-        def losses(form: str, shrink: float) -> Tensor:
+    def _flat(self, use: Use, params: Params, direction: Params, batch: Batch) -> Derive:
+        def losses(form: str, scale: float) -> Tensor:
             if form == "exact":
                 return self._directional_exact(params, direction, batch)[1]
-            return self._directional_central(params, direction, batch, shrink)[1]
+            return self._directional_central(params, direction, batch, scale)[1]
 
-        def gradients(form: str, shrink: float) -> Tensor:
+        def gradients(form: str, scale: float) -> Tensor:
             if form == "exact":
                 product = self._hessian_exact(params, direction, batch)
             else:
-                product = self._hessian_central(params, direction, batch, shrink)
+                product = self._hessian_central(params, direction, batch, scale)
             return torch.cat([tensor.flatten() for tensor in product.values()])
 
         return losses if use == "losses" else gradients
@@ -390,18 +299,8 @@ def _in_type_of(param: Tensor, grad: Tensor | None, leading: Sequence[int]) -> T
     return grad.to_dense().to(param.dtype)
 
 
-def _apart(found: Tensor, reference: Tensor) -> float:
-    """Norm of the difference over that of the reference; 0 where the reference is."""
-    scale = reference.norm()
-    return float((found - reference).norm() / scale) if scale > 0 else 0.0
-
-
 def _num_queries(params: Params, direction: Params) -> int | None:
     return len(next(iter(direction.values()))) if has_queries(params, direction) else None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 @contextmanager

@@ -49,9 +49,8 @@ def step_size(params: Params, direction: Params, order: int) -> float:
     for name, tensor in params.items():
         if tensor.dtype not in _STEP:
             raise ValueError(
-                f"central differences need float32 or float64 parameters, got {tensor.dtype} for "
-                f"{name}; keep the parameters in float32 and use autocast in the training step, or "
-                "set derivative='exact'"
+                f"central differences need values of float32 or float64, got {tensor.dtype} for "
+                f"{name}; give parameters of a lower precision as float32"
             )
     # of mixed ones the coarsest decides
     steps = [_STEP[tensor.dtype][order] for tensor in params.values()]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ _IN_EVAL = (
     "while scoring: the model is in eval mode there (dropout off, batch norm on running "
     "statistics), and loss_fn must work in it as well"
 )
+_LOSS_SCALE = 2.0**12  # a power of 2 rounds nothing
 _REENTRANT = "incompatible with .grad()"  # as reentrant checkpointing says it
 
 
@@ -62,6 +63,7 @@ class Objective:
         self._uses_backward = False  # gradients by `backward`, as reentrant checkpointing needs
         self._is_probed = False  # whether `_renormed` is known
         self._is_reached = False  # whether `_uses_backward` is known
+        self._loss_scale: float | None = None  # of gradients; above 1 where they are in float16
         self._snapshot: _Snapshot | None = None
 
     # --- losses and gradients at given values ----------------------------------------------------
@@ -100,23 +102,31 @@ class Objective:
         """
         with torch.inference_mode(False), torch.enable_grad(), self._at(params):
             values, grads = self._differentiate(batch, weigh, names)
-            if not self._is_reached and None in grads:
+            while self._loss_scale != 1.0 and not _are_finite(grads):
+                assert self._loss_scale is not None
+                self._loss_scale /= 16  # as a GradScaler backs off
+                values, grads = self._differentiate(batch, weigh, names)
+            if not self._is_reached and any(grad is None for grad in grads):
                 # Parameters inside a reentrant checkpoint are no inputs of its node: `grad` may
                 # pass it by without a word, where `backward` goes through it.
                 self._uses_backward = True
                 _, through = self._differentiate(batch, weigh, names)
                 self._uses_backward = [g is None for g in through] != [g is None for g in grads]
                 grads = through if self._uses_backward else grads
-            self._is_reached = True
-        return _at_least_float32(values), dict(zip(names, grads, strict=True))
+            self._is_reached, scale = True, self._loss_scale or 1.0
+        found = (g if g is None or scale == 1.0 else g.float() / scale for g in grads)
+        return _at_least_float32(values), dict(zip(names, found, strict=True))
 
     def pure(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """`losses` as a pure function, which `torch.func` can transform: values are not checked."""
-        given = {f"model.{name}": param for name, param in params.items()}
-        values = torch.func.functional_call(
-            self._bound, given | self._aliases(params), (batch,), tie_weights=False
-        )
-        return _one_per_example(values, batch)
+        live = self._live
+        params = {name: value.to(live[name].dtype) for name, value in params.items()}
+        given = {f"model.{name}": value for name, value in params.items()}
+        with self._under_autocast():
+            values = torch.func.functional_call(
+                self._bound, given | self._aliases(params), (batch,), tie_weights=False
+            )
+        return _at_least_float32(_one_per_example(values, batch))
 
     def apart(self, params: Params) -> Params:
         """The values, in storage of their own where the model writes its parameters in forward."""
@@ -142,17 +152,37 @@ class Objective:
     def _forward(self, batch: Batch) -> Tensor:
         """Losses by the user's own function, under the user's own autocast."""
         torch.clear_autocast_cache()  # of weights at other values
-        with ExitStack() as stack:
-            if self._autocast is not None:
-                device = next(self.model.parameters()).device.type
-                stack.enter_context(torch.autocast(device, self._autocast, cache_enabled=False))
-            try:
+        try:
+            with self._under_autocast():
                 values = self._loss_fn(self.module, batch)
-            except Exception as error:
-                if self._snapshot is not None and not isinstance(error, torch.OutOfMemoryError):
-                    error.add_note(_IN_EVAL)
-                raise
+        except Exception as error:
+            if self._snapshot is not None and not isinstance(error, torch.OutOfMemoryError):
+                error.add_note(_IN_EVAL)
+            raise
         return _one_per_example(values, batch)
+
+    def _under_autocast(self) -> AbstractContextManager[None]:
+        if self._autocast is None:
+            return nullcontext()
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, self._autocast)
+
+    @contextmanager
+    def _noting_float16(self) -> Iterator[None]:
+        """Find out, in the first pass, whether gradients need a loss scale, as float16 does."""
+        if self._loss_scale is not None or self.module is not self.model:
+            self._loss_scale = self._loss_scale or 1.0
+            yield
+            return
+        types = {param.dtype for param in self.model.parameters()}
+
+        def note(tensor: Tensor) -> Tensor:
+            types.add(tensor.dtype)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            yield
+        self._loss_scale = _LOSS_SCALE if torch.float16 in types else 1.0
 
     @contextmanager
     def _at(self, params: Mapping[str, Tensor]) -> Iterator[None]:
@@ -195,9 +225,11 @@ class Objective:
     def _differentiate(
         self, batch: Batch, weigh: Callable[[Tensor], Tensor], names: Sequence[str]
     ) -> tuple[Tensor, list[Tensor | None]]:
-        values = self._forward(batch)
+        with self._noting_float16():
+            values = self._forward(batch)
         check_finite("losses", values, batch)
-        weights = weigh(values.detach()).to(values.dtype)
+        assert self._loss_scale is not None
+        weights = weigh(values.detach()).to(values.dtype) * self._loss_scale
         leaves = [self._live[name] for name in names]
         if not self._uses_backward:
             batched = weights.ndim == 2
@@ -363,6 +395,10 @@ def _one_per_example(values: Any, batch: Batch) -> Tensor:
 
 def _at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def _are_finite(grads: Sequence[Tensor | None]) -> bool:
+    return all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
 
 
 def _dense(grad: Tensor | None, others: Sequence[Tensor | None]) -> Tensor:

@@ -88,15 +88,22 @@ class OptimizerReader:
         """The live parameters that the optimizer trains, by the model's names."""
         return Params((name, param) for _, name, param in self._trained())
 
+    def values(self) -> Params:
+        """Their values in float32 or float64, sharing storage where they are of such a type."""
+        return Params((name, _precise(param)) for _, name, param in self._trained())
+
     def state(self) -> State:
-        """State before the next update, sharing storage; zero moments before the first step."""
+        """State before the next update; zero moments before the first step.
+
+        In float32 or float64, sharing storage where the optimizer holds such a type.
+        """
         params, first, second = Params(), Params(), Params()
         is_sgd = isinstance(self._optimizer, torch.optim.SGD)
         has_momentum = not is_sgd or any(g["momentum"] for g in self._optimizer.param_groups)
         for _, name, param in self._trained():
             state = self._optimizer.state.get(param, {})
             _check_device(name, param, state)
-            params[name] = param.detach()
+            params[name] = _precise(param)
             if has_momentum:
                 first[name] = _moment(state, "momentum_buffer" if is_sgd else "exp_avg", param)
             if not is_sgd:
@@ -211,9 +218,14 @@ def _num_updates(state: dict[str, Any]) -> int:
 def _moment(state: dict[str, Any], key: str, param: Tensor) -> Tensor:
     value = state.get(key)
     if value is None:
-        return torch.zeros_like(param)
-    moment: Tensor = value.detach().to_dense()  # SGD's is sparse where its gradients are
-    return moment
+        return torch.zeros_like(_precise(param))
+    return _precise(value.to_dense())  # SGD's is sparse where its gradients are
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """The tensor without history, in float32 where it is of a lower precision."""
+    tensor = tensor.detach()
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _check_supported(optimizer: Optimizer) -> None:

@@ -99,6 +99,7 @@ def build_selector(
         horizon=build_horizon(config.select, config.steps),
         lr=build_rate(config.select),
         score_view=build_view(config.select, task),
+        autocast=torch.bfloat16 if config.train.autocast else None,
         **config.select.selector_options(),
     )
 

@@ -178,7 +178,7 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    """How the gradient of an update is computed. Scores and look-aheads are in float32, whole."""
+    """How the gradient of an update is computed."""
 
     accumulate: Count = Field(
         default=1,
@@ -194,8 +194,8 @@ class TrainConfig(Section):
         ),
     ] = Field(
         default=None,
-        description="bf16: matrix products of the training step in bfloat16; parameters, their "
-        "gradients and all scores stay in float32. null: everything in float32",
+        description="bf16: matrix products of training and scoring in bfloat16; parameters, their "
+        "gradients and simulated updates stay in float32. null: everything in float32",
     )
     checkpointing: bool = Field(
         default=False,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from selectflow import Selector
 from selectflow.core.batches import take
-from selectflow.core.derivatives import _NUM_CHECKED, _apart
+from selectflow.core.forms import NUM_CHECKED, apart
 from selectflow.run.build import build_optimizer, build_schedule
 from selectflow.run.config import load
 
@@ -39,8 +39,7 @@ EDGES = (0.01, 0.02, 0.05, 0.1, 1.0)  # the last also for what is larger
 
 def judged(central: Tensor, exact: Tensor) -> float:
     """The error by which `auto` decides."""
-    few = [slopes[:_NUM_CHECKED] for slopes in (central, exact)]
-    return max(_apart(*few), _apart(*(slopes - slopes.mean() for slopes in few)))
+    return apart(central[:NUM_CHECKED], exact[:NUM_CHECKED], "losses")
 
 
 def pools(

@@ -1,0 +1,180 @@
+"""Which form derivatives have, and how far central differences step: decided at run time.
+
+No one step serves every arithmetic. Truncation grows with it, rounding falls, and in bfloat16 the
+rounding of a loss, 1e-3, drowns the step that is best in float32. So the step is checked on a few
+examples at its first use and now and then: against forward mode where that is to be had, else
+against another step. Where the usual step is wrong the best of several is taken, and where none
+is right the exact form, or an error: nothing is ever ranked by noise.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Method = Literal["auto", "exact", "central"]
+Use = Literal["losses", "gradients"]
+Derive = Callable[[str, float], Tensor]
+"""A form and the scale of its step -> the derivatives of a few examples, flat."""
+
+NUM_CHECKED = 8  # examples on which forms and steps are compared
+
+# Relative error at which central differences still rank a pool rightly: up to it, Spearman with the
+# exact form was 0.99 and more (tests/benchmarks/derivative_agreement.py). A Hessian product is a
+# correction to the adjoint, and across the kinks of ReLU the two forms need not agree.
+TOLERANCE = 0.05
+BEST_TOLERANCE = 0.1  # between the two steps that agree best, where there is nothing else
+# Steps that are tried, as multiples of the usual one.
+SCALES = (1 / 9, 1 / 3, 1.0, 3.0, 9.0, 27.0, 81.0, 243.0)
+_NO_FORWARD_MODE = ("forward AD", "forward mode AD", "functorch", "saved tensor hooks")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Forms:
+    """Which form, "exact" or "central", the derivatives of losses and of gradients have.
+
+    Attributes:
+        decided: the form by use, from the first use on.
+        unchecked: uses whose next one is to check that the form is right.
+        scales: of the step of central differences, as a multiple of the usual one, by use.
+        errors: relative error that the last check found, by use; 0 for the exact form.
+    """
+
+    decided: dict[str, str] = field(default_factory=dict)
+    unchecked: set[str] = field(default_factory=set)
+    scales: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def recheck(self) -> None:
+        """Let the next use of each form check again that it is right."""
+        self.unchecked = set(self.decided)
+
+    def is_due(self, use: Use, method: Method) -> bool:
+        """Whether the next derivative of this use needs a decision."""
+        return use not in self.decided or (use in self.unchecked and method != "exact")
+
+    def decide(self, use: Use, method: Method, derive: Derive) -> str:
+        """Decide on the form of a use, and on the step of differences.
+
+        Raises:
+            FloatingPointError: no step is right, and the model has no forward mode.
+            RuntimeError: the method is "exact", and the model has no forward mode.
+        """
+        if method == "exact":
+            form, scale, error, why = *_exact(derive), "as asked for"
+        else:
+            form, scale, error, why = self._choose(use, method, derive)
+        if form != self.decided.get(use) or scale != self.scales.get(use, 1.0):
+            level = logging.WARNING if (form, method) == ("exact", "central") else logging.INFO
+            _log.log(level, "derivatives of %s: %s (%s)", use, form, why)
+        self.decided[use], self.scales[use], self.errors[use] = form, scale, error
+        self.unchecked.discard(use)
+        return form
+
+    def _choose(self, use: Use, method: Method, derive: Derive) -> tuple[str, float, float, str]:
+        """Form, scale, error, and why."""
+        exact = try_exact(derive) if method == "auto" else None
+        against = "another step" if exact is None else "the exact form"
+        scale, tolerance = self.scales.get(use, 1.0), TOLERANCE
+        reference = derive("central", scale / 2) if exact is None else exact
+        error = apart(derive("central", scale), reference, use)
+        if error > tolerance:
+            scale, error = best_step(derive, exact, use)
+            tolerance = BEST_TOLERANCE if exact is None else TOLERANCE
+        why = f"{error:.1e} from {against} at {scale:g} times the usual step"
+        if error <= tolerance:
+            return "central", scale, error, why
+        if exact is None and try_exact(derive) is None:
+            raise FloatingPointError(
+                f"central differences of {use} must agree to {tolerance:.0%} between steps, got "
+                f"{error:.1%} at the best of them, and the model has no forward-mode derivative; "
+                "make the losses deterministic (no random numbers, no state that forward changes) "
+                "and smooth, or compute them in higher precision"
+                + ("" if use == "losses" else ", or set curvature to 'none'")
+            )
+        return "exact", 1.0, 0.0, why
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "decided": dict(self.decided),
+            "unchecked": sorted(self.unchecked),
+            "scales": dict(self.scales),
+            "errors": dict(self.errors),
+        }
+
+    def load(self, plain: Mapping[str, Any]) -> None:
+        """Go on from `plain`."""
+        self.decided, self.unchecked = dict(plain["decided"]), set(plain["unchecked"])
+        self.scales, self.errors = dict(plain["scales"]), dict(plain["errors"])
+
+
+def best_step(derive: Derive, exact: Tensor | None, use: Use) -> tuple[float, float]:
+    """The scale of the step that agrees best with the exact form, and its relative error.
+
+    Without the exact form, midway between the two neighbours that agree best with each other:
+    rounding prevails at the smaller one, truncation at the larger.
+    """
+    found = [derive("central", scale) for scale in SCALES]
+    if not any(one.any() for one in found):  # flat at any step
+        return 1.0, 0.0
+    if exact is not None:
+        errors, scales = [apart(one, exact, use) for one in found], list(SCALES)
+    else:
+        errors = [apart(one, other, use) for one, other in pairwise(found)]
+        scales = [math.sqrt(one * other) for one, other in pairwise(SCALES)]
+    return min(zip(scales, errors, strict=True), key=lambda pair: pair[1])
+
+
+def apart(found: Tensor, reference: Tensor, use: Use) -> float:
+    """Norm of the difference over that of the reference.
+
+    Of slopes of losses also about their means: what all examples share moves no rank, however
+    large, and what tells them apart counts. Infinite where all differences are 0: a step that
+    rounding takes back agrees with any other such step.
+    """
+    if not found.any():
+        return math.inf
+    pairs = [(found, reference)]
+    if use == "losses" and len(found) > 1:
+        pairs.append((found - found.mean(), reference - reference.mean()))
+    ratios = [(one - other).norm() / other.norm() for one, other in pairs if other.norm() > 0]
+    return max(map(float, ratios), default=math.inf)
+
+
+def try_exact(derive: Derive) -> Tensor | None:
+    """The exact form; None where the model has no forward mode."""
+    try:
+        return derive("exact", 1.0)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # these examples went through forwards: the form is at fault
+        _log.info("no forward-mode derivative of this model (%s)", _reason(error))
+        return None
+
+
+def _exact(derive: Derive) -> tuple[str, float, float]:
+    try:
+        derive("exact", 1.0)
+    except RuntimeError as error:
+        is_mode = any(words in str(error) for words in _NO_FORWARD_MODE)
+        if isinstance(error, torch.OutOfMemoryError) or not is_mode:
+            raise
+        raise RuntimeError(
+            f"a model with derivative 'exact' must have forward mode, got: {_reason(error)}; "
+            "use 'auto' or 'central'"
+        ) from error
+    return "exact", 1.0, 0.0
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
