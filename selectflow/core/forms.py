@@ -125,8 +125,6 @@ def best_step(derive: Derive, exact: Tensor | None, use: Use) -> tuple[float, fl
     rounding prevails at the smaller one, truncation at the larger.
     """
     found = [derive("central", scale) for scale in SCALES]
-    if not any(one.any() for one in found):  # flat at any step
-        return 1.0, 0.0
     if exact is not None:
         errors, scales = [apart(one, exact, use) for one in found], list(SCALES)
     else:
