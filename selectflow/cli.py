@@ -310,9 +310,8 @@ def compare(
 ) -> None:
     """Tables, pictures and a page of several runs."""
     from selectflow.report.compare import summarize
-    from selectflow.report.page import to_report, write_outputs
+    from selectflow.report.page import examine_groups, to_report, write_outputs
     from selectflow.report.runs import load_runs
-    from selectflow.report.samples import examine_groups
     from selectflow.report.tables import print_tables
     from selectflow.run.wandb import log_report
 

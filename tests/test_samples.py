@@ -11,8 +11,8 @@ from wandb_log import offline_records
 
 from selectflow.data import open_tokenizer, read_samples
 from selectflow.report.groups import groups
+from selectflow.report.page import examine_groups
 from selectflow.report.runs import load_runs
-from selectflow.report.samples import examine_groups
 from selectflow.run.ledger import read_ledger
 from selectflow.run.loop import train
 from selectflow.run.samples import SampleTable, lines, one_line
