@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -107,9 +108,7 @@ _MIXTURE_HELP = "Share of each domain, and of shuffled, duplicate and boilerplat
 
 def _dataset(text: str) -> str:
     text = "text" if text == "code" else text
-    kind, colon, argument = text.partition(":")
-    needs = {"digits": (False,), "torchvision": (True,), "folder": (True,), "text": (False, True)}
-    if bool(argument) not in needs.get(kind, ()) or (colon and not argument):
+    if not re.fullmatch("digits|text|(torchvision|folder|text):.+", text):
         known = "digits, torchvision:NAME, folder:PATH, text, text:SOURCE or code"
         raise typer.BadParameter(f"must be {known}, got {text!r}")
     return text
@@ -240,13 +239,10 @@ def _short(value: Any) -> str:
 
 
 def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise typer.BadParameter(f"must be in (0, 1], got {text!r}; 0.5 is the better half")
-    return share
+    with suppress(ValueError):
+        if 0 < (share := float(text)) <= 1:
+            return share
+    raise typer.BadParameter(f"must be in (0, 1], got {text!r}; 0.5 is the better half")
 
 
 @select.command("write-shards")
@@ -371,8 +367,7 @@ def tune(
         raise typer.BadParameter("not allowed with argument --local", param_hint="'--wandb'")
     from selectflow.tune import search
     from selectflow.tune import wandb as server
-    from selectflow.tune.record import read_cells
-    from selectflow.tune.report import write_outputs
+    from selectflow.tune.cells import write_outputs
     from selectflow.tune.space import load_sweep
 
     loaded = load_sweep(sweep)
@@ -385,7 +380,7 @@ def tune(
         except KeyboardInterrupt:
             print(f"interrupted; the same command goes on where {folder} is", file=sys.stderr)
             raise SystemExit(130) from None
-        found = read_cells(loaded, study, folder)
+        found = search.read_cells(loaded, study, folder)
     if found.cells:
         print(f"wrote {', '.join(map(str, write_outputs(loaded, found, folder)))}")
 

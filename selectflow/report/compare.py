@@ -75,8 +75,7 @@ class Paired:
 
     Attributes:
         mean: mean difference, group minus baseline.
-        low: lower end of its 95% interval, by Student's t.
-        high: upper end.
+        low, high: ends of its 95% interval, by Student's t.
         p: two-sided p value of this comparison by itself.
         corrected_p: the same, corrected for the number of groups compared; see `holm`.
         num: pairs, >= 2.
@@ -105,14 +104,7 @@ def stat(values: Sequence[float | None]) -> Stat | None:
 
 
 def paired(differences: Sequence[float]) -> Paired | None:
-    """Student's t test that the mean of paired differences is 0.
-
-    Args:
-        differences: of each seed, group minus baseline.
-
-    Returns:
-        The test; None for fewer than two pairs.
-    """
+    """Student's t test that the mean of paired differences is 0; None for fewer than two."""
     from scipy.stats import ttest_1samp  # noqa: PLC0415  a second to import
 
     num = len(differences)
@@ -339,19 +331,16 @@ def _reached_loss(
     if of.reach is not None:
         return of.reach
     ends = {seed: end(baseline, of.loss) for seed, baseline in baselines.items()}
-    if (own := ends.get(run.seed)) is not None:
-        return own
     known = [value for value in ends.values() if value is not None]
-    return statistics.fmean(known) if known else None  # no baseline has its seed
+    mean = statistics.fmean(known) if known else None
+    return mean if ends.get(run.seed) is None else ends[run.seed]
 
 
 def _overhead(run: Run, baselines: Mapping[tuple[Any, Any], Run]) -> float | None:
-    mine = _step_s(run)
+    def step_s(of: Run) -> float:
+        return (end(of, WALL_S) or 0.0) / of.last_step if of.last_step else 0.0
+
     others = [baselines[run.seed]] if run.seed in baselines else baselines.values()
-    known = [pace for other in others if (pace := _step_s(other))]
-    return mine / statistics.fmean(known) if mine is not None and known else None
-
-
-def _step_s(run: Run) -> float | None:
-    wall_s, steps = end(run, WALL_S), run.last_step
-    return wall_s / steps if wall_s is not None and steps else None
+    known = [pace for other in others if (pace := step_s(other))]
+    mine = step_s(run)
+    return mine / statistics.fmean(known) if mine and known else None

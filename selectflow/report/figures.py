@@ -161,12 +161,7 @@ def curves(comparison: Comparison, axis: Quantity) -> list[Panel]:
 def selection(
     comparison: Comparison, shares: Mapping[str, Mapping[str, Points]] | None = None
 ) -> list[Panel]:
-    """Shares among the kept, horizon, learning rate and domains, over steps.
-
-    Args:
-        comparison: what `summarize` returns.
-        shares: group -> domain -> (step, share among the kept) of one of its runs.
-    """
+    """Shares among the kept, horizon, learning rate and domains (see `domains`), over steps."""
     runs = comparison.all_runs
     found = {name for run in runs for line in run.metrics for name in line if name.startswith(KEPT)}
     panels = kept_shares(comparison, sorted(found - {KEPT_FRACTION}))
@@ -182,16 +177,13 @@ def selection(
 def kept_shares(comparison: Comparison, metrics: Iterable[str]) -> list[Panel]:
     """Shares among the kept over steps, by the metrics that say them; none where all are 0."""
     noise = comparison.task.get("data.label_noise")
+    known = isinstance(noise, int | float)
     panels = []
-    for metric in metrics:
-        known = metric == KEPT_ALTERED and isinstance(noise, int | float)
-        levels = [(100 * float(noise), "in the stream")] if known else []  # type: ignore[arg-type]
-        panels.append(
-            _panel(
-                comparison.runs, quantity(metric), AXES[0],
-                bins=_KEPT_BINS, levels=levels, from_zero=True,
-            )
-        )  # fmt: skip
+    for shown in map(quantity, metrics):
+        panel = _panel(comparison.runs, shown, AXES[0], _KEPT_BINS, from_zero=True)
+        if known and shown.metric == KEPT_ALTERED:
+            panel.levels.append((100 * float(noise), "in the stream"))  # type: ignore[arg-type]
+        panels.append(panel)
     return [panel for panel in panels if any(line.curve.mean.any() for line in panel.lines)]
 
 
@@ -238,7 +230,11 @@ def histograms(label: str, counts: Mapping[str, npt.NDArray[np.int64]]) -> list[
 
 
 def _panel(
-    groups: Groups, shown: Quantity, axis: Quantity, bins: int | None = None, **more: Any
+    groups: Groups,
+    shown: Quantity,
+    axis: Quantity,
+    bins: int | None = None,
+    from_zero: bool = False,
 ) -> Panel:
     lines = []
     for place, (name, members) in enumerate(groups.items()):
@@ -247,7 +243,7 @@ def _panel(
             line = curve(members, shown.metric, axis.metric, bins, shown.scale)
             if line.x.size:
                 lines.append(Line(name, place, line))
-    return Panel(shown.title, axis.label, shown.label, lines, **more)
+    return Panel(shown.title, axis.label, shown.label, lines, from_zero=from_zero)
 
 
 # --- drawing --------------------------------------------------------------------------------
@@ -324,23 +320,16 @@ def write_png(panels: Sequence[Panel], path: Path, columns: int = 3) -> None:
 def to_svg(panel: Panel, name: str) -> str:
     """The svg element of a panel for an HTML page, the same for the same panel and name.
 
-    Args:
-        panel: what is drawn, without a legend of the groups.
-        name: unique in the page; begins the ids of the element's parts.
-
-    Returns:
-        The element. Its colours are variables of the page's style, so that both a light and a
-        dark page work: --c0 to --c6 of lines, --text, --soft and --rule of the rest.
+    `name` is unique in the page and begins the ids of the element's parts. Colours are variables
+    of the page's style, so that both a light and a dark page work: --c0 to --c6 of lines, --text,
+    --soft and --rule of the rest.
     """
     from matplotlib import rc_context  # noqa: PLC0415
 
     file = io.StringIO()
     # text as text: it can be searched and read aloud, and is smaller than outlines of letters
-    style: Any = {
-        "svg.hashsalt": "selectflow",
-        "svg.fonttype": "none",
-        "font.family": "DejaVu Sans",
-    }
+    style: Any = {"svg.fonttype": "none", "font.family": "DejaVu Sans"}
+    style["svg.hashsalt"] = "selectflow"  # the same ids each time
     with rc_context(style):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         draw([panel], legend=False).savefig(file, format="svg", transparent=True, metadata=nothing)

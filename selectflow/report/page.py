@@ -32,12 +32,12 @@ Metadata = Mapping[str, Mapping[str, Any]]
 
 
 def write_outputs(comparison: Comparison, examined: Sequence[Examined], folder: Path) -> list[Path]:
-    """Write compare.csv, compare.html and the pictures.
+    """Write compare.csv, compare.html and the pictures into a folder, made if missing.
 
     Args:
         comparison: what `summarize` returns.
         examined: what `examine_groups` returns.
-        folder: takes them; made if missing.
+        folder: the folder.
 
     Returns:
         The files: compare.csv, compare.html, and as PNG compare (quality and kept noise), curves
@@ -48,7 +48,7 @@ def write_outputs(comparison: Comparison, examined: Sequence[Examined], folder: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "compare.csv", folder / "compare.html"]
-    write_csv(comparison, written[0])
+    write_csv(to_records(comparison), written[0])
     written[1].write_text(render(comparison, examined), encoding="utf-8")
     for name, shown in _pictures(comparison, examined).items():
         if shown:
@@ -75,17 +75,12 @@ def _pictures(comparison: Comparison, examined: Sequence[Examined]) -> dict[str,
 
 
 def render(comparison: Comparison, examined: Sequence[Examined]) -> str:
-    """The page.
-
-    Args:
-        comparison: what `summarize` returns.
-        examined: what one run of each group selected, of those that keep a ledger.
-    """
+    """The page, with what one run of each group selected, of those that keep a ledger."""
     # Imported here, so that the other commands start without them.
     from jinja2 import Environment, StrictUndefined  # noqa: PLC0415
     from markupsafe import Markup  # noqa: PLC0415
 
-    numbers = count()
+    numbers, folder = count(), files("selectflow.report")
 
     def drawn(panels: Sequence[Panel]) -> list[Any]:
         return [Markup(figures.to_svg(panel, f"p{next(numbers)}")) for panel in panels]
@@ -96,7 +91,7 @@ def render(comparison: Comparison, examined: Sequence[Examined]) -> str:
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
     values: dict[str, Any] = {
         "title": f"{quantity(comparison.quality).title.capitalize()} by strategy",
-        "style": Markup(_resource("page.css")),
+        "style": Markup(folder.joinpath("page.css").read_text("utf-8")),
         "task": describe_task(comparison),
         "groups": _legend(comparison),
         "sentences": sentences(comparison),
@@ -110,7 +105,8 @@ def render(comparison: Comparison, examined: Sequence[Examined]) -> str:
         "examined": [(run, drawn(_histograms(run))) for run in examined],
         "baseline": comparison.baseline,
     }
-    return environment.from_string(_resource("page.html")).render(values) + "\n"
+    template = environment.from_string(folder.joinpath("page.html").read_text("utf-8"))
+    return template.render(values) + "\n"
 
 
 def _shares_of(examined: Sequence[Examined]) -> dict[str, dict[str, Points]]:
@@ -119,10 +115,6 @@ def _shares_of(examined: Sequence[Examined]) -> dict[str, dict[str, Points]]:
 
 def _histograms(run: Examined) -> list[Panel]:
     return figures.histograms(run.label, run.selected.histograms)
-
-
-def _resource(name: str) -> str:
-    return files("selectflow.report").joinpath(name).read_text("utf-8")
 
 
 def _legend(comparison: Comparison) -> list[Mapping[str, Any]]:
@@ -145,11 +137,8 @@ def describe_task(comparison: Comparison) -> str:
     sections = {"data": DataConfig(), "model": ModelConfig()}
     defaults = dict(flat({key: of.model_dump(mode="json") for key, of in sections.items()}))
     name = comparison.task.get("data.name")
-    unused = tuple(
-        prefix
-        for prefix, of in {"data.text.": "text", "data.label_noise": "digits"}.items()
-        if name != of
-    )
+    owners = {"data.text.": "text", "data.label_noise": "digits"}
+    unused = tuple(prefix for prefix, owner in owners.items() if name != owner)
     parts = [
         f"{key} {value}"
         for key, value in comparison.task.items()
@@ -160,12 +149,7 @@ def describe_task(comparison: Comparison) -> str:
 
 
 def to_report(comparison: Comparison, written: list[Path]) -> Report:
-    """The comparison as a W&B run logs it.
-
-    Args:
-        comparison: what `summarize` returns.
-        written: the files of `write_outputs`.
-    """
+    """The comparison, and the files that `write_outputs` wrote of it, as a W&B run logs them."""
     records = to_records(comparison)
     charts = {
         f"over_{axis.metric.rpartition('/')[2]}/{panel.title.replace(' ', '_')}": Chart(

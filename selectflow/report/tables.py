@@ -169,8 +169,10 @@ def sentences(comparison: Comparison) -> list[str]:
             "in_same_time": f"In the time of {row.label}",
         }
         for question, condition in conditions.items():
-            if judged := _judged(row, question, comparison):
-                found.append(f"{condition}, {row.label} against {baseline}: {judged}.")
+            tests = {comparison.loss: row.tests[f"loss_{question}"]}
+            tests |= {comparison.quality: row.tests[question]}
+            if judged := [_judged(test, metric) for metric, test in tests.items() if test]:
+                found.append(f"{condition}, {row.label} against {baseline}: {', '.join(judged)}.")
         if not any(row.tests.values()):
             found.append(f"{row.label} against {baseline}: not tested, as fewer than 2 seeds pair.")
     if any(test for row in others for test in row.tests.values()):
@@ -182,22 +184,15 @@ def sentences(comparison: Comparison) -> list[str]:
     return found
 
 
-def _judged(row: Row, question: str, comparison: Comparison) -> str:
-    parts = []
-    metrics = {comparison.loss: f"loss_{question}"} | {comparison.quality: question}
-    for metric, key in metrics.items():
-        if (test := row.tests[key]) is None:
-            continue
-        shown, p = quantity(metric), _p(test.corrected_p)
-        p = f"p {p}" if p.startswith("<") else f"p = {p}"
-        size, seeds = shown.scale * test.mean, f"{test.num} seeds"
-        by, unit = f"{abs(size):.{shown.digits}f}", shown.difference_unit
-        if test.is_seen:
-            parts.append(f"{shown.title} is {verdict(test, metric)} by {by} {unit} ({p}, {seeds})")
-        else:
-            by = f"{size:+.{shown.digits}f}"
-            parts.append(f"{shown.title} is not told apart with {seeds} ({by} {unit}, {p})")
-    return ", ".join(parts)
+def _judged(test: Paired, metric: str) -> str:
+    shown, p, seeds = quantity(metric), _p(test.corrected_p), f"{test.num} seeds"
+    p = f"p {p}" if p.startswith("<") else f"p = {p}"
+    size, unit = shown.scale * test.mean, shown.difference_unit
+    if test.is_seen:
+        by = f"{abs(size):.{shown.digits}f} {unit}"
+        return f"{shown.title} is {verdict(test, metric)} by {by} ({p}, {seeds})"
+    by = f"{size:+.{shown.digits}f} {unit}"
+    return f"{shown.title} is not told apart with {seeds} ({by}, {p})"
 
 
 # --- tables ---------------------------------------------------------------------------------
@@ -324,15 +319,12 @@ def print_tables(comparison: Comparison) -> None:
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
-def write_csv(comparison: Comparison, path: Path) -> None:
-    """Write the comparison with all its digits, a line for each group.
-
-    Shares are in [0, 1], times in seconds, differences group minus baseline; empty: not recorded.
+def write_csv(records: Sequence[Mapping[str, object]], path: Path) -> None:
+    """Write records with the same keys, at least one, as CSV.
 
     Raises:
         OSError: the file cannot be written.
     """
-    records = to_records(comparison)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(records[0]))
         writer.writeheader()
@@ -340,7 +332,10 @@ def write_csv(comparison: Comparison, path: Path) -> None:
 
 
 def to_records(comparison: Comparison) -> list[dict[str, object]]:
-    """The values of each group by the name of their column, label first."""
+    """The comparison with all its digits, a record for each group, its label first.
+
+    Shares are in [0, 1], times in seconds, differences group minus baseline; None: not recorded.
+    """
     return [
         {"label": row.label, "num_runs": row.num_runs, "num_left_out": row.num_left_out}
         | _parts(row.stats, ("mean", "sd"))
