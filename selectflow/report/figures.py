@@ -230,11 +230,7 @@ def histograms(label: str, counts: Mapping[str, npt.NDArray[np.int64]]) -> list[
 
 
 def _panel(
-    groups: Groups,
-    shown: Quantity,
-    axis: Quantity,
-    bins: int | None = None,
-    from_zero: bool = False,
+    groups: Groups, shown: Quantity, axis: Quantity, bins: int | None = None, **how: Any
 ) -> Panel:
     lines = []
     for place, (name, members) in enumerate(groups.items()):
@@ -243,7 +239,7 @@ def _panel(
             line = curve(members, shown.metric, axis.metric, bins, shown.scale)
             if line.x.size:
                 lines.append(Line(name, place, line))
-    return Panel(shown.title, axis.label, shown.label, lines, from_zero=from_zero)
+    return Panel(shown.title, axis.label, shown.label, lines, **how)
 
 
 # --- drawing --------------------------------------------------------------------------------

@@ -183,9 +183,8 @@ def resumed(runs: Sequence[Run]) -> list[str]:
 def differences(found: Groups) -> list[str]:
     """Options outside the selection that are not the same for all groups, a line for each."""
     firsts = {name: dict(flat(members[0].config)) for name, members in found.items()}
-    keys = sorted({key for config in firsts.values() for key in config})
     lines = []
-    for key in keys:
+    for key in sorted(set().union(*firsts.values())):
         if key in _FREE or (key.startswith(("select.", "track.")) and key != "select.keep"):
             continue
         names: dict[str, list[str]] = {}

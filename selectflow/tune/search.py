@@ -214,7 +214,7 @@ def _enqueue_due(sweep: Sweep, study: Study) -> None:
 
 def _check_resumable(sweep: Sweep, path: Path) -> None:
     """Write the sweep and its base configuration, or compare them with those of the record."""
-    ours = {key: value for key, value in sweep.raw.items() if key not in _FREE_ON_RESUME}
+    ours: Any = {key: value for key, value in sweep.raw.items() if key not in _FREE_ON_RESUME}
     ours = json.loads(json.dumps({"sweep": ours, "config": read_yaml(sweep.config)}))
     if not path.exists():
         path.write_text(dump_yaml(ours), encoding="utf-8")
@@ -238,9 +238,7 @@ def _pruner(rule: Hyperband | None) -> BasePruner:
 
     if rule is None:
         return NopPruner()
-    return SuccessiveHalvingPruner(
-        min_resource=rule.first, reduction_factor=rule.eta, min_early_stopping_rate=0
-    )
+    return SuccessiveHalvingPruner(rule.first, rule.eta)
 
 
 def _has_more(sweep: Sweep, study: Study, num_active: int) -> bool:

@@ -83,8 +83,7 @@ class Metric(Section):
 class Hyperband(Section):
     """Early termination: at each bracket only the best 1/eta of the cells that got there go on.
 
-    Brackets are at min_iter, min_iter * eta, ... evaluations; or, given max_iter and s, the first
-    is at max_iter / eta^s.
+    Brackets are at min_iter, or given max_iter and s at max_iter / eta^s, and at eta times each.
     """
 
     type: Literal["hyperband"] = Field(description="hyperband: W&B's only one")
