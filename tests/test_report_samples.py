@@ -10,7 +10,7 @@ from synthetic_runs import POOLS, make_run, write_ledger
 from selectflow.offline.score import SampleScores
 from selectflow.report.figures import domains
 from selectflow.report.samples import EDGES, examine, read_selected
-from selectflow.run.scores import write_scores
+from selectflow.run.offline import write_scores
 
 
 def test_scores_are_averaged_in_units_of_their_pools(tmp_path):

@@ -46,18 +46,18 @@ class TrackConfig(Section, use_attribute_docstrings=True):
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases; offline needs no login"""
-    project: str = Field("selectflow", min_length=1)
+    project: str = Field(default="selectflow", min_length=1)
     """W&B project"""
     group: str | None = None
     """W&B group: runs that are compared"""
     job_type: str | None = None
     """W&B job type; null: the strategy, or replay"""
-    tags: tuple[str, ...] = Field((), strict=False)
+    tags: tuple[str, ...] = Field(default=(), strict=False)
     """W&B tags"""
     kinds: bool = True
     """shares among the kept of what the data say of their samples (altered, where from), for which
     all that they say is read before the first step"""
-    samples: int = Field(0, ge=0)
+    samples: int = Field(default=0, ge=0)
     """examples of the highest and as many of the lowest scores that are shown with each evaluation,
     and at the end for the whole run: on stdout, and at W&B where it is used"""
 
@@ -72,11 +72,11 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
     is filled in"""
     root: Directory = Path("runs")
     """directory that holds the run directories"""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """seed of initial weights, stream order and selection"""
     steps: Count = 800
     """optimizer steps"""
-    max_wall_s: float | None = Field(None, gt=0)
+    max_wall_s: float | None = Field(default=None, gt=0)
     """stop after these seconds of training, evaluation not counted"""
     eval_every: Count = 50
     """steps between two evaluations"""
@@ -159,6 +159,19 @@ def _filled(section: Section, values: Mapping[str, Any], name: str) -> dict[str,
     """A section's plain values, the defaults where none are given."""
     given = values.get(name)
     return dict(section) | (given if isinstance(given, dict) else {})
+
+
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that the configuration knows, but this trainer does not.
+
+    Raises:
+        ConfigError: `value` is not among `choices`.
+    """
+    if value not in choices:
+        raise ConfigError(
+            f"{key} must be one of {', '.join(choices)} for this trainer, got {value!r}; the "
+            "others belong to another program in trainers/"
+        )
 
 
 def known_keys() -> list[str]:

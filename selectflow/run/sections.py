@@ -72,9 +72,9 @@ class DataConfig(_Section):
     ] = None
     """directory of the shards, or its URL (s3, gs, hf, https: extra `remote`); null: data/<name and
     options> for digits and text"""
-    label_noise: float = Field(0.0, ge=0, lt=1)
+    label_noise: float = Field(default=0.0, ge=0, lt=1)
     """share of training labels made wrong (digits)"""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """seed of the written shards: which labels are altered"""
     separate_documents: bool = False
     """documents that share a block (text.rest: pack) do not see each other: positions begin again
@@ -82,13 +82,13 @@ class DataConfig(_Section):
     their predicted tokens (language)"""
     pool: Count = 64
     """P: candidate examples of one optimizer step"""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(default=0, ge=0)
     """processes that read and decode; 0: the training process"""
     buffer: Count = 4096
     """samples that are shuffled together"""
-    memory_gib: float = Field(1.0, ge=0)
+    memory_gib: float = Field(default=1.0, ge=0)
     """decoded data up to this size, in GiB, are held in memory"""
-    max_errors: int = Field(0, ge=0)
+    max_errors: int = Field(default=0, ge=0)
     """unreadable samples before the run stops; 0: the first does"""
     target_batch: Count = 200
     """examples of one batch of the target set"""
@@ -117,7 +117,7 @@ class ModelConfig(_Section):
 
     name: Literal["mlp", "cnn", "resnet18", "gpt2", "llama"] = "mlp"
     """architecture: mlp, cnn, resnet18 (trainers/vision.py), gpt2, llama (trainers/language.py)"""
-    hidden: tuple[Count, ...] = Field((128, 128), strict=False)
+    hidden: tuple[Count, ...] = Field(default=(128, 128), strict=False)
     """units of each hidden layer (mlp)"""
     width: Count = 16
     """channels of the first convolution (cnn); size of a token's embedding, a multiple of `heads`
@@ -134,7 +134,7 @@ class ModelConfig(_Section):
     pretrained: str | None = None
     """weights to begin with: a folder of save_pretrained or a Hugging Face name, whose sizes then
     hold (gpt2, llama)"""
-    lora_rank: int = Field(0, ge=0)
+    lora_rank: int = Field(default=0, ge=0)
     """rank of LoRA adapters; 0: every weight is trained"""
 
 
@@ -143,17 +143,17 @@ class OptimizerConfig(_Section):
 
     name: Literal["adamw", "sgd"] = "adamw"
     """torch.optim.AdamW or SGD"""
-    lr: float = Field(3e-3, gt=0)
+    lr: float = Field(default=3e-3, gt=0)
     """learning rate"""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """decay per update; decoupled in adamw, added to the gradient in sgd"""
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), strict=False)
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), strict=False)
     """decay of exp_avg and of exp_avg_sq (adamw)"""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """added to the root of exp_avg_sq (adamw)"""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     """momentum (sgd)"""
-    max_grad_norm: float | None = Field(None, gt=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
     """clip the gradient to this norm; null: no clipping"""
 
 
@@ -191,15 +191,19 @@ Milestone = Annotated[
     ),
 ]
 
+Milestones = tuple[int, ...] | tuple[Milestone, ...]
 
-def _check_milestones(steps: Sequence[int], shape: object) -> None:
+
+def _check_milestones(value: Milestones, info: ValidationInfo) -> Milestones:
+    steps = [each if isinstance(each, int) else each[0] for each in value]
     rule = None
-    if shape == "step" and not steps:
+    if info.data.get("name") == "step" and not steps:
         rule = "given when name is step"
     elif any(earlier >= later for earlier, later in pairwise(steps)):
         rule = "in rising order of step"
     if rule:
         raise PydanticCustomError("rule", "must be {rule}", {"rule": rule})
+    return value
 
 
 class ScheduleConfig(_Section):
@@ -207,20 +211,16 @@ class ScheduleConfig(_Section):
 
     name: Literal["constant", "cosine", "linear", "step"] = "constant"
     """shape after the warm-up"""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """steps of linear rise from 0 to optimizer.lr"""
-    final: float = Field(0.0, ge=0, le=1)
+    final: float = Field(default=0.0, ge=0, le=1)
     """share of optimizer.lr left at the last step (cosine, linear)"""
-    milestones: tuple[Count, ...] = Field((), strict=False, validate_default=True)
+    milestones: tuple[Count, ...] = Field(default=(), strict=False, validate_default=True)
     """rising steps, at each of which the rate is multiplied by `factor` (step)"""
-    factor: float = Field(0.1, gt=0, le=1)
+    factor: float = Field(default=0.1, gt=0, le=1)
     """of the rate at each milestone (step)"""
 
-    @field_validator("milestones")
-    @classmethod
-    def _rise(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        _check_milestones(value, info.data.get("name"))
-        return value
+    _rise = field_validator("milestones")(_check_milestones)
 
 
 class HorizonScheduleConfig(_Section):
@@ -228,16 +228,12 @@ class HorizonScheduleConfig(_Section):
 
     name: Literal["constant", "linear", "step"] = "constant"
     """constant: select.horizon; linear: in equal parts to `final`; step: by list"""
-    final: int = Field(0, ge=0)
+    final: int = Field(default=0, ge=0)
     """horizon of the last step (linear)"""
-    milestones: tuple[Milestone, ...] = Field((), strict=False, validate_default=True)
+    milestones: tuple[Milestone, ...] = Field(default=(), strict=False, validate_default=True)
     """pairs [step, horizon], steps rising: the horizon from that step on (step)"""
 
-    @field_validator("milestones")
-    @classmethod
-    def _rise(cls, value: tuple[Milestone, ...], info: ValidationInfo) -> tuple[Milestone, ...]:
-        _check_milestones([step for step, _ in value], info.data.get("name"))
-        return value
+    _rise = field_validator("milestones")(_check_milestones)
 
 
 # --- selection ------------------------------------------------------------------------------------
@@ -259,15 +255,15 @@ class SelectConfig(SelectOptions, use_attribute_docstrings=True):
     """H: optimizer updates from scoring to reading the target loss; auto: the controller's choice;
     .inf: offline, a run on everything is recorded first, and only its best samples are trained
     on"""
-    largest_horizon: int = Field(8, ge=0)
+    largest_horizon: int = Field(default=8, ge=0)
     """the largest horizon that the controller may choose (auto)"""
     horizon_schedule: HorizonScheduleConfig = HorizonScheduleConfig()
     """how the horizon changes over the run"""
     lr: Literal["schedule", "auto"] = "schedule"
     """learning rate: as scheduled, or multiplied by what the controller chooses"""
-    lr_lowest: float = Field(1 / 64, gt=0, le=1)
+    lr_lowest: float = Field(default=1 / 64, gt=0, le=1)
     """the smallest multiplier of the schedule (lr: auto)"""
-    lr_highest: float = Field(64.0, ge=1)
+    lr_highest: float = Field(default=64.0, ge=1)
     """the largest multiplier of the schedule (lr: auto)"""
     score_view: Annotated[int, Field(ge=2)] | None = None
     """tokens of each example of the pools and of the target that are scored, the first ones that
@@ -275,10 +271,10 @@ class SelectConfig(SelectOptions, use_attribute_docstrings=True):
     record_steps: Count | None = None
     """optimizer steps of the recorded run (offline), whose batches are held in memory; null:
     steps"""
-    record_lr: float | None = Field(None, gt=0)
+    record_lr: float | None = Field(default=None, gt=0)
     """learning rate of the recorded run (offline): scores are the more faithful the smaller it is;
     null: optimizer.lr"""
-    keep_samples: float = Field(0.5, gt=0, le=1)
+    keep_samples: float = Field(default=0.5, gt=0, le=1)
     """share of the recorded samples kept (offline)"""
     replay: Directory | None = None
     """run directory: train on exactly what it kept, without scoring; needs its dataset, pool size
