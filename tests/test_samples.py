@@ -15,7 +15,13 @@ from selectflow.data import make_digits, open_tokenizer, read_metadata, read_sam
 from selectflow.report.groups import groups
 from selectflow.report.runs import load_runs
 from selectflow.report.samples import examine_groups
-from selectflow.run.ledger import read_ledger
+from selectflow.run.ledger import (
+    rank_samples,
+    read_ledger,
+    read_scored,
+    standardised,
+    sum_samples,
+)
 from selectflow.run.loop import train
 from selectflow.run.samples import (
     Sample,
@@ -24,11 +30,7 @@ from selectflow.run.samples import (
     extremes,
     lines,
     one_line,
-    rank_samples,
-    read_scored,
     show,
-    standardised,
-    sum_samples,
 )
 from selectflow.strategies import Selection
 

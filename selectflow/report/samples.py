@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from selectflow.report.groups import Groups, strategy
 from selectflow.report.runs import Points, Run
-from selectflow.run.samples import Shown, extremes, rank_samples, read_scored, sum_samples
+from selectflow.run.ledger import rank_samples, read_scored, sum_samples
+from selectflow.run.samples import Shown, extremes
 
 EDGES: npt.NDArray[np.float64] = np.linspace(-4, 4, 41)
 """Edges of the bins of standardised scores; the outermost also count what lies beyond."""

@@ -204,11 +204,7 @@ class Checkpoints:
             self._writing = self._writer.submit(self._write, step, _copy(state))
 
     def wait(self) -> None:
-        """Return when every saved state is on the disk.
-
-        Raises:
-            OSError: it cannot be written; earlier checkpoints are untouched.
-        """
+        """Return when every saved state is on the disk; an OSError says that it cannot be."""
         writing, self._writing = self._writing, None
         if writing:
             writing.result()

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
-from pyarrow.parquet import ParquetFile, write_table
+from pyarrow.parquet import ParquetFile, read_table, write_table
 
 from selectflow.core.files import atomic_file
 from selectflow.offline.score import SampleScores
@@ -195,6 +196,81 @@ def last_step(run_dir: str | Path) -> int:
     return step
 
 
+# --- samples over a run ---------------------------------------------------------------------------
+
+
+def read_scored(run_dir: Path) -> Iterator[Any]:
+    """The candidates of a run in tables of whole steps, with standardised scores.
+
+    Args:
+        run_dir: its directory.
+
+    Yields:
+        Tables of step, key, score and kept: those of the ledger, of a run by offline selection
+        those of its sweep as one pool at step 0; none where the run has neither.
+
+    Raises:
+        LedgerError: a part of the ledger cannot be read.
+    """
+    offline = run_dir / "selected" / "scores.parquet"
+    if offline.is_file():
+        table = read_table(offline, columns=["key", "score", "kept"])
+        parts = iter([table.append_column("step", pa.array(np.zeros(len(table), np.int64)))])
+    elif any((run_dir / LEDGER_FOLDER).glob("*.parquet")):
+        parts = read_parts(run_dir, ["step", "key", "score", "kept"])
+    else:
+        return
+    for table in parts:
+        scores = standardised(table["score"].to_numpy(), table["step"].to_numpy())
+        place = table.schema.get_field_index("score")
+        yield table.set_column(place, "score", pa.array(scores))
+
+
+def standardised(
+    scores: npt.NDArray[np.float64], steps: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Scores in standard deviations from the mean of their step; 0 where all of it are equal.
+
+    The scale of scores changes by orders of magnitude while a model learns; this compares steps.
+
+    Args:
+        scores: of shape (N,).
+        steps: of shape (N,), equal ones beside each other.
+    """
+    if not scores.size:
+        return scores
+    starts = np.flatnonzero(np.diff(steps, prepend=steps[0] - 1))
+    sizes = np.diff(starts, append=len(steps))
+    deviations = scores - np.repeat(np.add.reduceat(scores, starts) / sizes, sizes)
+    sd = np.sqrt(np.add.reduceat(deviations**2, starts) / sizes)
+    sd[np.maximum.reduceat(scores, starts) == np.minimum.reduceat(scores, starts)] = np.inf
+    return np.asarray(deviations / np.repeat(sd, sizes))
+
+
+def sum_samples(table: Any) -> Any:
+    """Sums of a table of `read_scored` by key, for `rank_samples`."""
+    # without threads, so that each call adds in the same order
+    grouped = table.group_by("key", use_threads=False)
+    return grouped.aggregate([("score", "sum"), ("score", "count"), ("kept", "sum")])
+
+
+def rank_samples(sums: Sequence[Any]) -> Any:
+    """Samples by mean score, best first; equal ones by key.
+
+    Args:
+        sums: tables of `sum_samples`, at least one.
+
+    Returns:
+        A table of key, score (the mean), times (pools it was in) and kept (times it was).
+    """
+    grouped = pa.concat_tables(sums).group_by("key", use_threads=False)
+    total = grouped.aggregate([(n, "sum") for n in ("score_sum", "score_count", "kept_sum")])
+    times = total["score_count_sum"]
+    means = total["score_sum_sum"].to_numpy() / times.to_numpy()
+    columns = {"key": total["key"], "score": means, "times": times, "kept": total["kept_sum_sum"]}
+    return pa.table(columns).sort_by([("score", "descending"), ("key", "ascending")])
+
+
 def mean_scores(run_dir: str | Path) -> SampleScores:
     """The mean score of every candidate over all pools of a run that held it.
 
@@ -222,6 +298,9 @@ def kept_keys(run_dir: str | Path) -> list[str]:
     table = read_ledger(run_dir, ["key", "kept"])
     keys: list[str] = table.filter(table["kept"])["key"].unique().to_pylist()
     return keys
+
+
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _rows(step: int, selection: Selection, schema: Any) -> Any:

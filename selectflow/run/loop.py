@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 
 from selectflow.core.batches import Batch, MicroBatches, to_device
 from selectflow.run import metrics
@@ -188,10 +187,15 @@ class _Run:
     def evaluate(self) -> dict[str, float]:
         """Means over the target and the test set, by metric name; what the pools cost and lack."""
         found: dict[str, float] = {}
-        with evaluating(self.model):
-            for split, batches in (("target", self.target), ("test", self.test)):
-                means = self.task.evaluate(self.model, batches)
-                found |= {metrics.evaluated(split, name): x for name, x in means.items()}
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for split, batches in (("target", self.target), ("test", self.test)):
+                    means = self.task.evaluate(self.model, batches)
+                    found |= {metrics.evaluated(split, name): x for name, x in means.items()}
+        finally:
+            self.model.train(training)
         errors = sum(self.pools.errors.values())
         return found | {metrics.DATA_ERRORS: errors, metrics.DATA_S: self.pools.seconds}
 
@@ -238,20 +242,8 @@ class _Run:
         restore_generators(state["generators"])
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and back to the mode of before."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 def progress_bar(name: str, steps: int) -> Progress:
-    """How far a run has got: a bar on stdout at a terminal, and elsewhere nothing."""
+    """A bar on stdout at a terminal, and elsewhere nothing."""
     console = Console(file=sys.stdout)
     bar = Progress(
         TextColumn("{task.description}"),

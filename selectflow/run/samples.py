@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import torch
-from pyarrow.parquet import read_table
 
 from selectflow.core.batches import Batch
 from selectflow.data import (
@@ -30,7 +27,7 @@ from selectflow.data import (
     read_samples,
 )
 from selectflow.run.config import RunConfig
-from selectflow.run.ledger import LEDGER_FOLDER, read_parts
+from selectflow.run.ledger import rank_samples, read_scored, sum_samples
 from selectflow.run.log import Tracker
 from selectflow.run.task import Task
 from selectflow.strategies import Selection
@@ -74,78 +71,6 @@ class Shown:
     png: bytes | None
     text: str
     altered: bool | None
-
-
-def read_scored(run_dir: Path) -> Iterator[Any]:
-    """The candidates of a run in tables of whole steps, with standardised scores.
-
-    Args:
-        run_dir: its directory.
-
-    Yields:
-        Tables of step, key, score and kept: those of the ledger, of a run by offline selection
-        those of its sweep as one pool at step 0; none where the run has neither.
-
-    Raises:
-        LedgerError: a part of the ledger cannot be read.
-    """
-    offline = run_dir / "selected" / "scores.parquet"
-    if offline.is_file():
-        table = read_table(offline, columns=["key", "score", "kept"])
-        parts = iter([table.append_column("step", pa.array(np.zeros(len(table), np.int64)))])
-    elif any((run_dir / LEDGER_FOLDER).glob("*.parquet")):
-        parts = read_parts(run_dir, ["step", "key", "score", "kept"])
-    else:
-        return
-    for table in parts:
-        scores = standardised(table["score"].to_numpy(), table["step"].to_numpy())
-        place = table.schema.get_field_index("score")
-        yield table.set_column(place, "score", pa.array(scores))
-
-
-def standardised(
-    scores: npt.NDArray[np.float64], steps: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    """Scores in standard deviations from the mean of their step; 0 where all of it are equal.
-
-    The scale of scores changes by orders of magnitude while a model learns; this compares steps.
-
-    Args:
-        scores: of shape (N,).
-        steps: of shape (N,), equal ones beside each other.
-    """
-    if not scores.size:
-        return scores
-    starts = np.flatnonzero(np.diff(steps, prepend=steps[0] - 1))
-    sizes = np.diff(starts, append=len(steps))
-    deviations = scores - np.repeat(np.add.reduceat(scores, starts) / sizes, sizes)
-    sd = np.sqrt(np.add.reduceat(deviations**2, starts) / sizes)
-    sd[np.maximum.reduceat(scores, starts) == np.minimum.reduceat(scores, starts)] = np.inf
-    return np.asarray(deviations / np.repeat(sd, sizes))
-
-
-def sum_samples(table: Any) -> Any:
-    """Sums of a table of `read_scored` by key, for `rank_samples`."""
-    # without threads, so that each call adds in the same order
-    grouped = table.group_by("key", use_threads=False)
-    return grouped.aggregate([("score", "sum"), ("score", "count"), ("kept", "sum")])
-
-
-def rank_samples(sums: Sequence[Any]) -> Any:
-    """Samples by mean score, best first; equal ones by key.
-
-    Args:
-        sums: tables of `sum_samples`, at least one.
-
-    Returns:
-        A table with a row for each `Sample`.
-    """
-    grouped = pa.concat_tables(sums).group_by("key", use_threads=False)
-    total = grouped.aggregate([(n, "sum") for n in ("score_sum", "score_count", "kept_sum")])
-    times = total["score_count_sum"]
-    means = total["score_sum_sum"].to_numpy() / times.to_numpy()
-    columns = {"key": total["key"], "score": means, "times": times, "kept": total["kept_sum_sum"]}
-    return pa.table(columns).sort_by([("score", "descending"), ("key", "ascending")])
 
 
 def extremes(
@@ -202,23 +127,20 @@ def extreme_rows(run_dir: Path, source: Sources, num: int = 16) -> list[dict[str
     sums = [sum_samples(table) for table in read_scored(run_dir)]
     if not sums:
         return []
-    ends = extremes(rank_samples(sums), source, metadata, num)
+    ends = zip(_ENDS, extremes(rank_samples(sums), source, metadata, num), strict=True)
     return [
         {
             "end": end, "key": shown.sample.key, "score": shown.sample.score,
             "altered": shown.altered, "facts": ", ".join(shown.facts), "text": shown.text,
             "png": shown.png,
         }
-        for end, samples in zip(("highest", "lowest"), ends, strict=True)
+        for end, samples in ends
         for shown in samples
     ]  # fmt: skip
 
 
 def _tokenizers(root: Sources) -> dict[str, Tokenizer]:
-    """The tokenizer of each source by name; "" where there is one source.
-
-    Images, shards without a manifest and a lost tokenizer have none: ids of tokens are shown.
-    """
+    """The tokenizer of each source that has one, by name; "" where there is one source."""
     found: dict[str, Tokenizer] = {}
     for name, source in (root if isinstance(root, Mapping) else {"": root}).items():
         if isinstance(source, str | Path):
@@ -251,14 +173,9 @@ def show(
     facts[:0] = known
     image = next((fields[f] for f in ("png", "jpg", "jpeg", "npy") if f in fields), None)
     if image is not None and np.ndim(image) == 3:
-        return Shown(sample, facts, _png(dict(fields)), "", altered)
+        picture(dict(fields), _SIDE).save(file := io.BytesIO(), "PNG")
+        return Shown(sample, facts, file.getvalue(), "", altered)
     return Shown(sample, facts, None, _text(fields, tokenizer)[:_LENGTH], altered)
-
-
-def _png(fields: dict[str, Any]) -> bytes:
-    file = io.BytesIO()
-    picture(fields, _SIDE).save(file, "PNG")
-    return file.getvalue()
 
 
 def _text(fields: Mapping[str, Any], tokenizer: Tokenizer | None) -> str:
@@ -297,36 +214,28 @@ class SampleTable:
         self._rows: dict[str, list[dict[str, Any]]] = {end: [] for end in _ENDS}
 
     def add(self, step: int, selection: Selection) -> None:
-        """Look at the scores of one pool; skip a pool whose scores are all equal.
-
-        Args:
-            step: the optimizer step that it was for, from 1.
-            selection: of a pool that is a mapping with a list "key".
-        """
+        """Look at the scores of the pool of a step, from 1, unless all of them are equal."""
         scores = selection.scores.double()
         spread = scores.std(correction=0)
         if not spread > 0:
             return
         scores = (scores - scores.mean()) / spread
         for end, sign in _ENDS.items():
-            top = torch.sort(sign * scores, descending=True, stable=True)
-            best = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-            for score, index in list(best)[: self._num]:
-                self._offer(end, step, sign * score, selection.pool, index)
+            top = torch.sort(sign * scores, descending=True, stable=True).indices[: self._num]
+            new = [self._row(end, step, float(scores[i]), selection.pool, i) for i in top.tolist()]
+            rows = sorted(self._rows[end] + new, key=lambda row: -sign * row["score"])
+            first: dict[str, dict[str, Any]] = {}
+            for row in rows:
+                first.setdefault(row["key"], row)
+            self._rows[end] = list(first.values())[: self._num]
 
-    def _offer(self, end: str, step: int, score: float, pool: Batch, index: int) -> None:
-        sign, rows, key = _ENDS[end], self._rows[end], pool["key"][index]
-        known = next((row for row in rows if row["key"] == key), None)
-        beaten = known or (rows[-1] if len(rows) == self._num else None)
-        if beaten is not None:
-            if sign * score <= sign * beaten["score"]:
-                return
-            rows.remove(beaten)
+    def _row(self, end: str, step: int, score: float, pool: Batch, index: int) -> dict[str, Any]:
+        key = pool["key"][index]
         origin = ", ".join(kind for kind, keys in self._kinds.items() if key in keys)
-        text = self._show(pool, index) if self._show else ""
-        row = {"end": end, "score": score, "origin": origin, "step": step, "key": key}
-        rows.append(row | {"text": one_line(text)})
-        rows.sort(key=lambda row: -sign * row["score"])
+        text = one_line(self._show(pool, index)) if self._show else ""
+        return {
+            "end": end, "score": score, "origin": origin, "step": step, "key": key, "text": text
+        }  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
         """The highest, highest first, then the lowest, lowest first; rows have equal keys."""
