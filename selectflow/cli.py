@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from selectflow.run.main import print_anything
+from selectflow.run.loop import print_anything
 
 if TYPE_CHECKING:
     from selectflow.data import Layout
@@ -261,8 +261,8 @@ def write_shards(
     layout = _layout(locals())
     from selectflow.data import DataError, find_splits, open_catalog
     from selectflow.run.config import load
-    from selectflow.run.ledger import last_step, read_stream
-    from selectflow.run.scores import kept_keys, mean_scores, write_selected
+    from selectflow.run.ledger import kept_keys, last_step, mean_scores, read_stream
+    from selectflow.run.offline import write_selected
 
     stream = read_stream(run)
     config = load(run / "config.yaml")

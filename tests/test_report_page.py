@@ -17,7 +17,7 @@ from selectflow.report.compare import summarize
 from selectflow.report.figures import EDGES, domains
 from selectflow.report.groups import flat
 from selectflow.report.page import describe_task, examine, read_selected, render
-from selectflow.run.scores import write_scores
+from selectflow.run.offline import write_scores
 from selectflow.run.sections import DataConfig
 
 

@@ -16,7 +16,7 @@ from selectflow.cli import main
 from selectflow.report import runs
 from selectflow.report.groups import label
 from selectflow.report.runs import ReportError, fetch_run, series
-from selectflow.run.tracker import Tracker
+from selectflow.run.log import Tracker
 from selectflow.run.wandb import RemoteRun
 
 ROOT = Path(__file__).parents[1]

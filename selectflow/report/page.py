@@ -21,8 +21,9 @@ from selectflow.report.figures import EDGES, Panel
 from selectflow.report.groups import Groups, flat, strategy
 from selectflow.report.runs import KEPT_ALTERED, Points, Run
 from selectflow.report.tables import grids, quantity, sentences, to_records, write_csv
+from selectflow.run.ledger import rank_samples, read_scored, sum_samples
 from selectflow.run.metrics import WALL_S
-from selectflow.run.sample_text import Shown, extremes, rank_samples, read_scored, sum_samples
+from selectflow.run.samples import Shown, extremes
 from selectflow.run.sections import DataConfig, ModelConfig
 from selectflow.run.wandb import Chart, Report
 
