@@ -62,15 +62,12 @@ def source_text() -> list[DocumentGroup]:
 
     groups = []
     for name, path in _python_files():
-        key = str(name.with_suffix(""))
-        if name.parts[0] == _TABLES:
-            groups.append(DocumentGroup(key, partial(_file, path, key, "tables")))
-        else:
-            groups.append(DocumentGroup(key, partial(_module, path, key)))
+        key, domain = str(name.with_suffix("")), "tables" if name.parts[0] == _TABLES else "code"
+        groups.append(DocumentGroup(key, partial(_read_file, path, key, domain)))
     include = Path(sysconfig.get_path("include"))
     for path in sorted(include.rglob("*.h")):
         key = f"include/{path.relative_to(include).with_suffix('')}"
-        groups.append(DocumentGroup(key, partial(_file, path, key, "headers")))
+        groups.append(DocumentGroup(key, partial(_read_file, path, key, "headers")))
     return groups + [
         _alone(Document(f"topics/{name}", "prose", text), f"topics/{name}")
         for name, text in sorted(topics.items())
@@ -92,15 +89,13 @@ def _python_files() -> Iterator[tuple[Path, Path]]:
             yield name, path
 
 
-def _module(path: Path, key: str) -> Iterator[Document]:
-    code, docstrings = split_docstrings(path.read_text(encoding="utf-8"))
-    yield Document(key, "code", code)
+def _read_file(path: Path, key: str, domain: str) -> Iterator[Document]:
+    text, docstrings = path.read_text(encoding="utf-8"), ""
+    if domain == "code":
+        text, docstrings = split_docstrings(text)
+    yield Document(key, domain, text)
     if docstrings:
         yield Document(f"{key}/docstrings", "docstrings", docstrings)
-
-
-def _file(path: Path, key: str, domain: str) -> Iterator[Document]:
-    yield Document(key, domain, path.read_text(encoding="utf-8"))
 
 
 def split_docstrings(source: str) -> tuple[str, str]:
@@ -159,9 +154,8 @@ def json_lines(path: str | Path) -> list[DocumentGroup]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(
-                f"line {number} of {path} must be a JSON object, got {error}; correct it"
-            ) from error
+            rule = f"line {number} of {path} must be a JSON object"
+            raise DataError(f"{rule}, got {error}; correct it") from error
         groups.append(_alone(_of_row(f"{Path(path).stem}/{number:08d}", row)))
     if not groups:
         raise DataError(f"{path} must hold at least one line, got none; correct the path")

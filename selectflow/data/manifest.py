@@ -132,7 +132,20 @@ def read_manifest(root: str | Path) -> Manifest:
 def parse_manifest(text: bytes, where: str) -> Manifest:
     """The manifest in the contents of the file `where`; the errors of `read_manifest`."""
     try:
-        return _from_json(text)
+        raw = json.loads(text)
+        if raw["version"] != MANIFEST_VERSION:
+            raise DataError(f"version {raw['version']}")
+        return Manifest(
+            splits={
+                split: tuple(Shard(**shard) for shard in shards)
+                for split, shards in raw["splits"].items()
+            },
+            fields=tuple(raw["fields"]),
+            options=dict(raw["options"]),
+            seed=int(raw["seed"]),
+            pack=raw.get("pack", 1),
+            tokenizer=dict(raw.get("tokenizer", {})),
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{where} must be a manifest of version {MANIFEST_VERSION}, "
@@ -145,20 +158,3 @@ def _to_json(manifest: Manifest) -> str:
     if not manifest.tokenizer:
         del values["tokenizer"]  # of datasets without tokens, as it has always been
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
-
-
-def _from_json(text: bytes) -> Manifest:
-    raw = json.loads(text)
-    if raw["version"] != MANIFEST_VERSION:
-        raise DataError(f"version {raw['version']}")
-    return Manifest(
-        splits={
-            split: tuple(Shard(**shard) for shard in shards)
-            for split, shards in raw["splits"].items()
-        },
-        fields=tuple(raw["fields"]),
-        options=dict(raw["options"]),
-        seed=int(raw["seed"]),
-        pack=raw.get("pack", 1),
-        tokenizer=dict(raw.get("tokenizer", {})),
-    )

@@ -118,7 +118,8 @@ class Order:
         options: Shuffle,
         weights: Sequence[float] | None = None,
     ) -> None:
-        self._seed, self._drawn, self._block = options.seed, 0, (-1, np.empty(0, np.int64))
+        self._seed, self._drawn = options.seed, 0
+        self._block = (-1, np.empty(0, np.int64))  # number of the block of choices, and these
         self._shares = None if weights is None else np.array(weights) / np.sum(weights)
         ends = np.cumsum(num_shards if weights is not None else [len(counts)])
         firsts = np.concatenate([[0], counts.cumsum()])
@@ -166,13 +167,10 @@ class Order:
         parts, start, end = [], self._drawn, self._drawn + count
         while start < end:
             block, at = divmod(start, _MIX_BLOCK)
-            parts.append(self._choices(block)[at : at + end - start])
+            if self._block[0] != block:
+                random = np.random.default_rng([self._seed, _MIX, block])
+                size = len(self._sources)
+                self._block = (block, random.choice(size, size=_MIX_BLOCK, p=self._shares))
+            parts.append(self._block[1][at : at + end - start])
             start += len(parts[-1])
         return np.concatenate(parts)
-
-    def _choices(self, block: int) -> Ints:
-        if self._block[0] != block:
-            random = np.random.default_rng([self._seed, _MIX, block])
-            size = len(self._sources)
-            self._block = (block, random.choice(size, size=_MIX_BLOCK, p=self._shares))
-        return self._block[1]

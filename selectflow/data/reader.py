@@ -27,7 +27,10 @@ class Fault(NamedTuple):
     message: str  # what is wrong, where, and what to do
 
 
-class ShardReader(Dataset[tuple[list[Sample], list[Fault]]]):
+_Read = tuple[list[Sample], list[Fault]]  # the readable samples, and the others
+
+
+class ShardReader(Dataset[_Read]):
     """Reads samples by row. Keeps the indexes of the shards used last, and no files open.
 
     Args:
@@ -43,7 +46,7 @@ class ShardReader(Dataset[tuple[list[Sample], list[Fault]]]):
         self._fields = None if fields is None else frozenset(fields)
         self._checked: OrderedDict[int, _CheckedShard | DataError] = OrderedDict()
 
-    def read(self, rows: Ints) -> tuple[list[Sample], list[Fault]]:
+    def read(self, rows: Ints) -> _Read:
         """The samples at `rows`, in that order, without those that cannot be read."""
         shards, places = self._catalog.locate(rows)
         found: dict[int, Sample] = {}
@@ -58,9 +61,7 @@ class ShardReader(Dataset[tuple[list[Sample], list[Fault]]]):
                     found[position] = item
         return [found[position] for position in sorted(found)], faults
 
-    def __getitem__(self, rows: Ints) -> tuple[list[Sample], list[Fault]]:
-        """As `read`; how a DataLoader asks."""
-        return self.read(rows)
+    __getitem__ = read  # how a DataLoader asks
 
     def _read(self, index: int, places: Ints) -> Iterator[Sample | DataError]:
         try:
@@ -109,14 +110,14 @@ class _CheckedShard:
         self._columns: dict[tuple[int, str], Sequence[Any]] = {}  # decoded fields of packed records
         with _open_file(entry) as file:
             try:
-                self._records, self._signature = _index(entry, file), _signature(file)
+                self._signature, self._records = _signature(file), _index(entry, file)
                 return
             except DataError:
                 if not entry.is_remote:
                     raise
         entry.cache.fetch(entry.url, anew=True)  # the local copy is damaged
         with _open_file(entry) as file:
-            self._records, self._signature = _index(entry, file), _signature(file)
+            self._signature, self._records = _signature(file), _index(entry, file)
 
     def file(self) -> FileIO | None:
         """The file, opened; None if it is a remote one that was fetched again since its check."""
@@ -235,7 +236,7 @@ def read_pools(reader: ShardReader, rows: Iterator[Ints], num_workers: int) -> I
         yield (finish(batch) if isinstance(batch, dict) else batch), faults
 
 
-def _pool(read: tuple[list[Sample], list[Fault]]) -> PoolRead:
+def _pool(read: _Read) -> PoolRead:
     samples, faults = read
     if not samples:
         rule = f"a pool must hold a readable sample, got {len(faults)} that are not"

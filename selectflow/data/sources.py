@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -123,20 +123,16 @@ class Cache:
                 time.sleep(self.backoff_s * 2 ** (attempt - 1))
 
     def _shrink(self) -> None:
-        (_, used, _), *others = sorted(_shards(self.directory), reverse=True)
+        shards = []
+        for path in self.directory.glob("*.shard"):
+            with suppress(FileNotFoundError):  # removed by another process
+                stat = path.stat()
+                shards.append((stat.st_atime, stat.st_size, path))
+        (_, used, _), *others = sorted(shards, reverse=True)
         for _, size, path in others:
             used += size
             if used > self.max_gib * 2**30:
                 path.unlink(missing_ok=True)
-
-
-def _shards(directory: Path) -> Iterator[tuple[float, int, Path]]:
-    for path in directory.glob("*.shard"):
-        try:
-            stat = path.stat()
-        except FileNotFoundError:  # removed by another process
-            continue
-        yield stat.st_atime, stat.st_size, path
 
 
 @contextmanager

@@ -78,9 +78,7 @@ def write_split(
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
-    checked = _checked(samples, pack)
-    records = map(_alone, checked) if pack == 1 else _pack(checked, pack)
-    for chunk in _chunks(records, per_shard, max_bytes):
+    for chunk in _chunks(_records(_checked(samples, pack), pack), per_shard, max_bytes):
         shards.append(_write_shard(root / f"{split}-{len(shards):06d}.tar", chunk))
     if not shards:
         raise DataError(f"samples of split {split!r} must be at least 1, got 0; check the source")
@@ -128,20 +126,18 @@ def _checked(samples: Iterable[Sample], pack: int) -> Iterator[Sample]:
         yield sample
 
 
-def _alone(sample: Sample) -> _Record:
-    key = sample["__key__"]
-    fields = sorted(sample.keys() - {"__key__"})
-    return _Record(key, {f: _encode(key, f, CODECS[f][0], sample[f]) for f in fields}, 1)
-
-
-def _pack(samples: Iterator[Sample], pack: int) -> Iterator[_Record]:
-    chunks = iter(lambda: list(islice(samples, pack)), [])
-    for index, chunk in enumerate(chunks):
+def _records(samples: Iterator[Sample], pack: int) -> Iterator[_Record]:
+    for index, chunk in enumerate(iter(lambda: list(islice(samples, pack)), [])):
         first, last = chunk[0]["__key__"], chunk[-1]["__key__"]
+        fields = sorted(chunk[0].keys() - {"__key__"})
+        if pack == 1:
+            members = {f: _encode(first, f, CODECS[f][0], chunk[0][f]) for f in fields}
+            yield _Record(first, members, 1)
+            continue
         keys = first if len(chunk) == 1 else f"{first} to {last}"
         members = {
             PACKED[f].extension: _encode(keys, f, PACKED[f].encode, [s[f] for s in chunk])
-            for f in sorted(chunk[0].keys() - {"__key__"})
+            for f in fields
         }
         yield _Record(f"{index:06d}", members, len(chunk))
 
@@ -185,11 +181,8 @@ class Layout:
 
     def options(self) -> dict[str, Any]:
         """The values that differ from their defaults, and always `per_shard`."""
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name == "per_shard" or value != getattr(Layout, name)
-        }
+        changed = {n: value for n, value in asdict(self).items() if value != getattr(Layout, n)}
+        return {"per_shard": self.per_shard} | changed
 
 
 def build(
