@@ -26,13 +26,13 @@ from selectflow.data import (
     read_batches,
     read_metadata,
 )
-from selectflow.data.builtin.tokenizers import (
+from selectflow.data.manifest import TOKENIZER_NAME
+from selectflow.data.tokenizers import (
     ByteTokenizer,
     SubwordTokenizer,
     load_tokenizer,
     same_vocabulary,
 )
-from selectflow.data.manifest import TOKENIZER_NAME
 from selectflow.models.language import (
     IGNORED,
     NO_DROPOUT,

@@ -27,7 +27,7 @@ from selectflow.audit.config import (
 )
 from selectflow.core.batches import Batch, num_examples, take
 from selectflow.core.passes import LossFn
-from selectflow.data.builtin.documents import python_sources
+from selectflow.data.documents import python_sources
 from selectflow.models.language import (
     causal_lm_losses,
     load_pretrained,
