@@ -8,13 +8,14 @@ from problems import PROBLEMS, image_loss
 from reference import clone, removal, rerun
 from torch import nn
 
-from selectflow.audit.influence import METHODS, influence, leave_one_out, record
+from selectflow.audit.influence import METHODS, influence, leave_one_out
 from selectflow.audit.reruns import Removal, expand
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.lookahead import look_ahead
 from selectflow.core.passes import Objective
 from selectflow.core.sweep import Window
 from selectflow.core.torch_optim import OptimizerReader
+from selectflow.offline.record import record
 
 MLP, CNN, TRANSFORMER = PROBLEMS
 IDS = [problem.name for problem in PROBLEMS]

@@ -1,4 +1,4 @@
-"""What an audit trains: a model and its data, the same in every precision.
+"""What studies train: a model and its data, the same in every precision, and the runs.
 
 Images are scikit-learn's digits, text is the standard library's source. GPT-2 is trained whole,
 Llama by its LoRA adapters, with norms in the precision of the weights.
@@ -6,7 +6,8 @@ Llama by its LoRA adapters, with norms in the precision of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,17 +17,23 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from selectflow.audit.config import (
+from selectflow.audit.study import (
     AuditConfig,
     CNNModel,
     GPT2Model,
     LlamaModel,
     MLPModel,
     Model,
+    ProxyConfig,
     Study,
 )
 from selectflow.core.batches import Batch, num_examples, take
-from selectflow.core.passes import LossFn
+from selectflow.core.derivatives import Curvature, Derivatives
+from selectflow.core.optim import State, Update
+from selectflow.core.params import Params
+from selectflow.core.passes import LossFn, Objective
+from selectflow.core.sweep import Window
+from selectflow.core.torch_optim import OptimizerReader
 from selectflow.data.builtin.documents import python_sources
 from selectflow.models.language import (
     causal_lm_losses,
@@ -64,14 +71,6 @@ class Problem(NamedTuple):
     adapt: Callable[[Any, nn.Module], nn.Module] = lambda _, model: model
 
 
-def _mlp(config: MLPModel) -> nn.Module:
-    return mlp(64, _NUM_CLASSES, config.hidden, config.activation)
-
-
-def _cnn(config: CNNModel) -> nn.Module:
-    return plain_cnn(_DIGIT, _NUM_CLASSES, config.width, config.activation)
-
-
 def _gpt2(config: GPT2Model) -> nn.Module:
     if config.pretrained is not None:
         return pretrained_lm("gpt2", config.pretrained)
@@ -95,16 +94,11 @@ def _llama(config: LlamaModel) -> nn.Module:
     return model
 
 
-def _adapters(config: LlamaModel, model: nn.Module) -> nn.Module:
-    return with_lora(model, "llama", config.lora_rank)
-
-
-def _digits(config: MLPModel | CNNModel) -> Batch:
+def _digits(_: MLPModel | CNNModel) -> Batch:
     """All 1797 digits: images in [0, 1], shape (N, 1, 8, 8), float32, and labels, shape (N,)."""
     # imported here because it takes a second, which only an audit need spend
     from sklearn.datasets import load_digits  # noqa: PLC0415
 
-    del config
     bunch = load_digits()
     images = torch.tensor(bunch.images / 16, dtype=torch.float32)[:, None]
     return {"image": images, "label": torch.tensor(bunch.target)}
@@ -133,10 +127,23 @@ def _source_blocks(config: GPT2Model | LlamaModel) -> Batch:
 
 
 PROBLEMS = {
-    "mlp": Problem(_mlp, _digits, image_losses),
-    "cnn": Problem(_cnn, _digits, image_losses),
+    "mlp": Problem(
+        lambda config: mlp(64, _NUM_CLASSES, config.hidden, config.activation),
+        _digits,
+        image_losses,
+    ),
+    "cnn": Problem(
+        lambda config: plain_cnn(_DIGIT, _NUM_CLASSES, config.width, config.activation),
+        _digits,
+        image_losses,
+    ),
     "gpt2": Problem(_gpt2, _source_blocks, causal_lm_losses),
-    "llama": Problem(_llama, _source_blocks, causal_lm_losses, _adapters),
+    "llama": Problem(
+        _llama,
+        _source_blocks,
+        causal_lm_losses,
+        lambda config, model: with_lora(model, "llama", config.lora_rank),
+    ),
 }
 """Kind of a model -> what it learns."""
 
@@ -176,7 +183,7 @@ def spoiled(examples: Batch, share: float, generator: torch.Generator) -> Batch:
     return {**examples, name: values}
 
 
-# --- runs -----------------------------------------------------------------------------------------
+# --- recorded runs --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -276,3 +283,117 @@ def _warmed(config: AuditConfig, seed: int) -> dict[str, Tensor]:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return model.state_dict()
+
+
+# --- states guessed between snapshots -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SparseTrajectory(Trajectory):
+    """A trajectory whose states between snapshots are guessed.
+
+    Attributes:
+        hold_moments: moments are those of the last snapshot, else interpolated.
+    """
+
+    hold_moments: bool = False
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, hold_moments: bool) -> SparseTrajectory:
+        """The same recording, read sparsely."""
+        return cls(**vars(trajectory), hold_moments=hold_moments)
+
+    def window(
+        self,
+        first: int = 0,
+        curvature: Curvature = "exact",
+        assumed: Sequence[Update] | None = None,
+    ) -> Window:
+        """As of `Trajectory`; an update then leads to the guessed state after it."""
+        return _SparseWindow(**vars(super().window(first, curvature, assumed)), source=self)
+
+    def guess(self, index: int) -> State:
+        """The state before update `index`, from the snapshots around it."""
+        known = self.snapshots.indices
+        place = bisect.bisect_right(known, index) - 1
+        before = self.snapshots.state(known[place])
+        if known[place] == index:
+            return before
+        after = self.snapshots.state(known[place + 1])
+        share = (index - known[place]) / (known[place + 1] - known[place])
+
+        def between(start: Params, end: Params) -> Params:
+            return start.add(end - start, share)
+
+        params = between(before.params, after.params)
+        if self.hold_moments:
+            return before._replace(params=params)
+        moments = (between(*pair) for pair in zip(before[1:], after[1:], strict=True))
+        return State(params, *moments)
+
+
+@dataclass(kw_only=True)
+class _SparseWindow(Window):
+    source: SparseTrajectory
+
+    def advance(self, index: int, state: State) -> tuple[Params, State]:
+        _, grad = self.derivatives.gradient(state.params, self.batch(index, state))
+        return grad, self.source.guess(index + 1)
+
+
+# --- runs that stop in their middle ---------------------------------------------------------------
+
+
+class ProxyRun:
+    """A run that goes on when it is told to; deterministic, as scores are: dropout is off.
+
+    Args:
+        config: of the study.
+        lr: learning rate.
+        seed: of the weights and of the data.
+
+    Raises:
+        ConfigError: there are too few examples.
+    """
+
+    def __init__(self, config: ProxyConfig, lr: float, seed: int) -> None:
+        problem = PROBLEMS[config.model.kind]
+        self.config, self.lr, self.seed = config, lr, seed
+        self.generator = torch.Generator().manual_seed(seed)
+        examples = problem.examples(config.model)
+        known = num_examples(examples)
+        used = config.num_target + max(round(config.batch / keep) for keep in (*config.keeps, 1))
+        if used > known:
+            raise ConfigError(
+                f"num_target + batch / keeps must be <= {known}, the examples there are, got "
+                f"{used}; lower one of them"
+            )
+        order = torch.randperm(known, generator=self.generator)
+        examples = cast(take(examples, order), config.precision)
+        self.target = take(examples, slice(config.num_target))
+        rest = take(examples, slice(config.num_target, None))
+        self.rest = spoiled(rest, config.noise, self.generator)
+        torch.manual_seed(seed)
+        model = problem.adapt(config.model, problem.build(config.model))
+        self.model = model.to(config.precision).eval()
+        self.optimizer = build_adamw(config, self.model, lr)
+        self.reader = OptimizerReader(self.model, self.optimizer)
+        self.derivatives = Derivatives(Objective(self.model, problem.loss_fn), "exact")
+
+    def batch(self, size: int) -> Batch:
+        """The next examples, none twice in a batch."""
+        order = torch.randperm(num_examples(self.rest), generator=self.generator)
+        return take(self.rest, order[:size])
+
+    def updates(self) -> list[Update]:
+        """The next updates, as many as the longest horizon reads."""
+        return self.reader.updates(max(*self.config.horizons, 1))
+
+    def train(self, steps: int) -> None:
+        """Go on for so many plain training steps."""
+        loss_fn = PROBLEMS[self.config.model.kind].loss_fn
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            loss_fn(self.model, self.batch(self.config.batch)).mean().backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+        self.optimizer.zero_grad()
