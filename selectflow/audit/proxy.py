@@ -143,13 +143,7 @@ def best_scored(
 ) -> list[Tensor]:
     """The B examples of each pool with the highest scores, by one look-ahead of this horizon.
 
-    Args:
-        run: whose target is looked ahead to.
-        state: before the first update.
-        updates: `horizon` or more that follow.
-        pools: of each update.
-        nominal: positions of the examples of each pool that the look-ahead trains on.
-        horizon: >= 0.
+    `nominal` are the positions of the examples of each pool that the look-ahead trains on.
     """
     derivatives = run.derivatives
     found = dict[int, Tensor]()

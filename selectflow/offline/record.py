@@ -25,8 +25,7 @@ from selectflow.core.optim import Update
 from selectflow.core.passes import LossFn, Objective, check_finite
 from selectflow.core.storage import plain_update, restored_update, write_whole
 from selectflow.core.torch_optim import OptimizerReader
-from selectflow.offline.snapshots import Snapshots
-from selectflow.offline.trajectory import Trajectory
+from selectflow.offline.trajectory import Snapshots, Trajectory
 
 FORMAT = 1  # raise it when replaying would give other states than the version that recorded
 
