@@ -12,7 +12,6 @@ from selectflow.audit import proxy
 from selectflow.audit.proxy import (
     ProxyPoint,
     ProxyRun,
-    best_scored,
     measure_proxy,
     rank_of_medians,
     summarize,
@@ -86,7 +85,7 @@ def test_a_selection_keeps_the_best_scores_of_its_own_look_ahead(run):
     reader = OptimizerReader(model, optimizer)
     state, updates = reader.state(), reader.updates(2)
     nominal = [torch.arange(8) for _ in pools]
-    selected = best_scored(at, state, updates, pools, nominal, 2)
+    selected = at.best_scored(state, updates, pools, nominal, 2)
     batches = [take(pool, index) for pool, index in zip(pools, nominal, strict=True)]
     window = Window(at.derivatives, updates, lambda i, _: batches[i])
     ahead = look_ahead(window, state, at.target, num_sensitivities=2)

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ from rich.table import Table
 from torch import Tensor
 
 from selectflow.audit.influence import influence, leave_one_out
-from selectflow.audit.problems import AuditedRun, SparseTrajectory
+from selectflow.audit.problems import AuditedRun
+from selectflow.audit.reruns import SparseTrajectory
 from selectflow.audit.study import (
     COLOURS,
     AuditConfig,
@@ -188,7 +190,7 @@ def run_audit(config: AuditConfig, progress: Callable[[str], None] = lambda _: N
         write_rows(results, folder / "audit.csv")
         write_spearman(results, folder)
 
-    run_study(config, lambda: read_results(config), measure, write, progress)
+    run_study(config, partial(read_results, config), measure, write, progress)
     return folder
 
 

@@ -6,7 +6,6 @@ Llama by its LoRA adapters, with norms in the precision of the weights.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,11 +27,12 @@ from selectflow.audit.study import (
     Study,
 )
 from selectflow.core.batches import Batch, num_examples, take
-from selectflow.core.derivatives import Curvature, Derivatives
-from selectflow.core.optim import State, Update
+from selectflow.core.derivatives import Derivatives
+from selectflow.core.lookahead import immediate
+from selectflow.core.optim import Adjoint, State, Update
 from selectflow.core.params import Params
 from selectflow.core.passes import LossFn, Objective
-from selectflow.core.sweep import Window
+from selectflow.core.sweep import SweepStep, Window, sweep
 from selectflow.core.torch_optim import OptimizerReader
 from selectflow.data.builtin.documents import python_sources
 from selectflow.models.language import (
@@ -285,62 +285,6 @@ def _warmed(config: AuditConfig, seed: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-# --- states guessed between snapshots -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SparseTrajectory(Trajectory):
-    """A trajectory whose states between snapshots are guessed.
-
-    Attributes:
-        hold_moments: moments are those of the last snapshot, else interpolated.
-    """
-
-    hold_moments: bool = False
-
-    @classmethod
-    def of(cls, trajectory: Trajectory, hold_moments: bool) -> SparseTrajectory:
-        """The same recording, read sparsely."""
-        return cls(**vars(trajectory), hold_moments=hold_moments)
-
-    def window(
-        self,
-        first: int = 0,
-        curvature: Curvature = "exact",
-        assumed: Sequence[Update] | None = None,
-    ) -> Window:
-        """As of `Trajectory`; an update then leads to the guessed state after it."""
-        return _SparseWindow(**vars(super().window(first, curvature, assumed)), source=self)
-
-    def guess(self, index: int) -> State:
-        """The state before update `index`, from the snapshots around it."""
-        known = self.snapshots.indices
-        place = bisect.bisect_right(known, index) - 1
-        before = self.snapshots.state(known[place])
-        if known[place] == index:
-            return before
-        after = self.snapshots.state(known[place + 1])
-        share = (index - known[place]) / (known[place + 1] - known[place])
-
-        def between(start: Params, end: Params) -> Params:
-            return start.add(end - start, share)
-
-        params = between(before.params, after.params)
-        if self.hold_moments:
-            return before._replace(params=params)
-        moments = (between(*pair) for pair in zip(before[1:], after[1:], strict=True))
-        return State(params, *moments)
-
-
-@dataclass(kw_only=True)
-class _SparseWindow(Window):
-    source: SparseTrajectory
-
-    def advance(self, index: int, state: State) -> tuple[Params, State]:
-        _, grad = self.derivatives.gradient(state.params, self.batch(index, state))
-        return grad, self.source.guess(index + 1)
-
-
 # --- runs that stop in their middle ---------------------------------------------------------------
 
 
@@ -397,3 +341,37 @@ class ProxyRun:
             loss_fn(self.model, self.batch(self.config.batch)).mean().backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def best_scored(
+        self,
+        state: State,
+        updates: Sequence[Update],
+        pools: Sequence[Batch],
+        nominal: Sequence[Tensor],
+        horizon: int,
+    ) -> list[Tensor]:
+        """The B examples of each pool with the highest scores, by one look-ahead of this horizon.
+
+        `nominal` are the positions of the examples of each pool that the look-ahead trains on.
+        """
+        derivatives = self.derivatives
+        found = dict[int, Tensor]()
+
+        def choose(index: int, params: Params, gamma: Params) -> None:
+            _, slopes = derivatives.directional(params, gamma, pools[index])
+            found[index] = slopes.argsort(stable=True)[: self.config.batch]
+
+        def keep(visit: SweepStep) -> None:
+            gamma = updates[visit.index].masked(visit.gamma, visit.after)
+            choose(visit.index, visit.state.params, gamma)
+
+        def read_target(end: State) -> Adjoint:
+            _, grad = derivatives.gradient(end.params, self.target)
+            return Adjoint(grad, end.exp_avg.zeros_like(), end.exp_avg_sq.zeros_like())
+
+        if horizon == 0:
+            choose(0, state.params, immediate(derivatives, updates[0], state, self.target).gamma(0))
+        else:
+            window = Window(derivatives, updates[:horizon], lambda i, _: take(pools[i], nominal[i]))
+            sweep(window, state, read_target, keep, capacity=horizon)
+        return [found[index] for index in sorted(found)]

@@ -13,15 +13,16 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from selectflow.audit.problems import ProxyRun
 from selectflow.audit.reruns import effects
@@ -35,12 +36,9 @@ from selectflow.audit.study import (
     write_study,
 )
 from selectflow.control.rules import AutoHorizon
-from selectflow.core.batches import Batch, num_examples, take
-from selectflow.core.lookahead import immediate
-from selectflow.core.optim import Adjoint, State, Update
-from selectflow.core.params import Params
+from selectflow.core.batches import num_examples
+from selectflow.core.optim import State, Update
 from selectflow.core.proxy import closed_form, probe, relative_error
-from selectflow.core.sweep import SweepStep, Window, sweep
 from selectflow.core.weight_changes import removals, selection
 
 if TYPE_CHECKING:
@@ -115,7 +113,7 @@ def _selections(run: ProxyRun, state: State, updates: Sequence[Update]) -> Itera
         nominal = [order[:size] for order in orders]
         for horizon in run.config.horizons:
             num = max(horizon, 1)
-            selected = best_scored(run, state, updates, pools[:num], nominal, horizon)
+            selected = run.best_scored(state, updates, pools[:num], nominal, horizon)
             change = selection(pools[:num], nominal[:num], selected)
             window = run.derivatives, updates[:num], state, change, run.target
             exact = probe(*window, method="exact", horizons=(horizon,))
@@ -131,41 +129,6 @@ def _selections(run: ProxyRun, state: State, updates: Sequence[Update]) -> Itera
                 "exact_s": exact.seconds,
                 "fast_s": fast.seconds,
             }
-
-
-def best_scored(
-    run: ProxyRun,
-    state: State,
-    updates: Sequence[Update],
-    pools: Sequence[Batch],
-    nominal: Sequence[Tensor],
-    horizon: int,
-) -> list[Tensor]:
-    """The B examples of each pool with the highest scores, by one look-ahead of this horizon.
-
-    `nominal` are the positions of the examples of each pool that the look-ahead trains on.
-    """
-    derivatives = run.derivatives
-    found = dict[int, Tensor]()
-
-    def choose(index: int, params: Params, gamma: Params) -> None:
-        _, slopes = derivatives.directional(params, gamma, pools[index])
-        found[index] = slopes.argsort(stable=True)[: run.config.batch]
-
-    def keep(visit: SweepStep) -> None:
-        gamma = updates[visit.index].masked(visit.gamma, visit.after)
-        choose(visit.index, visit.state.params, gamma)
-
-    def read_target(end: State) -> Adjoint:
-        _, grad = derivatives.gradient(end.params, run.target)
-        return Adjoint(grad, end.exp_avg.zeros_like(), end.exp_avg_sq.zeros_like())
-
-    if horizon == 0:
-        choose(0, state.params, immediate(derivatives, updates[0], state, run.target).gamma(0))
-    else:
-        window = Window(derivatives, updates[:horizon], lambda i, _: take(pools[i], nominal[i]))
-        sweep(window, state, read_target, keep, capacity=horizon)
-    return [found[index] for index in sorted(found)]
 
 
 # --- figures over the points of all runs ----------------------------------------------------------
@@ -239,6 +202,7 @@ def _figures(
     first, second, effect = column("first"), column("second"), column("effect")
     fast_first, fast_second = column("fast_first"), column("fast_second")
     corrected, error = first + second, abs(effect - first)
+    fast_relative = relative_errors(fast_first, fast_second)
     relative, true_relative = relative_errors(first, second), relative_errors(first, error)
     return ProxyFigures(
         change=points[0].change,
@@ -253,9 +217,7 @@ def _figures(
         rank_error=rank_correlation(abs(second), error),
         rank_relative=rank_correlation(relative, true_relative),
         rank_fast=rank_correlation(abs(fast_second), abs(second)),
-        rank_fast_relative=rank_correlation(
-            relative_errors(fast_first, fast_second), true_relative
-        ),
+        rank_fast_relative=rank_correlation(fast_relative, true_relative),
         relative=float(np.median(relative)),
         true_relative=float(np.median(true_relative)),
         exact_s=float(np.mean(column("exact_s"))),
@@ -297,13 +259,8 @@ def run_proxy(
         write_study(config, "proxy.json", content)  # which says that points.csv is whole
         write_proxy(points, folder / "proxy.png")
 
-    points = run_study(
-        config,
-        lambda: read_points(config),
-        lambda lr, seed: measure_proxy(config, lr, seed),
-        write,
-        progress,
-    )
+    read, measure = partial(read_points, config), partial(measure_proxy, config)
+    points = run_study(config, read, measure, write, progress)
     return folder, summarize(points)
 
 
@@ -315,18 +272,14 @@ def read_points(config: ProxyConfig) -> list[ProxyPoint]:
     """
 
     def points(_: Mapping[str, Any]) -> list[ProxyPoint]:
+        kind = TypeAdapter(ProxyPoint)
         with (config.folder / "points.csv").open(newline="", encoding="utf-8") as file:
-            return [_point(row) for row in csv.DictReader(file)]
+            return [
+                kind.validate_python({key: text or None for key, text in row.items()})
+                for row in csv.DictReader(file)
+            ]
 
     return read_study(config, "proxy.json", "a proxy study", points)
-
-
-def _point(row: Mapping[str, str]) -> ProxyPoint:
-    kinds = {"change": str, "seed": int, "window": int, "horizon": int}
-    values: dict[str, Any] = {
-        key: kinds.get(key, float)(text) if text else None for key, text in row.items()
-    }
-    return ProxyPoint(**values)
 
 
 # --- tables and pictures --------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Really rerunning a stretch of training with other example weights, many reruns side by side."""
+"""Reruns of a recorded stretch with other example weights, many at once; replays of sparse ones."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from selectflow.core.batches import Batch, num_examples
-from selectflow.core.derivatives import Derivatives, plain_attention
+from selectflow.core.derivatives import Curvature, Derivatives, plain_attention
 from selectflow.core.optim import State, Update
 from selectflow.core.params import Params
 from selectflow.core.passes import Objective
+from selectflow.core.sweep import Window
 from selectflow.core.tangents import Shift, StateTangents, advance, loss_tangents
 from selectflow.core.weight_changes import Perturbation
 from selectflow.offline.trajectory import Trajectory
@@ -208,3 +210,59 @@ def _step(
         grad = grad.map(lambda x: x * scale.reshape(-1, *[1] * (x.ndim - 1)))
         update = dataclasses.replace(update, max_grad_norm=None)
     return update.advance(state, grad)
+
+
+# --- states guessed between snapshots -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SparseTrajectory(Trajectory):
+    """A trajectory whose states between snapshots are guessed.
+
+    Attributes:
+        hold_moments: moments are those of the last snapshot, else interpolated.
+    """
+
+    hold_moments: bool = False
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, hold_moments: bool) -> SparseTrajectory:
+        """The same recording, read sparsely."""
+        return cls(**vars(trajectory), hold_moments=hold_moments)
+
+    def window(
+        self,
+        first: int = 0,
+        curvature: Curvature = "exact",
+        assumed: Sequence[Update] | None = None,
+    ) -> Window:
+        """As of `Trajectory`; an update then leads to the guessed state after it."""
+        return _SparseWindow(**vars(super().window(first, curvature, assumed)), source=self)
+
+    def guess(self, index: int) -> State:
+        """The state before update `index`, from the snapshots around it."""
+        known = self.snapshots.indices
+        place = bisect.bisect_right(known, index) - 1
+        before = self.snapshots.state(known[place])
+        if known[place] == index:
+            return before
+        after = self.snapshots.state(known[place + 1])
+        share = (index - known[place]) / (known[place + 1] - known[place])
+
+        def between(start: Params, end: Params) -> Params:
+            return start.add(end - start, share)
+
+        params = between(before.params, after.params)
+        if self.hold_moments:
+            return before._replace(params=params)
+        moments = (between(*pair) for pair in zip(before[1:], after[1:], strict=True))
+        return State(params, *moments)
+
+
+@dataclass(kw_only=True)
+class _SparseWindow(Window):
+    source: SparseTrajectory
+
+    def advance(self, index: int, state: State) -> tuple[Params, State]:
+        _, grad = self.derivatives.gradient(state.params, self.batch(index, state))
+        return grad, self.source.guess(index + 1)
