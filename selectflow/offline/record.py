@@ -104,7 +104,9 @@ def record(
             losses,
             time.perf_counter() - began,
         )
-        _check_first_stretch(trajectory)
+        start, end = snapshots.indices[:2]
+        state = snapshots.state(start)
+        trajectory.check_replay(end, trajectory.replay(start, end, state), state)
     if snapshots.folder is not None:
         _write_manifest(trajectory, snapshots.folder)
     return trajectory
@@ -134,12 +136,6 @@ def _backward(
             "requires_grad_(False)"
         )
     return loss.item()
-
-
-def _check_first_stretch(trajectory: Trajectory) -> None:
-    start, end = trajectory.snapshots.indices[:2]
-    state = trajectory.snapshots.state(start)
-    trajectory.check_replay(end, trajectory.replay(start, end, state), state)
 
 
 # --- recordings on disk ---------------------------------------------------------------------

@@ -51,16 +51,14 @@ class Snapshots:
             raise ValueError(f"spacing must be at least 1, got {spacing}")
         self.limit_gib, self.spacing, self.folder = limit_gib, spacing, folder
         self._held: dict[int, State] = {}
-        self._indices: list[int] = []
-        self._sizes: dict[int, int] = {}
-        self._largest = 0  # bytes of the largest state
+        self._sizes: dict[int, int] = {}  # bytes
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def indices(self) -> list[int]:
-        """Updates made before each snapshot, rising; do not write to it."""
-        return self._indices
+        """Updates made before each snapshot, rising."""
+        return sorted(self._sizes)
 
     def __contains__(self, index: int) -> bool:
         return index in self._sizes
@@ -74,7 +72,7 @@ class Snapshots:
         """Keep a copy of `state` if `index` lies on the spacing; thin out when that is full."""
         if index % self.spacing == 0:
             self.keep(index, state)
-        size = self._largest
+        size = max(self._sizes.values())
         capacity = num_fitting(self.limit_gib, size, 2) - 1  # one place for the last state
         if capacity < 1:
             raise ValueError(
@@ -83,10 +81,12 @@ class Snapshots:
             )
         while len(self._sizes) > capacity:
             self.spacing *= 2
-            for kept in self._indices:
+            for kept in self.indices:
                 if kept % self.spacing:
-                    self._drop(kept)
-            self._indices = [kept for kept in self._indices if kept in self]
+                    del self._sizes[kept]
+                    self._held.pop(kept, None)
+                    if self.folder is not None:
+                        self.path(kept).unlink()
 
     def keep(self, index: int, state: State) -> None:
         """Keep a copy of `state`, wherever `index` lies."""
@@ -94,7 +94,7 @@ class Snapshots:
             self._held[index] = State(*(part.map(lambda x: x.detach().clone()) for part in state))
         else:
             write_state(self.path(index), state)
-        self._note(index, state)
+        self._sizes[index] = _num_bytes(state)
 
     def state(self, index: int) -> State:
         """The snapshot at `index`; do not write to it.
@@ -116,19 +116,11 @@ class Snapshots:
             OSError: a file is missing or not whole.
         """
         for index in indices:
-            self._note(index, self.state(index))
+            self._sizes[index] = _num_bytes(self.state(index))
 
-    def _note(self, index: int, state: State) -> None:
-        if index not in self:
-            bisect.insort(self._indices, index)
-        self._sizes[index] = sum(part.num_bytes() for part in state)
-        self._largest = max(self._largest, self._sizes[index])
 
-    def _drop(self, index: int) -> None:
-        del self._sizes[index]
-        self._held.pop(index, None)
-        if self.folder is not None:
-            self.path(index).unlink()
+def _num_bytes(state: State) -> int:
+    return sum(part.num_bytes() for part in state)
 
 
 @dataclass(frozen=True)
