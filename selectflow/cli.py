@@ -332,10 +332,9 @@ def audit(
     overrides: list[str] = _argument("KEY=VALUE", "As in seeds=1.", None),
 ) -> None:
     """Compare influence with leave-one-out retraining."""
-    from selectflow.audit.budget import read_results, run_audit
-    from selectflow.audit.config import ProxyConfig, load_audit
-    from selectflow.audit.proxy import run_proxy
-    from selectflow.audit.report import print_budget, print_proxy
+    from selectflow.audit.budget import print_budget, read_results, run_audit
+    from selectflow.audit.proxy import print_proxy, run_proxy
+    from selectflow.audit.study import ProxyConfig, load_audit
 
     study = load_audit(config, overrides)
     if isinstance(study, ProxyConfig):
