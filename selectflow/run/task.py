@@ -31,8 +31,8 @@ class Task:
         loss_fn: `loss_fn(model, batch)` -> per-example losses, shape (N,).
         evaluate: `evaluate(model, batches)` -> means by name, such as loss and accuracy.
         pools: the stream of candidate pools: mappings with a list "key" of sample ids. Where they
-            have them, a run also uses the other members of `selectflow.data.stream.Pools`:
-            `state_dict` and `load_state_dict` to be resumed, `errors`, and `identity`.
+            have them, a run also uses `state_dict` and `load_state_dict` to be resumed, `errors`
+            and `identity`, as of `PoolStream`.
         target: batches that define the goal; never trained on.
         test: batches that only evaluation sees.
         kinds: ids of training samples by what they are, as "altered" or a domain. For reports:
