@@ -6,13 +6,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from selectflow.run.main import print_anything
+from selectflow.run.loop import print_anything
 
 if TYPE_CHECKING:
     from selectflow.data import Layout
@@ -107,9 +108,7 @@ _MIXTURE_HELP = "Share of each domain, and of shuffled, duplicate and boilerplat
 
 def _dataset(text: str) -> str:
     text = "text" if text == "code" else text
-    kind, colon, argument = text.partition(":")
-    needs = {"digits": (False,), "torchvision": (True,), "folder": (True,), "text": (False, True)}
-    if bool(argument) not in needs.get(kind, ()) or (colon and not argument):
+    if not re.fullmatch("digits|text|(torchvision|folder|text):.+", text):
         known = "digits, torchvision:NAME, folder:PATH, text, text:SOURCE or code"
         raise typer.BadParameter(f"must be {known}, got {text!r}")
     return text
@@ -240,13 +239,10 @@ def _short(value: Any) -> str:
 
 
 def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise typer.BadParameter(f"must be in (0, 1], got {text!r}; 0.5 is the better half")
-    return share
+    with suppress(ValueError):
+        if 0 < (share := float(text)) <= 1:
+            return share
+    raise typer.BadParameter(f"must be in (0, 1], got {text!r}; 0.5 is the better half")
 
 
 @select.command("write-shards")
@@ -265,8 +261,8 @@ def write_shards(
     layout = _layout(locals())
     from selectflow.data import DataError, find_splits, open_catalog
     from selectflow.run.config import load
-    from selectflow.run.ledger import last_step, read_stream
-    from selectflow.run.scores import kept_keys, mean_scores, write_selected
+    from selectflow.run.ledger import kept_keys, last_step, mean_scores, read_stream
+    from selectflow.run.offline import write_selected
 
     stream = read_stream(run)
     config = load(run / "config.yaml")
@@ -310,9 +306,8 @@ def compare(
 ) -> None:
     """Tables, pictures and a page of several runs."""
     from selectflow.report.compare import summarize
-    from selectflow.report.page import to_report, write_outputs
+    from selectflow.report.page import examine_groups, to_report, write_outputs
     from selectflow.report.runs import load_runs
-    from selectflow.report.samples import examine_groups
     from selectflow.report.tables import print_tables
     from selectflow.run.wandb import log_report
 
@@ -337,10 +332,9 @@ def audit(
     overrides: list[str] = _argument("KEY=VALUE", "As in seeds=1.", None),
 ) -> None:
     """Compare influence with leave-one-out retraining."""
-    from selectflow.audit.budget import read_results, run_audit
-    from selectflow.audit.config import ProxyConfig, load_audit
-    from selectflow.audit.proxy import run_proxy
-    from selectflow.audit.report import print_budget, print_proxy
+    from selectflow.audit.budget import print_budget, read_results, run_audit
+    from selectflow.audit.proxy import print_proxy, run_proxy
+    from selectflow.audit.study import ProxyConfig, load_audit
 
     study = load_audit(config, overrides)
     if isinstance(study, ProxyConfig):
@@ -372,8 +366,7 @@ def tune(
         raise typer.BadParameter("not allowed with argument --local", param_hint="'--wandb'")
     from selectflow.tune import search
     from selectflow.tune import wandb as server
-    from selectflow.tune.record import read_cells
-    from selectflow.tune.report import write_outputs
+    from selectflow.tune.cells import write_outputs
     from selectflow.tune.space import load_sweep
 
     loaded = load_sweep(sweep)
@@ -386,7 +379,7 @@ def tune(
         except KeyboardInterrupt:
             print(f"interrupted; the same command goes on where {folder} is", file=sys.stderr)
             raise SystemExit(130) from None
-        found = read_cells(loaded, study, folder)
+        found = search.read_cells(loaded, study, folder)
     if found.cells:
         print(f"wrote {', '.join(map(str, write_outputs(loaded, found, folder)))}")
 

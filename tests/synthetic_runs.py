@@ -6,7 +6,7 @@ import torch
 
 from selectflow.report.runs import Run, load_run
 from selectflow.run.ledger import Ledger
-from selectflow.run.tracker import Tracker
+from selectflow.run.log import Tracker
 from selectflow.run.yaml import dump_yaml
 from selectflow.strategies import Selection
 

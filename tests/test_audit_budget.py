@@ -9,11 +9,11 @@ import scipy.stats
 import torch
 
 from selectflow.audit import budget
-from selectflow.audit.budget import SparseTrajectory, read_results, run_audit
-from selectflow.audit.config import AuditConfig, CNNModel, MLPModel, load_audit
+from selectflow.audit.budget import read_results, run_audit, spearman
 from selectflow.audit.influence import influence, leave_one_out
 from selectflow.audit.problems import AuditedRun
-from selectflow.audit.report import spearman
+from selectflow.audit.reruns import SparseTrajectory
+from selectflow.audit.study import AuditConfig, CNNModel, MLPModel, load_audit
 from selectflow.cli import main
 from selectflow.models.vision import image_losses, mlp
 from selectflow.options import ConfigError

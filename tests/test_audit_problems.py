@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from selectflow.audit.budget import RecordedRun
-from selectflow.audit.config import AuditConfig, GPT2Model, LlamaModel
 from selectflow.audit.influence import influence, leave_one_out
 from selectflow.audit.problems import PROBLEMS, AuditedRun, spoiled
+from selectflow.audit.study import AuditConfig, GPT2Model, LlamaModel
 from selectflow.core.batches import take
 from selectflow.options import ConfigError
 

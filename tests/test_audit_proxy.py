@@ -9,16 +9,14 @@ import torch
 from reference import clone, removal, rerun, slopes
 
 from selectflow.audit import proxy
-from selectflow.audit.config import ProxyConfig, load_audit
 from selectflow.audit.proxy import (
-    Place,
     ProxyPoint,
     ProxyRun,
-    best_scored,
     measure_proxy,
     rank_of_medians,
     summarize,
 )
+from selectflow.audit.study import ProxyConfig, load_audit
 from selectflow.cli import main
 from selectflow.core.batches import take
 from selectflow.core.lookahead import look_ahead
@@ -85,12 +83,12 @@ def test_a_selection_keeps_the_best_scores_of_its_own_look_ahead(run):
     at, pools = kept["run"], kept["batches"][24:26]
     model, optimizer = clone(*kept["start"])
     reader = OptimizerReader(model, optimizer)
-    place = Place(at, 0, reader.state(), reader.updates(2))
+    state, updates = reader.state(), reader.updates(2)
     nominal = [torch.arange(8) for _ in pools]
-    selected = best_scored(place, pools, nominal, 2)
+    selected = at.best_scored(state, updates, pools, nominal, 2)
     batches = [take(pool, index) for pool, index in zip(pools, nominal, strict=True)]
-    window = Window(at.derivatives, place.updates, lambda i, _: batches[i])
-    ahead = look_ahead(window, place.state, at.target, num_sensitivities=2)
+    window = Window(at.derivatives, updates, lambda i, _: batches[i])
+    ahead = look_ahead(window, state, at.target, num_sensitivities=2)
     for chosen, pool, gamma, batch in zip(
         selected, pools, ahead.sensitivities, batches, strict=True
     ):

@@ -25,8 +25,8 @@ from selectflow.data import (
     write_manifest,
     write_split,
 )
+from selectflow.report.page import examine
 from selectflow.report.runs import load_run
-from selectflow.report.samples import examine
 from selectflow.run.ledger import read_ledger
 
 NAME = "train-000001.tar"

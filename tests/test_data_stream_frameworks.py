@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import DataLoader
 
 from selectflow.data import PoolStream
-from selectflow.data.stream import Pools
 
 
 @runtime_checkable
@@ -57,7 +56,7 @@ def test_a_prepared_dataloader_keeps_the_order(tmp_path, num_workers):
     accelerator.free_memory()
 
 
-@pytest.mark.parametrize("protocol", [LightningStateful, Stateful, Pools])
+@pytest.mark.parametrize("protocol", [LightningStateful, Stateful])
 def test_a_stream_is_the_dataloader_and_state_of_a_trainer(tmp_path, protocol):
     """A loop that takes any iterable, and saves and restores those that fit its protocol."""
     make_small(tmp_path)

@@ -23,9 +23,9 @@ from selectflow.data import (
     read_split,
     write_subset,
 )
-from selectflow.data.builtin.blocks import cut
-from selectflow.data.builtin.documents import Document, json_lines, source_text, split_docstrings
-from selectflow.data.builtin.tokenizers import (
+from selectflow.data.documents import Document, json_lines, source_text, split_docstrings
+from selectflow.data.text import cut
+from selectflow.data.tokenizers import (
     ByteTokenizer,
     SubwordTokenizer,
     load_tokenizer,

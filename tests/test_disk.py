@@ -9,7 +9,7 @@ from test_run import config, digits, task
 
 from selectflow.cli import main
 from selectflow.data import make_digits, read_manifest
-from selectflow.run.checkpoint import Checkpoints
+from selectflow.run.directory import Checkpoints
 from selectflow.run.ledger import read_ledger
 from selectflow.run.loop import train
 

@@ -15,7 +15,7 @@ import pytest
 from test_resume import assert_same, outcome
 
 from selectflow.cli import main as command_line
-from selectflow.run import checkpoint as checkpoints
+from selectflow.run import directory as checkpoints
 
 ROOT = Path(__file__).parents[1]
 NUM_KILLS = 6  # in each setting: 108

@@ -12,7 +12,7 @@ from test_run import config, digits, read_lines, task
 import selectflow.run.build
 from selectflow import AutoHorizon, AutoRate
 from selectflow.core.torch_optim import OptimizerReader
-from selectflow.run.checkpoint import Checkpoints
+from selectflow.run.directory import Checkpoints
 from selectflow.run.log import DECISIONS, DecisionLog
 from selectflow.run.loop import train
 

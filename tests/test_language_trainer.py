@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from test_resume import Killed, assert_same, killed_at, outcome
 
 from selectflow.data import DataError, TextOptions, make_text, read_metadata
-from selectflow.run.checkpoint import Checkpoints
 from selectflow.run.config import ConfigError, RunConfig
+from selectflow.run.directory import Checkpoints
 from selectflow.run.ledger import read_ledger
 from selectflow.run.loop import train
 

@@ -8,8 +8,9 @@ from problems import PROBLEMS, image_loss
 from reference import clone
 
 from selectflow import Selector
-from selectflow.audit.influence import influence, record
+from selectflow.audit.influence import influence
 from selectflow.core.derivatives import Derivatives
+from selectflow.offline.record import record
 from selectflow.offline.score import score_samples
 
 MLP, CNN, TRANSFORMER = PROBLEMS

@@ -17,7 +17,7 @@ from selectflow.report.runs import (
     wandb_path,
 )
 from selectflow.run.directory import lock
-from selectflow.run.tracker import Tracker
+from selectflow.run.log import Tracker
 
 
 def test_a_run_is_read_back_as_it_was_tracked(tmp_path):

@@ -9,8 +9,8 @@ import results_tasks
 from synthetic_runs import make_run
 
 from selectflow.data import read_metadata
-from selectflow.report.runs import ACCURACY, TARGET_LOSS, TEST_LOSS
 from selectflow.run.config import load
+from selectflow.run.metrics import TARGET_LOSS, TEST_ACCURACY, TEST_LOSS
 
 ONLINE = str(results_tasks.ROOT / "configs" / "digits_online.yaml")
 
@@ -38,7 +38,7 @@ def with_target(run, losses):
 
 
 def test_equal_time_counts_what_was_spent_before_the_first_step(found):
-    comparison = results.compare(found, ACCURACY)
+    comparison = results.compare(found, TEST_ACCURACY)
     uniform, offline = comparison.rows
     assert comparison.step == 20
     # offline ends at 3 + 20 * 0.2 = 7 s, when uniform has done 70 steps; at equal steps it has 20
@@ -49,7 +49,7 @@ def test_equal_time_counts_what_was_spent_before_the_first_step(found):
 
 
 def test_the_table_has_every_method_at_equal_steps_and_in_the_same_time(found):
-    grid = results.headline([results.compare(found, m) for m in (TEST_LOSS, ACCURACY)], True)
+    grid = results.headline([results.compare(found, m) for m in (TEST_LOSS, TEST_ACCURACY)], True)
     # seconds of uniform are those at step 20, not at its end; sd of 0.4 and 0.2 is 0.1 sqrt 2
     assert grid.cells == [
         ["uniform", "2.0 ± 0.0", "0.700 ± 0.141", "30.0 ± 14.1", *"----", "45.0 ± 0.0"],
@@ -71,7 +71,7 @@ def test_loss_and_accuracy_are_named_apart_only_where_they_disagree():
 def test_early_stopping_reads_the_test_set_where_the_target_loss_was_lowest(found):
     run = with_target(found["uniform"][0], [5, 4, 4, 3, 6, 2.5, 1, 1.5])
     stopped = results.best_by_target(run)
-    read = [line[ACCURACY] for line in stopped.metrics]
+    read = [line[TEST_ACCURACY] for line in stopped.metrics]
     # a tie changes nothing, the higher accuracy of 0.8 is not known, the later 0.7 is kept
     assert read == [0.3, 0.4, 0.4, 0.6, 0.6, 0.8, 0.7, 0.7]
     assert [line["perf/wall_s"] for line in stopped.metrics] == [
@@ -81,7 +81,7 @@ def test_early_stopping_reads_the_test_set_where_the_target_loss_was_lowest(foun
     late = with_target(found["uniform"][0], [5, 4, 4, 3, 6, 1, 2, 2])
     runs = {"uniform": [late], "offline": [with_target(found["offline"][0], [2, 1])]}
     runs = {name: [*map(results.best_by_target, each)] for name, each in runs.items()}
-    assert results.compare(runs, ACCURACY).rows[1].stats["baseline_in_same_time"].mean == 0.8
+    assert results.compare(runs, TEST_ACCURACY).rows[1].stats["baseline_in_same_time"].mean == 0.8
 
 
 def test_methods_of_one_strategy_on_other_data_are_compared_as_named(tmp_path):
@@ -91,7 +91,7 @@ def test_methods_of_one_strategy_on_other_data_are_compared_as_named(tmp_path):
         "uniform": [make_run(tmp_path / "u", [0.1, 0.2], strategy="uniform", data=data)],
         "oracle": [make_run(tmp_path / "o", [0.3, 0.5], strategy="uniform", data=clean)],
     }
-    rows = results.compare(runs, ACCURACY).rows
+    rows = results.compare(runs, TEST_ACCURACY).rows
     assert [(row.label, row.stats["quality_at_step"].mean) for row in rows] == [
         ("uniform", 0.2),
         ("oracle", 0.5),
@@ -114,7 +114,7 @@ def test_a_schedule_is_stretched_over_the_seconds_of_the_slowest(found):
     assert results.stretched(cosine, uniform, found["offline"]) == ["steps=70", name]
     assert results.stretched(cosine, found["offline"][1], [uniform]) == []
     assert results.stretched(load(ONLINE), uniform, found["offline"]) == []  # `longer` does it
-    said = results.as_long(found["uniform"], (ACCURACY,))
+    said = results.as_long(found["uniform"], (TEST_ACCURACY,))
     assert said == (
         "uniform, schedule stretched: 80, 80 steps, 8.0 ± 0.0 s: test/accuracy 0.650 ± 0.071."
     )

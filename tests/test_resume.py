@@ -14,8 +14,7 @@ import torch
 from test_run import config, digits, read_lines, task
 
 from selectflow.data import PoolStream
-from selectflow.run.checkpoint import Checkpoints
-from selectflow.run.directory import lock, wait_until_free
+from selectflow.run.directory import Checkpoints, lock, wait_until_free
 from selectflow.run.log import DECISIONS
 from selectflow.run.loop import RunError, train
 

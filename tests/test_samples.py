@@ -1,21 +1,37 @@
-"""The table of extreme scores: against sorting everything, in a run, and its text."""
+"""The samples of extreme scores: in a table beside the run, and over all of it, as they look."""
 
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
+from synthetic_runs import write_ledger
 from test_language_trainer import KINDS, TEXT, TRAINER, configured, run
 from test_resume import Killed, killed_at
 from wandb_log import offline_records
 
-from selectflow.data import open_tokenizer, read_samples
+from selectflow.data import make_digits, open_tokenizer, read_metadata, read_samples
 from selectflow.report.groups import groups
+from selectflow.report.page import examine_groups
 from selectflow.report.runs import load_runs
-from selectflow.report.samples import examine_groups
-from selectflow.run.ledger import read_ledger
+from selectflow.run.ledger import (
+    rank_samples,
+    read_ledger,
+    read_scored,
+    standardised,
+    sum_samples,
+)
 from selectflow.run.loop import train
-from selectflow.run.samples import SampleTable, lines, one_line
+from selectflow.run.samples import (
+    Sample,
+    SampleTable,
+    extreme_rows,
+    extremes,
+    lines,
+    one_line,
+    show,
+)
 from selectflow.strategies import Selection
 
 
@@ -27,7 +43,7 @@ def selection(keys, scores):
     )  # fmt: skip
 
 
-def standardised(scores):
+def in_sd(scores):
     scores = torch.tensor(scores, dtype=torch.float64)
     return ((scores - scores.mean()) / scores.std(correction=0)).tolist()
 
@@ -40,7 +56,7 @@ def test_the_extremes_of_a_stretch_are_those_of_sorting_it_all():
         keys = [f"k{n}" for n in torch.randperm(40, generator=generator)[:10].tolist()]
         scores = (torch.randn(10, generator=generator) * 10.0**step).tolist()
         table.add(step, selection(keys, scores))
-        found += [(value, key) for value, key in zip(standardised(scores), keys, strict=True)]
+        found += [(value, key) for value, key in zip(in_sd(scores), keys, strict=True)]
     table.add(9, selection(["same", "score"], [2.0, 2.0]))  # says nothing
     for end, best in (("highest", max), ("lowest", min)):
         by_key = {key: best(v for v, k in found if k == key) for _, key in found}
@@ -98,7 +114,7 @@ def test_a_run_shows_the_text_of_its_extremes(tmp_path, bpe, capsys):
     found = {}
     for step in range(5, 9):
         of_step = [row for row in rows if row["step"] == step]
-        values = standardised([row["score"] for row in of_step])
+        values = in_sd([row["score"] for row in of_step])
         for row, value in zip(of_step, values, strict=True):
             found[row["key"]] = max(value, found.get(row["key"], value))
     best = sorted(found, key=found.get, reverse=True)[:2]
@@ -152,3 +168,65 @@ def test_the_tokenizer_of_remote_shards_is_fetched_with_them(bpe, tmp_path, monk
     monkeypatch.setenv("SELECTFLOW_CACHE", str(tmp_path / "cache"))
     remote = open_tokenizer(f"file://{bpe['root']}")
     assert remote.vocabulary() == open_tokenizer(bpe["root"]).vocabulary()
+
+
+# --- of the whole run -------------------------------------------------------------------------
+
+
+def test_scores_are_standardised_step_by_step():
+    scores = np.array([1.0, 2.0, 6.0, 0.1, 0.1, 0.1, 300.0, 100.0])
+    steps = np.array([1, 1, 1, 2, 2, 2, 5, 5])
+    sd = (14 / 3) ** 0.5
+    expected = [-2 / sd, -1 / sd, 3 / sd, 0, 0, 0, 1, -1]
+    assert standardised(scores, steps) == pytest.approx(expected)
+    assert standardised(scores[3:6], steps[3:6]).tolist() == [0, 0, 0]  # equal, to the last bit
+    assert standardised(scores[:0], steps[:0]).size == 0
+
+
+@pytest.fixture(scope="module")
+def noisy_digits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("digits")
+    make_digits(root, label_noise=0.4)
+    return root
+
+
+def test_samples_are_found_by_key(noisy_digits):
+    keys = list(read_metadata(noisy_digits, "train"))
+    wanted = [keys[700], keys[3], "nothing"]
+    found = read_samples(noisy_digits, "train", wanted)
+    assert set(found) == set(wanted[:2])
+    assert found[keys[3]]["npy"].shape == (1, 8, 8)
+
+
+def test_extremes_are_shown_as_pictures_with_what_is_known(noisy_digits, tmp_path):
+    made = read_metadata(noisy_digits, "train")
+    keys = list(made)[:6]
+    write_ledger(tmp_path, [{key: float(place) for place, key in enumerate(keys)}])
+    ranked = rank_samples([sum_samples(table) for table in read_scored(tmp_path)])
+    best, worst = extremes(ranked, noisy_digits, made, num=2)
+    assert [shown.sample.key for shown in best] == [keys[5], keys[4]]
+    assert [shown.sample.key for shown in worst] == keys[:2]
+    for shown in [*best, *worst]:
+        assert shown.png.startswith(b"\x89PNG")
+        assert shown.altered == made[shown.sample.key]["altered"]
+        assert ("really" in shown.facts[0]) == shown.altered
+    assert best[0].facts[1:] == ["score +1.46 sd", "kept 1 of 1"]
+    rows = extreme_rows(tmp_path, noisy_digits, num=2)
+    assert [(row["end"], row["key"]) for row in rows] == [
+        ("highest", keys[5]), ("highest", keys[4]), ("lowest", keys[0]), ("lowest", keys[1]),
+    ]  # fmt: skip
+    assert rows[0]["score"] == pytest.approx(2.5 / (35 / 12) ** 0.5)
+    assert extreme_rows(tmp_path / "nothing", noisy_digits) == []
+
+
+def test_text_is_shown_as_text():
+    sample = Sample("a", 0.5, 4, 1)
+    tokens = np.frombuffer("naïve <b>".encode(), np.uint8)
+    made = {"domain": "prose", "origin": "prose", "altered": False}
+    shown = show(sample, {"npy": tokens}, made)
+    assert (shown.text, shown.png) == ("naïve <b>", None)
+    assert shown.facts == ["prose", "score +0.50 sd", "kept 1 of 4"]
+    made = {"domain": "prose", "origin": "shuffled", "altered": True}
+    assert show(sample, {"npy": tokens}, made).facts[:2] == ["prose", "shuffled"]
+    assert show(sample, {"txt": "x" * 999}, {}).text == "x" * 280
+    assert show(sample, {"npy": np.array([5, 7])}, {}).text == "tokens 5 7"

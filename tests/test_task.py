@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from selectflow.run.task import PoolSource, identity_of
+from selectflow.run.task import PoolSource
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def test_a_plain_list_has_no_position_and_is_not_resumed():
     pools = [{"x": torch.tensor([0])}]
     source = PoolSource(pools, CPU)
     assert numbers(source) == [0]
-    assert (source.state_dict(), source.errors, identity_of(pools)) == (None, {}, {})
+    assert (source.state_dict(), source.errors, source.identity) == (None, {}, {})
     for state in (None, {"at": 0}):
         with pytest.raises(ValueError, match=r"pools must have state_dict .*, got list; use"):
             source.load_state_dict(state)

@@ -19,9 +19,9 @@ from selectflow.cli import main
 from selectflow.data import make_digits
 from selectflow.run.config import load
 from selectflow.run.yaml import dump_yaml
-from selectflow.tune.record import cells_of_runs, read_cells
-from selectflow.tune.search import open_study, tune
+from selectflow.tune.search import open_study, read_cells, tune
 from selectflow.tune.space import TuneError, load_sweep
+from selectflow.tune.wandb import cells_of_runs
 
 TOY = Path(__file__).with_name("toy_trainer.py")
 LRS = [1e-4, 1e-3, 1e-2, 1e-1]

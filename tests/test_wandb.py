@@ -12,11 +12,11 @@ from pyarrow.parquet import read_table
 from synthetic_runs import make_run
 from wandb_log import offline_records
 
-import selectflow.run.wandb
 from selectflow.cli import main
+from selectflow.report import runs
 from selectflow.report.groups import label
 from selectflow.report.runs import ReportError, fetch_run, series
-from selectflow.run.tracker import Tracker
+from selectflow.run.log import Tracker
 from selectflow.run.wandb import RemoteRun
 
 ROOT = Path(__file__).parents[1]
@@ -152,14 +152,12 @@ def test_a_downloaded_run_is_read_as_the_one_on_disk(tmp_path, monkeypatch):
     rows = [{name: line.get(name) for name in names} | {"_step": 1} for line in local.metrics]
     rows.append(dict.fromkeys(names) | {"samples/highest": {"_type": "images"}})
     found = RemoteRun(local.config, rows, {"status": "finished"}, "finished")
-    monkeypatch.setattr(selectflow.run.wandb, "download_run", lambda path: found)
+    monkeypatch.setattr(runs, "download_run", lambda path: found)
     run = fetch_run("team/project/abc")
     assert (run.where, run.folder, run.status) == ("team/project/abc", None, "finished")
     assert series(run, "test/accuracy", "perf/wall_s") == [(1.0, 0.5), (2.0, 0.75)]
     assert label(run) == label(local)
-    monkeypatch.setattr(
-        selectflow.run.wandb, "download_run", lambda path: RemoteRun({}, [], {}, "running")
-    )
+    monkeypatch.setattr(runs, "download_run", lambda path: RemoteRun({}, [], {}, "running"))
     with pytest.raises(ReportError, match="has no train/step at W&B yet"):
         fetch_run("team/project/abc")
 

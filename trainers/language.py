@@ -26,13 +26,13 @@ from selectflow.data import (
     read_batches,
     read_metadata,
 )
-from selectflow.data.builtin.tokenizers import (
+from selectflow.data.manifest import TOKENIZER_NAME
+from selectflow.data.tokenizers import (
     ByteTokenizer,
     SubwordTokenizer,
     load_tokenizer,
     same_vocabulary,
 )
-from selectflow.data.manifest import TOKENIZER_NAME
 from selectflow.models.language import (
     IGNORED,
     NO_DROPOUT,
@@ -43,8 +43,8 @@ from selectflow.models.language import (
     untrained_lm,
     with_lora,
 )
-from selectflow.run.config import ConfigError, RunConfig
-from selectflow.run.main import check_choice, trainer_main
+from selectflow.run.config import ConfigError, RunConfig, check_choice
+from selectflow.run.loop import trainer_main
 from selectflow.run.sections import DataConfig, ModelConfig
 from selectflow.run.task import Task
 

@@ -17,8 +17,8 @@ from torch import nn
 from selectflow.data import PoolStream, make_digits, read_batches, read_labels, read_metadata
 from selectflow.models.vision import cnn, evaluate, image_losses, mlp, resnet18
 from selectflow.options import ConfigError
-from selectflow.run.config import RunConfig
-from selectflow.run.main import check_choice, trainer_main
+from selectflow.run.config import RunConfig, check_choice
+from selectflow.run.loop import trainer_main
 from selectflow.run.sections import ModelConfig
 from selectflow.run.task import Task
 

@@ -3,62 +3,59 @@
 Three levels of predictions. Configuration: the sweep assumes another optimizer, schedule or decay.
 Algorithm: it assumes the right one and linearises. System: it linearises rightly, in another
 precision or from sparse snapshots.
-
-A run is one learning rate and seed. `audit.json` is written whole after each, and a later start
-with the same configuration goes on behind those that it holds.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
-from selectflow.audit.config import AuditConfig
 from selectflow.audit.influence import influence, leave_one_out
 from selectflow.audit.problems import AuditedRun
-from selectflow.audit.report import (
-    plain,
-    spearman,
-    write_csv,
-    write_json,
-    write_scatter,
-    write_spearman,
+from selectflow.audit.reruns import SparseTrajectory
+from selectflow.audit.study import (
+    COLOURS,
+    AuditConfig,
+    rank_correlation,
+    read_study,
+    run_study,
+    write_rows,
+    write_study,
 )
 from selectflow.core.batches import Batch
 from selectflow.core.chunks import num_fitting
-from selectflow.core.derivatives import Curvature
-from selectflow.core.optim import State, Update
-from selectflow.core.params import Params
-from selectflow.core.sweep import Window
 from selectflow.offline.trajectory import Trajectory
-from selectflow.options import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Pairs = list[tuple[int, int]]
 """(step, position in its batch) of each removal."""
 
 # --- one recorded run, and the predictions of its removals ----------------------------------------
 
-_CONFIG_ROWS: dict[str, dict[str, Any]] = {
-    "sgd": {"method": "sgd"},
-    "constant lr": {"method": "constant_lr"},
-    "no decay": {"method": "no_decay"},
-}
-_ALGORITHM_ROWS: dict[str, dict[str, Any]] = {
-    "adamw/none": {"curvature": "none"},
-    "adamw/fisher": {"curvature": "fisher"},
-    "adamw/exact": {},
-    "adamw/exact, own update": {"own_update": "exact"},
-    "adamw/exact, order 2": {"order": 2},
+_ROWS: dict[tuple[str, str], dict[str, Any]] = {
+    ("config", "sgd"): {"method": "sgd"},
+    ("config", "constant lr"): {"method": "constant_lr"},
+    ("config", "no decay"): {"method": "no_decay"},
+    ("algorithm", "adamw/none"): {"curvature": "none"},
+    ("algorithm", "adamw/fisher"): {"curvature": "fisher"},
+    ("algorithm", "adamw/exact"): {},
+    ("algorithm", "adamw/exact, own update"): {"own_update": "exact"},
+    ("algorithm", "adamw/exact, order 2"): {"order": 2},
 }
 _MOST_PARALLEL = 64
 _STATES_EACH = 8  # what a rerun or a query holds at its peak, in sizes of (theta, m, v)
@@ -103,111 +100,32 @@ class RecordedRun:
         return influence(self.trajectory, self.queries, pairs, horizon=horizon, **options, **limits)
 
 
-class Prediction(NamedTuple):
-    """One way to predict removals.
-
-    Attributes:
-        level: "config", "algorithm" or "system".
-        name: what is assumed.
-        recorded: the run that is swept.
-        options: of `RecordedRun.predicted`.
-    """
-
-    level: str
-    name: str
-    recorded: RecordedRun
-    options: Mapping[str, Any]
-
-
-def predictions(recorded: RecordedRun, horizon: float) -> Iterator[Prediction]:
+def predictions(
+    recorded: RecordedRun, horizon: float
+) -> Iterator[tuple[str, str, RecordedRun, Mapping[str, Any]]]:
     """All predictions for one horizon, each made when it is asked for: recordings are large.
 
     Those of the system level need a recording of their own each, so only the whole run has them.
+
+    Yields:
+        Level, what is assumed, the run that is swept, and options of `RecordedRun.predicted`.
     """
-    for name, options in _CONFIG_ROWS.items():
-        if name != "constant lr" or recorded.run.config.schedule != "constant":
-            yield Prediction("config", name, recorded, options)
-    for name, options in _ALGORITHM_ROWS.items():
-        yield Prediction("algorithm", name, recorded, options)
-    if horizon == math.inf:
-        yield from _system_predictions(recorded)
-
-
-def _system_predictions(recorded: RecordedRun) -> Iterator[Prediction]:
-    """The right optimizer and exact curvature, in low precision or from sparse snapshots."""
     config = recorded.run.config
+    for (level, row), options in _ROWS.items():
+        if row != "constant lr" or config.schedule != "constant":
+            yield level, row, recorded, options
+    if horizon < math.inf:
+        return
     for dtype in (torch.float32, torch.bfloat16):
         if dtype != config.precision:
             run = dataclasses.replace(recorded.run, dtype=dtype)
             name = str(dtype).removeprefix("torch.")
-            yield Prediction("system", name, RecordedRun.of(run, recorded.lr), {})
+            yield "system", name, RecordedRun.of(run, recorded.lr), {}
     sparse = recorded.run.record(recorded.lr, config.spacing)
     for hold in (False, True):
         name = f"every {config.spacing}, moments {'held' if hold else 'interpolated'}"
-        guessed = dataclasses.replace(recorded, trajectory=SparseTrajectory.of(sparse, hold))
-        yield Prediction("system", name, guessed, {})
-
-
-# --- states guessed between snapshots -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SparseTrajectory(Trajectory):
-    """A trajectory whose states between snapshots are guessed.
-
-    Attributes:
-        hold_moments: moments are those of the last snapshot, else interpolated.
-    """
-
-    hold_moments: bool = False
-
-    @classmethod
-    def of(cls, trajectory: Trajectory, hold_moments: bool) -> SparseTrajectory:
-        """The same recording, read sparsely."""
-        fields = {
-            field.name: getattr(trajectory, field.name) for field in dataclasses.fields(Trajectory)
-        }
-        return cls(**fields, hold_moments=hold_moments)
-
-    def window(
-        self,
-        first: int = 0,
-        curvature: Curvature = "exact",
-        assumed: Sequence[Update] | None = None,
-    ) -> Window:
-        """As of `Trajectory`; an update then leads to the guessed state after it."""
-        plain = super().window(first, curvature, assumed)
-        fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(Window)}
-        return _SparseWindow(**fields, source=self)
-
-    def guess(self, index: int) -> State:
-        """The state before update `index`, from the snapshots around it."""
-        known = self.snapshots.indices
-        place = bisect.bisect_right(known, index) - 1
-        before = self.snapshots.state(known[place])
-        if known[place] == index:
-            return before
-        after = self.snapshots.state(known[place + 1])
-        share = (index - known[place]) / (known[place + 1] - known[place])
-
-        def between(start: Params, end: Params) -> Params:
-            return start.add(end - start, share)
-
-        params = between(before.params, after.params)
-        if self.hold_moments:
-            return before._replace(params=params)
-        moments = (between(*pair) for pair in zip(before[1:], after[1:], strict=True))
-        return State(params, *moments)
-
-
-@dataclass
-class _SparseWindow(Window):
-    source: SparseTrajectory | None = None
-
-    def advance(self, index: int, state: State) -> tuple[Params, State]:
-        assert self.source is not None
-        _, grad = self.derivatives.gradient(state.params, self.batch(index, state))
-        return grad, self.source.guess(index + 1)
+        guessed = SparseTrajectory.of(sparse, hold)
+        yield "system", name, dataclasses.replace(recorded, trajectory=guessed), {}
 
 
 # --- the study ------------------------------------------------------------------------------------
@@ -256,19 +174,23 @@ def run_audit(config: AuditConfig, progress: Callable[[str], None] = lambda _: N
         OSError: a file cannot be written.
     """
     folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    results = [] if config.overwrite else read_results(config)
-    done = {(result.lr, result.seed) for result in results}
-    for lr, seed in config.runs_left(done, progress):
+    is_drawn = not config.overwrite and (folder / "audit.json").exists()
+
+    def measure(lr: float, seed: int) -> list[BudgetResult]:
+        nonlocal is_drawn
         found, truth, scores = measure_budget(AuditedRun(config, seed), lr)
-        if not results:
+        if not is_drawn:
             write_scatter(truth, scores, folder)
-        results += found
+            is_drawn = True
+        return found
+
+    def write(results: Sequence[BudgetResult]) -> None:
         rows = [dataclasses.asdict(result) for result in results]
-        content = {"config": config.model_dump(mode="json"), "results": [*map(plain, rows)]}
-        write_json(content, folder / "audit.json")
-        write_csv(rows, folder / "audit.csv")
+        write_study(config, "audit.json", {"results": rows})
+        write_rows(results, folder / "audit.csv")
         write_spearman(results, folder)
+
+    run_study(config, partial(read_results, config), measure, write, progress)
     return folder
 
 
@@ -337,22 +259,100 @@ def read_results(config: AuditConfig) -> list[BudgetResult]:
     Raises:
         ConfigError: they are of another configuration, or cannot be read.
     """
-    path = config.folder / "audit.json"
-    if not path.exists():
-        return []
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        held, rows = content["config"], content["results"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} must be of an audit, got {error!r}; remove it") from error
-    config.check_same(held, path)
-    return [
-        BudgetResult(**{key: _number(key, value) for key, value in row.items()}) for row in rows
-    ]
+    special = {None: math.nan, "inf": math.inf}  # what JSON has no number for
+
+    def results(content: Mapping[str, Any]) -> list[BudgetResult]:
+        rows = content["results"]
+        return [BudgetResult(**{k: special.get(v, v) for k, v in row.items()}) for row in rows]
+
+    return read_study(config, "audit.json", "an audit", results)
 
 
-def _number(key: str, value: Any) -> Any:
-    """The inverse of `plain` for a field of `BudgetResult`."""
-    if key == "horizon" and value == "inf":
-        return math.inf
-    return math.nan if value is None else value
+def spearman(scores: Tensor, truth: Tensor) -> float:
+    """Rank correlation over pairs, averaged over queries; both of shape (num_pairs, Q)."""
+    pairs = zip(scores.T.tolist(), truth.T.tolist(), strict=True)
+    return statistics.fmean(rank_correlation(ours, theirs) for ours, theirs in pairs)
+
+
+# --- tables and pictures --------------------------------------------------------------------------
+
+
+def print_budget(results: Sequence[BudgetResult]) -> None:
+    """Print Spearman with the truth over the whole run, mean ± standard deviation over seeds."""
+    lrs = list(dict.fromkeys(result.lr for result in results))
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        caption="Spearman with leave-one-out retraining per query; (relative error); seconds a run",
+        caption_justify="left",
+    )
+    for name in ("level", "row"):
+        table.add_column(name)
+    for lr in lrs:
+        table.add_column(f"lr {lr:g}", justify="right")
+    table.add_column("s", justify="right")
+    whole = [result for result in results if result.horizon == math.inf]
+    for level, row in dict.fromkeys((result.level, result.row) for result in whole):
+        found = [result for result in whole if (result.level, result.row) == (level, row)]
+        shown = [_rank_and_error([result for result in found if result.lr == lr]) for lr in lrs]
+        seconds = statistics.fmean(result.seconds for result in found)
+        table.add_row(level, row, *shown, f"{seconds:.2f}")
+    Console().print(table)
+
+
+def _rank_and_error(found: Sequence[BudgetResult]) -> str:
+    ranks = [result.spearman for result in found]
+    if any(map(math.isnan, ranks)):
+        return "-"
+    error = statistics.fmean(result.relative_error for result in found)
+    return f"{statistics.fmean(ranks):.3f} ± {_deviation(ranks):.3f} ({error:.2g})"
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def write_scatter(truth: Tensor, scores: Mapping[str, Tensor], folder: Path) -> None:
+    """Draw score against truth, scatter.png.
+
+    Args:
+        truth: shape (num_pairs, Q), of one run.
+        scores: row -> its scores of the same run, same shape.
+        folder: where the picture goes.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    columns = math.ceil(len(scores) / 2)
+    scatter = Figure(figsize=(3 * columns, 6), layout="constrained")
+    for place, (row, found) in enumerate(scores.items(), 1):
+        axes = scatter.add_subplot(2, columns, place)
+        axes.axline((0, 0), slope=1, color="0.7", linewidth=1)
+        axes.plot(truth.flatten(), found.flatten(), ".", markersize=2, color=COLOURS[0])
+        axes.set(title=row, xlabel="loss rise by retraining", ylabel="score")
+    scatter.savefig(folder / "scatter.png", dpi=120)
+
+
+def write_spearman(results: Sequence[BudgetResult], folder: Path) -> None:
+    """Draw Spearman over learning rates, and over horizons at the largest one, spearman.png."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    lines = Figure(figsize=(11, 4.2), layout="constrained")
+    over_lr, over_horizon = lines.add_subplot(1, 2, 1), lines.add_subplot(1, 2, 2)
+    scored = [result for result in results if result.level in ("config", "algorithm")]
+    largest = max(result.lr for result in scored)
+    finite = [r for r in scored if r.lr == largest and r.horizon < math.inf]
+    _draw_lines(over_lr, [r for r in scored if r.horizon == math.inf], "lr")
+    _draw_lines(over_horizon, finite, "horizon")
+    over_lr.set(title="whole run", xlabel="learning rate", ylabel="Spearman", xscale="log")
+    over_horizon.set(title=f"lr {largest:g}", xlabel="horizon (updates)", xscale="log")
+    lines.legend(*over_lr.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    lines.savefig(folder / "spearman.png", dpi=120)
+
+
+def _draw_lines(axes: Axes, results: Sequence[BudgetResult], key: str) -> None:
+    rows = dict.fromkeys(result.row for result in results)
+    for row, colour in zip(rows, COLOURS, strict=False):
+        found = [result for result in results if result.row == row]
+        at = sorted({getattr(result, key) for result in found})
+        ranks = [[r.spearman for r in found if getattr(r, key) == x] for x in at]
+        means, spread = [*map(statistics.fmean, ranks)], [*map(_deviation, ranks)]
+        axes.errorbar(at, means, spread, marker="o", color=colour, label=row, capsize=2)

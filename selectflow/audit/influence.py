@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from selectflow.audit.reruns import Removal, expand, rerun, weights_without
+from selectflow.audit.reruns import Removal, expand, like_of, rerun, weights_without
 from selectflow.core.batches import Batch, num_examples
 from selectflow.core.derivatives import Curvature
 from selectflow.core.optim import SGD, Adjoint, Rule, State, Update
 from selectflow.core.params import Params
 from selectflow.core.sweep import SweepStep
-from selectflow.offline.record import record
 from selectflow.offline.trajectory import Trajectory
-
-__all__ = ["METHODS", "influence", "leave_one_out", "record"]
 
 Reduce = Literal["none", "mean"]
 Response = Literal["linear", "exact"]
@@ -65,11 +61,7 @@ def leave_one_out(
     """
     removals = _removals(trajectory, pairs, horizon)
     weights = _query_weights(queries, reduce)
-    return _in_chunks(
-        removals,
-        num_parallel,
-        lambda chunk: rerun(trajectory, queries, chunk).cpu() @ weights.T.to(_dtype(trajectory)),
-    )
+    return _in_chunks(rerun, trajectory, queries, removals, weights, num_parallel)
 
 
 def influence(
@@ -120,55 +112,31 @@ def influence(
     removals = _removals(trajectory, pairs, horizon)
     weights = _query_weights(queries, reduce)
     if order == 2:
-        return _second_order(trajectory, queries, removals, weights, num_parallel)
+
+        def both(*args: Any) -> Tensor:
+            first, second = expand(*args)
+            return first + second
+
+        return _in_chunks(both, trajectory, queries, removals, weights, num_parallel)
     assumed = _assumed(trajectory.updates, method)
     respond = _response if own_update == "exact" else _linear
-    parts = [
-        _first_order(trajectory, queries, removals, part, assumed, curvature, respond, memory_gib)
-        for part in torch.split(weights, num_parallel)
-    ]
-    return torch.cat(parts, 1)
+    found = torch.zeros(len(removals), len(weights), dtype=like_of(trajectory).dtype)
+    for end in {removal.end for removal in removals}:
+        at_end = [row for row, removal in enumerate(removals) if removal.end == end]
+        first = min(removals[row].index for row in at_end)
+        window = trajectory.window(first, curvature, assumed)
+        for columns in torch.split(torch.arange(len(weights)), num_parallel):
 
+            def keep(
+                visit: SweepStep, at_end: list[int] = at_end, columns: Tensor = columns
+            ) -> None:
+                rows = [row for row in at_end if removals[row].index == visit.index]
+                if rows:
+                    response = respond(trajectory, visit, [removals[row] for row in rows])
+                    found[torch.tensor(rows)[:, None], columns] = response.cpu().to(found.dtype)
 
-def _second_order(
-    trajectory: Trajectory,
-    queries: Batch,
-    removals: Sequence[Removal],
-    weights: Tensor,
-    num_parallel: int,
-) -> Tensor:
-    """I + Q of each measurement, shape (num_pairs, rows of `weights`)."""
-
-    def both(chunk: Sequence[Removal]) -> Tensor:
-        first, second = expand(trajectory, queries, chunk)
-        return (first + second).cpu() @ weights.T.to(first.dtype)
-
-    return _in_chunks(removals, num_parallel, both)
-
-
-def _first_order(
-    trajectory: Trajectory,
-    queries: Batch,
-    removals: Sequence[Removal],
-    weights: Tensor,
-    assumed: Sequence[Update],
-    curvature: Curvature,
-    respond: Callable[[Trajectory, SweepStep, Sequence[Removal]], Tensor],
-    memory_gib: float | None,
-) -> Tensor:
-    """I of each measurement by one sweep, shape (num_pairs, rows of `weights`)."""
-    found = torch.zeros(len(removals), len(weights), dtype=_dtype(trajectory))
-    for end, rows in _by(range(len(removals)), lambda row: removals[row].end).items():
-        wanted = _by(rows, lambda row: removals[row].index)
-
-        def keep(visit: SweepStep, wanted: Mapping[int, list[int]] = wanted) -> None:
-            if rows := wanted.get(visit.index, []):
-                chosen = [removals[row] for row in rows]
-                found[rows] = respond(trajectory, visit, chosen).cpu().to(found.dtype)
-
-        adjoint = _query_adjoint(trajectory, end, queries, weights)
-        window = trajectory.window(min(wanted), curvature, assumed)
-        trajectory.sweep(window, end, adjoint, keep, memory_gib)
+            adjoint = _query_adjoint(trajectory, end, queries, weights[columns])
+            trajectory.sweep(window, end, adjoint, keep, memory_gib)
     return found
 
 
@@ -293,29 +261,21 @@ def _removals(
 
 
 def _in_chunks(
-    removals: Sequence[Removal], size: int, measure: Callable[[Sequence[Removal]], Tensor]
+    measure: Callable[[Trajectory, Batch, Sequence[Removal]], Tensor],
+    trajectory: Trajectory,
+    queries: Batch,
+    removals: Sequence[Removal],
+    weights: Tensor,
+    size: int,
 ) -> Tensor:
-    """`measure` of chunks of nearby removals, in the given order of the removals."""
+    """`measure` of chunks of nearby removals, shape (num_pairs, rows of `weights`)."""
     order = sorted(range(len(removals)), key=lambda row: removals[row])
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
     parts = [
-        measure([removals[row] for row in order[start : start + size]])
-        for start in range(0, len(order), size)
+        measure(trajectory, queries, [removals[row] for row in chunk]).cpu() for chunk in chunks
     ]
-    found = torch.cat(parts)
-    return found[torch.tensor(order).argsort()]
-
-
-def _by(rows: Iterable[int], key: Callable[[int], int]) -> Mapping[int, list[int]]:
-    """Rows by their key."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row)
-    return groups
-
-
-def _dtype(trajectory: Trajectory) -> torch.dtype:
-    params = trajectory.snapshots.state(0).params
-    return next(iter(params.values())).dtype
+    found = torch.cat(parts)[torch.tensor(order).argsort()]
+    return found @ weights.T.to(found.dtype)
 
 
 def _check_options(method: str, curvature: str, order: int, own_update: str) -> None:

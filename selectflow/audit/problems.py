@@ -1,4 +1,4 @@
-"""What an audit trains: a model and its data, the same in every precision.
+"""What studies train: a model and its data, the same in every precision, and the runs.
 
 Images are scikit-learn's digits, text is the standard library's source. GPT-2 is trained whole,
 Llama by its LoRA adapters, with norms in the precision of the weights.
@@ -6,7 +6,7 @@ Llama by its LoRA adapters, with norms in the precision of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,18 +16,25 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from selectflow.audit.config import (
+from selectflow.audit.study import (
     AuditConfig,
     CNNModel,
     GPT2Model,
     LlamaModel,
     MLPModel,
     Model,
+    ProxyConfig,
     Study,
 )
 from selectflow.core.batches import Batch, num_examples, take
-from selectflow.core.passes import LossFn
-from selectflow.data.builtin.documents import python_sources
+from selectflow.core.derivatives import Derivatives
+from selectflow.core.lookahead import immediate
+from selectflow.core.optim import Adjoint, State, Update
+from selectflow.core.params import Params
+from selectflow.core.passes import LossFn, Objective
+from selectflow.core.sweep import SweepStep, Window, sweep
+from selectflow.core.torch_optim import OptimizerReader
+from selectflow.data.documents import python_sources
 from selectflow.models.language import (
     causal_lm_losses,
     load_pretrained,
@@ -64,14 +71,6 @@ class Problem(NamedTuple):
     adapt: Callable[[Any, nn.Module], nn.Module] = lambda _, model: model
 
 
-def _mlp(config: MLPModel) -> nn.Module:
-    return mlp(64, _NUM_CLASSES, config.hidden, config.activation)
-
-
-def _cnn(config: CNNModel) -> nn.Module:
-    return plain_cnn(_DIGIT, _NUM_CLASSES, config.width, config.activation)
-
-
 def _gpt2(config: GPT2Model) -> nn.Module:
     if config.pretrained is not None:
         return pretrained_lm("gpt2", config.pretrained)
@@ -95,16 +94,11 @@ def _llama(config: LlamaModel) -> nn.Module:
     return model
 
 
-def _adapters(config: LlamaModel, model: nn.Module) -> nn.Module:
-    return with_lora(model, "llama", config.lora_rank)
-
-
-def _digits(config: MLPModel | CNNModel) -> Batch:
+def _digits(_: MLPModel | CNNModel) -> Batch:
     """All 1797 digits: images in [0, 1], shape (N, 1, 8, 8), float32, and labels, shape (N,)."""
     # imported here because it takes a second, which only an audit need spend
     from sklearn.datasets import load_digits  # noqa: PLC0415
 
-    del config
     bunch = load_digits()
     images = torch.tensor(bunch.images / 16, dtype=torch.float32)[:, None]
     return {"image": images, "label": torch.tensor(bunch.target)}
@@ -133,10 +127,23 @@ def _source_blocks(config: GPT2Model | LlamaModel) -> Batch:
 
 
 PROBLEMS = {
-    "mlp": Problem(_mlp, _digits, image_losses),
-    "cnn": Problem(_cnn, _digits, image_losses),
+    "mlp": Problem(
+        lambda config: mlp(64, _NUM_CLASSES, config.hidden, config.activation),
+        _digits,
+        image_losses,
+    ),
+    "cnn": Problem(
+        lambda config: plain_cnn(_DIGIT, _NUM_CLASSES, config.width, config.activation),
+        _digits,
+        image_losses,
+    ),
     "gpt2": Problem(_gpt2, _source_blocks, causal_lm_losses),
-    "llama": Problem(_llama, _source_blocks, causal_lm_losses, _adapters),
+    "llama": Problem(
+        _llama,
+        _source_blocks,
+        causal_lm_losses,
+        lambda config, model: with_lora(model, "llama", config.lora_rank),
+    ),
 }
 """Kind of a model -> what it learns."""
 
@@ -176,7 +183,7 @@ def spoiled(examples: Batch, share: float, generator: torch.Generator) -> Batch:
     return {**examples, name: values}
 
 
-# --- runs -----------------------------------------------------------------------------------------
+# --- recorded runs --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -276,3 +283,95 @@ def _warmed(config: AuditConfig, seed: int) -> dict[str, Tensor]:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return model.state_dict()
+
+
+# --- runs that stop in their middle ---------------------------------------------------------------
+
+
+class ProxyRun:
+    """A run that goes on when it is told to; deterministic, as scores are: dropout is off.
+
+    Args:
+        config: of the study.
+        lr: learning rate.
+        seed: of the weights and of the data.
+
+    Raises:
+        ConfigError: there are too few examples.
+    """
+
+    def __init__(self, config: ProxyConfig, lr: float, seed: int) -> None:
+        problem = PROBLEMS[config.model.kind]
+        self.config, self.lr, self.seed = config, lr, seed
+        self.generator = torch.Generator().manual_seed(seed)
+        examples = problem.examples(config.model)
+        known = num_examples(examples)
+        used = config.num_target + max(round(config.batch / keep) for keep in (*config.keeps, 1))
+        if used > known:
+            raise ConfigError(
+                f"num_target + batch / keeps must be <= {known}, the examples there are, got "
+                f"{used}; lower one of them"
+            )
+        order = torch.randperm(known, generator=self.generator)
+        examples = cast(take(examples, order), config.precision)
+        self.target = take(examples, slice(config.num_target))
+        rest = take(examples, slice(config.num_target, None))
+        self.rest = spoiled(rest, config.noise, self.generator)
+        torch.manual_seed(seed)
+        model = problem.adapt(config.model, problem.build(config.model))
+        self.model = model.to(config.precision).eval()
+        self.optimizer = build_adamw(config, self.model, lr)
+        self.reader = OptimizerReader(self.model, self.optimizer)
+        self.derivatives = Derivatives(Objective(self.model, problem.loss_fn), "exact")
+
+    def batch(self, size: int) -> Batch:
+        """The next examples, none twice in a batch."""
+        order = torch.randperm(num_examples(self.rest), generator=self.generator)
+        return take(self.rest, order[:size])
+
+    def updates(self) -> list[Update]:
+        """The next updates, as many as the longest horizon reads."""
+        return self.reader.updates(max(*self.config.horizons, 1))
+
+    def train(self, steps: int) -> None:
+        """Go on for so many plain training steps."""
+        loss_fn = PROBLEMS[self.config.model.kind].loss_fn
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            loss_fn(self.model, self.batch(self.config.batch)).mean().backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def best_scored(
+        self,
+        state: State,
+        updates: Sequence[Update],
+        pools: Sequence[Batch],
+        nominal: Sequence[Tensor],
+        horizon: int,
+    ) -> list[Tensor]:
+        """The B examples of each pool with the highest scores, by one look-ahead of this horizon.
+
+        `nominal` are the positions of the examples of each pool that the look-ahead trains on.
+        """
+        derivatives = self.derivatives
+        found = dict[int, Tensor]()
+
+        def choose(index: int, params: Params, gamma: Params) -> None:
+            _, slopes = derivatives.directional(params, gamma, pools[index])
+            found[index] = slopes.argsort(stable=True)[: self.config.batch]
+
+        def keep(visit: SweepStep) -> None:
+            gamma = updates[visit.index].masked(visit.gamma, visit.after)
+            choose(visit.index, visit.state.params, gamma)
+
+        def read_target(end: State) -> Adjoint:
+            _, grad = derivatives.gradient(end.params, self.target)
+            return Adjoint(grad, end.exp_avg.zeros_like(), end.exp_avg_sq.zeros_like())
+
+        if horizon == 0:
+            choose(0, state.params, immediate(derivatives, updates[0], state, self.target).gamma(0))
+        else:
+            window = Window(derivatives, updates[:horizon], lambda i, _: take(pools[i], nominal[i]))
+            sweep(window, state, read_target, keep, capacity=horizon)
+        return [found[index] for index in sorted(found)]

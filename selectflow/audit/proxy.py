@@ -9,33 +9,40 @@ one look-ahead's: for each horizon the examples of each pool whose scores are hi
 from __future__ import annotations
 
 import csv
-import dataclasses
-import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from pydantic import TypeAdapter
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from selectflow.audit.config import ProxyConfig
-from selectflow.audit.problems import PROBLEMS, build_adamw, cast, spoiled
-from selectflow.audit.report import plain, rank_correlation, write_csv, write_json, write_proxy
+from selectflow.audit.problems import ProxyRun
 from selectflow.audit.reruns import effects
+from selectflow.audit.study import (
+    COLOURS,
+    ProxyConfig,
+    rank_correlation,
+    read_study,
+    run_study,
+    write_rows,
+    write_study,
+)
 from selectflow.control.rules import AutoHorizon
-from selectflow.core.batches import Batch, num_examples, take
-from selectflow.core.derivatives import Derivatives
-from selectflow.core.lookahead import immediate
-from selectflow.core.optim import Adjoint, State, Update
-from selectflow.core.passes import Objective
+from selectflow.core.batches import num_examples
+from selectflow.core.optim import State, Update
 from selectflow.core.proxy import closed_form, probe, relative_error
-from selectflow.core.sweep import SweepStep, Window, sweep
-from selectflow.core.torch_optim import OptimizerReader
 from selectflow.core.weight_changes import removals, selection
-from selectflow.options import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TRUSTED = AutoHorizon().tolerance
 """The largest rho at which a longer horizon is tried."""
@@ -70,160 +77,58 @@ def measure_proxy(config: ProxyConfig, lr: float, seed: int) -> Iterator[ProxyPo
     run = ProxyRun(config, lr, seed)
     run.train(config.warm_steps)
     for number in range(config.num_windows):
-        place = Place(run, number, run.reader.state(), run.updates())
-        yield from _removals(place)
-        yield from _selections(place)
+        place = run, run.reader.state(), run.updates()
+        for found in (_removals, _selections):
+            for values in found(*place):
+                yield ProxyPoint(lr=lr, seed=seed, window=number, **values)
         run.train(config.between)
 
 
-class ProxyRun:
-    """A run that goes on when it is told to; deterministic, as scores are: dropout is off.
-
-    Args:
-        config: of the study.
-        lr: learning rate.
-        seed: of the weights and of the data.
-
-    Raises:
-        ConfigError: there are too few examples.
-    """
-
-    def __init__(self, config: ProxyConfig, lr: float, seed: int) -> None:
-        problem = PROBLEMS[config.model.kind]
-        self.config, self.lr, self.seed = config, lr, seed
-        self.generator = torch.Generator().manual_seed(seed)
-        examples = problem.examples(config.model)
-        known = num_examples(examples)
-        used = config.num_target + max(round(config.batch / keep) for keep in (*config.keeps, 1))
-        if used > known:
-            raise ConfigError(
-                f"num_target + batch / keeps must be <= {known}, the examples there are, got "
-                f"{used}; lower one of them"
-            )
-        order = torch.randperm(known, generator=self.generator)
-        examples = cast(take(examples, order), config.precision)
-        self.target = take(examples, slice(config.num_target))
-        rest = take(examples, slice(config.num_target, None))
-        self.rest = spoiled(rest, config.noise, self.generator)
-        torch.manual_seed(seed)
-        model = problem.adapt(config.model, problem.build(config.model))
-        self.model = model.to(config.precision).eval()
-        self.optimizer = build_adamw(config, self.model, lr)
-        self.reader = OptimizerReader(self.model, self.optimizer)
-        self.derivatives = Derivatives(Objective(self.model, problem.loss_fn), "exact")
-
-    def batch(self, size: int) -> Batch:
-        """The next examples, none twice in a batch."""
-        order = torch.randperm(num_examples(self.rest), generator=self.generator)
-        return take(self.rest, order[:size])
-
-    def updates(self) -> list[Update]:
-        """The next updates, as many as the longest horizon reads."""
-        return self.reader.updates(max(*self.config.horizons, 1))
-
-    def train(self, steps: int) -> None:
-        """Go on for so many plain training steps."""
-        loss_fn = PROBLEMS[self.config.model.kind].loss_fn
-        for _ in range(steps):
-            self.optimizer.zero_grad()
-            loss_fn(self.model, self.batch(self.config.batch)).mean().backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-@dataclass(frozen=True)
-class Place:
-    """A moment of a run, and the updates that follow.
-
-    Attributes:
-        run: which is at that moment.
-        number: of the run's windows, the one that begins here.
-        state: of the model and the optimizer.
-        updates: that follow.
-    """
-
-    run: ProxyRun
-    number: int
-    state: State
-    updates: Sequence[Update]
-
-    def point(self, change: str, horizon: int, **measured: Any) -> ProxyPoint:
-        """A point of this place, with what was measured."""
-        where = {"lr": self.run.lr, "seed": self.run.seed, "window": self.number}
-        return ProxyPoint(change=change, horizon=horizon, **where | measured)
-
-
-def _removals(place: Place) -> Iterator[ProxyPoint]:
-    run, config = place.run, place.run.config
-    batches = [run.batch(config.batch) for _ in place.updates]
-    changes = removals(batches, range(config.num_removals))
-    window = run.derivatives, place.updates, place.state, changes, run.target
+def _removals(run: ProxyRun, state: State, updates: Sequence[Update]) -> Iterator[dict[str, Any]]:
+    batches = [run.batch(run.config.batch) for _ in updates]
+    changes = removals(batches, range(run.config.num_removals))
+    window = run.derivatives, updates, state, changes, run.target
     began = time.perf_counter()
-    horizons = sorted(config.horizons)
+    horizons = sorted(run.config.horizons)
     first, second = closed_form(*window, horizons)
     seconds = time.perf_counter() - began
-    effect = effects(*window)
+    effect = effects(*window)[:, horizons]
     for column, horizon in enumerate(horizons):
-        for row in range(config.num_removals):
-            yield place.point(
-                "removal",
-                horizon,
-                first=float(first[row, column]),
-                second=float(second[row, column]),
-                effect=float(effect[row, horizon]),
-                exact_s=seconds,
-            )
+        for row in range(run.config.num_removals):
+            yield {
+                "change": "removal",
+                "horizon": horizon,
+                "first": float(first[row, column]),
+                "second": float(second[row, column]),
+                "effect": float(effect[row, column]),
+                "exact_s": seconds,
+            }
 
 
-def _selections(place: Place) -> Iterator[ProxyPoint]:
-    run, config = place.run, place.run.config
-    for keep in config.keeps:
-        pools = [run.batch(round(config.batch / keep)) for _ in place.updates]
+def _selections(run: ProxyRun, state: State, updates: Sequence[Update]) -> Iterator[dict[str, Any]]:
+    size = run.config.batch
+    for keep in run.config.keeps:
+        pools = [run.batch(round(size / keep)) for _ in updates]
         orders = [torch.randperm(num_examples(pool), generator=run.generator) for pool in pools]
-        nominal = [order[: config.batch] for order in orders]
-        for horizon in config.horizons:
+        nominal = [order[:size] for order in orders]
+        for horizon in run.config.horizons:
             num = max(horizon, 1)
-            selected = best_scored(place, pools[:num], nominal, horizon)
+            selected = run.best_scored(state, updates, pools[:num], nominal, horizon)
             change = selection(pools[:num], nominal[:num], selected)
-            window = run.derivatives, place.updates[:num], place.state, change, run.target
+            window = run.derivatives, updates[:num], state, change, run.target
             exact = probe(*window, method="exact", horizons=(horizon,))
             fast = probe(*window, method="fast", horizons=(horizon,))
-            yield place.point(
-                f"keep {keep:g}",
-                horizon,
-                first=exact.first[0],
-                second=exact.second[0],
-                effect=exact.effect[0],
-                fast_first=fast.first[0],
-                fast_second=fast.second[0],
-                exact_s=exact.seconds,
-                fast_s=fast.seconds,
-            )
-
-
-def best_scored(
-    place: Place, pools: Sequence[Batch], nominal: Sequence[Tensor], horizon: int
-) -> list[Tensor]:
-    """The B examples of each pool with the highest scores, by one look-ahead of this horizon."""
-    run, found = place.run, dict[int, Tensor]()
-    derivatives, size = run.derivatives, run.config.batch
-
-    def keep(visit: SweepStep) -> None:
-        gamma = place.updates[visit.index].masked(visit.gamma, visit.after)
-        _, slopes = derivatives.directional(visit.state.params, gamma, pools[visit.index])
-        found[visit.index] = slopes.argsort(stable=True)[:size]
-
-    def read_target(end: State) -> Adjoint:
-        _, grad = derivatives.gradient(end.params, run.target)
-        return Adjoint(grad, end.exp_avg.zeros_like(), end.exp_avg_sq.zeros_like())
-
-    if horizon == 0:
-        ahead = immediate(derivatives, place.updates[0], place.state, run.target)
-        slopes = derivatives.directional(place.state.params, ahead.sensitivities[0], pools[0])[1]
-        return [slopes.argsort(stable=True)[:size]]
-    window = Window(derivatives, place.updates[:horizon], lambda i, _: take(pools[i], nominal[i]))
-    sweep(window, place.state, read_target, keep, capacity=horizon)
-    return [found[index] for index in range(horizon)]
+            yield {
+                "change": f"keep {keep:g}",
+                "horizon": horizon,
+                "first": exact.first[0],
+                "second": exact.second[0],
+                "effect": exact.effect[0],
+                "fast_first": fast.first[0],
+                "fast_second": fast.second[0],
+                "exact_s": exact.seconds,
+                "fast_s": fast.seconds,
+            }
 
 
 # --- figures over the points of all runs ----------------------------------------------------------
@@ -290,11 +195,15 @@ def _figures(
     def column(name: str) -> Any:
         return np.array([getattr(point, name) for point in points], float)  # None is NaN
 
+    def relative_errors(first: Any, second: Any) -> Any:
+        pairs = zip(first.tolist(), second.tolist(), strict=True)
+        return np.array([relative_error(i, q, 0.0) for i, q in pairs])
+
     first, second, effect = column("first"), column("second"), column("effect")
     fast_first, fast_second = column("fast_first"), column("fast_second")
-    error = abs(effect - first)
-    relative = _relative_errors(first, second)
-    true_relative = _relative_errors(first, error)
+    corrected, error = first + second, abs(effect - first)
+    fast_relative = relative_errors(fast_first, fast_second)
+    relative, true_relative = relative_errors(first, second), relative_errors(first, error)
     return ProxyFigures(
         change=points[0].change,
         lr=lr,
@@ -302,15 +211,13 @@ def _figures(
         largest_rho=largest_rho,
         num=len(points),
         sign_first=float(np.mean(np.signbit(first) == np.signbit(effect))),
-        sign_corrected=float(np.mean(np.signbit(first + second) == np.signbit(effect))),
+        sign_corrected=float(np.mean(np.signbit(corrected) == np.signbit(effect))),
         rank_first=rank_correlation(first, effect),
-        rank_corrected=rank_correlation(first + second, effect),
+        rank_corrected=rank_correlation(corrected, effect),
         rank_error=rank_correlation(abs(second), error),
         rank_relative=rank_correlation(relative, true_relative),
         rank_fast=rank_correlation(abs(fast_second), abs(second)),
-        rank_fast_relative=rank_correlation(
-            _relative_errors(fast_first, fast_second), true_relative
-        ),
+        rank_fast_relative=rank_correlation(fast_relative, true_relative),
         relative=float(np.median(relative)),
         true_relative=float(np.median(true_relative)),
         exact_s=float(np.mean(column("exact_s"))),
@@ -318,13 +225,8 @@ def _figures(
     )
 
 
-def _relative_errors(first: Any, second: Any) -> Any:
-    pairs = zip(first.tolist(), second.tolist(), strict=True)
-    return np.array([relative_error(i, q, 0.0) for i, q in pairs])
-
-
-def _changes(points: Sequence[ProxyPoint]) -> list[str]:
-    return [*dict.fromkeys(point.change for point in points)]
+def _changes(found: Sequence[ProxyPoint] | Sequence[ProxyFigures]) -> list[str]:
+    return [*dict.fromkeys(each.change for each in found)]
 
 
 # --- the study ------------------------------------------------------------------------------------
@@ -348,19 +250,17 @@ def run_proxy(
         OSError: a file cannot be written.
     """
     folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    points = [] if config.overwrite else read_points(config)
-    for lr, seed in config.runs_left({(point.lr, point.seed) for point in points}, progress):
-        points += measure_proxy(config, lr, seed)
-        write_csv([*map(dataclasses.asdict, points)], folder / "points.csv")
+
+    def write(points: Sequence[ProxyPoint]) -> None:
+        write_rows(points, folder / "points.csv")
         figures = summarize(points)
-        content = {
-            "config": config.model_dump(mode="json"),
-            "cells": [plain(dataclasses.asdict(each)) for each in figures],
-            "rank_of_medians": plain({c: rank_of_medians(figures, c) for c in _changes(points)}),
-        }
-        write_json(content, folder / "proxy.json")  # which says that points.csv is whole
+        ranks = {change: rank_of_medians(figures, change) for change in _changes(points)}
+        content = {"cells": [asdict(each) for each in figures], "rank_of_medians": ranks}
+        write_study(config, "proxy.json", content)  # which says that points.csv is whole
         write_proxy(points, folder / "proxy.png")
+
+    read, measure = partial(read_points, config), partial(measure_proxy, config)
+    points = run_study(config, read, measure, write, progress)
     return folder, summarize(points)
 
 
@@ -370,22 +270,115 @@ def read_points(config: ProxyConfig) -> list[ProxyPoint]:
     Raises:
         ConfigError: they are of another configuration, or cannot be read.
     """
-    path = config.folder / "proxy.json"
-    if not path.exists():
-        return []
-    try:
-        held = json.loads(path.read_text("utf-8"))["config"]
+
+    def points(_: Mapping[str, Any]) -> list[ProxyPoint]:
+        kind = TypeAdapter(ProxyPoint)
         with (config.folder / "points.csv").open(newline="", encoding="utf-8") as file:
-            points = [_point(row) for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} must be of a proxy study, got {error!r}; remove it") from error
-    config.check_same(held, path)
-    return points
+            return [
+                kind.validate_python({key: text or None for key, text in row.items()})
+                for row in csv.DictReader(file)
+            ]
+
+    return read_study(config, "proxy.json", "a proxy study", points)
 
 
-def _point(row: Mapping[str, str]) -> ProxyPoint:
-    kinds = {"change": str, "seed": int, "window": int, "horizon": int}
-    values: dict[str, Any] = {
-        key: kinds.get(key, float)(text) if text else None for key, text in row.items()
-    }
-    return ProxyPoint(**values)
+# --- tables and pictures --------------------------------------------------------------------------
+
+
+def print_proxy(figures: Sequence[ProxyFigures]) -> None:
+    """Print, for each change, the grid of errors, and the figures over learning rates."""
+    for change in _changes(figures):
+        found = [each for each in figures if each.change == change]
+        Console().print(_grid(change, found))
+        Console().print(_over_rates(change, found))
+
+
+def _grid(change: str, figures: Sequence[ProxyFigures]) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{change}: relative error of first order",
+        caption="Median predicted / true; (Spearman of |Q| with |D - I|)",
+        caption_justify="left",
+    )
+    horizons = [h for h in dict.fromkeys(each.horizon for each in figures) if h is not None]
+    table.add_column("lr")
+    for horizon in horizons:
+        table.add_column(f"h {horizon}", justify="right")
+    at = {(each.lr, each.horizon): each for each in figures if each.largest_rho is None}
+    for lr in dict.fromkeys(each.lr for each in figures):
+        if lr is not None:
+            table.add_row(f"{lr:g}", *(_errors(at[lr, horizon]) for horizon in horizons))
+    return table
+
+
+def _errors(each: ProxyFigures) -> str:
+    rank = "" if math.isnan(each.rank_error) else f" ({each.rank_error:.2f})"  # of one point none
+    return f"{each.relative:.2g} / {each.true_relative:.2g}{rank}"
+
+
+def _over_rates(change: str, figures: Sequence[ProxyFigures]) -> Table:
+    limits = [each.largest_rho for each in figures if each.largest_rho is not None]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{change}: over all learning rates",
+        caption="Share of right signs, then Spearman: with the effect D; with |D - I|; with "
+        "|D - I| / |I|; of the fast |Q| with the exact one; of the fast rho with |D - I| / |I|"
+        + "".join(f"; trusted: rho <= {limit:g}" for limit in limits),
+        caption_justify="left",
+    )
+    heads = (
+        "h", "points", "sign I", "sign I+Q", "I", "I+Q", "|Q|", "rho", "fast |Q|", "fast rho",
+    )  # fmt: skip
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=head == "h")
+    for each in figures:
+        if each.lr is None:
+            shown = (
+                each.sign_first, each.sign_corrected, each.rank_first, each.rank_corrected,
+                each.rank_error, each.rank_relative, each.rank_fast, each.rank_fast_relative,
+            )  # fmt: skip
+            which = "all" if each.horizon is None else str(each.horizon)
+            table.add_row(
+                which if each.largest_rho is None else "trusted",
+                str(each.num),
+                *("-" if math.isnan(value) else f"{value:.2f}" for value in shown),
+            )
+    return table
+
+
+def write_proxy(points: Sequence[ProxyPoint], path: Path) -> None:
+    """Draw predicted against true error, and I and I + Q against the effect, for each change."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    changes = _changes(points)
+    figure = Figure(figsize=(4 * len(changes), 7.5), layout="constrained")
+    for column, change in enumerate(changes, 1):
+        found = [point for point in points if point.change == change]
+        errors = figure.add_subplot(2, len(changes), column)
+        _draw_errors(errors, found)
+        errors.set_title(change)
+        _draw_effects(figure.add_subplot(2, len(changes), len(changes) + column), found)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_errors(axes: Axes, points: Sequence[ProxyPoint]) -> None:
+    for lr, colour in zip(dict.fromkeys(point.lr for point in points), COLOURS, strict=False):
+        found = [p for p in points if p.lr == lr and p.second and p.effect != p.first]
+        true = [abs(p.effect - p.first) for p in found]
+        predicted = [abs(p.second) for p in found]
+        axes.plot(true, predicted, ".", markersize=3, color=colour, label=f"lr {lr:g}")
+    axes.axline((1e-6, 1e-6), (1e-5, 1e-5), color="0.7", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="true error |D - I|", ylabel="predicted error |Q|")
+    axes.legend(frameon=False, markerscale=3)
+
+
+def _draw_effects(axes: Axes, points: Sequence[ProxyPoint]) -> None:
+    for label, colour, corrected in (("I", COLOURS[1], 0.0), ("I + Q", COLOURS[0], 1.0)):
+        predicted = [p.first + corrected * p.second for p in points]
+        effect = [p.effect for p in points]
+        axes.plot(effect, predicted, ".", markersize=3, color=colour, label=label)
+    axes.axline((0, 0), slope=1, color="0.7", linewidth=1)
+    axes.set(xlabel="effect D, really made", ylabel="predicted")
+    axes.set_xscale("symlog", linthresh=1e-4)
+    axes.set_yscale("symlog", linthresh=1e-4)
+    axes.legend(frameon=False, markerscale=3)

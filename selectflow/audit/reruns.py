@@ -1,19 +1,21 @@
-"""Really rerunning a stretch of training with other example weights, many reruns side by side."""
+"""Reruns of a recorded stretch with other example weights, many at once; replays of sparse ones."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from selectflow.core.batches import Batch, num_examples
-from selectflow.core.derivatives import Derivatives, plain_attention
+from selectflow.core.derivatives import Curvature, Derivatives, plain_attention
 from selectflow.core.optim import State, Update
 from selectflow.core.params import Params
 from selectflow.core.passes import Objective
+from selectflow.core.sweep import Window
 from selectflow.core.tangents import Shift, StateTangents, advance, loss_tangents
 from selectflow.core.weight_changes import Perturbation
 from selectflow.offline.trajectory import Trajectory
@@ -62,22 +64,17 @@ def rerun(trajectory: Trajectory, queries: Batch, removals: Sequence[Removal]) -
         RuntimeError: the row with nothing removed does not arrive where the recording did.
     """
     objective, num = trajectory.derivatives.objective, len(removals)
-    first, last = min(r.index for r in removals), max(r.end for r in removals)
-    start = trajectory.state(first)
-    like = next(iter(start.params.values()))
-    changes = like.new_zeros(num, num_examples(queries))
-    nominal = Removal(-1, 0, last)
+    start = trajectory.state(min(removal.index for removal in removals))
     state = _repeated(start, num + 1)
+    changes = like_of(trajectory).new_zeros(num, num_examples(queries))
     with objective.scoring():
-        for index in range(first, last):
-            batch = trajectory.batches[index]
-            weights = weights_without([*removals, nominal], index, num_examples(batch), like)
-            state = _step(trajectory.updates[index], objective, state, batch, weights)
-            rows = [row for row, removal in enumerate(removals) if removal.end == index + 1]
+        for index, batch, base, weights, rows in _visits(trajectory, removals):
+            rest = torch.cat([weights, base[None]])
+            state = _step(trajectory.updates[index], objective, state, batch, rest)
             if rows:
                 losses = _losses(objective, _rows(state, [*rows, num]).params, queries)
                 changes[rows] = losses[:-1] - losses[-1]
-    trajectory.check_replay(last, _squeezed(_rows(state, [num])), start)
+    trajectory.check_replay(index + 1, _rows(state, num), start)
     return changes
 
 
@@ -101,27 +98,38 @@ def expand(
         RuntimeError: the replay leaves the recording.
     """
     objective, num = trajectory.derivatives.objective, len(removals)
-    first, last = min(r.index for r in removals), max(r.end for r in removals)
-    start = trajectory.state(first)
-    like = next(iter(start.params.values()))
-    slope, bend = (like.new_zeros(num, num_examples(queries)) for _ in range(2))
+    start = trajectory.state(min(removal.index for removal in removals))
     motion = StateTangents.at_rest(start, num)
+    first, second = like_of(trajectory).new_zeros(2, num, num_examples(queries))
     with objective.scoring():
-        for index in range(first, last):
-            batch = trajectory.batches[index]
-            size = num_examples(batch)
-            base = like.new_full((size,), 1 / size)
-            shift = Shift(base, weights_without(removals, index, size, like) - base)
+        for index, batch, base, weights, rows in _visits(trajectory, removals):
+            shift = Shift(base, weights - base)
             motion = advance(trajectory.updates[index], objective, motion, batch, shift)
-            rows = [row for row, removal in enumerate(removals) if removal.end == index + 1]
             if rows:
-                read = StateTangents(
-                    motion.value, _rows(motion.first, rows), _rows(motion.second, rows)
-                )
-                slope[rows], second = loss_tangents(objective, read, queries)
-                bend[rows] = second / 2
-    trajectory.check_replay(last, motion.value, start)
-    return slope, bend
+                tangents = (_rows(each, rows) for each in (motion.first, motion.second))
+                read = StateTangents(motion.value, *tangents)
+                first[rows], second[rows] = loss_tangents(objective, read, queries)
+    trajectory.check_replay(index + 1, motion.value, start)
+    return first, second / 2
+
+
+def _visits(
+    trajectory: Trajectory, removals: Sequence[Removal]
+) -> Iterator[tuple[int, Batch, Tensor, Tensor, list[int]]]:
+    """Updates from the first removal on: batch, its nominal weights, all weights, rows to read."""
+    like = like_of(trajectory)
+    for index in range(min(r.index for r in removals), max(r.end for r in removals)):
+        batch = trajectory.batches[index]
+        size = num_examples(batch)
+        base = like.new_full((size,), 1 / size)
+        weights = weights_without(removals, index, size, like)
+        rows = [row for row, removal in enumerate(removals) if removal.end == index + 1]
+        yield index, batch, base, weights, rows
+
+
+def like_of(trajectory: Trajectory) -> Tensor:
+    """A tensor of the precision and on the device of the run."""
+    return next(iter(trajectory.snapshots.state(0).params.values()))
 
 
 def effects(
@@ -173,22 +181,8 @@ def _repeated(state: State, num: int) -> State:
     return State(*(part.map(lambda x: x.expand(num, *x.shape)) for part in state))
 
 
-def _rows(state: State, rows: list[int]) -> State:
+def _rows(state: State, rows: int | list[int]) -> State:
     return State(*(part.map(lambda x: x[rows]) for part in state))
-
-
-def _squeezed(state: State) -> State:
-    return State(*(part.map(lambda x: x[0]) for part in state))
-
-
-def _gradients(objective: Objective, params: Params, batch: Batch, weights: Tensor) -> Params:
-    """Gradient of each rerun's weighted loss at its own parameters."""
-
-    def loss(at: dict[str, Tensor], weight: Tensor) -> Tensor:
-        return (objective.pure(at, batch) * weight).sum()
-
-    with plain_attention():
-        return Params(torch.func.vmap(torch.func.grad(loss))(dict(params), weights)).detach()
 
 
 @torch.no_grad()
@@ -202,7 +196,13 @@ def _step(
     update: Update, objective: Objective, state: State, batch: Batch, weights: Tensor
 ) -> State:
     """`Update.advance` on rows of states; each row is clipped by its own norm."""
-    grad = _gradients(objective, state.params, batch, weights)
+
+    def loss(at: dict[str, Tensor], weight: Tensor) -> Tensor:
+        return (objective.pure(at, batch) * weight).sum()
+
+    with plain_attention():
+        found = torch.func.vmap(torch.func.grad(loss))(dict(state.params), weights)
+    grad = Params(found).detach()
     if update.max_grad_norm is not None:
         squares = [tensor.flatten(1).square().sum(1) for tensor in grad.values()]
         norms = torch.stack(squares).sum(0).sqrt()
@@ -210,3 +210,59 @@ def _step(
         grad = grad.map(lambda x: x * scale.reshape(-1, *[1] * (x.ndim - 1)))
         update = dataclasses.replace(update, max_grad_norm=None)
     return update.advance(state, grad)
+
+
+# --- states guessed between snapshots -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SparseTrajectory(Trajectory):
+    """A trajectory whose states between snapshots are guessed.
+
+    Attributes:
+        hold_moments: moments are those of the last snapshot, else interpolated.
+    """
+
+    hold_moments: bool = False
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, hold_moments: bool) -> SparseTrajectory:
+        """The same recording, read sparsely."""
+        return cls(**vars(trajectory), hold_moments=hold_moments)
+
+    def window(
+        self,
+        first: int = 0,
+        curvature: Curvature = "exact",
+        assumed: Sequence[Update] | None = None,
+    ) -> Window:
+        """As of `Trajectory`; an update then leads to the guessed state after it."""
+        return _SparseWindow(**vars(super().window(first, curvature, assumed)), source=self)
+
+    def guess(self, index: int) -> State:
+        """The state before update `index`, from the snapshots around it."""
+        known = self.snapshots.indices
+        place = bisect.bisect_right(known, index) - 1
+        before = self.snapshots.state(known[place])
+        if known[place] == index:
+            return before
+        after = self.snapshots.state(known[place + 1])
+        share = (index - known[place]) / (known[place + 1] - known[place])
+
+        def between(start: Params, end: Params) -> Params:
+            return start.add(end - start, share)
+
+        params = between(before.params, after.params)
+        if self.hold_moments:
+            return before._replace(params=params)
+        moments = (between(*pair) for pair in zip(before[1:], after[1:], strict=True))
+        return State(params, *moments)
+
+
+@dataclass(kw_only=True)
+class _SparseWindow(Window):
+    source: SparseTrajectory
+
+    def advance(self, index: int, state: State) -> tuple[Params, State]:
+        _, grad = self.derivatives.gradient(state.params, self.batch(index, state))
+        return grad, self.source.guess(index + 1)

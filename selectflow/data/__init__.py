@@ -3,12 +3,9 @@
 Reading needs `os.pread`, which only POSIX systems have.
 """
 
-from selectflow.data.builtin.images import make_digits, make_folder, make_torchvision
-from selectflow.data.builtin.text import TextOptions, make_text
-from selectflow.data.builtin.tokenizers import Tokenizer, open_tokenizer
-from selectflow.data.cache import Cache
+from selectflow.data.images import make_digits, make_folder, make_torchvision
 from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, write_manifest
-from selectflow.data.sources import Sources, find_manifest, find_splits, open_catalog
+from selectflow.data.sources import Cache, Sources, find_manifest, find_splits, open_catalog
 from selectflow.data.splits import (
     contact_sheet,
     head,
@@ -21,6 +18,8 @@ from selectflow.data.splits import (
     verify,
 )
 from selectflow.data.stream import PoolStream
+from selectflow.data.text import TextOptions, make_text
+from selectflow.data.tokenizers import Tokenizer, open_tokenizer
 from selectflow.data.write import Layout, write_split, write_subset
 
 __all__ = [

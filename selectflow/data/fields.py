@@ -159,7 +159,13 @@ def collate(samples: list[Sample]) -> Batch:
     batch: Batch = {}
     if field := next((field for field in _ARRAYS if field in first), None):
         name = "tokens" if field == "npy" and "cls" not in first else "image"
-        batch[name] = np.stack(_alike(samples, field, name))
+        shape = first[field].shape
+        if other := next((each for each in samples if each[field].shape != shape), None):
+            raise DataError(
+                f"{name} of key {other['__key__']!r} must be of shape {shape} like the first, "
+                f"got {other[field].shape}; write all samples at one size"
+            )
+        batch[name] = np.stack([sample[field] for sample in samples])
     elif "txt" not in first:
         got = sorted(first.keys() - {"__key__"})
         raise DataError(f"fields must include one of {[*_ARRAYS, 'txt']}, got {got}; add one")
@@ -168,17 +174,6 @@ def collate(samples: list[Sample]) -> Batch:
     if "txt" in first:
         batch["text"] = [sample["txt"] for sample in samples]
     return batch | {"key": [sample["__key__"] for sample in samples]}
-
-
-def _alike(samples: list[Sample], field: str, name: str) -> list[Any]:
-    shape = samples[0][field].shape
-    for sample in samples:
-        if sample[field].shape != shape:
-            raise DataError(
-                f"{name} of key {sample['__key__']!r} must be of shape {shape} like the first, "
-                f"got {sample[field].shape}; write all samples at one size"
-            )
-    return [sample[field] for sample in samples]
 
 
 def finish(batch: Batch) -> Batch:

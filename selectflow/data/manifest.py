@@ -24,21 +24,13 @@ def damaged(shard: str, rule: str, got: str) -> DataError:
 
 
 def check_least(name: str, value: float, least: int, hint: str) -> None:
-    """Refuse an argument below its least value, or NaN.
-
-    Raises:
-        DataError: It is; names the argument.
-    """
+    """Refuse an argument below its least value, or NaN, by a DataError that names it."""
     if not value >= least:
         raise DataError(f"{name} must be >= {least}, got {value}; {hint}")
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed below 0.
-
-    Raises:
-        DataError: It is.
-    """
+    """Refuse a seed below 0 by a DataError."""
     check_least("seed", seed, 0, "numpy takes no negative seeds")
 
 
@@ -106,11 +98,7 @@ class Manifest:
         return self.splits[split]
 
     def num_samples(self, split: str) -> int:
-        """Number of samples of one split.
-
-        Raises:
-            DataError: The split is not in the manifest.
-        """
+        """Number of samples of one split; the errors of `shards`."""
         return sum(shard.count for shard in self.shards(split))
 
     def fingerprint(self) -> str:
@@ -119,24 +107,13 @@ class Manifest:
 
 
 def write_manifest(root: str | Path, manifest: Manifest) -> None:
-    """Write a manifest; a reader sees the whole of it or the one before.
-
-    Args:
-        root: Dataset directory, which exists.
-        manifest: What it holds.
-    """
+    """Write the manifest of a directory; a reader sees the whole of it or the one before."""
     with atomic_file(Path(root) / MANIFEST_NAME) as file:
         file.write(_to_json(manifest).encode())
 
 
 def read_manifest(root: str | Path) -> Manifest:
-    """Read the manifest of a dataset directory.
-
-    Args:
-        root: Dataset directory.
-
-    Returns:
-        The manifest.
+    """The manifest of a local dataset directory.
 
     Raises:
         DataError: The directory or its manifest is missing, malformed or of another version.
@@ -153,17 +130,22 @@ def read_manifest(root: str | Path) -> Manifest:
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:
-    """The manifest in a file's contents.
-
-    Args:
-        text: The contents.
-        where: The file, for messages.
-
-    Raises:
-        DataError: It is malformed or of another version.
-    """
+    """The manifest in the contents of the file `where`; the errors of `read_manifest`."""
     try:
-        return _from_json(text)
+        raw = json.loads(text)
+        if raw["version"] != MANIFEST_VERSION:
+            raise DataError(f"version {raw['version']}")
+        return Manifest(
+            splits={
+                split: tuple(Shard(**shard) for shard in shards)
+                for split, shards in raw["splits"].items()
+            },
+            fields=tuple(raw["fields"]),
+            options=dict(raw["options"]),
+            seed=int(raw["seed"]),
+            pack=raw.get("pack", 1),
+            tokenizer=dict(raw.get("tokenizer", {})),
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{where} must be a manifest of version {MANIFEST_VERSION}, "
@@ -176,20 +158,3 @@ def _to_json(manifest: Manifest) -> str:
     if not manifest.tokenizer:
         del values["tokenizer"]  # of datasets without tokens, as it has always been
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
-
-
-def _from_json(text: bytes) -> Manifest:
-    raw = json.loads(text)
-    if raw["version"] != MANIFEST_VERSION:
-        raise DataError(f"version {raw['version']}")
-    return Manifest(
-        splits={
-            split: tuple(Shard(**shard) for shard in shards)
-            for split, shards in raw["splits"].items()
-        },
-        fields=tuple(raw["fields"]),
-        options=dict(raw["options"]),
-        seed=int(raw["seed"]),
-        pack=raw.get("pack", 1),
-        tokenizer=dict(raw.get("tokenizer", {})),
-    )

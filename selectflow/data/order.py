@@ -1,8 +1,8 @@
 """The order of the samples, a pure function of seed, epoch and position."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,17 +15,7 @@ _MIX = 2**31  # keeps their random numbers apart from those of the sources' own 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """How an epoch is ordered.
-
-    Attributes:
-        seed: of the order, >= 0.
-        shuffle: False keeps the stored order.
-        buffer: samples shuffled together, >= 1; at least one shard.
-        resample: draw the shards of an epoch with replacement.
-
-    Raises:
-        DataError: seed or buffer is out of its range.
-    """
+    """How an epoch is ordered: the options of `PoolStream` that have these names."""
 
     seed: int
     shuffle: bool = True
@@ -37,30 +27,13 @@ class Shuffle:
         check_least("buffer", self.buffer, 1, "use shuffle=False for the stored order")
 
 
-class Draw(NamedTuple):
-    """Samples drawn from an order.
-
-    Attributes:
-        rows: their numbers in the catalog, shape (N,).
-        epochs: the epoch of each, of its source, shape (N,).
-    """
-
-    rows: Ints
-    epochs: Ints
-
-
 class SourceOrder:
     """The endless order of one source: epochs without a gap between them.
 
     The shards of an epoch are permuted and cut into groups of at least `buffer` samples; the rows
     of a group are permuted. So a row's place is a function of (epoch, position) alone, and at most
-    two groups of shards are in use at once.
-
-    Args:
-        index: number of the source, which sets its random numbers apart.
-        first: row of its first sample.
-        counts: samples of each shard.
-        options: how to shuffle.
+    two groups of shards are in use at once. The source's `index` sets its random numbers apart,
+    `first` is the row of its first sample, `counts` the samples of each shard.
     """
 
     def __init__(self, index: int, first: int, counts: Ints, options: Shuffle) -> None:
@@ -77,58 +50,46 @@ class SourceOrder:
         if epoch < 0:
             raise ValueError(f"epoch must be >= 0, got {epoch}")
         shards = self._shard_order(epoch)
-        ends = self._counts[shards].cumsum()
-        if not 0 <= position < ends[-1]:
-            raise ValueError(f"position must be in [0, {ends[-1]}), got {position}")
-        self.epoch, self._shards, self._ends = epoch, shards, ends
-        self._enter_group(position)
+        size = int(self._counts[shards].sum())
+        if not 0 <= position < size:
+            raise ValueError(f"position must be in [0, {size}), got {position}")
+        self.epoch, self.position = epoch, position
+        self._groups = self._groups_from(epoch, position, shards)
+        self._rows = next(self._groups)
 
-    def take(self, count: int) -> Draw:
-        """The next `count` samples."""
-        rows, epochs = np.empty(count, np.int64), np.empty(count, np.int64)
-        done = 0
+    def take(self, count: int) -> Ints:
+        """As `Order.take`, of this source alone."""
+        drawn, done = np.empty((2, count), np.int64), 0
         while done < count:
-            part = self._rows[self._at : self._at + count - done]
-            rows[done : done + len(part)] = part
-            epochs[done : done + len(part)] = self.epoch
+            left = count - done
+            part, self._rows = self._rows[:left], self._rows[left:]
+            drawn[0, done : done + len(part)] = part
+            drawn[1, done : done + len(part)] = self.epoch
             done += len(part)
-            self._at += len(part)
-            if self._at == len(self._rows):
-                self._leave_group()
-        return Draw(rows, epochs)
+            self.position += len(part)
+            if not len(self._rows):
+                group = next(self._groups, None)
+                if group is None:
+                    self.seek(self.epoch + 1, 0)
+                else:
+                    self._rows = group
+        return drawn
 
-    @property
-    def position(self) -> int:
-        """Samples of the epoch that have been taken."""
-        return self._group_start + self._at
-
-    def _leave_group(self) -> None:
-        end = self._group_start + len(self._rows)
-        if end == self._ends[-1]:
-            self.seek(self.epoch + 1, 0)
-        else:
-            self._enter_group(end, self._next_first, end)
-
-    def _enter_group(self, position: int, first: int = 0, start: int = 0) -> None:
-        """Lay out the rows of the group that holds `position`.
-
-        A group ends with the first shard that fills it. So groups are counted from the start of
-        the epoch, or from a known one: its first shard, and the number of samples before it.
-        """
-        while True:
-            full = start + self._options.buffer
-            last = min(int(self._ends.searchsorted(full)), len(self._ends) - 1)
-            if position < self._ends[last]:
-                break
-            first, start = last + 1, int(self._ends[last])
-        shards = self._shards[first : last + 1]
-        rows = np.concatenate(
-            [np.arange(self._starts[s], self._starts[s] + self._counts[s]) for s in shards]
-        )
-        if self._options.shuffle:
-            rows = self._random(self.epoch, 1 + first).permutation(rows)
-        self._rows, self._group_start, self._at = rows, start, position - start
-        self._next_first = last + 1
+    def _groups_from(self, epoch: int, position: int, shards: Ints) -> Iterator[Ints]:
+        """The rows of each group of an epoch, without the first `position`."""
+        ends = self._counts[shards].cumsum()
+        first = start = 0  # number of the group's first shard, and of the samples before it
+        while first < len(shards):
+            full = start + self._options.buffer  # a group ends with the first shard that fills it
+            last = min(int(ends.searchsorted(full)), len(ends) - 1)
+            if position < ends[last]:
+                rows = np.concatenate(
+                    [np.arange(self._counts[s]) + self._starts[s] for s in shards[first : last + 1]]
+                )
+                if self._options.shuffle:
+                    rows = self._random(epoch, 1 + first).permutation(rows)
+                yield rows[max(position - start, 0) :]
+            first, start = last + 1, int(ends[last])
 
     def _shard_order(self, epoch: int) -> Ints:
         count = len(self._counts)
@@ -145,12 +106,9 @@ class SourceOrder:
 class Order:
     """The rows of a stream: of one source, or of several mixed at random by weight.
 
-    Args:
-        counts: samples of each shard of all sources.
-        num_shards: number of shards of each source.
-        options: how to shuffle.
-        weights: share of each source in the stream, any positive scale; None: all sources are
-            ordered as one, so that an epoch holds every sample of all of them once.
+    `counts` has the samples of each shard of all sources, `num_shards` the shards of each source,
+    `weights` the share of each source, on any positive scale. Without weights all sources are
+    ordered as one, so that an epoch holds every sample of all of them once.
     """
 
     def __init__(
@@ -160,7 +118,8 @@ class Order:
         options: Shuffle,
         weights: Sequence[float] | None = None,
     ) -> None:
-        self._seed, self._drawn, self._block = options.seed, 0, (-1, np.empty(0, np.int64))
+        self._seed, self._drawn = options.seed, 0
+        self._block = (-1, np.empty(0, np.int64))  # number of the block of choices, and these
         self._shares = None if weights is None else np.array(weights) / np.sum(weights)
         ends = np.cumsum(num_shards if weights is not None else [len(counts)])
         firsts = np.concatenate([[0], counts.cumsum()])
@@ -169,17 +128,17 @@ class Order:
             for index, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
         ]
 
-    def take(self, count: int) -> Draw:
-        """The next `count` samples."""
+    def take(self, count: int) -> Ints:
+        """The next `count` samples: their rows and their epochs, shape (2, count)."""
         if len(self._sources) == 1:
             self._drawn += count
             return self._sources[0].take(count)
         mix = self._mix(count)
         self._drawn += count
-        drawn = Draw(np.empty(count, np.int64), np.empty(count, np.int64))
+        drawn = np.empty((2, count), np.int64)
         for index, source in enumerate(self._sources):
             chosen = mix == index
-            drawn.rows[chosen], drawn.epochs[chosen] = source.take(int(chosen.sum()))
+            drawn[:, chosen] = source.take(int(chosen.sum()))
         return drawn
 
     def position(self) -> dict[str, Any]:
@@ -208,13 +167,10 @@ class Order:
         parts, start, end = [], self._drawn, self._drawn + count
         while start < end:
             block, at = divmod(start, _MIX_BLOCK)
-            parts.append(self._choices(block)[at : at + end - start])
+            if self._block[0] != block:
+                random = np.random.default_rng([self._seed, _MIX, block])
+                size = len(self._sources)
+                self._block = (block, random.choice(size, size=_MIX_BLOCK, p=self._shares))
+            parts.append(self._block[1][at : at + end - start])
             start += len(parts[-1])
         return np.concatenate(parts)
-
-    def _choices(self, block: int) -> Ints:
-        if self._block[0] != block:
-            random = np.random.default_rng([self._seed, _MIX, block])
-            size = len(self._sources)
-            self._block = (block, random.choice(size, size=_MIX_BLOCK, p=self._shares))
-        return self._block[1]

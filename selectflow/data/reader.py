@@ -1,7 +1,4 @@
-"""Samples and pools read by row, each shard checked before its first sample is used.
-
-It reads by `os.pread`, which only POSIX systems have.
-"""
+"""Samples and pools read by row, each shard checked before its first sample is used."""
 
 import os
 import threading
@@ -23,20 +20,17 @@ from selectflow.data.tar_index import Record, scan
 
 
 class Fault(NamedTuple):
-    """A sample that cannot be read.
+    """A sample that cannot be read."""
 
-    Attributes:
-        shard: name of its shard.
-        row: its number in the catalog.
-        message: what is wrong, where, and what to do.
-    """
-
-    shard: str
-    row: int
-    message: str
+    shard: str  # its name
+    row: int  # of the catalog
+    message: str  # what is wrong, where, and what to do
 
 
-class ShardReader:
+_Read = tuple[list[Sample], list[Fault]]  # the readable samples, and the others
+
+
+class ShardReader(Dataset[_Read]):
     """Reads samples by row. Keeps the indexes of the shards used last, and no files open.
 
     Args:
@@ -49,11 +43,10 @@ class ShardReader:
         self, catalog: Catalog, fields: Iterable[str] | None = None, capacity: int = 0
     ) -> None:
         self._catalog, self._capacity = catalog, capacity
-        self._num_indexed = 0  # samples in the shards of `_checked`
         self._fields = None if fields is None else frozenset(fields)
         self._checked: OrderedDict[int, _CheckedShard | DataError] = OrderedDict()
 
-    def read(self, rows: Ints) -> tuple[list[Sample], list[Fault]]:
+    def read(self, rows: Ints) -> _Read:
         """The samples at `rows`, in that order, without those that cannot be read."""
         shards, places = self._catalog.locate(rows)
         found: dict[int, Sample] = {}
@@ -67,6 +60,8 @@ class ShardReader:
                 else:
                     found[position] = item
         return [found[position] for position in sorted(found)], faults
+
+    __getitem__ = read  # how a DataLoader asks
 
     def _read(self, index: int, places: Ints) -> Iterator[Sample | DataError]:
         try:
@@ -82,30 +77,27 @@ class ShardReader:
                     yield error
 
     def _open(self, index: int) -> "tuple[_CheckedShard, FileIO]":
-        shard = self._check(index)
+        if index not in self._checked:
+            self._check(index)
+        self._checked.move_to_end(index)
+        shard = self._checked[index]
         if isinstance(shard, DataError):
             raise shard
         file = shard.file()
         if file is None:  # fetched again since it was checked: check the new copy
             del self._checked[index]
-            self._num_indexed -= int(self._catalog.counts[index])
             return self._open(index)
         return shard, file
 
-    def _check(self, index: int) -> "_CheckedShard | DataError":
-        if index in self._checked:
-            self._checked.move_to_end(index)
-            return self._checked[index]
-        entry = self._catalog.entries[index]
+    def _check(self, index: int) -> None:
+        entry, counts = self._catalog.entries[index], self._catalog.counts
         try:
             self._checked[index] = _CheckedShard(entry, self._fields)
         except DataError as error:
             self._checked[index] = error
-        self._num_indexed += entry.shard.count
-        while len(self._checked) > 1 and self._num_indexed > self._capacity + entry.shard.count:
-            oldest, _ = self._checked.popitem(last=False)
-            self._num_indexed -= int(self._catalog.counts[oldest])
-        return self._checked[index]
+        most = self._capacity + entry.shard.count
+        while len(self._checked) > 1 and counts[list(self._checked)].sum() > most:
+            self._checked.popitem(last=False)
 
 
 class _CheckedShard:
@@ -118,25 +110,17 @@ class _CheckedShard:
         self._columns: dict[tuple[int, str], Sequence[Any]] = {}  # decoded fields of packed records
         with _open_file(entry) as file:
             try:
-                self._check(file)
+                self._signature, self._records = _signature(file), _index(entry, file)
                 return
             except DataError:
                 if not entry.is_remote:
                     raise
-        entry.cache.forget(entry.url)  # the local copy is damaged: fetch it once more
+        entry.cache.fetch(entry.url, anew=True)  # the local copy is damaged
         with _open_file(entry) as file:
-            self._check(file)
-
-    def _check(self, file: FileIO) -> None:
-        self._signature = _signature(file)
-        self._records = _index(self._entry, file)
+            self._signature, self._records = _signature(file), _index(entry, file)
 
     def file(self) -> FileIO | None:
-        """The file, opened; None if it is a remote one that was fetched again since its check.
-
-        Raises:
-            DataError: it is missing, or has changed since its check.
-        """
+        """The file, opened; None if it is a remote one that was fetched again since its check."""
         file = _open_file(self._entry)
         if _signature(file) == self._signature:
             return file
@@ -146,11 +130,7 @@ class _CheckedShard:
         raise damaged(self._entry.name, "stay as it is while it is read", "a change")
 
     def sample(self, file: FileIO, place: int) -> Sample:
-        """The sample at `place` of the shard.
-
-        Raises:
-            DataError: it lacks a field, or one cannot be decoded.
-        """
+        """The sample at `place`, or the DataError that says what it lacks."""
         pack, prefix = self._entry.pack, self._entry.prefix
         if pack == 1:
             record = self._records[place]
@@ -203,12 +183,7 @@ def _signature(file: FileIO) -> tuple[int, ...]:
 
 
 def _index(entry: Entry, file: FileIO) -> list[Record]:
-    """The records of a shard.
-
-    Raises:
-        DataError: the shard does not agree with the manifest. A wrong checksum is reported last,
-            since it does not say what is wrong.
-    """
+    """The records of a shard that agrees with the manifest."""
     shard = entry.shard
     try:
         records, digest = scan(file)
@@ -221,7 +196,7 @@ def _index(entry: Entry, file: FileIO) -> list[Record]:
     if len(records) != (count := -(-shard.count // entry.pack)):
         kind = "samples" if entry.pack == 1 else "records"
         raise damaged(entry.name, f"hold {count} {kind}", f"{len(records)}")
-    if digest != shard.sha256:
+    if digest != shard.sha256:  # last, since it does not say what is wrong
         rule = f"have {shard.bytes} bytes and sha256 {shard.sha256}"
         raise damaged(entry.name, rule, f"{os.fstat(file.fileno()).st_size} bytes and {digest}")
     return records
@@ -242,23 +217,17 @@ PoolRead = tuple[Batch | DataError, list[Fault]]
 
 
 def read_pools(reader: ShardReader, rows: Iterator[Ints], num_workers: int) -> Iterator[PoolRead]:
-    """Read a pool for each array of rows, as a model takes it.
-
-    Args:
-        reader: reads the samples.
-        rows: the rows of each pool.
-        num_workers: processes that read and decode; 0: this one.
-    """
+    """Read a pool for each array of rows, as a model takes it: here, or in `num_workers` others."""
     pools: Iterator[PoolRead]
     if num_workers == 0:
-        pools = map(partial(_read_pool, reader), rows)
+        pools = map(_pool, map(reader.read, rows))
     else:
         loader = DataLoader(
-            _PoolsByRows(reader),
+            reader,
             batch_size=None,
             sampler=rows,
             num_workers=num_workers,
-            collate_fn=_unchanged,
+            collate_fn=_shared_pool,
             worker_init_fn=partial(_end_with_parent, os.getpid()),
             generator=torch.Generator(),  # else it draws from the generator that training uses
         )
@@ -267,10 +236,10 @@ def read_pools(reader: ShardReader, rows: Iterator[Ints], num_workers: int) -> I
         yield (finish(batch) if isinstance(batch, dict) else batch), faults
 
 
-def _read_pool(reader: ShardReader, rows: Ints) -> PoolRead:
-    samples, faults = reader.read(rows)
+def _pool(read: _Read) -> PoolRead:
+    samples, faults = read
     if not samples:
-        rule = f"a pool must hold a readable sample, got {len(rows)} that are not"
+        rule = f"a pool must hold a readable sample, got {len(faults)} that are not"
         return DataError(f"{rule}; the first: {faults[0].message}"), faults
     try:
         return collate(samples), faults
@@ -278,19 +247,9 @@ def _read_pool(reader: ShardReader, rows: Ints) -> PoolRead:
         return error, faults
 
 
-class _PoolsByRows(Dataset[PoolRead]):
-    """The pools as a worker of a DataLoader reads them."""
-
-    def __init__(self, reader: ShardReader) -> None:
-        self._reader = reader
-
-    def __getitem__(self, rows: Ints) -> PoolRead:
-        batch, faults = _read_pool(self._reader, rows)
-        return (shared(batch) if isinstance(batch, dict) else batch), faults
-
-
-def _unchanged(item: Any) -> Any:
-    return item
+def _shared_pool(read: Any) -> PoolRead:  # of torch's type for `collate_fn`
+    batch, faults = _pool(read)
+    return (shared(batch) if isinstance(batch, dict) else batch), faults
 
 
 def _end_with_parent(parent: int, _: int) -> None:

@@ -1,6 +1,5 @@
 """Whole splits in stored order: for evaluation, for reports, and to look at."""
 
-import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -9,11 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from selectflow.data.cache import Cache
 from selectflow.data.fields import FIELDS, Batch, Ints, Sample, collate, finish, image_of
 from selectflow.data.manifest import DataError, check_least
 from selectflow.data.reader import Fault, ShardReader
-from selectflow.data.sources import Catalog, Sources, find_splits, open_catalog
+from selectflow.data.sources import Cache, Catalog, Sources, find_splits, open_catalog
 
 _CHUNK = 256  # samples decoded at once
 
@@ -45,20 +43,12 @@ def read_split(
 def _read(
     catalog: Catalog, fields: Iterable[str] | None = None, max_errors: float = 0
 ) -> Iterator[Sample]:
-    """All samples in stored order; as `read_split`."""
-    return (sample for _, sample in _read_rows(catalog, fields, max_errors))
-
-
-def _read_rows(
-    catalog: Catalog, fields: Iterable[str] | None, max_errors: float
-) -> Iterator[tuple[int, Sample]]:
-    """All samples in stored order, with their rows."""
     num_errors = 0
-    for rows, samples, faults in _read_chunks(catalog, fields):
+    for _, samples, faults in _read_chunks(catalog, fields):
         num_errors += len(faults)
         if num_errors > max_errors:
             raise DataError(faults[0].message)
-        yield from zip(np.setdiff1d(rows, [f.row for f in faults]).tolist(), samples, strict=True)
+        yield from samples
 
 
 def _read_chunks(
@@ -142,14 +132,16 @@ def read_samples(
         DataError: No manifest or no such split.
     """
     catalog, missing = open_catalog(root, split, cache), set(keys)
-    rows = []
-    for row, sample in _read_rows(catalog, (), math.inf):
+    found: list[int] = []
+    for rows, samples, faults in _read_chunks(catalog, ()):
+        readable = np.setdiff1d(rows, [fault.row for fault in faults]).tolist()
+        for row, sample in zip(readable, samples, strict=True):
+            if sample["__key__"] in missing:
+                missing.discard(sample["__key__"])
+                found.append(row)
         if not missing:
             break
-        if sample["__key__"] in missing:
-            missing.discard(sample["__key__"])
-            rows.append(row)
-    samples, _ = ShardReader(catalog).read(np.array(rows, dtype=np.int64))
+    samples, _ = ShardReader(catalog).read(np.array(found, dtype=np.int64))
     return {sample["__key__"]: sample for sample in samples}
 
 

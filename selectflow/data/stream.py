@@ -4,77 +4,25 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from selectflow.data.cache import Cache
 from selectflow.data.fields import FIELDS, Batch, Ints, Sample, collate, finish, num_bytes, pick
 from selectflow.data.manifest import DataError, check_least
-from selectflow.data.order import Draw, Order, Shuffle
+from selectflow.data.order import Order, Shuffle
 from selectflow.data.reader import Fault, PoolRead, ShardReader, read_pools
-from selectflow.data.sources import Sources, open_catalog
+from selectflow.data.sources import Cache, Sources, open_catalog
 
 _log = logging.getLogger(__name__)
 
 _AT_ONCE = 1 << 20  # bytes of pools taken from memory at once
 
-_Drawn = tuple[Draw, dict[str, Any]]  # the samples asked for in a pool, and the position after it
-
-
-@runtime_checkable
-class Pools(Protocol):
-    """Candidate pools that a run can resume and report on, as a `PoolStream`."""
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the pools depend on besides the position, in plain values."""
-
-    @property
-    def errors(self) -> dict[str, int]:
-        """Samples that could not be read so far, by shard."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The pools after the present position."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, in plain values."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position that `state_dict` returned."""
-
-
-@dataclass(frozen=True)
-class _Share:
-    """The pools of this process: of every `world_size` consecutive pools, the one at `rank`."""
-
-    pool: int
-    rank: int
-    world_size: int
-
-    def __post_init__(self) -> None:
-        check_least("pool", self.pool, 1, "it is the number of candidates")
-        if not 0 <= self.rank < self.world_size:
-            rule = f"rank must be in [0, {self.world_size}), got {self.rank}"
-            raise DataError(f"{rule}; check world_size")
-
-    def draw(self, order: Order, drawn: deque[_Drawn]) -> Iterator[Ints]:
-        """The rows of each pool; appends the pool's draw and the position after it to `drawn`.
-
-        It must not refer to the stream: a DataLoader in a reference cycle is collected late, and
-        then takes seconds to stop.
-        """
-        worker = get_worker_info()  # of a DataLoader around the stream
-        index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        shape = (workers, self.world_size, self.pool)
-        while True:
-            taken = order.take(math.prod(shape))
-            draw = Draw(*(each.reshape(shape)[index, self.rank] for each in taken))
-            drawn.append((draw, order.position()))
-            yield draw.rows
+# rows and epochs of the samples asked for in a pool, shape (2, P), and the position after it
+_Drawn = tuple[Ints, dict[str, Any]]
 
 
 class PoolStream(IterableDataset[Batch]):
@@ -140,7 +88,12 @@ class PoolStream(IterableDataset[Batch]):
         check_least("num_workers", num_workers, 0, "0 reads in this process")
         check_least("memory_gib", memory_gib, 0, "0 holds nothing in memory")
         check_least("max_errors", max_errors, 0, "0 stops at the first")
-        self._share = _Share(pool, rank, world_size)
+        check_least("pool", pool, 1, "it is the number of candidates")
+        if not 0 <= rank < world_size:
+            rule = f"rank must be in [0, {world_size}), got {rank}"
+            raise DataError(f"{rule}; check world_size")
+        # the pools of this process: of every `world_size` consecutive ones, the one at `rank`
+        self._share = {"pool": pool, "rank": rank, "world_size": world_size}
         self._shuffle = Shuffle(seed, shuffle, buffer, resample)
         self._num_workers, self._max_errors = num_workers, max_errors
         self._catalog = open_catalog(source, split, cache)
@@ -164,7 +117,7 @@ class PoolStream(IterableDataset[Batch]):
     @property
     def identity(self) -> dict[str, Any]:
         """All that the pools depend on, in plain values: dataset, order, pool size and rank."""
-        return self._order_identity | asdict(self._share)
+        return self._order_identity | self._share
 
     @property
     def num_samples(self) -> int:
@@ -195,7 +148,7 @@ class PoolStream(IterableDataset[Batch]):
             self._batches = self._start()
         try:
             batch, faults = next(self._batches)
-            draw, position = self._drawn.popleft()
+            (rows, epochs), position = self._drawn.popleft()
             self._count(faults)
             if isinstance(batch, DataError):
                 raise batch
@@ -203,7 +156,9 @@ class PoolStream(IterableDataset[Batch]):
             self._batches = None  # stay at the last pool handed out
             raise
         self._position = position
-        return batch | {"epoch": _epochs(draw, faults)}
+        if faults:
+            epochs = epochs[~np.isin(rows, [fault.row for fault in faults])]
+        return batch | {"epoch": epochs.tolist()}
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last pool handed out. The same on every rank.
@@ -252,9 +207,9 @@ class PoolStream(IterableDataset[Batch]):
         order = self._new_order()
         order.seek(self._position)
         self._drawn: deque[_Drawn] = deque()
-        rows = self._share.draw(order, self._drawn)
+        rows = _draw(order, self._drawn, **self._share)
         if self._memory is not None:
-            return _from_memory(self._memory, rows, self._share.pool)
+            return _from_memory(self._memory, rows, self._share["pool"])
         # a worker of a DataLoader around the stream cannot start workers
         return read_pools(self._reader, rows, 0 if get_worker_info() else self._num_workers)
 
@@ -289,6 +244,23 @@ class PoolStream(IterableDataset[Batch]):
         return collate(samples)
 
 
+def _draw(
+    order: Order, drawn: deque[_Drawn], pool: int, rank: int, world_size: int
+) -> Iterator[Ints]:
+    """The rows of each pool; appends the pool's draw and the position after it to `drawn`.
+
+    It must not refer to the stream: a DataLoader in a reference cycle is collected late, and then
+    takes seconds to stop.
+    """
+    worker = get_worker_info()  # of a DataLoader around the stream
+    index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+    shape = (workers, world_size, pool)
+    while True:
+        draw = order.take(math.prod(shape)).reshape(2, *shape)[:, index, rank]
+        drawn.append((draw, order.position()))
+        yield draw[0]
+
+
 def _from_memory(memory: Batch, rows: Iterator[Ints], pool: int) -> Iterator[PoolRead]:
     """Pools of data in memory, small ones several at a time.
 
@@ -299,13 +271,6 @@ def _from_memory(memory: Batch, rows: Iterator[Ints], pool: int) -> Iterator[Poo
     num = max(1, min(16, _AT_ONCE // max(1, size)))
     while True:
         yield from [(finish(pick(memory, each)), []) for each in islice(rows, num)]
-
-
-def _epochs(draw: Draw, faults: list[Fault]) -> list[int]:
-    """The epoch of each sample of a pool but those that could not be read."""
-    kept = ~np.isin(draw.rows, [fault.row for fault in faults]) if faults else slice(None)
-    epochs: list[int] = draw.epochs[kept].tolist()
-    return epochs
 
 
 def _checked(weights: Mapping[str, float] | None, source: Sources) -> list[float] | None:

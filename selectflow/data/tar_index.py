@@ -1,7 +1,4 @@
-"""Where the members of a tar file lie, found from its headers without reading the contents.
-
-It reads by `os.pread`, which only POSIX systems have.
-"""
+"""Where the members of a tar file lie, found from its headers without reading the contents."""
 
 import hashlib
 import os
@@ -22,46 +19,22 @@ _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's rule
 
 
 class Member(NamedTuple):
-    """A regular file in a tar file.
-
-    Attributes:
-        name: its whole name.
-        offset: of its first byte in the tar file.
-        size: its length in bytes.
-    """
+    """A regular file in a tar file."""
 
     name: str
-    offset: int
-    size: int
+    offset: int  # of its first byte in the tar file
+    size: int  # in bytes
 
 
 class Record(NamedTuple):
-    """Consecutive members of one key.
-
-    Attributes:
-        key: name of the members up to the first dot.
-        members: by what follows it, in lower case.
-    """
+    """Consecutive members of one key: by WebDataset's rule the name up to its first dot."""
 
     key: str
-    members: dict[str, Member]
+    members: dict[str, Member]  # by what follows the dot, in lower case
 
 
 def scan(file: FileIO) -> tuple[list[Record], str]:
-    """The records in a tar file, as `list_records`, and the sha256 of the file.
-
-    Raises:
-        ValueError: as `list_records`.
-    """
-    records = list_records(file)
-    file.seek(0)
-    return records, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def list_records(file: FileIO) -> list[Record]:
-    """The records in a tar file, in stored order; see `list_members`.
-
-    By WebDataset's rule the key ends at the first dot of the file name.
+    """The records in a tar file, in stored order, and the sha256 of the file.
 
     Raises:
         ValueError: the file is damaged, or its members of one key are not consecutive and distinct.
@@ -81,7 +54,8 @@ def list_records(file: FileIO) -> list[Record]:
         if extension in last.members:
             raise ValueError(f"member {member.name!r} of a key that came before")
         last.members[extension] = member
-    return list(records.values())
+    file.seek(0)
+    return list(records.values()), hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_members(file: FileIO, window: int = 1 << 18) -> list[Member]:

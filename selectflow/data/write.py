@@ -16,7 +16,6 @@ from selectflow.core.files import atomic_file
 from selectflow.data.fields import CODECS, PACKED, Sample
 from selectflow.data.manifest import (
     MANIFEST_NAME,
-    TOKENIZER_NAME,
     DataError,
     Manifest,
     Shard,
@@ -24,8 +23,9 @@ from selectflow.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from selectflow.data.sources import Sources, open_catalog, read_tokenizer
+from selectflow.data.sources import Sources, open_catalog
 from selectflow.data.splits import read_split
+from selectflow.data.tokenizers import copy_tokenizer
 
 # A dot would end the key, a leading "__" marks a member that webdataset skips, and the tar format
 # has room for 100 characters of name and extension.
@@ -78,8 +78,7 @@ def write_split(
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
-    records = _pack(_checked(samples, pack), pack) if pack > 1 else map(_alone, _checked(samples))
-    for chunk in _chunks(records, per_shard, max_bytes):
+    for chunk in _chunks(_records(_checked(samples, pack), pack), per_shard, max_bytes):
         shards.append(_write_shard(root / f"{split}-{len(shards):06d}.tar", chunk))
     if not shards:
         raise DataError(f"samples of split {split!r} must be at least 1, got 0; check the source")
@@ -102,7 +101,7 @@ def _chunks(
         yield chunk
 
 
-def _checked(samples: Iterable[Sample], pack: int = 1) -> Iterator[Sample]:
+def _checked(samples: Iterable[Sample], pack: int) -> Iterator[Sample]:
     known = CODECS.keys() if pack == 1 else PACKED.keys()
     seen: set[str] = set()
     fields: set[str] | None = None
@@ -127,23 +126,20 @@ def _checked(samples: Iterable[Sample], pack: int = 1) -> Iterator[Sample]:
         yield sample
 
 
-def _alone(sample: Sample) -> _Record:
-    key = sample["__key__"]
-    fields = sorted(sample.keys() - {"__key__"})
-    return _Record(key, {f: _encode(key, f, CODECS[f][0], sample[f]) for f in fields}, 1)
-
-
-def _pack(samples: Iterator[Sample], pack: int) -> Iterator[_Record]:
-    index = 0
-    while chunk := list(islice(samples, pack)):
+def _records(samples: Iterator[Sample], pack: int) -> Iterator[_Record]:
+    for index, chunk in enumerate(iter(lambda: list(islice(samples, pack)), [])):
         first, last = chunk[0]["__key__"], chunk[-1]["__key__"]
+        fields = sorted(chunk[0].keys() - {"__key__"})
+        if pack == 1:
+            members = {f: _encode(first, f, CODECS[f][0], chunk[0][f]) for f in fields}
+            yield _Record(first, members, 1)
+            continue
         keys = first if len(chunk) == 1 else f"{first} to {last}"
         members = {
             PACKED[f].extension: _encode(keys, f, PACKED[f].encode, [s[f] for s in chunk])
-            for f in sorted(chunk[0].keys() - {"__key__"})
+            for f in fields
         }
         yield _Record(f"{index:06d}", members, len(chunk))
-        index += 1
 
 
 def _encode(key: str, field: str, encode: Callable[[Any], bytes], value: Any) -> bytes:
@@ -185,14 +181,8 @@ class Layout:
 
     def options(self) -> dict[str, Any]:
         """The values that differ from their defaults, and always `per_shard`."""
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name == "per_shard" or value != getattr(Layout, name)
-        }
-
-
-_DEFAULT_LAYOUT = Layout()
+        changed = {n: value for n, value in asdict(self).items() if value != getattr(Layout, n)}
+        return {"per_shard": self.per_shard} | changed
 
 
 def build(
@@ -200,7 +190,7 @@ def build(
     make_splits: Callable[[], Mapping[str, Iterable[Sample]]],
     options: Mapping[str, Any],
     seed: int,
-    layout: Layout,
+    layout: Layout | None = None,
     tokenizer: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write the splits and then the manifest, or reuse the dataset that was written before.
@@ -213,15 +203,21 @@ def build(
         layout: How to lay them out.
         tokenizer: What the manifest says of the tokenizer; read after the splits are written.
 
-    Returns:
-        The manifest of the directory.
-
     Raises:
         DataError: The directory holds another dataset, or the samples cannot be written.
     """
+    layout = layout or Layout()
     options = {**options, **layout.options()}
     if Path(root, MANIFEST_NAME).exists():
-        return _reuse(root, options | {"seed": seed})
+        manifest = read_manifest(root)
+        held, wanted = manifest.options | {"seed": manifest.seed}, options | {"seed": seed}
+        for option in wanted | held:  # the builder's name first
+            if held.get(option) != wanted.get(option):
+                raise DataError(
+                    f"{option} must be {held.get(option)!r} as in the dataset at {str(root)!r}, "
+                    f"got {wanted.get(option)!r}; choose another root, or delete that directory"
+                )
+        return manifest
     shards, fields = {}, set[str]()
     for split, samples in make_splits().items():
         noted = _note_fields(samples, fields)
@@ -240,18 +236,6 @@ def _note_fields(samples: Iterable[Sample], fields: set[str]) -> Iterator[Sample
         yield sample
 
 
-def _reuse(root: str | Path, wanted: dict[str, Any]) -> Manifest:
-    manifest = read_manifest(root)
-    held = manifest.options | {"seed": manifest.seed}
-    for option in wanted | held:  # the builder's name first
-        if held.get(option) != wanted.get(option):
-            raise DataError(
-                f"{option} must be {held.get(option)!r} as in the dataset at {str(root)!r}, "
-                f"got {wanted.get(option)!r}; choose another root, or delete that directory"
-            )
-    return manifest
-
-
 def write_subset(
     root: str | Path,
     source: Sources,
@@ -261,7 +245,7 @@ def write_subset(
     *,
     seed: int = 0,
     copied: Iterable[str] = (),
-    layout: Layout = _DEFAULT_LAYOUT,
+    layout: Layout | None = None,
 ) -> Manifest:
     """Write the samples of one split that have certain keys, or reuse those written before.
 
@@ -286,17 +270,17 @@ def write_subset(
         DataError: The source cannot be read or lacks a key; no keys; the directory holds another
             dataset.
     """
-    options = {
-        "name": "subset",
-        "source": open_catalog(source, split).fingerprint,
-        "split": split,
-        **made_from,
-    }
+    fingerprint = open_catalog(source, split).fingerprint
+    options = {"name": "subset", "source": fingerprint, "split": split, **made_from}
     if others := sorted(set(copied)):
         options["copied"] = others
     splits = {split: _chosen(source, split, set(keys))}
     splits |= {other: read_split(source, other) for other in others}
-    tokenizer = _copy_tokenizer(source, root)
+    tokenizer = {}
+    if isinstance(source, str | Path) and Path(source, MANIFEST_NAME).exists():
+        manifest = read_manifest(source)
+        copy_tokenizer(source, manifest, root)
+        tokenizer = manifest.tokenizer
     return build(root, lambda: splits, options, seed, layout, tokenizer)
 
 
@@ -311,16 +295,3 @@ def _chosen(source: Sources, split: str, keys: set[str]) -> Iterator[Sample]:
             f"keys must be of readable samples of split {split!r}, got {min(missing)!r} and "
             f"{len(missing) - 1} others that are not; pass the dataset that was scored"
         )
-
-
-def _copy_tokenizer(source: Sources, root: str | Path) -> dict[str, Any]:
-    """Put the tokenizer of a local dataset beside other shards; what the manifest says of it."""
-    if not isinstance(source, str | Path) or not Path(source, MANIFEST_NAME).exists():
-        return {}
-    manifest = read_manifest(source)
-    if "sha256" in manifest.tokenizer:
-        data = read_tokenizer(source, manifest)
-        Path(root).mkdir(parents=True, exist_ok=True)
-        with atomic_file(Path(root, TOKENIZER_NAME)) as file:
-            file.write(data)
-    return manifest.tokenizer

@@ -25,8 +25,7 @@ from selectflow.core.optim import Update
 from selectflow.core.passes import LossFn, Objective, check_finite
 from selectflow.core.storage import plain_update, restored_update, write_whole
 from selectflow.core.torch_optim import OptimizerReader
-from selectflow.offline.snapshots import Snapshots
-from selectflow.offline.trajectory import Trajectory
+from selectflow.offline.trajectory import Snapshots, Trajectory
 
 FORMAT = 1  # raise it when replaying would give other states than the version that recorded
 
@@ -105,7 +104,9 @@ def record(
             losses,
             time.perf_counter() - began,
         )
-        _check_first_stretch(trajectory)
+        start, end = snapshots.indices[:2]
+        state = snapshots.state(start)
+        trajectory.check_replay(end, trajectory.replay(start, end, state), state)
     if snapshots.folder is not None:
         _write_manifest(trajectory, snapshots.folder)
     return trajectory
@@ -135,12 +136,6 @@ def _backward(
             "requires_grad_(False)"
         )
     return loss.item()
-
-
-def _check_first_stretch(trajectory: Trajectory) -> None:
-    start, end = trajectory.snapshots.indices[:2]
-    state = trajectory.snapshots.state(start)
-    trajectory.check_replay(end, trajectory.replay(start, end, state), state)
 
 
 # --- recordings on disk ---------------------------------------------------------------------

@@ -10,18 +10,117 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from selectflow.core.batches import Batch
+from selectflow.core.chunks import GIB, num_fitting
 from selectflow.core.derivatives import Curvature, Derivatives
 from selectflow.core.optim import Adjoint, State, Update
+from selectflow.core.storage import read_state, write_state
 from selectflow.core.sweep import SweepStep, Window, sweep, sweep_capacity
-from selectflow.offline.snapshots import Snapshots
 
 # How far a replay may end from the recording, over the way both went since the last snapshot.
 # torch.optim and `dynamics` differ by rounding, which a run in low precision amplifies.
 _DRIFT = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.5}
+
+
+class Snapshots:
+    """Evenly spaced states of a run, and the last one, in memory or on disk.
+
+    The spacing starts small; when the store is full every second snapshot is dropped and the
+    spacing doubles. So a run of any length, known in advance or not, ends with evenly spaced ones.
+
+    Args:
+        limit_gib: size that all snapshots together may reach, in GiB; None: 1, or two states of
+            the model.
+        spacing: updates between two snapshots at the start; doubles when the limit is reached.
+        folder: where they are written; None: kept in memory.
+
+    Raises:
+        ValueError: limit or spacing out of range.
+    """
+
+    def __init__(
+        self, limit_gib: float | None, spacing: int = 1, folder: Path | None = None
+    ) -> None:
+        if limit_gib is not None and not limit_gib > 0:
+            raise ValueError(f"limit_gib must be > 0, got {limit_gib}")
+        if spacing < 1:
+            raise ValueError(f"spacing must be at least 1, got {spacing}")
+        self.limit_gib, self.spacing, self.folder = limit_gib, spacing, folder
+        self._held: dict[int, State] = {}
+        self._sizes: dict[int, int] = {}  # bytes
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def indices(self) -> list[int]:
+        """Updates made before each snapshot, rising."""
+        return sorted(self._sizes)
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._sizes
+
+    @property
+    def gib(self) -> float:
+        """Size of all snapshots together, in GiB."""
+        return sum(self._sizes.values()) / GIB
+
+    def offer(self, index: int, state: State) -> None:
+        """Keep a copy of `state` if `index` lies on the spacing; thin out when that is full."""
+        if index % self.spacing == 0:
+            self.keep(index, state)
+        size = max(self._sizes.values())
+        capacity = num_fitting(self.limit_gib, size, 2) - 1  # one place for the last state
+        if capacity < 1:
+            raise ValueError(
+                f"limit_gib must be at least {2 * size / GIB:.3g}, two states of this model, "
+                f"got {self.limit_gib}"
+            )
+        while len(self._sizes) > capacity:
+            self.spacing *= 2
+            for kept in self.indices:
+                if kept % self.spacing:
+                    del self._sizes[kept]
+                    self._held.pop(kept, None)
+                    if self.folder is not None:
+                        self.path(kept).unlink()
+
+    def keep(self, index: int, state: State) -> None:
+        """Keep a copy of `state`, wherever `index` lies."""
+        if self.folder is None:
+            self._held[index] = State(*(part.map(lambda x: x.detach().clone()) for part in state))
+        else:
+            write_state(self.path(index), state)
+        self._sizes[index] = _num_bytes(state)
+
+    def state(self, index: int) -> State:
+        """The snapshot at `index`; do not write to it.
+
+        Raises:
+            OSError: its file is missing or not whole.
+        """
+        return self._held[index] if self.folder is None else read_state(self.path(index))
+
+    def path(self, index: int) -> Path:
+        """The file of the snapshot at `index`."""
+        assert self.folder is not None
+        return self.folder / f"snapshot-{index:08d}.safetensors"
+
+    def reopen(self, indices: list[int]) -> None:
+        """Take over the files of an earlier recording.
+
+        Raises:
+            OSError: a file is missing or not whole.
+        """
+        for index in indices:
+            self._sizes[index] = _num_bytes(self.state(index))
+
+
+def _num_bytes(state: State) -> int:
+    return sum(part.num_bytes() for part in state)
 
 
 @dataclass(frozen=True)

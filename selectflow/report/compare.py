@@ -12,6 +12,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -27,16 +28,7 @@ from selectflow.report.groups import (
     task_of,
 )
 from selectflow.report.runs import (
-    ACCURACY,
     KEPT_ALTERED,
-    SCORED,
-    SEEN,
-    SELECT,
-    STEP,
-    TARGET_LOSS,
-    TEST_LOSS,
-    TOKENS,
-    WALL,
     ReportError,
     Run,
     common_end,
@@ -46,9 +38,21 @@ from selectflow.report.runs import (
     total,
     value_at,
 )
+from selectflow.run.metrics import (
+    SAMPLES_SCORED,
+    SAMPLES_SEEN,
+    SELECT_S,
+    STEP,
+    TARGET_LOSS,
+    TEST_ACCURACY,
+    TEST_LOSS,
+    TOKENS_SEEN,
+    UPFRONT_S,
+    WALL_S,
+)
 
 _BASELINE = "uniform"
-_QUALITIES = (ACCURACY, TEST_LOSS, TARGET_LOSS)
+_QUALITIES = (TEST_ACCURACY, TEST_LOSS, TARGET_LOSS)
 SIGNIFICANT = 0.05
 """A corrected p below this is called a difference."""
 
@@ -71,8 +75,7 @@ class Paired:
 
     Attributes:
         mean: mean difference, group minus baseline.
-        low: lower end of its 95% interval, by Student's t.
-        high: upper end.
+        low, high: ends of its 95% interval, by Student's t.
         p: two-sided p value of this comparison by itself.
         corrected_p: the same, corrected for the number of groups compared; see `holm`.
         num: pairs, >= 2.
@@ -101,14 +104,7 @@ def stat(values: Sequence[float | None]) -> Stat | None:
 
 
 def paired(differences: Sequence[float]) -> Paired | None:
-    """Student's t test that the mean of paired differences is 0.
-
-    Args:
-        differences: of each seed, group minus baseline.
-
-    Returns:
-        The test; None for fewer than two pairs.
-    """
+    """Student's t test that the mean of paired differences is 0; None for fewer than two."""
     from scipy.stats import ttest_1samp  # noqa: PLC0415  a second to import
 
     num = len(differences)
@@ -130,13 +126,10 @@ def holm(tests: Sequence[Paired | None]) -> list[Paired | None]:
     has p < 0.05 more often than not.
     """
     known = sorted((test.p, place) for place, test in enumerate(tests) if test is not None)
-    corrected, largest = list(tests), 0.0
-    for rank, (p, place) in enumerate(known):
-        largest = max(largest, min(1.0, p * (len(known) - rank)))
-        test = tests[place]
-        assert test is not None
-        corrected[place] = replace(test, corrected_p=largest)
-    return corrected
+    factors = range(len(known), 0, -1)
+    raised = accumulate((min(1.0, p * n) for (p, _), n in zip(known, factors, strict=True)), max)
+    by_place = {place: p for (_, place), p in zip(known, raised, strict=True)}
+    return [test and replace(test, corrected_p=by_place[i]) for i, test in enumerate(tests)]
 
 
 # --- groups against the baseline ----------------------------------------------------------------
@@ -224,43 +217,44 @@ def summarize(
     """
     kept, out, notes = finished(runs, partial)
     found = groups(kept)
-    name = _baseline(found, baseline)
+    if baseline is None:
+        baseline = _BASELINE if _BASELINE in found else next(iter(found))
+    if baseline not in found:
+        names = ", ".join(map(repr, found))
+        raise ReportError(f"baseline must be one of {names}, got {baseline!r}; choose one of them")
+    if quality is None:
+        everywhere = (m for m in _QUALITIES if all(end(run, m) is not None for run in kept))
+        quality = next(everywhere, TEST_ACCURACY)
     notes += [*lengths(found), *resumed(kept), *differences(found)]
-    step, time_s = common_end(kept, STEP), common_end(kept, WALL)
-    judged = quality or _quality(kept)
     comparison = Comparison(
-        [], found, task_of(kept), name, judged, loss, reach, step, time_s, notes
+        rows=[],
+        runs=found,
+        task=task_of(kept),
+        baseline=baseline,
+        quality=quality,
+        loss=loss,
+        reach=reach,
+        step=common_end(kept, STEP),
+        time_s=common_end(kept, WALL_S),
+        notes=notes,
     )
     left = Counter(map(label, out))
-    rows = [_row(of, left[label(members[0])], comparison) for of, members in found.items()]
+    rows = [_row(name, left[label(members[0])], comparison) for name, members in found.items()]
+    corrected = {key: holm([row.tests[key] for row in rows]) for key in rows[0].tests}
+    for place, row in enumerate(rows):
+        row.tests.update({key: tests[place] for key, tests in corrected.items()})
     untimed = [
         row.label
         for row in rows
-        if row.label != name and row.stats["wall_s"] and row.stats["baseline_in_same_time"] is None
+        if row.label != baseline
+        if row.stats["wall_s"] and row.stats["baseline_in_same_time"] is None
     ]
     if untimed:
         notes.append(
-            f"{name} was not run with all seeds for as long as {', '.join(untimed)}: give it more "
-            "steps to compare in the same time"
+            f"{baseline} was not run with all seeds for as long as {', '.join(untimed)}: give it "
+            "more steps to compare in the same time"
         )
-    return replace(comparison, rows=_corrected(rows))
-
-
-def _baseline(found: Groups, wanted: str | None) -> str:
-    if wanted is None:
-        return _BASELINE if _BASELINE in found else next(iter(found))
-    if wanted not in found:
-        names = ", ".join(map(repr, found))
-        raise ReportError(f"baseline must be one of {names}, got {wanted!r}; choose one of them")
-    return wanted
-
-
-def _quality(runs: Sequence[Run]) -> str:
-    everywhere = (m for m in _QUALITIES if all(end(run, m) is not None for run in runs))
-    return next(everywhere, ACCURACY)
-
-
-_QUESTIONS = ("at_equal_steps", "in_same_time")
+    return replace(comparison, rows=rows)
 
 
 def _row(name: str, left_out: int, of: Comparison) -> Row:
@@ -272,10 +266,8 @@ def _row(name: str, left_out: int, of: Comparison) -> Row:
     pairs = [(run, baselines[run.seed]) for run in members if run.seed in baselines]
     if name == of.baseline:
         pairs = []
-    tests: dict[str, Paired | None] = {}
-    for prefix, metric in (("", of.quality), ("loss_", of.loss)):
-        found = _tests(pairs, metric, of.step)
-        tests |= {prefix + key: test for key, test in zip(_QUESTIONS, found, strict=True)}
+    tests = _tests(pairs, of.quality, of.step)
+    tests |= {f"loss_{key}": test for key, test in _tests(pairs, of.loss, of.step).items()}
     return Row(name, len(members), left_out, stats, num_reached if has_loss else None, tests)
 
 
@@ -283,58 +275,53 @@ def _measure(
     run: Run, baselines: Mapping[tuple[Any, Any], Run], of: Comparison
 ) -> dict[str, float | None]:
     """All values of a run by name; None where it does not have one."""
-    baseline, upfront_s = baselines.get(run.seed), run.summary.get("perf/upfront_s")
-    wall_s, select_s, altered = end(run, WALL), end(run, SELECT), series(run, KEPT_ALTERED)
+    baseline, upfront_s = baselines.get(run.seed), run.summary.get(UPFRONT_S)
+    wall_s, select_s, altered = end(run, WALL_S), end(run, SELECT_S), series(run, KEPT_ALTERED)
     reach = _reached_loss(run, baselines, of)
     return {
         "steps": total(run, STEP),
-        "samples_seen": total(run, SEEN),  # trained on
-        "samples_scored": total(run, SCORED),  # by offline selection too
-        "tokens_seen": total(run, TOKENS),
-        "wall_s": total(run, WALL),  # of training and selecting, before the first step too
+        "samples_seen": total(run, SAMPLES_SEEN),  # trained on
+        "samples_scored": total(run, SAMPLES_SCORED),  # by offline selection too
+        "tokens_seen": total(run, TOKENS_SEEN),
+        "wall_s": total(run, WALL_S),  # of training and selecting, before the first step too
         "upfront_s": run.offline.get("upfront_s", upfront_s),  # of it, before the first step
         "select_share": select_s / wall_s if select_s is not None and wall_s else None,  # of wall_s
         "overhead": _overhead(run, baselines),  # seconds a step over those of the baseline
         "kept_altered": statistics.fmean(y for _, y in altered) if altered else None,
         "quality": end(run, of.quality),
         "quality_at_step": value_at(run, of.quality, of.step),
-        "quality_at_time": value_at(run, of.quality, of.time_s, WALL),
+        "quality_at_time": value_at(run, of.quality, of.time_s, WALL_S),
         "baseline_in_same_time": _in_same_time(run, baseline, of.quality),
         "loss": end(run, of.loss),
         "reach_step": None if reach is None else first_reach(run, of.loss, reach),
-        "reach_s": None if reach is None else first_reach(run, of.loss, reach, WALL),
+        "reach_s": None if reach is None else first_reach(run, of.loss, reach, WALL_S),
     }
 
 
 def _tests(
     pairs: Sequence[tuple[Run, Run]], metric: str, step: float | None
-) -> list[Paired | None]:
+) -> dict[str, Paired | None]:
     """Runs against the baseline with their seed: at equal steps, and at the run's last second."""
-    at_step = [(value_at(run, metric, step), value_at(of, metric, step)) for run, of in pairs]
-    at_end = [(end(run, metric), _in_same_time(run, of, metric)) for run, of in pairs]
-    return [
-        paired([one - other for one, other in both if one is not None and other is not None])
-        for both in (at_step, at_end)
-    ]
-
-
-def _corrected(rows: Sequence[Row]) -> list[Row]:
-    """The rows with p values corrected for the number of groups."""
-    by_test = {key: holm([row.tests[key] for row in rows]) for key in rows[0].tests}
-    return [
-        replace(row, tests={key: tests[place] for key, tests in by_test.items()})
-        for place, row in enumerate(rows)
-    ]
+    compared = {
+        "at_equal_steps": [
+            (value_at(run, metric, step), value_at(of, metric, step)) for run, of in pairs
+        ],
+        "in_same_time": [(end(run, metric), _in_same_time(run, of, metric)) for run, of in pairs],
+    }
+    return {
+        key: paired([one - other for one, other in both if one is not None and other is not None])
+        for key, both in compared.items()
+    }
 
 
 def _in_same_time(run: Run, baseline: Run | None, metric: str) -> float | None:
     """A metric of the baseline with the same seed at the second when a run ended."""
     if baseline is None or baseline is run:
         return None
-    ended, longest = end(run, WALL), end(baseline, WALL)
+    ended, longest = end(run, WALL_S), end(baseline, WALL_S)
     if ended is None or longest is None or longest < ended:
         return None  # it may have gone on to something better or worse
-    return value_at(baseline, metric, ended, WALL)
+    return value_at(baseline, metric, ended, WALL_S)
 
 
 def _reached_loss(
@@ -344,19 +331,16 @@ def _reached_loss(
     if of.reach is not None:
         return of.reach
     ends = {seed: end(baseline, of.loss) for seed, baseline in baselines.items()}
-    if (own := ends.get(run.seed)) is not None:
-        return own
     known = [value for value in ends.values() if value is not None]
-    return statistics.fmean(known) if known else None  # no baseline has its seed
+    mean = statistics.fmean(known) if known else None
+    return mean if ends.get(run.seed) is None else ends[run.seed]
 
 
 def _overhead(run: Run, baselines: Mapping[tuple[Any, Any], Run]) -> float | None:
-    mine = _step_s(run)
+    def step_s(of: Run) -> float:
+        return (end(of, WALL_S) or 0.0) / of.last_step if of.last_step else 0.0
+
     others = [baselines[run.seed]] if run.seed in baselines else baselines.values()
-    known = [pace for other in others if (pace := _step_s(other))]
-    return mine / statistics.fmean(known) if mine is not None and known else None
-
-
-def _step_s(run: Run) -> float | None:
-    wall_s, steps = end(run, WALL), run.last_step
-    return wall_s / steps if wall_s is not None and steps else None
+    known = [pace for other in others if (pace := step_s(other))]
+    mine = step_s(run)
+    return mine / statistics.fmean(known) if mine and known else None

@@ -17,23 +17,9 @@ import numpy.typing as npt
 
 from selectflow.report.compare import Comparison
 from selectflow.report.groups import Groups
-from selectflow.report.runs import (
-    HORIZON,
-    KEPT,
-    KEPT_ALTERED,
-    LR_MULTIPLIER,
-    RELATIVE_ERROR,
-    STEP,
-    TARGET_LOSS,
-    TEST_LOSS,
-    Points,
-    Run,
-    end,
-    series,
-    total,
-)
-from selectflow.report.samples import EDGES, Selected
-from selectflow.report.tables import AXES, Quantity, quantity
+from selectflow.report.runs import KEPT, KEPT_ALTERED, Points, Run, end, series, total
+from selectflow.report.tables import AXES, DYNAMICS, Quantity, quantity
+from selectflow.run.metrics import HORIZON, KEPT_FRACTION, STEP, TARGET_LOSS, TEST_LOSS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,9 +35,10 @@ _VARIABLES = {colour: f"--c{place}" for place, colour in enumerate(COLOURS)} | {
 }  # fmt: skip
 _MAX_POINTS = 200  # of a line: as many as a picture can show
 _KEPT_BINS = 25  # 16 examples of one step say little about the share of altered labels
-_DYNAMICS = (HORIZON, LR_MULTIPLIER, "train/lr", RELATIVE_ERROR, "select/trust_ratio")
-
 Floats = npt.NDArray[np.float64]
+
+EDGES: Floats = np.linspace(-4, 4, 41)
+"""Edges of the bins of standardised scores; the outermost also count what lies beyond."""
 
 
 # --- mean lines -----------------------------------------------------------------------------
@@ -65,10 +52,6 @@ class Curve:
     mean: Floats
     sd: Floats
 
-    def scaled(self, scale: float) -> Curve:
-        """The curve with its values times `scale`."""
-        return Curve(self.x, scale * self.mean, scale * self.sd)
-
 
 _EMPTY = Curve(np.empty(0), np.empty(0), np.empty(0))
 
@@ -80,8 +63,8 @@ def binned(points: Points, num: int) -> Points:
     return [(statistics.fmean(x for x, _ in p), statistics.fmean(y for _, y in p)) for p in parts]
 
 
-def mean_curve(lines: Sequence[Points]) -> Curve:
-    """The mean of lines, given as points with rising x; see `curve`."""
+def mean_curve(lines: Sequence[Points], scale: float = 1.0) -> Curve:
+    """The mean of lines, given as points with rising x, times `scale`; see `curve`."""
     if not lines or not all(lines):
         return _EMPTY
     first, last = max(points[0][0] for points in lines), min(points[-1][0] for points in lines)
@@ -90,10 +73,16 @@ def mean_curve(lines: Sequence[Points]) -> Curve:
         x = x[np.linspace(0, x.size - 1, _MAX_POINTS).round().astype(int)]
     values = np.stack([np.interp(x, *np.transpose(points)) for points in lines])
     sd = values.std(axis=0, ddof=1) if len(lines) > 1 else np.zeros_like(x)
-    return Curve(x, values.mean(axis=0), sd)
+    return Curve(x, scale * values.mean(axis=0), scale * sd)
 
 
-def curve(runs: Sequence[Run], metric: str, over: str = STEP, bins: int | None = None) -> Curve:
+def curve(
+    runs: Sequence[Run],
+    metric: str,
+    over: str = STEP,
+    bins: int | None = None,
+    scale: float = 1.0,
+) -> Curve:
     """The mean line of runs of one group.
 
     Over samples or seconds a point is still a step: the mean place of all runs at that step, and
@@ -104,6 +93,7 @@ def curve(runs: Sequence[Run], metric: str, over: str = STEP, bins: int | None =
         metric: what is drawn.
         over: the x axis.
         bins: average each run to at most this many points first; None for no averaging.
+        scale: factor of the values.
 
     Returns:
         Mean and sample standard deviation at every step of any run, interpolated between the
@@ -111,7 +101,7 @@ def curve(runs: Sequence[Run], metric: str, over: str = STEP, bins: int | None =
         run lacks the metric or the axis.
     """
     lines = [series(run, metric) for run in runs]
-    line = mean_curve(lines if bins is None else [binned(points, bins) for points in lines])
+    line = mean_curve([points if bins is None else binned(points, bins) for points in lines], scale)
     if over == STEP or not line.x.size:
         return line
     places = [[(step, place) for place, step in series(run, STEP, over)] for run in runs]
@@ -126,13 +116,7 @@ def curve(runs: Sequence[Run], metric: str, over: str = STEP, bins: int | None =
 
 @dataclass(frozen=True)
 class Line:
-    """The mean line of a group.
-
-    Attributes:
-        label: the group.
-        place: its number among the groups, which decides colour and dashes.
-        curve: mean and spread, in shown units.
-    """
+    """The mean line of a group, in shown units; its place among them decides colour and dashes."""
 
     label: str
     place: int
@@ -170,60 +154,52 @@ def axes_of(comparison: Comparison) -> list[Quantity]:
 def curves(comparison: Comparison, axis: Quantity) -> list[Panel]:
     """Quality and losses over one axis."""
     names = dict.fromkeys((comparison.quality, comparison.loss, TEST_LOSS, TARGET_LOSS))
-    panels = []
-    for metric in names:
-        shown = quantity(metric)
-        if lines := _lines(comparison.runs, shown, axis):
-            panels.append(Panel(shown.title, axis.label, shown.label, lines))
-    return panels
+    panels = [_panel(comparison.runs, quantity(metric), axis) for metric in names]
+    return [panel for panel in panels if panel.lines]
 
 
-def selection(comparison: Comparison, selected: Mapping[str, Selected]) -> list[Panel]:
-    """Shares among the kept, horizon, learning rate and domains, over steps.
-
-    Args:
-        comparison: what `summarize` returns.
-        selected: what one run of a group selected, by group.
-    """
-    step, runs = AXES[0], comparison.all_runs
+def selection(
+    comparison: Comparison, shares: Mapping[str, Mapping[str, Points]] | None = None
+) -> list[Panel]:
+    """Shares among the kept, horizon, learning rate and domains (see `domains`), over steps."""
+    runs = comparison.all_runs
     found = {name for run in runs for line in run.metrics for name in line if name.startswith(KEPT)}
-    panels = kept_shares(comparison, sorted(found - {"select/kept_fraction"}))
-    for metric in _DYNAMICS:
-        shown = quantity(metric)
-        lines = _lines(comparison.runs, shown, step)
+    panels = kept_shares(comparison, sorted(found - {KEPT_FRACTION}))
+    for shown in DYNAMICS:
+        panel = _panel(comparison.runs, shown, AXES[0], from_zero=True)
+        means = [line.curve.mean for line in panel.lines]
         # a constant, as the learning rate may be, says nothing
-        if lines and (metric == HORIZON or np.ptp(np.concatenate([x.curve.mean for x in lines]))):
-            panels.append(Panel(shown.title, step.label, shown.label, lines, from_zero=True))
-    return panels + domains(selected, list(comparison.runs))
+        if means and (shown.metric == HORIZON or np.ptp(np.concatenate(means))):
+            panels.append(panel)
+    return panels + domains(shares or {}, list(comparison.runs))
 
 
 def kept_shares(comparison: Comparison, metrics: Iterable[str]) -> list[Panel]:
     """Shares among the kept over steps, by the metrics that say them; none where all are 0."""
+    noise = comparison.task.get("data.label_noise")
+    known = isinstance(noise, int | float)
     panels = []
-    for metric in metrics:
-        shown = quantity(metric)
-        noise = comparison.task.get("data.label_noise")
-        known = metric == KEPT_ALTERED and isinstance(noise, int | float)
-        levels = [(100 * float(noise), "in the stream")] if known else []  # type: ignore[arg-type]
-        lines = _lines(comparison.runs, shown, AXES[0], _KEPT_BINS)
-        if any(line.curve.mean.any() for line in lines):
-            panels.append(Panel(shown.title, AXES[0].label, shown.label, lines, levels, True))
-    return panels
+    for shown in map(quantity, metrics):
+        panel = _panel(comparison.runs, shown, AXES[0], _KEPT_BINS, from_zero=True)
+        if known and shown.metric == KEPT_ALTERED:
+            panel.levels.append((100 * float(noise), "in the stream"))  # type: ignore[arg-type]
+        panels.append(panel)
+    return [panel for panel in panels if any(line.curve.mean.any() for line in panel.lines)]
 
 
-def domains(selected: Mapping[str, Selected], names: Sequence[str]) -> list[Panel]:
-    """Share of each domain among the kept over steps, from the ledgers.
+def domains(shares: Mapping[str, Mapping[str, Points]], names: Sequence[str]) -> list[Panel]:
+    """Share of each domain among the kept over steps.
 
     Args:
-        selected: what one run of a group selected, by group.
+        shares: group -> domain -> (step, share among the kept) of one of its runs.
         names: all groups, in order.
     """
     panels = []
-    for domain in sorted({domain for found in selected.values() for domain in found.domains}):
+    for domain in sorted(set().union(*shares.values())):
         lines = [
-            Line(name, names.index(name), mean_curve([found.domains[domain]]).scaled(100))
-            for name, found in selected.items()
-            if domain in found.domains
+            Line(name, names.index(name), mean_curve([found[domain]], 100))
+            for name, found in shares.items()
+            if domain in found
         ]
         title = f"domain {domain} among the kept"
         label = f"{title}, one seed of each (%)"  # ledgers are large: one is read
@@ -231,36 +207,39 @@ def domains(selected: Mapping[str, Selected], names: Sequence[str]) -> list[Pane
     return panels
 
 
-def histograms(label: str, selected: Selected) -> list[Panel]:
-    """Standardised scores of kept and rejected, and of altered and clean candidates, of a group."""
+def histograms(label: str, counts: Mapping[str, npt.NDArray[np.int64]]) -> list[Panel]:
+    """Standardised scores of kept and rejected, and of altered and clean candidates, of a group.
+
+    Args:
+        label: the group.
+        counts: kind of candidate -> candidates in the bins of `EDGES`.
+    """
     panels = []
     for names in (("kept", "rejected"), ("clean", "altered")):
-        lines = []
-        for place, name in enumerate(names):
-            counts = selected.histograms.get(name)
-            if counts is not None and counts.sum():
-                share = 100 * counts / counts.sum()
-                lines.append(Line(name, place, Curve(EDGES[:-1], share, np.zeros_like(share))))
+        lines = [
+            Line(name, place, Curve(EDGES[:-1], 100 * found / found.sum(), np.zeros(len(found))))
+            for place, name in enumerate(names)
+            if (found := counts.get(name)) is not None and found.any()
+        ]
         if lines:
             title = f"{label}: {' and '.join(names)}"
             score = "score (standard deviations from the mean of its pool)"
-            panel = Panel(
-                title, score, "share of each kind (%)", lines, from_zero=True, edges=EDGES
-            )
-            panels.append(panel)
+            share = "share of each kind (%)"
+            panels.append(Panel(title, score, share, lines, from_zero=True, edges=EDGES))
     return panels
 
 
-def _lines(groups: Groups, shown: Quantity, axis: Quantity, bins: int | None = None) -> list[Line]:
+def _panel(
+    groups: Groups, shown: Quantity, axis: Quantity, bins: int | None = None, **how: Any
+) -> Panel:
     lines = []
     for place, (name, members) in enumerate(groups.items()):
         # a group that scores nothing stays at 0 samples scored
-        if axis.metric != STEP and not all(end(run, axis.metric) for run in members):
-            continue
-        line = curve(members, shown.metric, axis.metric, bins).scaled(shown.scale)
-        if line.x.size:
-            lines.append(Line(name, place, line))
-    return lines
+        if axis.metric == STEP or all(end(run, axis.metric) for run in members):
+            line = curve(members, shown.metric, axis.metric, bins, shown.scale)
+            if line.x.size:
+                lines.append(Line(name, place, line))
+    return Panel(shown.title, axis.label, shown.label, lines, **how)
 
 
 # --- drawing --------------------------------------------------------------------------------
@@ -326,12 +305,7 @@ def _draw_lines(axes: Axes, panel: Panel) -> dict[str, Any]:
 
 
 def write_png(panels: Sequence[Panel], path: Path, columns: int = 3) -> None:
-    """Write the picture of `draw` as PNG.
-
-    Args:
-        panels: at least one.
-        path: the file.
-        columns: panels in a row, at most.
+    """Write the picture of `draw` as PNG, at most `columns` panels in a row.
 
     Raises:
         OSError: the file cannot be written.
@@ -342,23 +316,16 @@ def write_png(panels: Sequence[Panel], path: Path, columns: int = 3) -> None:
 def to_svg(panel: Panel, name: str) -> str:
     """The svg element of a panel for an HTML page, the same for the same panel and name.
 
-    Args:
-        panel: what is drawn, without a legend of the groups.
-        name: unique in the page; begins the ids of the element's parts.
-
-    Returns:
-        The element. Its colours are variables of the page's style, so that both a light and a
-        dark page work: --c0 to --c6 of lines, --text, --soft and --rule of the rest.
+    `name` is unique in the page and begins the ids of the element's parts. Colours are variables
+    of the page's style, so that both a light and a dark page work: --c0 to --c6 of lines, --text,
+    --soft and --rule of the rest.
     """
     from matplotlib import rc_context  # noqa: PLC0415
 
     file = io.StringIO()
     # text as text: it can be searched and read aloud, and is smaller than outlines of letters
-    style: Any = {
-        "svg.hashsalt": "selectflow",
-        "svg.fonttype": "none",
-        "font.family": "DejaVu Sans",
-    }
+    style: Any = {"svg.fonttype": "none", "font.family": "DejaVu Sans"}
+    style["svg.hashsalt"] = "selectflow"  # the same ids each time
     with rc_context(style):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         draw([panel], legend=False).savefig(file, format="svg", transparent=True, metadata=nothing)

@@ -38,22 +38,20 @@ def strategy(run: Run) -> str:
     return _strategy(run.config.get("select", {}))
 
 
-def label(run: Run) -> str:
-    """The strategy of a run; online with horizon H and interval K, a replay with its source."""
-    if strategy(run) == "replay" and run.replayed:
-        return f"replay of {_label(run.replayed.get('select', {}))}"
-    return _label(run.config.get("select", {}))
-
-
 def _strategy(select: Mapping[str, Any]) -> str:
     name, horizon = str(select.get("strategy")), select.get("horizon")
     if select.get("replay"):
         return "replay"
     if name != "influence":
         return name
-    if horizon in _INFINITE:
-        return "offline"
-    return "adaptive" if horizon == "auto" else "online"
+    return "offline" if horizon in _INFINITE else "adaptive" if horizon == "auto" else "online"
+
+
+def label(run: Run) -> str:
+    """The strategy of a run; online with horizon H and interval K, a replay with its source."""
+    if strategy(run) == "replay" and run.replayed:
+        return f"replay of {_label(run.replayed.get('select', {}))}"
+    return _label(run.config.get("select", {}))
 
 
 def _label(select: Mapping[str, Any]) -> str:
@@ -66,33 +64,30 @@ def _label(select: Mapping[str, Any]) -> str:
 
 
 def groups(runs: Sequence[Run]) -> Groups:
-    """Runs that differ in their seeds only, by label.
+    """Runs that differ in their seeds only, by label in order of appearance.
 
-    Args:
-        runs: runs of one task.
-
-    Returns:
-        Runs by label in order of appearance. Where runs of one label differ in an option, the
-        option is part of the label.
+    Where runs of one label differ in an option, the option is part of the label.
 
     Raises:
         ReportError: the runs are of different tasks, or two of one group have the same seed.
     """
-    configs = {id(run): dict(flat(run.config)) for run in runs}
-    _check_task(runs, configs)
+    _check_task(runs)
+    configs = [dict(flat(run.config)) for run in runs]
     found: Groups = {}
-    for run in runs:
-        same = [configs[id(other)] for other in runs if label(other) == label(run)]
-        options = sorted({key for config in same for key in config if _divides(key, run)})
-        mine = configs[id(run)]
+    for run, mine in zip(runs, configs, strict=True):
+        same = [c for other, c in zip(runs, configs, strict=True) if label(other) == label(run)]
         extra = [
             f"{key.removeprefix('optimizer.').removeprefix('select.')}={mine.get(key)}"
-            for key in options
-            if any(config.get(key) != mine.get(key) for config in same)
+            for key in sorted(set().union(*same))
+            if _divides(key, run) and any(config.get(key) != mine.get(key) for config in same)
         ]
-        found.setdefault(" ".join([label(run), *extra]), []).append(run)
-    for name, members in found.items():
-        _check_seeds(name, members)
+        members = found.setdefault(name := " ".join([label(run), *extra]), [])
+        if twin := next((other for other in members if other.seed == run.seed), None):
+            raise ReportError(
+                f"runs of one group must differ in their seeds, got seed {run.seed[0]} twice in "
+                f"{name!r}: {twin.where} and {run.where}; leave one out"
+            )
+        members.append(run)
     return found
 
 
@@ -124,9 +119,9 @@ def _is_task(key: str) -> bool:
     return key.startswith(_TASK) and key not in _SAME_TASK
 
 
-def _check_task(runs: Sequence[Run], configs: Mapping[int, Mapping[str, Any]]) -> None:
+def _check_task(runs: Sequence[Run]) -> None:
     for one, two in pairwise(runs):
-        first, second = dict(configs[id(one)]), dict(configs[id(two)])
+        first, second = dict(flat(one.config)), dict(flat(two.config))
         for config in (first, second):
             if config.get("data.name") == "shards":  # the directory is the dataset
                 config["data.shards"] = str(Path(str(config.get("data.root"))).resolve())
@@ -138,26 +133,13 @@ def _check_task(runs: Sequence[Run], configs: Mapping[int, Mapping[str, Any]]) -
                 )
 
 
-def _check_seeds(name: str, members: Sequence[Run]) -> None:
-    seen: dict[tuple[Any, Any], Run] = {}
-    for run in members:
-        if run.seed in seen:
-            raise ReportError(
-                f"runs of one group must differ in their seeds, got seed {run.seed[0]} twice in "
-                f"{name!r}: {seen[run.seed].where} and {run.where}; leave one out"
-            )
-        seen[run.seed] = run
-
-
 # --- notes ----------------------------------------------------------------------------------
 
 
 def finished(runs: Sequence[Run], partial: bool) -> tuple[list[Run], list[Run], list[str]]:
     """The runs to compare, the runs left out, and notes on both.
 
-    Args:
-        runs: all of them.
-        partial: also compare runs that have not finished, as is done if none has.
+    Runs that have not finished are compared where `partial`, and where none has finished.
     """
     # One crashed run would otherwise pull the common last step of all the others down to its own.
     done = [run for run in runs if run.status == "finished"]
@@ -201,9 +183,8 @@ def resumed(runs: Sequence[Run]) -> list[str]:
 def differences(found: Groups) -> list[str]:
     """Options outside the selection that are not the same for all groups, a line for each."""
     firsts = {name: dict(flat(members[0].config)) for name, members in found.items()}
-    keys = sorted({key for config in firsts.values() for key in config})
     lines = []
-    for key in keys:
+    for key in sorted(set().union(*firsts.values())):
         if key in _FREE or (key.startswith(("select.", "track.")) and key != "select.keep"):
             continue
         names: dict[str, list[str]] = {}

@@ -10,25 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from selectflow.run.directory import is_locked
+from selectflow.run.metrics import SAMPLES_SCORED, SAMPLES_SEEN, STEP, TOKENS_SEEN, kept_share
+from selectflow.run.wandb import download_run
 from selectflow.run.yaml import read_yaml
 
-# Names of metrics, as runs log them.
-STEP = "train/step"
-SEEN = "data/samples_seen"
-SCORED = "data/samples_scored"
-TOKENS = "data/tokens_seen"
-WALL = "perf/wall_s"  # seconds of training and selecting so far, evaluation not counted
-SELECT = "perf/select_s"  # seconds of them spent on selecting
-ACCURACY = "test/accuracy"
-TEST_LOSS = "test/loss"
-TARGET_LOSS = "target/loss"
-KEPT = "select/kept_"  # prefix: shares of a kind among the kept, as select/kept_altered
-KEPT_ALTERED = "select/kept_altered"
-HORIZON = "select/horizon"
-LR_MULTIPLIER = "select/lr_multiplier"
-RELATIVE_ERROR = "select/relative_error"
-
-COUNTS = (SEEN, SCORED, TOKENS)  # 0 before the first step, where they are not logged
+KEPT = kept_share("")
+KEPT_ALTERED = kept_share("altered")
+_COUNTS = (SAMPLES_SEEN, SAMPLES_SCORED, TOKENS_SEEN)  # not logged before the first step: 0 there
 
 Status = Literal["finished", "stopped", "failed", "running", "crashed"]
 Points = list[tuple[float, float]]
@@ -75,13 +64,10 @@ class Run:
 
 
 def find_runs(patterns: Sequence[str]) -> list[Path]:
-    """The run directories that paths and globs name.
+    """The directories that paths and globs name, in the order given, each once.
 
     Args:
         patterns: directories, or globs, which match directories that hold a metrics.jsonl.
-
-    Returns:
-        The directories in the order given, each once.
 
     Raises:
         ReportError: a pattern matches no run.
@@ -103,14 +89,10 @@ def find_runs(patterns: Sequence[str]) -> list[Path]:
 
 
 def load_run(path: str | Path) -> Run:
-    """The run in a directory.
+    """The run in a directory with config.yaml, metrics.jsonl and, if it ended, summary.json.
 
-    Args:
-        path: a run directory with config.yaml and metrics.jsonl, and summary.json if it ended.
-
-    Returns:
-        The run. A last line of metrics still being written is left out, and lines that a resumed
-        run did again replace the earlier ones.
+    A last line of metrics still being written is left out, and lines that a resumed run did again
+    replace the earlier ones.
 
     Raises:
         ReportError: no such directory, no metrics in it, or a line that is not JSON.
@@ -126,35 +108,26 @@ def load_run(path: str | Path) -> Run:
     metrics = _read_metrics(path / "metrics.jsonl")
     summary = _read_object(path / "summary.json")
     config = read_yaml(path / "config.yaml")
+    source = config.get("select", {}).get("replay")
+    replayed = Path(str(source), "config.yaml")
     return Run(
-        str(path),
-        config,
-        metrics,
-        summary,
-        _status(path, summary),
-        _read_object(path / "offline.json"),
-        path,
-        _replayed(config),
+        where=str(path),
+        config=config,
+        metrics=metrics,
+        summary=summary,
+        # A process holds the lock of its directory, even where an earlier stop left a summary.
+        status="running" if is_locked(path) else _status(summary.get("status")),
+        offline=_read_object(path / "offline.json"),
+        folder=path,
+        replayed=read_yaml(replayed) if source and replayed.is_file() else {},
     )
 
 
-def _replayed(config: dict[str, Any]) -> dict[str, Any]:
-    source = config.get("select", {}).get("replay")
-    known = Path(str(source), "config.yaml")
-    return read_yaml(known) if source and known.is_file() else {}
+def _status(text: object, otherwise: Status = "crashed") -> Status:
+    known: tuple[Status, ...] = ("finished", "stopped", "failed")
+    return next((status for status in known if str(text).startswith(status)), otherwise)
 
 
-def _status(path: Path, summary: dict[str, Any]) -> Status:
-    # A process holds the lock of its directory; one that was killed has lost it.
-    from selectflow.run.directory import is_locked  # noqa: PLC0415
-
-    if is_locked(path):
-        return "running"  # even where an earlier stop left a summary
-    said = str(summary.get("status", "crashed"))
-    return "stopped" if said.startswith("stopped") else _ENDS.get(said, "crashed")
-
-
-_ENDS: dict[str, Status] = {"finished": "finished", "failed": "failed"}
 _WANDB_PATH = re.compile(r"(wandb:)?([\w.-]+/[\w.-]+/[\w-]+)")
 
 
@@ -184,41 +157,33 @@ def load_runs(patterns: Sequence[str]) -> list[Run]:
 
 
 def fetch_run(path: str) -> Run:
-    """The run at W&B.
-
-    Args:
-        path: entity/project/run_id.
+    """The run at W&B with the path entity/project/run_id.
 
     Raises:
         ReportError: it has logged nothing yet.
         TrackingError: W&B cannot be asked, or knows no such run.
     """
-    from selectflow.run.wandb import download_run  # noqa: PLC0415
-
     found = download_run(path)
     rows = [row for row in found.history if row.get(STEP) is not None]
     if not rows:
         raise ReportError(f"{path} has no train/step at W&B yet; wait for its first evaluation")
-    said = str(found.summary.get("status", ""))
     # a run without a summary has only the state that W&B gives it
-    state: Status = "running" if found.state == "running" else _ENDS.get(found.state, "crashed")
-    status: Status = "stopped" if said.startswith("stopped") else _ENDS.get(said, state)
+    state: Status = "running" if found.state == "running" else _status(found.state)
+    status = _status(found.summary.get("status"), state)
     return Run(path, found.config, _merged(rows), found.summary, status)
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break  # the run is writing it now, or was killed while it did
         try:
-            row = json.loads(line)
-            int(row[STEP])
+            rows.append(json.loads(line))
+            int(rows[-1][STEP])
         except (ValueError, KeyError, TypeError) as error:
             message = f"{path}, line {number} must be a JSON object with train/step"
             raise ReportError(f"{message}, got {line.strip()[:80]!r}") from error
-        rows.append(row)
     if not rows:
         raise ReportError(f"{path} has no complete line yet; wait for the run's first evaluation")
     return _merged(rows)
@@ -253,22 +218,16 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def series(run: Run, metric: str, over: str = STEP) -> Points:
-    """A metric of a run over its steps, samples, tokens or seconds.
+    """A metric of a run over another one: (x, value) for each line that has both.
 
-    Args:
-        run: the run.
-        metric: name of the metric.
-        over: name of the metric on the x axis. Counts are 0 before the first step; samples that
-            offline selection scored before it count.
-
-    Returns:
-        (x, value) for each line that has both; null values are left out.
+    On the x axis, counts are 0 before the first step, and samples that offline selection scored
+    before it count.
     """
-    upfront = run.offline.get("samples_scored", 0) if over == SCORED else 0
+    upfront = run.offline.get("samples_scored", 0) if over == SAMPLES_SCORED else 0
     found = []
     for line in run.metrics:
         x, y = line.get(over), line.get(metric)
-        if x is None and over in COUNTS and line.get(STEP) == 0:
+        if x is None and over in _COUNTS and line.get(STEP) == 0:
             x = 0
         if x is not None and y is not None:
             found.append((float(x) + upfront, float(y)))
@@ -288,14 +247,7 @@ def total(run: Run, axis: str) -> float | None:
 
 
 def value_at(run: Run, metric: str, at: float | None, over: str = STEP) -> float | None:
-    """The last value of a metric at or before a step or second; None if there is none.
-
-    Args:
-        run: the run.
-        metric: name of the metric.
-        at: the step or second; None: not known.
-        over: name of the metric that `at` is a value of.
-    """
+    """The last value of a metric where `over` is at most `at`; None if there is none."""
     known = [] if at is None else [y for x, y in series(run, metric, over) if x <= at]
     return known[-1] if known else None
 

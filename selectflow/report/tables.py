@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,17 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 from selectflow.report.compare import SIGNIFICANT, Comparison, Paired, Row, Stat
-from selectflow.report.runs import (
+from selectflow.report.runs import KEPT, KEPT_ALTERED
+from selectflow.run.metrics import (
+    CONTROLLED,
     HORIZON,
-    KEPT,
-    KEPT_ALTERED,
+    LEARNING_RATE,
     LR_MULTIPLIER,
-    RELATIVE_ERROR,
-    SCORED,
-    SEEN,
+    SAMPLES_SCORED,
+    SAMPLES_SEEN,
     STEP,
-    TOKENS,
-    WALL,
+    TOKENS_SEEN,
+    WALL_S,
 )
 
 NONE = "-"
@@ -64,24 +65,22 @@ class Quantity:
 
 AXES = (
     Quantity(STEP, "optimizer steps", "count"),
-    Quantity(SEEN, "samples trained on", "count"),
-    Quantity(SCORED, "samples scored", "count"),
-    Quantity(TOKENS, "tokens trained on", "count"),
-    Quantity(WALL, "training and selection time", "s"),
+    Quantity(SAMPLES_SEEN, "samples trained on", "count"),
+    Quantity(SAMPLES_SCORED, "samples scored", "count"),
+    Quantity(TOKENS_SEEN, "tokens trained on", "count"),
+    Quantity(WALL_S, "training and selection time", "s"),
 )
 
-_KNOWN = {
-    known.metric: known
-    for known in (
-        *AXES,
-        Quantity(KEPT_ALTERED, "altered samples among the kept", "%", 100.0),
-        Quantity(HORIZON, "horizon H", "optimizer updates"),
-        Quantity(LR_MULTIPLIER, "learning rate over its schedule", "factor"),
-        Quantity("train/lr", "learning rate", "per update"),
-        Quantity(RELATIVE_ERROR, "relative error by the proxy", "ratio"),
-        Quantity("select/trust_ratio", "trust ratio, real over predicted change", "ratio"),
-    )
-}
+_RELATIVE_ERROR, _TRUST = CONTROLLED["relative_error"], CONTROLLED["trust_ratio"]
+DYNAMICS = (
+    Quantity(HORIZON, "horizon H", "optimizer updates"),
+    Quantity(LR_MULTIPLIER, "learning rate over its schedule", "factor"),
+    Quantity(LEARNING_RATE, "learning rate", "per update"),
+    Quantity(_RELATIVE_ERROR, "relative error by the proxy", "ratio"),
+    Quantity(_TRUST, "trust ratio, real over predicted change", "ratio"),
+)
+_ALTERED = Quantity(KEPT_ALTERED, "altered samples among the kept", "%", 100.0)
+_KNOWN = {known.metric: known for known in (*AXES, *DYNAMICS, _ALTERED)}
 
 
 def quantity(metric: str) -> Quantity:
@@ -170,8 +169,10 @@ def sentences(comparison: Comparison) -> list[str]:
             "in_same_time": f"In the time of {row.label}",
         }
         for question, condition in conditions.items():
-            if judged := _judged(row, question, comparison):
-                found.append(f"{condition}, {row.label} against {baseline}: {judged}.")
+            tests = {comparison.loss: row.tests[f"loss_{question}"]}
+            tests |= {comparison.quality: row.tests[question]}
+            if judged := [_judged(test, metric) for metric, test in tests.items() if test]:
+                found.append(f"{condition}, {row.label} against {baseline}: {', '.join(judged)}.")
         if not any(row.tests.values()):
             found.append(f"{row.label} against {baseline}: not tested, as fewer than 2 seeds pair.")
     if any(test for row in others for test in row.tests.values()):
@@ -183,22 +184,15 @@ def sentences(comparison: Comparison) -> list[str]:
     return found
 
 
-def _judged(row: Row, question: str, comparison: Comparison) -> str:
-    parts = []
-    metrics = {comparison.loss: f"loss_{question}"} | {comparison.quality: question}
-    for metric, key in metrics.items():
-        if (test := row.tests[key]) is None:
-            continue
-        shown, p = quantity(metric), _p(test.corrected_p)
-        p = f"p {p}" if p.startswith("<") else f"p = {p}"
-        size, seeds = shown.scale * test.mean, f"{test.num} seeds"
-        by, unit = f"{abs(size):.{shown.digits}f}", shown.difference_unit
-        if test.is_seen:
-            parts.append(f"{shown.title} is {verdict(test, metric)} by {by} {unit} ({p}, {seeds})")
-        else:
-            by = f"{size:+.{shown.digits}f}"
-            parts.append(f"{shown.title} is not told apart with {seeds} ({by} {unit}, {p})")
-    return ", ".join(parts)
+def _judged(test: Paired, metric: str) -> str:
+    shown, p, seeds = quantity(metric), _p(test.corrected_p), f"{test.num} seeds"
+    p = f"p {p}" if p.startswith("<") else f"p = {p}"
+    size, unit = shown.scale * test.mean, shown.difference_unit
+    if test.is_seen:
+        by = f"{abs(size):.{shown.digits}f} {unit}"
+        return f"{shown.title} is {verdict(test, metric)} by {by} ({p}, {seeds})"
+    by = f"{size:+.{shown.digits}f} {unit}"
+    return f"{shown.title} is not told apart with {seeds} ({by}, {p})"
 
 
 # --- tables ---------------------------------------------------------------------------------
@@ -215,8 +209,8 @@ class Grid:
 
 def grids(comparison: Comparison) -> list[Grid]:
     """The tables: quality, differences to the baseline, costs, and steps to a loss."""
-    parts = [_quality(comparison), *_differences(comparison)]
-    return [*parts, _cost(comparison), _reach(comparison)]
+    parts = [_quality(comparison), _differences(comparison), _cost(comparison), _reach(comparison)]
+    return [grid for grid in parts if grid.cells]  # no differences of one group, or of one seed
 
 
 def _quality(comparison: Comparison) -> Grid:
@@ -238,7 +232,7 @@ def _quality(comparison: Comparison) -> Grid:
     return Grid(title, ["group", "seeds", *columns.values()], cells)
 
 
-def _differences(comparison: Comparison) -> list[Grid]:
+def _differences(comparison: Comparison) -> Grid:
     shown, cells = quantity(comparison.quality), []
     for row in comparison.rows:
         questions = {"at equal steps": "at_equal_steps", "in the same time": "in_same_time"}
@@ -250,14 +244,11 @@ def _differences(comparison: Comparison) -> list[Grid]:
                     row.label, question, verdict(test, comparison.quality), mean,
                     f"{low} to {high}", _p(test.p), _p(test.corrected_p), str(test.num),
                 ])  # fmt: skip
-    if not cells:
-        return []  # one group, or one seed
     head = [
         "group", "compared", "seen", f"difference ({shown.difference_unit})", "95% interval", "p",
         "p, corrected", "pairs",
     ]  # fmt: skip
-    title = f"difference to {comparison.baseline}: paired t test over seeds"
-    return [Grid(title, head, cells)]
+    return Grid(f"difference to {comparison.baseline}: paired t test over seeds", head, cells)
 
 
 def _cost(comparison: Comparison) -> Grid:
@@ -303,11 +294,15 @@ def _without_empty(head: list[str], cells: list[list[str]]) -> tuple[list[str], 
     return [head[i] for i in kept], [[line[i] for i in kept] for line in cells]
 
 
+def terminal() -> Console:
+    """Standard output; 200 columns wide where it is not a terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
 def print_tables(comparison: Comparison) -> None:
     """Print notes, tables and the verdict to stdout, never cut except to a terminal's width."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    console = terminal()
     for note in comparison.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     for grid in grids(comparison):
@@ -324,42 +319,37 @@ def print_tables(comparison: Comparison) -> None:
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
-def write_csv(comparison: Comparison, path: Path) -> None:
-    """Write the comparison with all its digits, a line for each group.
-
-    Args:
-        comparison: what `summarize` returns.
-        path: the file; shares in [0, 1], times in seconds, differences group minus baseline,
-            empty where not recorded.
+def write_csv(records: Sequence[Mapping[str, object]], path: Path) -> None:
+    """Write records with the same keys, at least one, as CSV.
 
     Raises:
         OSError: the file cannot be written.
     """
-    head, lines = to_records(comparison)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(head)
-        writer.writerows(lines)
+        writer = csv.DictWriter(file, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
 
 
-def to_records(comparison: Comparison) -> tuple[list[str], list[list[object]]]:
-    """Names of the columns, and the values of each group."""
-    known = {
-        "quality_metric": comparison.quality, "baseline": comparison.baseline,
-        "common_step": comparison.step, "common_time_s": comparison.time_s,
-    }  # fmt: skip
-    records = [_record(row) | known for row in comparison.rows]
-    return list(records[0]), [list(record.values()) for record in records]
+def to_records(comparison: Comparison) -> list[dict[str, object]]:
+    """The comparison with all its digits, a record for each group, its label first.
+
+    Shares are in [0, 1], times in seconds, differences group minus baseline; None: not recorded.
+    """
+    return [
+        {"label": row.label, "num_runs": row.num_runs, "num_left_out": row.num_left_out}
+        | _parts(row.stats, ("mean", "sd"))
+        | {"num_reached": row.num_reached}
+        | _parts(row.tests, ("mean", "low", "high", "p", "corrected_p", "num"))
+        | {"quality_metric": comparison.quality, "baseline": comparison.baseline}
+        | {"common_step": comparison.step, "common_time_s": comparison.time_s}
+        for row in comparison.rows
+    ]
 
 
-def _record(row: Row) -> dict[str, object]:
-    record: dict[str, object] = {
-        "label": row.label, "num_runs": row.num_runs, "num_left_out": row.num_left_out,
-    }  # fmt: skip
-    for name, value in row.stats.items():
-        record |= {f"{name}_{part}": getattr(value, part, None) for part in ("mean", "sd")}
-    record["num_reached"] = row.num_reached
-    for name, test in row.tests.items():
-        parts = ("mean", "low", "high", "p", "corrected_p", "num")
-        record |= {f"{name}_{part}": getattr(test, part, None) for part in parts}
-    return record
+def _parts(values: Mapping[str, Stat | Paired | None], names: Sequence[str]) -> dict[str, object]:
+    return {
+        f"{key}_{name}": getattr(value, name, None)
+        for key, value in values.items()
+        for name in names
+    }

@@ -1,6 +1,7 @@
 """The configuration of a run: its sections, and errors that name all that is wrong."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
@@ -17,7 +18,6 @@ from selectflow.run.sections import (
     ScheduleConfig,
     SelectConfig,
     TrainConfig,
-    mode_of,
 )
 from selectflow.run.yaml import Configuration, dump_yaml, keys_of, load_as
 
@@ -41,65 +41,57 @@ Device = Annotated[
 ]
 
 
-class TrackConfig(Section):
+class TrackConfig(Section, use_attribute_docstrings=True):
     """Where the metrics go besides metrics.jsonl."""
 
-    wandb: Literal["disabled", "offline", "online"] = Field(
-        default="disabled", description="Weights & Biases; offline needs no login"
-    )
-    project: str = Field(default="selectflow", min_length=1, description="W&B project")
-    group: str | None = Field(default=None, description="W&B group: runs that are compared")
-    job_type: str | None = Field(
-        default=None, description="W&B job type; null: the strategy, or replay"
-    )
-    tags: tuple[str, ...] = Field(default=(), strict=False, description="W&B tags")
-    kinds: bool = Field(
-        default=True,
-        description="shares among the kept of what the data say of their samples (altered, where "
-        "from), for which all that they say is read before the first step",
-    )
-    samples: int = Field(
-        default=0,
-        ge=0,
-        description="examples of the highest and as many of the lowest scores that are shown with "
-        "each evaluation, and at the end for the whole run: on stdout, and at W&B where it is used",
-    )
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases; offline needs no login"""
+    project: str = Field(default="selectflow", min_length=1)
+    """W&B project"""
+    group: str | None = None
+    """W&B group: runs that are compared"""
+    job_type: str | None = None
+    """W&B job type; null: the strategy, or replay"""
+    tags: tuple[str, ...] = Field(default=(), strict=False)
+    """W&B tags"""
+    kinds: bool = True
+    """shares among the kept of what the data say of their samples (altered, where from), for which
+    all that they say is read before the first step"""
+    samples: int = Field(default=0, ge=0)
+    """examples of the highest and as many of the lowest scores that are shown with each evaluation,
+    and at the end for the whole run: on stdout, and at W&B where it is used"""
 
 
-class RunConfig(Configuration):
+class RunConfig(Configuration, use_attribute_docstrings=True):
     """One training run with data selection."""
 
     example: ClassVar[str] = "select.horizon=2"
 
-    name: RunName = Field(
-        description="name of the run, and of its directory under root; {seed}, {optimizer.lr} "
-        "and any other {key} is filled in"
-    )
-    root: Directory = Field(
-        default=Path("runs"), description="directory that holds the run directories"
-    )
-    seed: int = Field(
-        default=0, ge=0, description="seed of initial weights, stream order and selection"
-    )
-    steps: Count = Field(default=800, description="optimizer steps")
-    max_wall_s: float | None = Field(
-        default=None,
-        gt=0,
-        description="stop after these seconds of training, evaluation not counted",
-    )
-    eval_every: Count = Field(default=50, description="steps between two evaluations")
-    device: Device = Field(
-        default="auto", description="torch device; auto: an accelerator if there is one, else cpu"
-    )
-    num_threads: Count | None = Field(
-        default=None, description="torch CPU threads; null: torch's choice"
-    )
-    overwrite: bool = Field(default=False, description="replace an earlier run of the same name")
-    resume: Literal["never", "auto"] = Field(
-        default="never", description="auto: go on from the newest checkpoint where there is one"
-    )
-    checkpoint_every: Count = Field(default=200, description="steps between two checkpoints")
-    keep_checkpoints: Count = Field(default=2, description="checkpoints that are kept")
+    name: RunName
+    """name of the run, and of its directory under root; {seed}, {optimizer.lr} and any other {key}
+    is filled in"""
+    root: Directory = Path("runs")
+    """directory that holds the run directories"""
+    seed: int = Field(default=0, ge=0)
+    """seed of initial weights, stream order and selection"""
+    steps: Count = 800
+    """optimizer steps"""
+    max_wall_s: float | None = Field(default=None, gt=0)
+    """stop after these seconds of training, evaluation not counted"""
+    eval_every: Count = 50
+    """steps between two evaluations"""
+    device: Device = "auto"
+    """torch device; auto: an accelerator if there is one, else cpu"""
+    num_threads: Count | None = None
+    """torch CPU threads; null: torch's choice"""
+    overwrite: bool = False
+    """replace an earlier run of the same name"""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on from the newest checkpoint where there is one"""
+    checkpoint_every: Count = 200
+    """steps between two checkpoints"""
+    keep_checkpoints: Count = 2
+    """checkpoints that are kept"""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -137,7 +129,7 @@ class RunConfig(Configuration):
         for key in re.findall(r"\{([a-z_.]+)\}", str(values.get("name"))):
             if key not in known:
                 yield f"name must have known keys in braces, got {{{key}}}{nearest_key(key, known)}"
-        is_offline = mode_of(horizon, select["replay"]) == "offline"
+        is_offline = horizon == math.inf
         if is_offline:
             yield from _of_offline(select)
         schedule = select["horizon_schedule"]
@@ -169,6 +161,19 @@ def _filled(section: Section, values: Mapping[str, Any], name: str) -> dict[str,
     return dict(section) | (given if isinstance(given, dict) else {})
 
 
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that the configuration knows, but this trainer does not.
+
+    Raises:
+        ConfigError: `value` is not among `choices`.
+    """
+    if value not in choices:
+        raise ConfigError(
+            f"{key} must be one of {', '.join(choices)} for this trainer, got {value!r}; the "
+            "others belong to another program in trainers/"
+        )
+
+
 def known_keys() -> list[str]:
     """Dotted paths of all keys of a run's configuration, sections included."""
     return keys_of(RunConfig)
@@ -186,4 +191,5 @@ def to_yaml(config: RunConfig) -> str:
 
 def json_schema() -> str:
     """The JSON schema of RunConfig, with types, ranges, defaults and descriptions."""
-    return json.dumps(RunConfig.model_json_schema(), indent=2)
+    text = json.dumps(RunConfig.model_json_schema(), indent=2)
+    return text.replace(r"\n", " ")  # of descriptions, which are wrapped in the source

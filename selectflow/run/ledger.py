@@ -24,9 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import torch
+from pyarrow.parquet import ParquetFile, read_table, write_table
 
 from selectflow.core.files import atomic_file
+from selectflow.offline.score import SampleScores
 from selectflow.strategies import Selection
 
 LEDGER_FOLDER = "selection"
@@ -35,6 +39,12 @@ LEDGER_FOLDER = "selection"
 _PART_ROWS = 1 << 16  # fill a part: some 600 KB, written in 20 ms
 _PARTS = "part-*.parquet"
 _METADATA = b"selectflow"
+_SCHEMA = pa.schema(
+    {
+        "step": pa.int64(), "epoch": pa.int64(), "key": pa.string(), "score": pa.float64(),
+        "loss": pa.float64(), "kept": pa.bool_(), "horizon": pa.int64(),
+    }
+)  # fmt: skip
 
 
 class LedgerError(ValueError):
@@ -54,7 +64,7 @@ class Ledger:
     def __init__(self, run_dir: Path, stream: Mapping[str, Any] | None = None) -> None:
         self._folder = run_dir / LEDGER_FOLDER
         metadata = {_METADATA: json.dumps({"stream": dict(stream or {})}).encode()}
-        self._schema = _schema().with_metadata(metadata)
+        self._schema = _SCHEMA.with_metadata(metadata)
         self._first = 0  # step that the open part begins with
         self._batches: list[Any] = []  # of the open part
         self._num_open = self._num_written = self._num_closed = 0  # rows: of it, on disk, before
@@ -87,9 +97,7 @@ class Ledger:
         """
         if self._num_written == self._num_open:
             return
-        from pyarrow import Table  # noqa: PLC0415
-
-        table = Table.from_batches(self._batches, self._schema).combine_chunks()
+        table = pa.Table.from_batches(self._batches, self._schema).combine_chunks()
         self._folder.mkdir(parents=True, exist_ok=True)
         _write(self._folder / f"part-{self._first:08d}.parquet", table)
         self._batches, self._num_written = table.to_batches(), table.num_rows
@@ -148,17 +156,14 @@ def read_ledger(run_dir: str | Path, columns: Sequence[str] | None = None) -> An
     Raises:
         LedgerError: there is none yet, a part cannot be read, or an unknown column.
     """
-    from pyarrow import concat_tables  # noqa: PLC0415
-
-    return concat_tables(read_parts(run_dir, columns))
+    return pa.concat_tables(read_parts(run_dir, columns))
 
 
 def read_parts(run_dir: str | Path, columns: Sequence[str] | None = None) -> Iterator[Any]:
     """The ledger of a run in tables of whole steps, some 65,000 rows each; as `read_ledger`."""
     paths = _paths(Path(run_dir, LEDGER_FOLDER))
-    known = _schema().names
-    if unknown := [name for name in columns or () if name not in known]:
-        raise LedgerError(f"columns must be of {known}, got {unknown}; see `read_ledger`")
+    if unknown := [name for name in columns or () if name not in _SCHEMA.names]:
+        raise LedgerError(f"columns must be of {_SCHEMA.names}, got {unknown}; see `read_ledger`")
     if not paths:
         raise LedgerError(
             f"run must have a ledger, got {str(run_dir)!r} without {LEDGER_FOLDER}/{_PARTS}; name "
@@ -191,16 +196,114 @@ def last_step(run_dir: str | Path) -> int:
     return step
 
 
-def _schema() -> Any:
-    import pyarrow as pa  # noqa: PLC0415
+# --- samples over a run ---------------------------------------------------------------------------
 
-    integers = {"step": pa.int64(), "epoch": pa.int64(), "key": pa.string()}
-    rest = {"score": pa.float64(), "loss": pa.float64(), "kept": pa.bool_(), "horizon": pa.int64()}
-    return pa.schema(integers | rest)
+
+def read_scored(run_dir: Path) -> Iterator[Any]:
+    """The candidates of a run in tables of whole steps, with standardised scores.
+
+    Args:
+        run_dir: its directory.
+
+    Yields:
+        Tables of step, key, score and kept: those of the ledger, of a run by offline selection
+        those of its sweep as one pool at step 0; none where the run has neither.
+
+    Raises:
+        LedgerError: a part of the ledger cannot be read.
+    """
+    offline = run_dir / "selected" / "scores.parquet"
+    if offline.is_file():
+        table = read_table(offline, columns=["key", "score", "kept"])
+        parts = iter([table.append_column("step", pa.array(np.zeros(len(table), np.int64)))])
+    elif any((run_dir / LEDGER_FOLDER).glob("*.parquet")):
+        parts = read_parts(run_dir, ["step", "key", "score", "kept"])
+    else:
+        return
+    for table in parts:
+        scores = standardised(table["score"].to_numpy(), table["step"].to_numpy())
+        place = table.schema.get_field_index("score")
+        yield table.set_column(place, "score", pa.array(scores))
+
+
+def standardised(
+    scores: npt.NDArray[np.float64], steps: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Scores in standard deviations from the mean of their step; 0 where all of it are equal.
+
+    The scale of scores changes by orders of magnitude while a model learns; this compares steps.
+
+    Args:
+        scores: of shape (N,).
+        steps: of shape (N,), equal ones beside each other.
+    """
+    if not scores.size:
+        return scores
+    starts = np.flatnonzero(np.diff(steps, prepend=steps[0] - 1))
+    sizes = np.diff(starts, append=len(steps))
+    deviations = scores - np.repeat(np.add.reduceat(scores, starts) / sizes, sizes)
+    sd = np.sqrt(np.add.reduceat(deviations**2, starts) / sizes)
+    sd[np.maximum.reduceat(scores, starts) == np.minimum.reduceat(scores, starts)] = np.inf
+    return np.asarray(deviations / np.repeat(sd, sizes))
+
+
+def sum_samples(table: Any) -> Any:
+    """Sums of a table of `read_scored` by key, for `rank_samples`."""
+    # without threads, so that each call adds in the same order
+    grouped = table.group_by("key", use_threads=False)
+    return grouped.aggregate([("score", "sum"), ("score", "count"), ("kept", "sum")])
+
+
+def rank_samples(sums: Sequence[Any]) -> Any:
+    """Samples by mean score, best first; equal ones by key.
+
+    Args:
+        sums: tables of `sum_samples`, at least one.
+
+    Returns:
+        A table of key, score (the mean), times (pools it was in) and kept (times it was).
+    """
+    grouped = pa.concat_tables(sums).group_by("key", use_threads=False)
+    total = grouped.aggregate([(n, "sum") for n in ("score_sum", "score_count", "kept_sum")])
+    times = total["score_count_sum"]
+    means = total["score_sum_sum"].to_numpy() / times.to_numpy()
+    columns = {"key": total["key"], "score": means, "times": times, "kept": total["kept_sum_sum"]}
+    return pa.table(columns).sort_by([("score", "descending"), ("key", "ascending")])
+
+
+def mean_scores(run_dir: str | Path) -> SampleScores:
+    """The mean score of every candidate over all pools of a run that held it.
+
+    Args:
+        run_dir: a run directory with a ledger.
+
+    Raises:
+        LedgerError: there is none, or it cannot be read.
+    """
+    table = read_ledger(run_dir, ["key", "score"])
+    # numbered by first row: `Table.group_by` keeps no order, and adds up in none
+    encoded = table["key"].dictionary_encode().combine_chunks()
+    rows = encoded.indices.to_numpy()
+    occurrences, total = np.bincount(rows), np.bincount(rows, table["score"].to_numpy())
+    score = torch.from_numpy(total / occurrences)
+    return SampleScores(encoded.dictionary.to_pylist(), score, torch.from_numpy(occurrences))
+
+
+def kept_keys(run_dir: str | Path) -> list[str]:
+    """Keys of the candidates that a run trained on, once each, in the order of the first time.
+
+    Raises:
+        LedgerError: the run has no ledger, or it cannot be read.
+    """
+    table = read_ledger(run_dir, ["key", "kept"])
+    keys: list[str] = table.filter(table["kept"])["key"].unique().to_pylist()
+    return keys
+
+
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _rows(step: int, selection: Selection, schema: Any) -> Any:
-    import pyarrow as pa  # noqa: PLC0415
 
     pool, losses, horizon = selection.pool, selection.losses, selection.horizon
     size = len(selection.scores)
@@ -219,7 +322,6 @@ def _rows(step: int, selection: Selection, schema: Any) -> Any:
 
 
 def _write(path: Path, table: Any) -> None:
-    from pyarrow.parquet import write_table  # noqa: PLC0415
 
     floats = ["score", "loss"]  # by byte planes: those that a float32 leaves empty take no space
     others = [name for name in table.schema.names if name not in floats]
@@ -238,13 +340,11 @@ def _first_step(path: Path) -> int:
 
 
 def _read(path: Path, columns: Sequence[str] | None) -> Any:
-    from pyarrow import ArrowException  # noqa: PLC0415
-    from pyarrow.parquet import ParquetFile  # noqa: PLC0415
 
     try:
         with ParquetFile(path) as file:
             return file.read(columns, use_threads=False)
-    except (ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise LedgerError(
             f"part of the ledger must be a whole Parquet file, got {path} ({reason}); put it back "

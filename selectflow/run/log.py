@@ -1,4 +1,7 @@
-"""What a run measures while it trains: metrics, the controller's decisions and the clock."""
+"""What a run reports while it trains: metrics.jsonl, decisions.jsonl, summary.json, W&B; its clock.
+
+metrics.jsonl is the source of truth; W&B is a sink of it.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,15 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from selectflow.control.rules import Decision
 from selectflow.core.batches import num_examples
-from selectflow.core.files import size_on_disk
-from selectflow.run import metrics
+from selectflow.core.files import atomic_file, size_on_disk
+from selectflow.run import metrics, wandb
 from selectflow.run.ledger import Ledger
-from selectflow.run.metrics import Means
-from selectflow.run.tracker import Tracker, write_text
 from selectflow.strategies import Selection
 
 DECISIONS = "decisions.jsonl"
@@ -42,6 +43,187 @@ class Stopwatch:
         return self.seconds
 
 
+class Tracker:
+    """The metrics of a run, kept in its directory and copied to W&B.
+
+    When W&B fails, it is switched off with one warning and the run goes on. An error in writing
+    our own files always raises.
+
+    Args:
+        run_dir: directory of the run; made if it does not exist.
+        config: the resolved configuration in plain values.
+        name: name of the run in W&B.
+        mode: disabled, offline (no login needed) or online (offline if W&B cannot be reached).
+        project: W&B project.
+        group: W&B group, the runs that are compared.
+        job_type: W&B job type.
+        tags: W&B tags.
+        run_id: id of an earlier W&B run that this one continues; None starts a new one.
+        timeout_s: seconds that W&B may take to start, and again to upload the rest at the end.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Mapping[str, Any],
+        *,
+        name: str,
+        mode: Literal["disabled", "offline", "online"] = "disabled",
+        project: str = "selectflow",
+        group: str | None = None,
+        job_type: str | None = None,
+        tags: Sequence[str] = (),
+        run_id: str | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._run_dir, self._metrics = run_dir, run_dir / "metrics.jsonl"
+        self._last: dict[str, Any] = {}
+        self._resumed_at: list[int] = []  # steps of the last evaluation before each resumption
+        _cut_torn_line(self._metrics)
+        self._wandb = None
+        if mode != "disabled":
+            options = {
+                "dir": str(run_dir), "config": dict(config), "name": name, "project": project,
+                "group": group, "job_type": job_type, "tags": list(tags), "id": run_id,
+            }  # fmt: skip
+            self._wandb = wandb.start(options, mode, timeout_s)
+        self.run_id: str | None = self._wandb.id if self._wandb else None
+
+    def log(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Append one line to metrics.jsonl, then send it to W&B.
+
+        Args:
+            step: optimizer steps done.
+            values: by metric name; one that is not finite is written as null.
+
+        Raises:
+            OSError: the line cannot be written; it names the file.
+            TypeError: a value is not a number.
+        """
+        line = {metrics.STEP: step} | {name: _number(name, x) for name, x in values.items()}
+        _append_line(self._metrics, line)
+        self._last |= line
+        finite = {name: value for name, value in line.items() if value is not None}
+        self._to_wandb(lambda run: wandb.log(run, finite))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The W&B run and how long metrics.jsonl is, all of it on the disk."""
+        return {
+            "run_id": self.run_id,
+            "metrics_bytes": size_on_disk(self._metrics),
+            "last": dict(self._last),
+            "resumed_at": list(self._resumed_at),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after `state_dict`; later lines of metrics.jsonl are cut off."""
+        os.truncate(self._metrics, state["metrics_bytes"])
+        self._last = dict(state["last"])
+        self._resumed_at = [*state.get("resumed_at", ()), self._last.get(metrics.STEP, 0)]
+
+    def show(
+        self, samples: Callable[[], Sequence[Mapping[str, Any]]], name: str = "samples"
+    ) -> None:
+        """Send samples to W&B, as pictures or text; without W&B they are not asked for.
+
+        Args:
+            samples: call for rows of equal keys: plain values, and maybe under "png" a picture.
+            name: what they are logged under.
+        """
+        self._to_wandb(lambda run: wandb.show(run, samples(), name))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json and close W&B, which takes the ledger and what was selected along.
+
+        Args:
+            summary: what to add to the last logged value of each metric, as "status" and "steps".
+
+        Raises:
+            OSError: the file cannot be written; it names the file.
+        """
+        values = self._last | {
+            name: _number(name, value) if isinstance(value, float) else value
+            for name, value in summary.items()
+        }
+        if self._resumed_at:
+            values["resumed_at"] = self._resumed_at
+        with atomic_file(self._run_dir / "summary.json") as file:
+            file.write((json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
+        self._to_wandb(lambda run: wandb.finish(run, values, self._run_dir))
+        self._wandb = None
+
+    def _to_wandb(self, send: Callable[[Any], object]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            send(self._wandb)
+        except Exception as error:  # W&B raises anything, and none of it is worth losing a run
+            self._wandb = None
+            wandb.warn(
+                f"W&B failed and is switched off, the run goes on with {self._metrics}", error
+            )
+
+
+class DecisionLog:
+    """Appends the controller's decisions to `decisions.jsonl`.
+
+    A line is `{"step", "what", "before", "after", "reason", "measures"}`; a measure that is not
+    finite is null.
+
+    Args:
+        run_dir: directory of the run.
+
+    Attributes:
+        measured: metric -> its last value.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / DECISIONS
+        self.measured: dict[str, float] = {}
+
+    def add(self, decision: Decision) -> None:
+        """Write one decision.
+
+        Raises:
+            OSError: it cannot be written; names the file.
+        """
+        measures = {name: _number(name, value) for name, value in decision.measures.items()}
+        line = {"step": decision.step} | vars(decision) | {"measures": measures}
+        _append_line(self._path, line)
+        for name, metric in metrics.CONTROLLED.items():
+            if (value := measures.get(name)) is not None:
+                self.measured[metric] = value
+
+    def state_dict(self) -> dict[str, Any]:
+        """How long the file is, all of it on the disk, and the last measures."""
+        return {"bytes": size_on_disk(self._path), "measured": dict(self.measured)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after `state_dict`; later lines are cut off."""
+        if self._path.exists() and self._path.stat().st_size > state["bytes"]:
+            os.truncate(self._path, state["bytes"])
+        self.measured = dict(state["measured"])
+
+
+def read_decisions(run_dir: str | Path) -> Iterator[Decision]:
+    """The decisions of a run, in order; none where nothing was under control.
+
+    A last line that is still being written is left out.
+    """
+    path = Path(run_dir, DECISIONS)
+    if not path.exists():
+        return
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            values = json.loads(line)
+            known = {key: x for key, x in values["measures"].items() if x is not None}
+            yield Decision(**values | {"measures": known})
+
+
 class RunLog:
     """Collects what each step did, and hands means over a stretch of steps to the tracker.
 
@@ -63,16 +245,12 @@ class RunLog:
         kinds: Mapping[str, frozenset[str]],
         upfront_s: float = 0.0,
     ) -> None:
-        self._ledger, self._tracker, self._kinds = ledger, tracker, kinds
-        self._decisions = decisions
-        self._means = Means()  # since the last flush
+        self._ledger, self._decisions, self._tracker = ledger, decisions, tracker
+        self._kinds = kinds
+        self._means = metrics.Means()  # since the last flush
         self._counts = Counter[str]()  # steps since then; samples and tokens since the start
         self._select_s = self._wall_s_before = upfront_s
-        self._text: dict[str, float] = {}
-
-    def close(self) -> None:
-        """Put the rest of the ledger on the disk."""
-        self._ledger.flush()
+        self._last: dict[str, float] = {}
 
     def step(
         self, step: int, parts: Sequence[tuple[Mapping[str, Any], Selection]], loss: float
@@ -91,7 +269,7 @@ class RunLog:
         self._ledger.add(step, *(selection for _, selection in parts))
 
     def _pool(self, batch: Mapping[str, Any], selection: Selection, share: float) -> None:
-        size, kept = num_examples(selection.pool), num_examples(batch)
+        kept = num_examples(batch)
         found = metrics.of_selection(selection) | {metrics.LR_MULTIPLIER: selection.lr_multiplier}
         for kind, keys in self._kinds.items():
             found[metrics.kept_share(kind)] = sum(key in keys for key in batch["key"]) / kept
@@ -100,7 +278,7 @@ class RunLog:
         if "tokens" in batch:
             self._counts["tokens"] += batch["tokens"].numel()
         if selection.losses is not None:
-            self._counts["scored"] += size
+            self._counts["scored"] += num_examples(selection.pool)
         self._select_s += selection.seconds
         for decision in selection.decisions:
             self._decisions.add(decision)
@@ -124,10 +302,9 @@ class RunLog:
                 metrics.SELECT_S: self._select_s,
                 metrics.STEP_S: (wall_s - self._wall_s_before) / num_steps,
             }
-        found |= self._decisions.measured
-        self._tracker.log(step, found | {metrics.WALL_S: wall_s} | dict(evaluation))
-        counts["steps"], self._wall_s_before = 0, wall_s
-        self._text = found | dict(evaluation)
+        found |= self._decisions.measured | {metrics.WALL_S: wall_s} | dict(evaluation)
+        self._tracker.log(step, found)
+        counts["steps"], self._wall_s_before, self._last = 0, wall_s, found
         self._ledger.flush()
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,68 +334,31 @@ class RunLog:
             "accuracy": metrics.TEST_ACCURACY,
             "altered": metrics.kept_share("altered"),
         }
-        parts = [f"{k} {self._text[name]:.3f}" for k, name in shown.items() if name in self._text]
-        return "  ".join(parts)
+        return "  ".join(f"{k} {self._last[n]:.3f}" for k, n in shown.items() if n in self._last)
 
 
-class DecisionLog:
-    """Appends decisions to `decisions.jsonl`.
-
-    A line is `{"step", "what", "before", "after", "reason", "measures"}`; a measure that is not
-    finite is null.
-
-    Args:
-        run_dir: directory of the run.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / DECISIONS
-        self.measured: dict[str, float] = {}  # metric -> its last value
-
-    def add(self, decision: Decision) -> None:
-        """Write one decision.
-
-        Raises:
-            OSError: it cannot be written; names the file.
-        """
-        measures = {
-            name: value if math.isfinite(value) else None
-            for name, value in decision.measures.items()
-        }
-        line = {
-            "step": decision.step,
-            "what": decision.what,
-            "before": decision.before,
-            "after": decision.after,
-            "reason": decision.reason,
-            "measures": measures,
-        }
-        write_text(self._path, json.dumps(line) + "\n", "a")
-        for name, metric in metrics.CONTROLLED.items():
-            if (value := measures.get(name)) is not None:
-                self.measured[metric] = value
-
-    def state_dict(self) -> dict[str, Any]:
-        """How long the file is, all of it on the disk, and the last measures."""
-        return {"bytes": size_on_disk(self._path), "measured": dict(self.measured)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after `state_dict`; later lines are cut off."""
-        if self._path.exists() and self._path.stat().st_size > state["bytes"]:
-            os.truncate(self._path, state["bytes"])
-        self.measured = dict(state["measured"])
+def _number(name: str, value: Any) -> float | int | None:
+    """A plain number of a metric, None if it is not finite."""
+    if isinstance(value, int):
+        return value
+    try:
+        value = float(value)  # also 0-d tensors and numpy scalars
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metric {name} must be a number, got {value!r}") from error
+    return value if math.isfinite(value) else None
 
 
-def read_decisions(run_dir: str | Path) -> Iterator[Decision]:
-    """The decisions of a run, in order; none where nothing was under control.
+def _append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Append a line of JSON; an OSError names the file."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        # A full disk is only noticed on closing, and then the error does not say where.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
-    A last line that is still being written is left out.
-    """
-    path = Path(run_dir, DECISIONS)
-    if not path.exists():
-        return
-    for line in path.read_text("utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            values = json.loads(line)
-            known = {key: x for key, x in values["measures"].items() if x is not None}
-            yield Decision(**values | {"measures": known})
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop a last line without its end, left by a run that was killed while writing it."""
+    if path.is_file() and not (text := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, text.rfind(b"\n") + 1)

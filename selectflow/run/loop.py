@@ -1,4 +1,4 @@
-"""A configuration becomes a run directory: the training loop.
+"""A configuration becomes a run directory: the training loop, and its command line.
 
 `runs/<name>/` holds `config.yaml` (resolved), `metrics.jsonl`, `selection/` (the ledger),
 `decisions.jsonl` (the controller's), `checkpoints/step-*.pt` and `summary.json`; where the task can
@@ -9,11 +9,14 @@ save it, `model/`, at the end; after offline selection also the score file, `sel
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -22,21 +25,31 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 
 from selectflow.core.batches import Batch, MicroBatches, to_device
 from selectflow.run import metrics
-from selectflow.run.build import build_optimizer, build_schedule, build_selector, resolve_device
-from selectflow.run.checkpoint import Checkpoints, generator_states, restore_generators
-from selectflow.run.config import RunConfig
-from selectflow.run.directory import is_finished, lock, open_run_dir
+from selectflow.run.build import (
+    build_losses,
+    build_optimizer,
+    build_schedule,
+    build_selector,
+    resolve_device,
+    update,
+)
+from selectflow.run.config import RunConfig, load
+from selectflow.run.directory import (
+    Checkpoints,
+    generator_states,
+    is_finished,
+    lock,
+    open_run_dir,
+    restore_generators,
+)
 from selectflow.run.ledger import Ledger
-from selectflow.run.log import DecisionLog, RunLog, Stopwatch
+from selectflow.run.log import DecisionLog, RunLog, Stopwatch, Tracker
 from selectflow.run.offline import select_offline
 from selectflow.run.samples import SampleDisplay
-from selectflow.run.step import build_losses, update
-from selectflow.run.task import PoolSource, RunError, Task, identity_of
-from selectflow.run.tracker import Tracker
+from selectflow.run.task import PoolSource, RunError, Task
 from selectflow.strategies import Selection
 
 __all__ = ["RunError", "Task", "resolve_device", "train"]
@@ -110,16 +123,16 @@ class _Run:
         self.losses = build_losses(self.model, task.loss_fn, config.train, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)
-        stream = identity_of(task.pools)
-        self.selector = build_selector(
-            config, task, self.optimizer, self.scheduler, self.target, stream
-        )
         self.pools = PoolSource(task.pools, self.device)
+        self.selector = build_selector(
+            config, task, self.optimizer, self.scheduler, self.target, self.pools.identity
+        )
         self.watch = Stopwatch(upfront_s)
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
-        self.tracker = _tracker(config, saved)
-        records = Ledger(config.run_dir, stream), DecisionLog(config.run_dir)
-        self.log = RunLog(*records, self.tracker, task.kinds, upfront_s)
+        self.tracker = _tracker(config, saved["tracker"]["run_id"] if saved else None)
+        self.ledger = Ledger(config.run_dir, self.pools.identity)
+        decisions = DecisionLog(config.run_dir)
+        self.log = RunLog(self.ledger, decisions, self.tracker, task.kinds, upfront_s)
         self.samples = SampleDisplay(config, task, self.tracker)
         self.saved_at: int | None = None  # step of the newest checkpoint
         if saved is not None:
@@ -133,15 +146,19 @@ class _Run:
         with progress_bar(config.run_name, config.steps) as bar:
             self.watch.start()
             for parts in self.kept(config.steps - self.step):
-                loss = self.update([batch for batch, _ in parts])
+                batches = [batch for batch, _ in parts]
+                batch = batches[0] if len(batches) == 1 else MicroBatches(batches)
+                clip, accumulate = config.optimizer.max_grad_norm, config.train.accumulate
+                loss = update(
+                    self.model, self.losses, batch, self.optimizer, self.step, clip, accumulate
+                )
                 lr = self.optimizer.param_groups[0]["lr"] * parts[-1][1].lr_multiplier
                 self.scheduler.step()
                 self.step += 1
 
                 wall_s = self.watch.stop()  # evaluation, logging and saving are not counted
                 self.log.step(self.step, parts, loss)
-                for _, selection in parts:
-                    self.samples.add(self.step, selection)
+                self.samples.add(self.step, [selection for _, selection in parts])
                 is_last = self.step == config.steps or wall_s >= (config.max_wall_s or math.inf)
                 is_evaluated = self.step % config.eval_every == 0 or is_last
                 if is_evaluated:
@@ -150,10 +167,8 @@ class _Run:
                 if self.step % config.checkpoint_every == 0 or is_last or stop.name:
                     self.save()
                 show_progress(bar, self.step, self.log.summary(), with_line=is_evaluated)
-                if is_last:
-                    return "finished"
-                if stop.name:
-                    return f"stopped by {stop.name}"
+                if is_last or stop.name:
+                    return "finished" if is_last else f"stopped by {stop.name}"
                 self.watch.start()
         return "finished"  # the pools have come to their end
 
@@ -169,26 +184,18 @@ class _Run:
                 yield parts
                 parts = []
 
-    def update(self, batches: Sequence[Batch]) -> float:
-        """One optimizer step on the kept samples; their mean loss before it."""
-        batch = batches[0] if len(batches) == 1 else MicroBatches(batches)
-        return update(
-            self.model,
-            self.losses,
-            batch,
-            self.optimizer,
-            self.step,
-            max_grad_norm=self.config.optimizer.max_grad_norm,
-            accumulate=self.config.train.accumulate,
-        )
-
     def evaluate(self) -> dict[str, float]:
         """Means over the target and the test set, by metric name; what the pools cost and lack."""
         found: dict[str, float] = {}
-        with evaluating(self.model):
-            for split, batches in (("target", self.target), ("test", self.test)):
-                means = self.task.evaluate(self.model, batches)
-                found |= {metrics.evaluated(split, name): x for name, x in means.items()}
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for split, batches in (("target", self.target), ("test", self.test)):
+                    means = self.task.evaluate(self.model, batches)
+                    found |= {metrics.evaluated(split, name): x for name, x in means.items()}
+        finally:
+            self.model.train(training)
         errors = sum(self.pools.errors.values())
         return found | {metrics.DATA_ERRORS: errors, metrics.DATA_S: self.pools.seconds}
 
@@ -200,7 +207,7 @@ class _Run:
 
     def finish(self, status: str) -> None:
         """Write the rest of the log, and how the run ended."""
-        self.log.close()
+        self.ledger.flush()
         if status == "finished":
             if self.task.save:
                 self.task.save(self.config.run_dir / "model")
@@ -228,27 +235,15 @@ class _Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.watch.seconds = state["step"], state["wall_s"]
         self.saved_at, self.pools.seconds = self.step, state.get("data_s", 0.0)
-        for name in ("model", "optimizer", "scheduler", "selector", "pools"):
+        for name in ("model", "optimizer", "scheduler", "selector", "pools", "tracker"):
             getattr(self, name).load_state_dict(state[name])
         self.log.load_state_dict(state["log"], self.step)
         self.samples.load_state_dict(state.get("samples", {}))
         restore_generators(state["generators"])
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and back to the mode of before."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 def progress_bar(name: str, steps: int) -> Progress:
-    """How far a run has got: a bar on stdout at a terminal, and elsewhere nothing."""
+    """A bar on stdout at a terminal, and elsewhere nothing."""
     console = Console(file=sys.stdout)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -271,11 +266,11 @@ def show_progress(bar: Progress, step: int, text: str, *, with_line: bool) -> No
         print(f"{task.description} {step}/{task.total} {text}".rstrip(), flush=True)
 
 
+@dataclass
 class StopRequest:
-    """Whether the process was asked to stop, by SIGTERM or Ctrl-C."""
+    """The signal by which the process was asked to stop, if it was."""
 
-    def __init__(self) -> None:
-        self.name: str | None = None
+    name: str | None = None
 
 
 @contextlib.contextmanager
@@ -302,19 +297,59 @@ def stop_request() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def _tracker(config: RunConfig, saved: dict[str, Any] | None) -> Tracker:
-    tracker = Tracker(
+def _tracker(config: RunConfig, run_id: str | None) -> Tracker:
+    track, select = config.track, config.select
+    return Tracker(
         config.run_dir,
         config.model_dump(mode="json"),
         name=config.run_name,
-        mode=config.track.wandb,
-        project=config.track.project,
-        group=config.track.group,
-        job_type=config.track.job_type
-        or ("replay" if config.select.replay else config.select.strategy),
-        tags=config.track.tags,
-        run_id=saved["tracker"]["run_id"] if saved else None,
+        mode=track.wandb,
+        project=track.project,
+        group=track.group,
+        job_type=track.job_type or ("replay" if select.replay else select.strategy),
+        tags=track.tags,
+        run_id=run_id,
     )
-    if saved:
-        tracker.load_state_dict(saved["tracker"])
-    return tracker
+
+
+# --- the command line of the programs in trainers/ ------------------------------------------------
+
+
+def trainer_main(
+    arguments: Sequence[str], build_task: Callable[[RunConfig], Task], usage: str | None
+) -> int:
+    """Run a configuration.
+
+    Args:
+        arguments: of the command line: the YAML file and `key=value` overrides.
+        build_task: makes the model and its data; the same for the same configuration.
+        usage: printed when asked for, or where there are no arguments.
+
+    Returns:
+        0, or 2 with a message where the input is at fault.
+    """
+    print_anything()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if arguments else 2
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("selectflow").setLevel(logging.INFO)
+    try:
+        config = load(arguments[0], arguments[1:])
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        run_dir = train(config, build_task(config))
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {run_dir}")
+    return 0
+
+
+def print_anything() -> None:
+    """From here on, print a character that stdout cannot encode as its escape in Python source.
+
+    A run must not end because a terminal, a pipe or a log cannot show a character of its data.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

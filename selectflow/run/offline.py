@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import torch
+from pyarrow.parquet import write_table
 
 from selectflow.core.batches import Batch, chunks, num_examples, num_kept, to_device
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.files import atomic_file
-from selectflow.data import PoolStream, Sources
+from selectflow.data import Layout, Manifest, PoolStream, Sources, write_subset
 from selectflow.offline.record import record
-from selectflow.offline.score import score_samples
+from selectflow.offline.score import SampleScores, score_samples
 from selectflow.offline.trajectory import Trajectory
 from selectflow.run.build import build_optimizer, build_schedule, resolve_device
 from selectflow.run.config import RunConfig
-from selectflow.run.scores import write_selected
 from selectflow.run.task import RunError, Task
+
+_DEFAULT_LAYOUT = Layout()
 
 
 def select_offline(config: RunConfig, task: Task) -> tuple[Task, float]:
@@ -117,3 +123,85 @@ def _batches(config: RunConfig, task: Task, device: torch.device) -> Iterator[Ba
     for pool in task.pools:
         size = num_kept(config.select.keep, num_examples(pool))
         yield from chunks(to_device(pool, device), size)
+
+
+# --- chosen samples as a dataset of their own -----------------------------------------------------
+
+
+def write_scores(folder: str | Path, scores: SampleScores, kept: Iterable[str]) -> Path:
+    """Write `scores.parquet`: a row `key, score, occurrences, kept` for each sample, best first.
+
+    Args:
+        folder: where it goes.
+        scores: of the samples.
+        kept: keys of those that are kept.
+
+    Returns:
+        The file, which is there whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    order, chosen = scores.ranking(), set(kept)
+    columns = {
+        "key": [scores.keys[row] for row in order],
+        "score": scores.score[order].numpy(),
+        "occurrences": scores.occurrences[order].numpy(),
+        "kept": [scores.keys[row] in chosen for row in order],
+    }
+    path = Path(folder, "scores.parquet")
+    with atomic_file(path) as file:
+        write_table(pa.table(columns), file)
+    return path
+
+
+def write_selected(
+    root: str | Path,
+    scores: SampleScores,
+    kept: Iterable[str],
+    source: Sources,
+    made_from: Mapping[str, Any],
+    *,
+    seed: int,
+    split: str = "train",
+    copied: Iterable[str] = (),
+    layout: Layout = _DEFAULT_LAYOUT,
+) -> Manifest:
+    """Write the chosen samples of a dataset as shards, with the scores of all beside them.
+
+    The manifest says from what they came: `source`, the fingerprint of the dataset, `split`,
+    `made_from`, and `scores_sha256`, a digest of the scores.
+
+    Args:
+        root: dataset directory, made if missing; it gets `scores.parquet` too.
+        scores: of samples of the source.
+        kept: keys of those to write.
+        source: the dataset, anything that `PoolStream` takes.
+        made_from: how they were chosen, as JSON can hold it.
+        seed: of the run that was scored, for the manifest.
+        split: name of the split that they are of, in both.
+        copied: splits of the source that are copied whole.
+        layout: how to lay them out.
+
+    Returns:
+        The manifest; samples are in the stored order of the source.
+
+    Raises:
+        DataError: the source cannot be read or lacks a sample; root holds another dataset.
+        OSError: a file cannot be written.
+    """
+    kept = list(kept)
+    listed = zip(scores.keys, scores.score.tolist(), strict=True)
+    digest = hashlib.sha256("\n".join(f"{key} {score!r}" for key, score in listed).encode())
+    manifest = write_subset(
+        root,
+        source,
+        split,
+        kept,
+        {**made_from, "scores_sha256": digest.hexdigest()},
+        seed=seed,
+        copied=copied,
+        layout=layout,
+    )
+    write_scores(root, scores, kept)
+    return manifest

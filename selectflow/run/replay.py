@@ -160,12 +160,13 @@ class Replay:
 
 
 def _check_same(run_dir: str | Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    shared = theirs.keys() & ours.keys()  # pools of a user's own need not say
-    differing = [name for name in theirs if name in shared and theirs[name] != ours[name]]
+    differing = [
+        f"{name}: {theirs[name]!r} there, {ours[name]!r} here"
+        for name in theirs
+        if name in ours and theirs[name] != ours[name]  # pools of a user's own need not say
+    ]
     if differing:
-        listed = ", ".join(
-            f"{name}: {theirs[name]!r} there, {ours[name]!r} here" for name in differing
-        )
+        listed = ", ".join(differing)
         raise ReplayError(
             f"a replay must have the pools of the run in {run_dir}, got {listed}; use its dataset, "
             "pool size and seed"

@@ -1,24 +1,195 @@
-"""The samples that a run scored highest and lowest, on stdout and at W&B.
+"""The samples that a run scored highest and lowest, as pictures or text, on stdout and at W&B.
 
 A table of the recent ones is shown with each evaluation, one of the whole run at its end.
 """
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from selectflow.core.batches import Batch
+from selectflow.data import (
+    DataError,
+    Sources,
+    Tokenizer,
+    open_tokenizer,
+    picture,
+    read_metadata,
+    read_samples,
+)
 from selectflow.run.config import RunConfig
-from selectflow.run.sample_text import extreme_rows
+from selectflow.run.ledger import rank_samples, read_scored, sum_samples
+from selectflow.run.log import Tracker
 from selectflow.run.task import Task
-from selectflow.run.tracker import Tracker
 from selectflow.strategies import Selection
 
-_ENDS = {"highest": 1, "lowest": -1}
+_SIDE = 64  # pixels
+_LENGTH = 280  # characters of a text
 _WIDTH = 100  # characters of a line
+_ENDS = {"highest": 1, "lowest": -1}
+
+
+class Sample(NamedTuple):
+    """One sample over a run.
+
+    Attributes:
+        key: its id.
+        score: mean of its scores, each in standard deviations from the mean of its pool.
+        times: pools it was in.
+        kept: times it was kept.
+    """
+
+    key: str
+    score: float
+    times: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample as a reader sees it.
+
+    Attributes:
+        sample: its id and scores.
+        facts: what is known of it: label, score, how often it was kept.
+        png: its picture; None for text.
+        text: its text; "" for a picture.
+        altered: whether its label was altered; None: not known.
+    """
+
+    sample: Sample
+    facts: list[str]
+    png: bytes | None
+    text: str
+    altered: bool | None
+
+
+def extremes(
+    ranked: Any, root: Sources, metadata: Mapping[str, Mapping[str, Any]], num: int
+) -> tuple[list[Shown], list[Shown]]:
+    """The samples with the highest and with the lowest mean score.
+
+    Args:
+        ranked: a table of `rank_samples`.
+        root: the dataset, as `PoolStream` takes it.
+        metadata: sample key -> what the writer of the data recorded.
+        num: samples at each end, fewer where there are not twice as many.
+
+    Returns:
+        Highest first, and lowest first; without those that the dataset does not hold.
+
+    Raises:
+        DataError: the dataset cannot be read.
+    """
+    num = min(num, len(ranked) // 2)
+    best, worst = ranked.slice(0, num), ranked.slice(len(ranked) - num)
+    ends = [[Sample(**row) for row in part.to_pylist()] for part in (best, worst)]
+    ends[1].reverse()
+    found = read_samples(root, "train", [sample.key for part in ends for sample in part])
+    tokenizers = _tokenizers(root)
+
+    def source_of(key: str) -> str:
+        return key.partition("/")[0] if isinstance(root, Mapping) else ""
+
+    highest, lowest = (
+        [
+            show(s, found[s.key], metadata.get(s.key, {}), tokenizers.get(source_of(s.key)))
+            for s in part
+            if s.key in found
+        ]
+        for part in ends
+    )
+    return highest, lowest
+
+
+def extreme_rows(run_dir: Path, source: Sources, num: int = 16) -> list[dict[str, Any]]:
+    """The samples of a run with the highest and the lowest mean score, as rows of a table.
+
+    Args:
+        run_dir: its directory.
+        source: the dataset that it read, as `PoolStream` takes it.
+        num: samples at each end.
+
+    Raises:
+        DataError: the dataset cannot be read.
+        LedgerError: the ledger cannot be read.
+    """
+    metadata = read_metadata(source, "train", max_errors=math.inf)
+    sums = [sum_samples(table) for table in read_scored(run_dir)]
+    if not sums:
+        return []
+    ends = zip(_ENDS, extremes(rank_samples(sums), source, metadata, num), strict=True)
+    return [
+        {
+            "end": end, "key": shown.sample.key, "score": shown.sample.score,
+            "altered": shown.altered, "facts": ", ".join(shown.facts), "text": shown.text,
+            "png": shown.png,
+        }
+        for end, samples in ends
+        for shown in samples
+    ]  # fmt: skip
+
+
+def _tokenizers(root: Sources) -> dict[str, Tokenizer]:
+    """The tokenizer of each source that has one, by name; "" where there is one source."""
+    found: dict[str, Tokenizer] = {}
+    for name, source in (root if isinstance(root, Mapping) else {"": root}).items():
+        if isinstance(source, str | Path):
+            with suppress(DataError):
+                found[name] = open_tokenizer(source)
+    return found
+
+
+def show(
+    sample: Sample,
+    fields: Mapping[str, Any],
+    made: Mapping[str, Any],
+    tokenizer: Tokenizer | None = None,
+) -> Shown:
+    """A sample as a picture or text.
+
+    Args:
+        sample: its scores.
+        fields: its content, as `read_split` yields it.
+        made: what the writer of the data recorded about it.
+        tokenizer: of its tokens; None: bytes are text, others stay ids.
+    """
+    facts = [f"score {sample.score:+.2f} sd", f"kept {sample.kept} of {sample.times}"]
+    if "cls" in fields:
+        facts.insert(0, f"label {fields['cls']}")
+    altered = bool(made["altered"]) if "altered" in made else None
+    if altered and "true_label" in made:
+        facts[0] += f", really {made['true_label']}"
+    known = dict.fromkeys(str(made[name]) for name in ("domain", "origin") if name in made)
+    facts[:0] = known
+    image = next((fields[f] for f in ("png", "jpg", "jpeg", "npy") if f in fields), None)
+    if image is not None and np.ndim(image) == 3:
+        picture(dict(fields), _SIDE).save(file := io.BytesIO(), "PNG")
+        return Shown(sample, facts, file.getvalue(), "", altered)
+    return Shown(sample, facts, None, _text(fields, tokenizer)[:_LENGTH], altered)
+
+
+def _text(fields: Mapping[str, Any], tokenizer: Tokenizer | None) -> str:
+    if "txt" in fields:
+        return str(fields["txt"])
+    tokens = np.asarray(fields.get("npy", []))
+    if tokenizer is not None and tokens.ndim == 1:
+        return tokenizer.decode(tokens.tolist())
+    if tokens.dtype == np.uint8:  # bytes are text
+        return tokens.tobytes().decode("utf-8", "replace")
+    return "tokens " + " ".join(map(str, tokens.ravel()[:_LENGTH].tolist()))
+
+
+# --- the recent ones, while the run goes on -------------------------------------------------------
 
 
 class SampleTable:
@@ -43,36 +214,28 @@ class SampleTable:
         self._rows: dict[str, list[dict[str, Any]]] = {end: [] for end in _ENDS}
 
     def add(self, step: int, selection: Selection) -> None:
-        """Look at the scores of one pool; skip a pool whose scores are all equal.
-
-        Args:
-            step: the optimizer step that it was for, from 1.
-            selection: of a pool that is a mapping with a list "key".
-        """
+        """Look at the scores of the pool of a step, from 1, unless all of them are equal."""
         scores = selection.scores.double()
         spread = scores.std(correction=0)
         if not spread > 0:
             return
         scores = (scores - scores.mean()) / spread
         for end, sign in _ENDS.items():
-            top = torch.sort(sign * scores, descending=True, stable=True)
-            best = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-            for score, index in list(best)[: self._num]:
-                self._offer(end, step, sign * score, selection.pool, index)
+            top = torch.sort(sign * scores, descending=True, stable=True).indices[: self._num]
+            new = [self._row(end, step, float(scores[i]), selection.pool, i) for i in top.tolist()]
+            rows = sorted(self._rows[end] + new, key=lambda row: -sign * row["score"])
+            first: dict[str, dict[str, Any]] = {}
+            for row in rows:
+                first.setdefault(row["key"], row)
+            self._rows[end] = list(first.values())[: self._num]
 
-    def _offer(self, end: str, step: int, score: float, pool: Batch, index: int) -> None:
-        sign, rows, key = _ENDS[end], self._rows[end], pool["key"][index]
-        known = next((row for row in rows if row["key"] == key), None)
-        beaten = known or (rows[-1] if len(rows) == self._num else None)
-        if beaten is not None:
-            if sign * score <= sign * beaten["score"]:
-                return
-            rows.remove(beaten)
+    def _row(self, end: str, step: int, score: float, pool: Batch, index: int) -> dict[str, Any]:
+        key = pool["key"][index]
         origin = ", ".join(kind for kind, keys in self._kinds.items() if key in keys)
-        text = self._show(pool, index) if self._show else ""
-        row = {"end": end, "score": score, "origin": origin, "step": step, "key": key}
-        rows.append(row | {"text": one_line(text)})
-        rows.sort(key=lambda row: -sign * row["score"])
+        text = one_line(self._show(pool, index)) if self._show else ""
+        return {
+            "end": end, "score": score, "origin": origin, "step": step, "key": key, "text": text
+        }  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
         """The highest, highest first, then the lowest, lowest first; rows have equal keys."""
@@ -134,9 +297,9 @@ class SampleDisplay:
         self._is_live = self._num > 0 and self._is_scored and not config.select.is_offline
         self._table = SampleTable(self._num, task.kinds, task.show)
 
-    def add(self, step: int, selection: Selection) -> None:
-        """Look at one pool of the optimizer step `step`, from 1."""
-        if self._is_live:
+    def add(self, step: int, selections: Sequence[Selection]) -> None:
+        """Look at the pools of the optimizer step `step`, from 1."""
+        for selection in selections if self._is_live else ():
             self._table.add(step, selection)
 
     def show_recent(self, step: int) -> None:

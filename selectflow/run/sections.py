@@ -30,76 +30,68 @@ def _holds_splits(value: object) -> bool:
 Location = Directory | Annotated[str, Field(pattern="^[a-z0-9+]+://")]
 
 
-class TextConfig(Section):
+class _Section(Section, use_attribute_docstrings=True):
+    """A section whose fields are each described by the string below it."""
+
+
+class TextConfig(_Section):
     """What blocks of text are made of, as `selectflow shards make text` makes them."""
 
-    source: str = Field(
-        default="python",
-        description="python: what comes with it; files:FOLDER; jsonl:FILE; hf:NAME",
-    )
-    tokenizer: str = Field(
-        default="bytes", description="bytes; bpe:SIZE, trained on the text; or an existing one"
-    )
-    block: Annotated[int, Field(ge=2)] = Field(default=128, description="tokens of an example")
-    rest: Literal["drop", "pad", "pack"] = Field(
-        default="drop", description="what becomes of tokens that fill no block"
-    )
-    target_domain: str | None = Field(
-        default="code", description="domain of the target and test sets; null: all"
-    )
-    mixture: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = Field(
-        default=None,
-        description="shares of domains and of dirt (shuffled, duplicate, boilerplate) in the "
-        "stream; null: all clean text",
-    )
-    num_train: Count | None = Field(
-        default=None, description="examples of the stream; null: all; needed for a mixture"
-    )
-    num_target: Count = Field(default=200, description="examples of the target set")
-    num_test: Count = Field(default=400, description="examples of the test set")
+    source: str = "python"
+    """python: what comes with it; files:FOLDER; jsonl:FILE; hf:NAME"""
+    tokenizer: str = "bytes"
+    """bytes; bpe:SIZE, trained on the text; or an existing one"""
+    block: Annotated[int, Field(ge=2)] = 128
+    """tokens of an example"""
+    rest: Literal["drop", "pad", "pack"] = "drop"
+    """what becomes of tokens that fill no block"""
+    target_domain: str | None = "code"
+    """domain of the target and test sets; null: all"""
+    mixture: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
+    """shares of domains and of dirt (shuffled, duplicate, boilerplate) in the stream; null: all
+    clean text"""
+    num_train: Count | None = None
+    """examples of the stream; null: all; needed for a mixture"""
+    num_target: Count = 200
+    """examples of the target set"""
+    num_test: Count = 400
+    """examples of the test set"""
 
 
-class DataConfig(Section):
+class DataConfig(_Section):
     """Where the examples come from."""
 
-    name: Literal["digits", "text", "shards"] = Field(
-        default="digits",
-        description="digits, text: written on first use; shards: an existing directory",
-    )
-    text: TextConfig = Field(default=TextConfig(), description="how text is made (text)")
+    name: Literal["digits", "text", "shards"] = "digits"
+    """digits, text: written on first use; shards: an existing directory"""
+    text: TextConfig = TextConfig()
+    """how text is made (text)"""
     root: Annotated[
         Location | None,
         BeforeValidator(_path_or_url),
         must_be("a directory with the splits train, target and test, or its URL", _holds_splits),
-    ] = Field(
-        default=None,
-        description="directory of the shards, or its URL (s3, gs, hf, https: extra `remote`); "
-        "null: data/<name and options> for digits and text",
-    )
-    label_noise: float = Field(
-        default=0.0, ge=0, lt=1, description="share of training labels made wrong (digits)"
-    )
-    seed: int = Field(
-        default=0, ge=0, description="seed of the written shards: which labels are altered"
-    )
-    separate_documents: bool = Field(
-        default=False,
-        description="documents that share a block (text.rest: pack) do not see each other: "
-        "positions begin again after each end token. A block's loss and score are then the means "
-        "of its documents', weighted by their predicted tokens (language)",
-    )
-    pool: Count = Field(default=64, description="P: candidate examples of one optimizer step")
-    num_workers: int = Field(
-        default=0, ge=0, description="processes that read and decode; 0: the training process"
-    )
-    buffer: Count = Field(default=4096, description="samples that are shuffled together")
-    memory_gib: float = Field(
-        default=1.0, ge=0, description="decoded data up to this size, in GiB, are held in memory"
-    )
-    max_errors: int = Field(
-        default=0, ge=0, description="unreadable samples before the run stops; 0: the first does"
-    )
-    target_batch: Count = Field(default=200, description="examples of one batch of the target set")
+    ] = None
+    """directory of the shards, or its URL (s3, gs, hf, https: extra `remote`); null: data/<name and
+    options> for digits and text"""
+    label_noise: float = Field(default=0.0, ge=0, lt=1)
+    """share of training labels made wrong (digits)"""
+    seed: int = Field(default=0, ge=0)
+    """seed of the written shards: which labels are altered"""
+    separate_documents: bool = False
+    """documents that share a block (text.rest: pack) do not see each other: positions begin again
+    after each end token. A block's loss and score are then the means of its documents', weighted by
+    their predicted tokens (language)"""
+    pool: Count = 64
+    """P: candidate examples of one optimizer step"""
+    num_workers: int = Field(default=0, ge=0)
+    """processes that read and decode; 0: the training process"""
+    buffer: Count = 4096
+    """samples that are shuffled together"""
+    memory_gib: float = Field(default=1.0, ge=0)
+    """decoded data up to this size, in GiB, are held in memory"""
+    max_errors: int = Field(default=0, ge=0)
+    """unreadable samples before the run stops; 0: the first does"""
+    target_batch: Count = 200
+    """examples of one batch of the target set"""
 
     @property
     def directory(self) -> Path | str:
@@ -120,71 +112,57 @@ class DataConfig(Section):
 # --- model and training ---------------------------------------------------------------------------
 
 
-class ModelConfig(Section):
+class ModelConfig(_Section):
     """The network that is trained."""
 
-    name: Literal["mlp", "cnn", "resnet18", "gpt2", "llama"] = Field(
-        default="mlp",
-        description="architecture: mlp, cnn, resnet18 (trainers/vision.py), gpt2, llama "
-        "(trainers/language.py)",
-    )
-    hidden: tuple[Count, ...] = Field(
-        default=(128, 128), strict=False, description="units of each hidden layer (mlp)"
-    )
-    width: Count = Field(
-        default=16,
-        description="channels of the first convolution (cnn); size of a token's embedding, a "
-        "multiple of `heads` (gpt2, llama)",
-    )
-    num_classes: Count | None = Field(
-        default=None,
-        description="classes; null: as many as the labels have, all of which are then read before "
-        "the first step (mlp, cnn, resnet18)",
-    )
-    layers: Count = Field(default=4, description="transformer blocks (gpt2, llama)")
-    heads: Count = Field(default=4, description="attention heads of a block (gpt2, llama)")
-    positions: Count | None = Field(
-        default=None,
-        description="longest sequence, in tokens; null: that of the data (gpt2, llama)",
-    )
-    pretrained: str | None = Field(
-        default=None,
-        description="weights to begin with: a folder of save_pretrained or a Hugging Face name, "
-        "whose sizes then hold (gpt2, llama)",
-    )
-    lora_rank: int = Field(
-        default=0, ge=0, description="rank of LoRA adapters; 0: every weight is trained"
-    )
+    name: Literal["mlp", "cnn", "resnet18", "gpt2", "llama"] = "mlp"
+    """architecture: mlp, cnn, resnet18 (trainers/vision.py), gpt2, llama (trainers/language.py)"""
+    hidden: tuple[Count, ...] = Field(default=(128, 128), strict=False)
+    """units of each hidden layer (mlp)"""
+    width: Count = 16
+    """channels of the first convolution (cnn); size of a token's embedding, a multiple of `heads`
+    (gpt2, llama)"""
+    num_classes: Count | None = None
+    """classes; null: as many as the labels have, all of which are then read before the first step
+    (mlp, cnn, resnet18)"""
+    layers: Count = 4
+    """transformer blocks (gpt2, llama)"""
+    heads: Count = 4
+    """attention heads of a block (gpt2, llama)"""
+    positions: Count | None = None
+    """longest sequence, in tokens; null: that of the data (gpt2, llama)"""
+    pretrained: str | None = None
+    """weights to begin with: a folder of save_pretrained or a Hugging Face name, whose sizes then
+    hold (gpt2, llama)"""
+    lora_rank: int = Field(default=0, ge=0)
+    """rank of LoRA adapters; 0: every weight is trained"""
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(_Section):
     """The optimizer, with the names and meanings of torch.optim."""
 
-    name: Literal["adamw", "sgd"] = Field(default="adamw", description="torch.optim.AdamW or SGD")
-    lr: float = Field(default=3e-3, gt=0, description="learning rate")
-    weight_decay: float = Field(
-        default=0.01,
-        ge=0,
-        description="decay per update; decoupled in adamw, added to the gradient in sgd",
-    )
-    betas: tuple[Beta, Beta] = Field(
-        default=(0.9, 0.999), strict=False, description="decay of exp_avg and of exp_avg_sq (adamw)"
-    )
-    eps: float = Field(default=1e-8, gt=0, description="added to the root of exp_avg_sq (adamw)")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum (sgd)")
-    max_grad_norm: float | None = Field(
-        default=None, gt=0, description="clip the gradient to this norm; null: no clipping"
-    )
+    name: Literal["adamw", "sgd"] = "adamw"
+    """torch.optim.AdamW or SGD"""
+    lr: float = Field(default=3e-3, gt=0)
+    """learning rate"""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """decay per update; decoupled in adamw, added to the gradient in sgd"""
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), strict=False)
+    """decay of exp_avg and of exp_avg_sq (adamw)"""
+    eps: float = Field(default=1e-8, gt=0)
+    """added to the root of exp_avg_sq (adamw)"""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """momentum (sgd)"""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """clip the gradient to this norm; null: no clipping"""
 
 
-class TrainConfig(Section):
+class TrainConfig(_Section):
     """How the gradient of an update is computed."""
 
-    accumulate: Count = Field(
-        default=1,
-        description="micro-batches that the kept samples of an update are passed in, one after the "
-        "other: less memory, the same gradient (but for batch norm)",
-    )
+    accumulate: Count = 1
+    """micro-batches that the kept samples of an update are passed in, one after the other: less
+    memory, the same gradient (but for batch norm)"""
     autocast: Annotated[
         Literal["bf16"] | None,
         must_be(
@@ -192,21 +170,15 @@ class TrainConfig(Section):
             "scaler skips steps that the look-ahead counts on; bf16 has the range of float32)",
             lambda value: value in ("bf16", None),
         ),
-    ] = Field(
-        default=None,
-        description="bf16: matrix products of training and scoring in bfloat16; parameters, their "
-        "gradients and simulated updates stay in float32. null: everything in float32",
-    )
-    checkpointing: bool = Field(
-        default=False,
-        description="recompute the activations of each transformer block in the backward pass of "
-        "the training step: less memory, the same gradient, a third more time (gpt2, llama)",
-    )
-    compile: bool = Field(
-        default=False,
-        description="torch.compile the model of the training step: its first steps take long, and "
-        "it needs a C++ compiler",
-    )
+    ] = None
+    """bf16: matrix products of training and scoring in bfloat16; parameters, their gradients and
+    simulated updates stay in float32. null: everything in float32"""
+    checkpointing: bool = False
+    """recompute the activations of each transformer block in the backward pass of the training
+    step: less memory, the same gradient, a third more time (gpt2, llama)"""
+    compile: bool = False
+    """torch.compile the model of the training step: its first steps take long, and it needs a C++
+    compiler"""
 
 
 # --- what changes over the run --------------------------------------------------------------------
@@ -219,69 +191,49 @@ Milestone = Annotated[
     ),
 ]
 
+Milestones = tuple[int, ...] | tuple[Milestone, ...]
 
-def _check_milestones(steps: Sequence[int], shape: object) -> None:
+
+def _check_milestones(value: Milestones, info: ValidationInfo) -> Milestones:
+    steps = [each if isinstance(each, int) else each[0] for each in value]
     rule = None
-    if shape == "step" and not steps:
+    if info.data.get("name") == "step" and not steps:
         rule = "given when name is step"
     elif any(earlier >= later for earlier, later in pairwise(steps)):
         rule = "in rising order of step"
     if rule:
         raise PydanticCustomError("rule", "must be {rule}", {"rule": rule})
+    return value
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(_Section):
     """The learning rate over the run, as a multiple of optimizer.lr."""
 
-    name: Literal["constant", "cosine", "linear", "step"] = Field(
-        default="constant", description="shape after the warm-up"
-    )
-    warmup_steps: int = Field(
-        default=0, ge=0, description="steps of linear rise from 0 to optimizer.lr"
-    )
-    final: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="share of optimizer.lr left at the last step (cosine, linear)",
-    )
-    milestones: tuple[Count, ...] = Field(
-        default=(),
-        strict=False,
-        validate_default=True,
-        description="rising steps, at each of which the rate is multiplied by `factor` (step)",
-    )
-    factor: float = Field(
-        default=0.1, gt=0, le=1, description="of the rate at each milestone (step)"
-    )
+    name: Literal["constant", "cosine", "linear", "step"] = "constant"
+    """shape after the warm-up"""
+    warmup_steps: int = Field(default=0, ge=0)
+    """steps of linear rise from 0 to optimizer.lr"""
+    final: float = Field(default=0.0, ge=0, le=1)
+    """share of optimizer.lr left at the last step (cosine, linear)"""
+    milestones: tuple[Count, ...] = Field(default=(), strict=False, validate_default=True)
+    """rising steps, at each of which the rate is multiplied by `factor` (step)"""
+    factor: float = Field(default=0.1, gt=0, le=1)
+    """of the rate at each milestone (step)"""
 
-    @field_validator("milestones")
-    @classmethod
-    def _rise(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        _check_milestones(value, info.data.get("name"))
-        return value
+    _rise = field_validator("milestones")(_check_milestones)
 
 
-class HorizonScheduleConfig(Section):
+class HorizonScheduleConfig(_Section):
     """The horizon over the run; it begins at select.horizon."""
 
-    name: Literal["constant", "linear", "step"] = Field(
-        default="constant",
-        description="constant: select.horizon; linear: in equal parts to `final`; step: by list",
-    )
-    final: int = Field(default=0, ge=0, description="horizon of the last step (linear)")
-    milestones: tuple[Milestone, ...] = Field(
-        default=(),
-        strict=False,
-        validate_default=True,
-        description="pairs [step, horizon], steps rising: the horizon from that step on (step)",
-    )
+    name: Literal["constant", "linear", "step"] = "constant"
+    """constant: select.horizon; linear: in equal parts to `final`; step: by list"""
+    final: int = Field(default=0, ge=0)
+    """horizon of the last step (linear)"""
+    milestones: tuple[Milestone, ...] = Field(default=(), strict=False, validate_default=True)
+    """pairs [step, horizon], steps rising: the horizon from that step on (step)"""
 
-    @field_validator("milestones")
-    @classmethod
-    def _rise(cls, value: tuple[Milestone, ...], info: ValidationInfo) -> tuple[Milestone, ...]:
-        _check_milestones([step for step, _ in value], info.data.get("name"))
-        return value
+    _rise = field_validator("milestones")(_check_milestones)
 
 
 # --- selection ------------------------------------------------------------------------------------
@@ -291,87 +243,47 @@ def _is_horizon(value: object) -> bool:
     return is_count(value, 0) or value in (math.inf, "auto")
 
 
-Mode = Literal["online", "offline", "replay"]
-
-
-def mode_of(horizon: object, replay: object) -> Mode:
-    """How the examples of a run are chosen: pool by pool, before it, or as another run chose them.
-
-    Args:
-        horizon: `select.horizon`; infinite: offline.
-        replay: `select.replay`; a directory: replay.
-    """
-    if horizon == math.inf:
-        return "offline"
-    return "online" if replay is None else "replay"
-
-
-class SelectConfig(SelectOptions):
+class SelectConfig(SelectOptions, use_attribute_docstrings=True):
     """Which examples of a pool are trained on."""
 
-    strategy: Literal["uniform", "loss", "influence"] = Field(
-        default="influence",
-        description="uniform: at random; loss: largest first; influence: by score",
-    )
+    strategy: Literal["uniform", "loss", "influence"] = "influence"
+    """uniform: at random; loss: largest first; influence: by score"""
     horizon: Annotated[
         Annotated[int, Field(ge=0)] | Annotated[float, Field(allow_inf_nan=True)] | Literal["auto"],
         must_be("an integer >= 0, auto or .inf", _is_horizon),
-    ] = Field(
-        default=1,
-        description="H: optimizer updates from scoring to reading the target loss; auto: the "
-        "controller's choice; .inf: offline, a run on everything is recorded first, and only its "
-        "best samples are trained on",
-    )
-    largest_horizon: int = Field(
-        default=8, ge=0, description="the largest horizon that the controller may choose (auto)"
-    )
-    horizon_schedule: HorizonScheduleConfig = Field(
-        default=HorizonScheduleConfig(), description="how the horizon changes over the run"
-    )
-    lr: Literal["schedule", "auto"] = Field(
-        default="schedule",
-        description="learning rate: as scheduled, or multiplied by what the controller chooses",
-    )
-    lr_lowest: float = Field(
-        default=1 / 64, gt=0, le=1, description="the smallest multiplier of the schedule (lr: auto)"
-    )
-    lr_highest: float = Field(
-        default=64.0, ge=1, description="the largest multiplier of the schedule (lr: auto)"
-    )
-    score_view: Annotated[int, Field(ge=2)] | None = Field(
-        default=None,
-        description="tokens of each example of the pools and of the target that are scored, the "
-        "first ones that count; training is on all of them. null: all (gpt2, llama)",
-    )
-    record_steps: Count | None = Field(
-        default=None,
-        description="optimizer steps of the recorded run (offline), whose batches are held in "
-        "memory; null: steps",
-    )
-    record_lr: float | None = Field(
-        default=None,
-        gt=0,
-        description="learning rate of the recorded run (offline): scores are the more faithful "
-        "the smaller it is; null: optimizer.lr",
-    )
-    keep_samples: float = Field(
-        default=0.5, gt=0, le=1, description="share of the recorded samples kept (offline)"
-    )
-    replay: Directory | None = Field(
-        default=None,
-        description="run directory: train on exactly what it kept, without scoring; needs its "
-        "dataset, pool size and seed, and leaves the fields above unused",
-    )
-
-    @property
-    def mode(self) -> Mode:
-        """How the examples of the run are chosen."""
-        return mode_of(self.horizon, self.replay)
+    ] = 1
+    """H: optimizer updates from scoring to reading the target loss; auto: the controller's choice;
+    .inf: offline, a run on everything is recorded first, and only its best samples are trained
+    on"""
+    largest_horizon: int = Field(default=8, ge=0)
+    """the largest horizon that the controller may choose (auto)"""
+    horizon_schedule: HorizonScheduleConfig = HorizonScheduleConfig()
+    """how the horizon changes over the run"""
+    lr: Literal["schedule", "auto"] = "schedule"
+    """learning rate: as scheduled, or multiplied by what the controller chooses"""
+    lr_lowest: float = Field(default=1 / 64, gt=0, le=1)
+    """the smallest multiplier of the schedule (lr: auto)"""
+    lr_highest: float = Field(default=64.0, ge=1)
+    """the largest multiplier of the schedule (lr: auto)"""
+    score_view: Annotated[int, Field(ge=2)] | None = None
+    """tokens of each example of the pools and of the target that are scored, the first ones that
+    count; training is on all of them. null: all (gpt2, llama)"""
+    record_steps: Count | None = None
+    """optimizer steps of the recorded run (offline), whose batches are held in memory; null:
+    steps"""
+    record_lr: float | None = Field(default=None, gt=0)
+    """learning rate of the recorded run (offline): scores are the more faithful the smaller it is;
+    null: optimizer.lr"""
+    keep_samples: float = Field(default=0.5, gt=0, le=1)
+    """share of the recorded samples kept (offline)"""
+    replay: Directory | None = None
+    """run directory: train on exactly what it kept, without scoring; needs its dataset, pool size
+    and seed, and leaves the fields above unused"""
 
     @property
     def is_offline(self) -> bool:
         """Whether samples are selected once, before the training run."""
-        return self.mode == "offline"
+        return self.horizon == math.inf
 
     def selector_options(self) -> dict[str, Any]:
         """Options of `Selector` that are taken as they are; offline, it only passes pools on.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -30,9 +30,9 @@ class Task:
         model: the module, initialised.
         loss_fn: `loss_fn(model, batch)` -> per-example losses, shape (N,).
         evaluate: `evaluate(model, batches)` -> means by name, such as loss and accuracy.
-        pools: the stream of candidate pools: mappings with a list "key" of sample ids. What else a
-            run makes use of, where the pools have it, is in `Resumable`, `CountsErrors` and
-            `Identified`.
+        pools: the stream of candidate pools: mappings with a list "key" of sample ids. Where they
+            have them, a run also uses `state_dict` and `load_state_dict` to be resumed, `errors`
+            and `identity`, as of `PoolStream`.
         target: batches that define the goal; never trained on.
         test: batches that only evaluation sees.
         kinds: ids of training samples by what they are, as "altered" or a domain. For reports:
@@ -58,40 +58,6 @@ class Task:
     save: Callable[[Path], None] | None = None
 
 
-@runtime_checkable
-class Resumable(Protocol):
-    """Pools that can go on from where they were, as those of `PoolStream`."""
-
-    def state_dict(self) -> Any:
-        """The position after the last pool."""
-
-    def load_state_dict(self, state: Any, /) -> None:
-        """Go to a position."""
-
-
-@runtime_checkable
-class CountsErrors(Protocol):
-    """Pools that count the samples that could not be read."""
-
-    @property
-    def errors(self) -> Mapping[str, int]:
-        """Unreadable samples so far, by shard."""
-
-
-@runtime_checkable
-class Identified(Protocol):
-    """Pools that say which dataset and order they are of, so that a replay can compare."""
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """What the pools depend on, as `PoolStream.identity`."""
-
-
-def identity_of(pools: Iterable[Batch]) -> dict[str, Any]:
-    """What pools depend on; empty where they do not say."""
-    return dict(pools.identity) if isinstance(pools, Identified) else {}
-
-
 class PoolSource:
     """The pools of a run on its device; resumed after the last one that was handed out.
 
@@ -100,7 +66,8 @@ class PoolSource:
     draws it again.
 
     Args:
-        pools: any iterable of batches; it can be resumed if it is `Resumable`.
+        pools: any iterable of batches; it can be resumed if it has `state_dict` and
+            `load_state_dict`.
         device: where the pools go.
 
     Attributes:
@@ -108,7 +75,9 @@ class PoolSource:
     """
 
     def __init__(self, pools: Iterable[Batch], device: torch.device) -> None:
-        self._pools, self._device = pools, device
+        self._pools: Any = pools
+        self._device = device
+        self._is_resumable = hasattr(pools, "state_dict") and hasattr(pools, "load_state_dict")
         self._iterator: Iterator[Batch] | None = None
         self._peeked: deque[tuple[Batch, Any]] = deque()  # pools, and the position after each
         self._position: Any = None  # after the last pool handed out, once there is an iterator
@@ -141,12 +110,17 @@ class PoolSource:
         return to_device(pool, self._device), self._present()
 
     def _present(self) -> Any:
-        return self._pools.state_dict() if isinstance(self._pools, Resumable) else None
+        return self._pools.state_dict() if self._is_resumable else None
 
     @property
     def errors(self) -> dict[str, int]:
-        """Samples that could not be read so far, by shard, as the pools count them."""
-        return dict(self._pools.errors) if isinstance(self._pools, CountsErrors) else {}
+        """Samples that could not be read so far, by shard; {} where the pools do not count them."""
+        return dict(getattr(self._pools, "errors", {}))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the pools depend on, as `PoolStream.identity`; {} where they do not say."""
+        return dict(getattr(self._pools, "identity", {}))
 
     def state_dict(self) -> Any:
         """The position after the last pool handed out; None where the pools have none."""
@@ -158,7 +132,7 @@ class PoolSource:
         Raises:
             ValueError: the pools cannot be resumed.
         """
-        if state is None or not isinstance(self._pools, Resumable):
+        if state is None or not self._is_resumable:
             raise ValueError(
                 "pools must have state_dict and load_state_dict to be resumed, got "
                 f"{type(self._pools).__name__}; use selectflow.data.PoolStream"

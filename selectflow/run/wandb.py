@@ -33,7 +33,7 @@ def start(options: dict[str, Any], mode: Mode, timeout_s: float) -> Any:
     Args:
         options: of `wandb.init`; "id" None starts a new run.
         mode: online or offline.
-        timeout_s: seconds to start, and again to upload the rest at the end.
+        timeout_s: of `Tracker`.
     """
     try:
         return _open(options, mode, timeout_s)
@@ -97,6 +97,7 @@ def log(run: Any, metrics: Mapping[str, float | int]) -> None:
 def show(run: Any, rows: Sequence[Mapping[str, Any]], name: str) -> None:
     """Send samples as a table, and their pictures by "end" (highest, lowest) as media."""
     import wandb  # noqa: PLC0415
+    from PIL import Image  # noqa: PLC0415
 
     if not rows:
         return
@@ -106,19 +107,12 @@ def show(run: Any, rows: Sequence[Mapping[str, Any]], name: str) -> None:
         facts = {column: value for column, value in row.items() if column != "png"}
         shown: Any = facts.get("text", "")
         if row.get("png") is not None:
-            shown = _image(row["png"], str(facts.get("facts", "")))
+            with Image.open(io.BytesIO(row["png"])) as image:
+                shown = wandb.Image(image.copy(), caption=str(facts.get("facts", "")))
             pictures.setdefault(str(facts.get("end", "all")), []).append(shown)
         table.add_data(shown, *facts.values())
     run.log({f"{name}/{end}": images for end, images in pictures.items()})
     run.log({f"{name}/table": table})
-
-
-def _image(png: bytes, caption: str) -> Any:
-    import wandb  # noqa: PLC0415
-    from PIL import Image  # noqa: PLC0415
-
-    with Image.open(io.BytesIO(png)) as image:
-        return wandb.Image(image.copy(), caption=caption)
 
 
 def finish(run: Any, summary: Mapping[str, Any], run_dir: Path) -> None:
@@ -204,15 +198,9 @@ def log_report(
         The id of the run; None where W&B failed, which is warned of.
     """
     options = {
-        "dir": str(folder),
-        "config": dict(report.config),
-        "name": "compare",
-        "project": project,
-        "group": group,
-        "job_type": "compare",
-        "tags": ["compare"],
-        "id": None,
-    }
+        "dir": str(folder), "config": dict(report.config), "name": "compare", "project": project,
+        "group": group, "job_type": "compare", "tags": ["compare"], "id": None,
+    }  # fmt: skip
     run = start(options, mode, timeout_s)
     if run is None:
         return None
@@ -297,11 +285,7 @@ def download_run(path: str, timeout_s: int = 20) -> RemoteRun:
 
 
 def _reach(url: str, timeout_s: float) -> None:
-    """Connects to a server and hangs up; where there is none, W&B's client retries for minutes.
-
-    Raises:
-        OSError: nothing answers.
-    """
+    """Connect to a server and hang up; where there is none, W&B's client retries for minutes."""
     address = urllib.parse.urlsplit(url)
     proxies = urllib.request.getproxies()
     if address.scheme in proxies and not urllib.request.proxy_bypass(address.hostname or ""):

@@ -5,7 +5,7 @@ YAML is read as people write it: `1e-3` is a number, a key given twice is an err
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_args
 
@@ -31,8 +31,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Dumper(yaml.SafeDumper):
-    pass
+class _Dumper(yaml.SafeDumper): ...
 
 
 # YAML 1.1 reads 1e-3 as a string, because it asks for a point and a signed exponent. The dumper
@@ -49,13 +48,7 @@ _Dumper.add_representer(
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text.
-
-    Args:
-        text: one YAML document.
-
-    Returns:
-        Dicts, lists, strings, numbers, booleans and None.
+    """The value of one YAML document in plain Python values.
 
     Raises:
         ConfigError: the text is not YAML, or a mapping has a key twice.
@@ -76,13 +69,7 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its top-level mapping, not empty.
+    """The top-level mapping of a YAML file.
 
     Raises:
         ConfigError: the file does not exist, is not text, not YAML, empty, or not a mapping.
@@ -184,15 +171,13 @@ def _describe(error: dict[str, Any], known: Sequence[str]) -> str:
 
 def keys_of(kind: type[BaseModel]) -> list[str]:
     """Dotted paths of all keys of a configuration, sections included."""
-    return list(dict.fromkeys(_keys(kind)))
-
-
-def _keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    found: dict[str, None] = {}
     for name, field in kind.model_fields.items():
-        yield prefix + name
+        found[name] = None
         for part in (field.annotation, *get_args(field.annotation)):  # of a union, each
             if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from _keys(part, f"{prefix}{name}.")
+                found |= dict.fromkeys(f"{name}.{key}" for key in keys_of(part))
+    return list(found)
 
 
 def set_key(

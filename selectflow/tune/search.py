@@ -2,13 +2,11 @@
 
 A cell is one setting of the parameters; its seeds are run one after the other. After its i-th
 evaluation, counted over its seeds, its value is the mean of the metric over the seeds that have
-ended and the present one. Cells are compared at equal i, so that the early course of the metric is
-the same for all. Optuna keeps the record of the cells, proposes settings (`random`, `bayes`) and
-decides which cells are stopped; this module runs them.
+ended and the present one. Optuna keeps the record of the cells, proposes settings (`random`,
+`bayes`) and decides, at equal i, which cells are stopped; this module runs them.
 
-A run on little data takes less time than importing torch does. So the imports are made once, in
-multiprocessing's fork server, and each run begins as a copy of it: a fresh process, with nothing
-of another run in it, that starts in milliseconds.
+Importing torch takes longer than a run on little data. So the imports are made once, in
+multiprocessing's fork server, of which each run begins as a copy.
 """
 
 from __future__ import annotations
@@ -32,15 +30,17 @@ from typing import TYPE_CHECKING, Any
 
 from selectflow.run.directory import lock, wait_until_free
 from selectflow.run.yaml import dump_yaml, read_yaml
-from selectflow.tune.record import NOTE, encode, has_ended, is_interrupted, setting_of
+from selectflow.tune.cells import Cells, State, cell_of_runs, cells_of, load_logged
 from selectflow.tune.space import Choice, Domain, Hyperband, Sweep, TuneError
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
+    from optuna.trial import BaseTrial, FrozenTrial
 
 _POLL_S = 0.2
+_NOTE = "note"  # on a trial that failed: why. One that failed without was interrupted.
 _NUM_FAILURES = 3  # that many first cells, all failed, end the sweep: the rest would fail too
 _FREE_ON_RESUME = {"run_cap", "description", "project", "entity"}
 # Imports that torch and pyarrow put off to their first use: most of the start of a short run.
@@ -75,7 +75,7 @@ def tune(sweep: Sweep, out: Path, jobs: int, tell: Callable[[str], None]) -> Stu
                     active[cell] = next(cell)
                 if not active:
                     return study
-                connection.wait([run.sentinel for run in active.values()], _POLL_S)
+                connection.wait([run.process.sentinel for run in active.values()], _POLL_S)
                 for cell in list(active):
                     try:
                         active[cell] = next(cell)
@@ -87,22 +87,22 @@ def tune(sweep: Sweep, out: Path, jobs: int, tell: Callable[[str], None]) -> Stu
             for run in active.values():
                 run.stop()
             for run in active.values():
-                run.wait()
+                run.process.join()
 
 
 class _RunFailed(Exception):
-    """A run that did not finish, or whose metric cannot be used; the message says why."""
+    """Why a run did not finish, or why its metric cannot be used."""
 
 
 def _run_cell(
     sweep: Sweep, study: Study, out: Path, context: ForkServerContext
 ) -> Generator[_RunProcess, None, str]:
-    """Run a new cell of a study: yields its present run while it waits, returns how it ended."""
+    """Run a new cell of a study: yield its present run while it waits, return how it ended."""
     from optuna import TrialPruned  # noqa: PLC0415
     from optuna.trial import TrialState  # noqa: PLC0415
 
     trial = study.ask({key: _distribution(domain) for key, domain in sweep.domains.items()})
-    setting = setting_of(sweep, trial)
+    setting = _setting_of(sweep, trial)
     name = " ".join(f"{key}={value}" for key, value in setting.items())
     try:
         mean = yield from _run_seeds(sweep, trial, setting, out, context)
@@ -110,7 +110,7 @@ def _run_cell(
         study.tell(trial, state=TrialState.PRUNED)
         return f"{name}: {error}"
     except _RunFailed as error:
-        trial.set_user_attr(NOTE, str(error))
+        trial.set_user_attr(_NOTE, str(error))
         study.tell(trial, state=TrialState.FAIL)
         return f"{name}: failed, {error}"
     study.tell(trial, mean)
@@ -156,17 +156,13 @@ def _run_seeds(
 
 def _check_failures(study: Study) -> None:
     ended = [trial for trial in study.trials if trial.state.is_finished()]
-    notes = [trial.user_attrs.get(NOTE) for trial in ended]
+    notes = [trial.user_attrs.get(_NOTE) for trial in ended]
     if len(notes) >= _NUM_FAILURES and all(notes):
         raise TuneError(f"a sweep's cells must run, got {len(notes)} that failed; {notes[-1]}")
 
 
 def open_study(sweep: Sweep, out: Path) -> Study:
-    """The record of a sweep, with a trial waiting for every setting that is known to be due.
-
-    Args:
-        sweep: the sweep.
-        out: the directory of the record, held by this process.
+    """The record of a sweep in `out`, with a trial waiting for every setting known to be due.
 
     Raises:
         TuneError: `out` holds another sweep, or optuna is missing.
@@ -207,16 +203,18 @@ def _enqueue_due(sweep: Sweep, study: Study) -> None:
     if is_grid:
         settings = sweep.grid()
         random.Random(0).shuffle(settings)  # else the first brackets would compare neighbours only
-        known = [trial.user_attrs.get("key") for trial in study.trials if not is_interrupted(trial)]
+        known = [
+            trial.user_attrs.get("key") for trial in study.trials if not _is_interrupted(trial)
+        ]
         for setting in settings[: sweep.keys.run_cap]:
-            params = {key: encode(value) for key, value in setting.items()}
+            params = {key: _encode(value) for key, value in setting.items()}
             if json.dumps(params) not in known:
                 study.enqueue_trial(params, user_attrs={"key": json.dumps(params)})
 
 
 def _check_resumable(sweep: Sweep, path: Path) -> None:
     """Write the sweep and its base configuration, or compare them with those of the record."""
-    ours = {key: value for key, value in sweep.raw.items() if key not in _FREE_ON_RESUME}
+    ours: Any = {key: value for key, value in sweep.raw.items() if key not in _FREE_ON_RESUME}
     ours = json.loads(json.dumps({"sweep": ours, "config": read_yaml(sweep.config)}))
     if not path.exists():
         path.write_text(dump_yaml(ours), encoding="utf-8")
@@ -240,28 +238,61 @@ def _pruner(rule: Hyperband | None) -> BasePruner:
 
     if rule is None:
         return NopPruner()
-    return SuccessiveHalvingPruner(
-        min_resource=rule.first, reduction_factor=rule.eta, min_early_stopping_rate=0
-    )
+    return SuccessiveHalvingPruner(rule.first, rule.eta)
 
 
 def _has_more(sweep: Sweep, study: Study, num_active: int) -> bool:
-    """Whether there is a setting left to begin."""
     if sweep.keys.method == "grid":
         return any(trial.state.name == "WAITING" for trial in study.get_trials(deepcopy=False))
     assert sweep.keys.run_cap is not None
-    return num_active + sum(map(has_ended, study.trials)) < sweep.keys.run_cap
+    return num_active + sum(map(_has_ended, study.trials)) < sweep.keys.run_cap
 
 
 def _distribution(domain: Domain) -> BaseDistribution:
     from optuna import distributions  # noqa: PLC0415
 
     if isinstance(domain, Choice):
-        return distributions.CategoricalDistribution([encode(value) for value in domain.values])
+        return distributions.CategoricalDistribution([_encode(value) for value in domain.values])
     low, high, step = domain.low, domain.high, domain.step
     if all(isinstance(number, int) for number in (low, high, step)):
         return distributions.IntDistribution(int(low), int(high), step=int(step or 1))
     return distributions.FloatDistribution(low, high, log=domain.is_log, step=step)
+
+
+def read_cells(sweep: Sweep, study: Study, out: Path) -> Cells:
+    """Every cell of a study that has ended, with the results of its runs under `out`."""
+    states: dict[str, State] = {"COMPLETE": "complete", "PRUNED": "stopped"}
+    cells = []
+    for trial in filter(_has_ended, study.trials):
+        setting = _setting_of(sweep, trial)
+        overrides = [sweep.local_overrides(out, seed) for seed in sweep.seeds or (None,)]
+        runs = load_logged(sweep.load(setting, each).run_dir for each in overrides)
+        state, note = states.get(trial.state.name, "failed"), trial.user_attrs.get(_NOTE, "")
+        cells.append(cell_of_runs(sweep, setting, runs, state, note))
+    return cells_of(sweep, cells)
+
+
+def _has_ended(trial: FrozenTrial) -> bool:
+    return trial.state.is_finished() and not _is_interrupted(trial)
+
+
+def _is_interrupted(trial: FrozenTrial) -> bool:
+    """Whether a trial belonged to a sweep that was killed while it ran."""
+    return trial.state.name == "FAIL" and _NOTE not in trial.user_attrs
+
+
+def _setting_of(sweep: Sweep, trial: BaseTrial) -> dict[str, Any]:
+    setting = dict(trial.params)
+    for key, domain in sweep.domains.items():
+        if isinstance(domain, Choice):
+            setting[key] = next(each for each in domain.values if _encode(each) == setting[key])
+    return {key: setting[key] for key in sweep.domains}
+
+
+def _encode(value: Any) -> Any:
+    """A value as optuna takes it: a list or mapping as JSON text."""
+    is_plain = value is None or isinstance(value, bool | int | float | str)
+    return value if is_plain else json.dumps(value)
 
 
 @contextmanager
@@ -291,14 +322,7 @@ def _imports(program: Path) -> list[str]:
 
 
 class _RunProcess:
-    """One run of a sweep's trainer in a process of its own.
-
-    Args:
-        context: what `_run_server` gave.
-        sweep: the sweep.
-        arguments: the command line of the trainer.
-        run_dir: the run directory that it will write; its output goes beside, into `<name>.log`.
-    """
+    """One run of a sweep's trainer in a process of its own; its output goes into `<name>.log`."""
 
     def __init__(
         self, context: ForkServerContext, sweep: Sweep, arguments: Sequence[str], run_dir: Path
@@ -306,36 +330,27 @@ class _RunProcess:
         self._run_dir = run_dir
         self._log = run_dir.with_name(f"{run_dir.name}.log")
         run_dir.parent.mkdir(parents=True, exist_ok=True)
-        self._process = context.Process(
+        self.process = context.Process(
             target=_run_trainer, args=(sweep.keys.program, [*arguments], run_dir, self._log)
         )
-        self._process.start()
-
-    @property
-    def sentinel(self) -> int:
-        """Becomes ready when the process ends, for `multiprocessing.connection.wait`."""
-        return self._process.sentinel
+        self.process.start()
 
     def stop(self) -> None:
         """Ask it to end its step, save and stop; does not wait."""
-        if self._process.is_alive():
-            self._process.terminate()
-
-    def wait(self) -> None:
-        """Wait until it has ended."""
-        self._process.join()
+        if self.process.is_alive():
+            self.process.terminate()
 
     def stopped(self) -> Iterator[_RunProcess]:
         """Stop it, and yield it until it has ended."""
         self.stop()
-        while self._process.is_alive():
+        while self.process.is_alive():
             yield self
 
     def rows(self) -> Iterator[dict[str, Any] | None]:
         """The lines of its metrics.jsonl while it runs; None where there is no new one yet."""
         path, size_read, last_step = self._run_dir / "metrics.jsonl", 0, -1
         while True:
-            is_running = self._process.is_alive()  # before reading, so that no last line is missed
+            is_running = self.process.is_alive()  # before reading, so that no last line is missed
             text = b""
             if path.exists():
                 if path.stat().st_size < size_read:
@@ -357,7 +372,7 @@ class _RunProcess:
     def failure(self) -> str | None:
         """Why an ended run did not finish; None if it did."""
         summary = self._run_dir / "summary.json"
-        if self._process.exitcode == 0 and summary.exists():
+        if self.process.exitcode == 0 and summary.exists():
             status = json.loads(summary.read_text("utf-8"))["status"]
             return None if status == "finished" else str(status)
         lines = self._log.read_text("utf-8", "replace").splitlines() if self._log.exists() else []

@@ -83,8 +83,7 @@ class Metric(Section):
 class Hyperband(Section):
     """Early termination: at each bracket only the best 1/eta of the cells that got there go on.
 
-    Brackets are at min_iter, min_iter * eta, ... evaluations; or, given max_iter and s, the first
-    is at max_iter / eta^s.
+    Brackets are at min_iter, or given max_iter and s at max_iter / eta^s, and at eta times each.
     """
 
     type: Literal["hyperband"] = Field(description="hyperband: W&B's only one")
@@ -150,9 +149,8 @@ class Sweep:
     def grid(self) -> list[dict[str, Any]]:
         """Every setting of a grid, the last parameter changing fastest."""
         choices = [domain.values for domain in self.domains.values() if isinstance(domain, Choice)]
-        return [
-            dict(zip(self.domains, chosen, strict=True)) for chosen in itertools.product(*choices)
-        ]
+        chosen = itertools.product(*choices)
+        return [dict(zip(self.domains, values, strict=True)) for values in chosen]
 
     def local_overrides(self, out: Path, seed: int | None) -> list[str]:
         """The overrides of every run under the directory `out`, in addition to its setting."""
@@ -192,9 +190,7 @@ class Sweep:
 
 def as_override(key: str, value: Any) -> str:
     """`key=value` with the value as YAML."""
-    if value == math.inf:
-        return f"{key}=.inf"
-    return f"{key}={json.dumps(value)}"
+    return f"{key}={'.inf' if value == math.inf else json.dumps(value)}"
 
 
 def load_sweep(path: str | Path) -> Sweep:
@@ -208,8 +204,7 @@ def load_sweep(path: str | Path) -> Sweep:
 
     Raises:
         ConfigError: the file cannot be read, uses what is not supported, selects on anything but
-            the target set, or gives a parameter that the configuration does not have or a value
-            that it does not take.
+            the target set, or gives an unknown parameter or a value out of its range.
     """
     raw = read_yaml(path)
     try:
@@ -343,18 +338,19 @@ def _domain(spec: Any) -> Domain:
 
 
 def _inferred(spec: Mapping[str, Any]) -> str:
+    if "value" in spec or "values" in spec:
+        return "constant" if "value" in spec else "categorical"
     # as W&B does: two integers are a range of integers
-    if "value" in spec:
-        return "constant"
-    if "values" in spec:
-        return "categorical"
-    ends = (spec.get("min"), spec.get("max"))
-    return "int_uniform" if all(isinstance(end, int) for end in ends) else "uniform"
+    return "int_uniform" if all(isinstance(spec.get(e), int) for e in ("min", "max")) else "uniform"
 
 
 def _range(name: str, low: Any, high: Any, step: Any = None) -> Range:
-    if not all(_is_number(number) for number in (low, high, 1 if step is None else step)):
-        raise ValueError(f" must have numbers for min, max and q, got {[low, high, step]}")
+    given = [low, high, *([] if step is None else [step])]
+    kind, text = (int, "integers") if name == "int_uniform" else (int | float, "numbers")
+    for value in given:
+        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+            needed = ", ".join(_DISTRIBUTIONS[name])
+            raise ValueError(f" must have {text} for {needed}, got {given}")
     if name == "log_uniform":
         low, high = math.exp(low), math.exp(high)
     if not low < high:
@@ -362,12 +358,6 @@ def _range(name: str, low: Any, high: Any, step: Any = None) -> Range:
     is_log = name.startswith("log")
     if is_log and not low > 0:
         raise ValueError(f".min must be > 0 on a logarithmic scale, got {low}")
-    if name == "int_uniform" and not (isinstance(low, int) and isinstance(high, int)):
-        raise ValueError(f" must have integers for min and max, got {low} and {high}")
     if step is not None and not step > 0:
         raise ValueError(f".q must be > 0, got {step}")
     return Range(low, high, is_log, 1 if name == "int_uniform" else step)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

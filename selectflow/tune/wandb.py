@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from selectflow.run.config import ConfigError, load
-from selectflow.tune.record import Cells, cells_of_runs
+from selectflow.report.runs import Run
+from selectflow.run.config import ConfigError, RunConfig, load
+from selectflow.tune.cells import Cells, State, cell_of_runs, cells_of, load_logged
 from selectflow.tune.space import Sweep, TuneError, as_override
 
 
@@ -55,6 +59,35 @@ def serve(sweep: Sweep, count: int | None = None) -> Cells:
     print(f"created sweep {path}; on other machines: wandb agent {path}", flush=True)
     wandb.agent(sweep_id, entity=sweep.keys.entity, project=project, count=count)
     return cells_of_runs(sweep, _run_dirs(sweep))
+
+
+def cells_of_runs(sweep: Sweep, run_dirs: Iterable[Path]) -> Cells:
+    """The cells of a sweep whose runs W&B's agents made.
+
+    A cell is complete when all seeds of a grid are finished, stopped when one of its runs was.
+    """
+    groups: dict[str, list[tuple[RunConfig, Run]]] = {}
+    for run in load_logged(run_dirs):
+        config = load(Path(run.where) / "config.yaml")
+        groups.setdefault(json.dumps(_setting_in(sweep, config)), []).append((config, run))
+    num = len(sweep.seeds) if sweep.keys.method == "grid" else 1
+    cells = []
+    for members in groups.values():
+        members.sort(key=lambda member: member[0].seed)
+        runs, setting = [run for _, run in members], _setting_in(sweep, members[0][0])
+        endings = [run.status for run in runs]
+        state: State = "stopped" if "stopped" in endings else "failed"
+        if len(runs) >= num and set(endings) == {"finished"}:
+            state = "complete"
+        note = f"{len(runs)} of {num} seeds: {', '.join(endings)}" if state == "failed" else ""
+        cells.append(cell_of_runs(sweep, setting, runs, state, note))
+    return cells_of(sweep, cells)
+
+
+def _setting_in(sweep: Sweep, config: RunConfig) -> dict[str, Any]:
+    """The values that a run's configuration has for the parameters of a sweep."""
+    values = {key: attrgetter(key)(config) for key in sweep.domains}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
 def _run_dirs(sweep: Sweep) -> list[Path]:

@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selectflow import Selector
-from selectflow.report.runs import TARGET_LOSS, TEST_LOSS, load_run
+from selectflow.report.runs import load_run
 from selectflow.run.config import load
 from selectflow.run.ledger import read_ledger
+from selectflow.run.metrics import TARGET_LOSS, TEST_LOSS
 
 BASE_LR = 3e-3  # digits and text
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0)

@@ -21,8 +21,8 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.trial import TrialState
 
-from selectflow.tune.record import Cells, read_cells
-from selectflow.tune.search import tune
+from selectflow.tune.cells import Cells
+from selectflow.tune.search import read_cells, tune
 from selectflow.tune.space import Sweep, load_sweep
 
 ROOT = Path(__file__).parents[2]

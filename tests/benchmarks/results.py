@@ -37,21 +37,10 @@ from results_tasks import BOTH, ROOT, TASKS, UNIFORM, Options, Task, trainer
 
 from selectflow.report.compare import Comparison, Stat, stat, summarize
 from selectflow.report.figures import Panel, curves, kept_shares, write_png
-from selectflow.report.runs import (
-    ACCURACY,
-    KEPT,
-    KEPT_ALTERED,
-    STEP,
-    TARGET_LOSS,
-    TEST_LOSS,
-    WALL,
-    Run,
-    end,
-    load_run,
-    value_at,
-)
+from selectflow.report.runs import KEPT, KEPT_ALTERED, Run, end, load_run, value_at
 from selectflow.report.tables import AXES, Grid, grids, quantity, spread, verdict
 from selectflow.run.config import RunConfig, load
+from selectflow.run.metrics import STEP, TARGET_LOSS, TEST_ACCURACY, TEST_LOSS, WALL_S
 
 STRETCHED = f"{UNIFORM}, schedule stretched"
 
@@ -88,8 +77,8 @@ def run(task: Task, method: str, arguments: list[str], record: Path) -> Run:
         sys.exit(f"{found.where}: {found.status} at step {found.last_step}; start again to go on")
     line = {
         "task": task.title, "method": method, "seed": config.seed, "folder": str(config.run_dir),
-        "steps": found.last_step, WALL: end(found, WALL), TEST_LOSS: end(found, TEST_LOSS),
-        ACCURACY: end(found, ACCURACY), "date": time.strftime("%Y-%m-%d %H:%M"),
+        "steps": found.last_step, WALL_S: end(found, WALL_S), TEST_LOSS: end(found, TEST_LOSS),
+        TEST_ACCURACY: end(found, TEST_ACCURACY), "date": time.strftime("%Y-%m-%d %H:%M"),
         "commit": commit(), "machine": machine(),
     }  # fmt: skip
     with record.open("a") as file:
@@ -159,7 +148,7 @@ def longer(config: RunConfig, others: Sequence[Run]) -> list[str]:
 
 def stretched(config: RunConfig, uniform: Run, others: Sequence[Run]) -> list[str]:
     """Overrides that give uniform the seconds of the slowest, its schedule stretched over them."""
-    own = end(uniform, WALL)
+    own = end(uniform, WALL_S)
     if config.schedule.name == "constant" or not own or slowest(others) <= own:
         return []
     steps = round(config.steps * slowest(others) / own)
@@ -168,7 +157,7 @@ def stretched(config: RunConfig, uniform: Run, others: Sequence[Run]) -> list[st
 
 def slowest(runs: Sequence[Run]) -> float:
     """Seconds of the run that took longest."""
-    return max((end(run, WALL) or 0.0 for run in runs), default=0.0)
+    return max((end(run, WALL_S) or 0.0 for run in runs), default=0.0)
 
 
 # --- reading
@@ -212,14 +201,14 @@ def headline(comparisons: Sequence[Comparison], with_noise: bool) -> Grid:
     """One row a method: values at equal steps, uniform's in the same time, and what is seen."""
     first, step = comparisons[0], comparisons[0].step
     head = [f"at step {step:.0f}", "seconds"]
-    titles = {TEST_LOSS: "loss", ACCURACY: "accuracy"}
+    titles = {TEST_LOSS: "loss", TEST_ACCURACY: "accuracy"}
     head += [titles[each.quality] for each in comparisons]
     head += [f"{UNIFORM} in the same time: {titles[each.quality]}" for each in comparisons]
     head += ["difference to it at equal steps", "in the same time"]
     cells = []
     for rows in zip(*(each.rows for each in comparisons), strict=True):
         name = rows[0].label
-        seconds = stat([value_at(run, WALL, step) for run in first.runs[name]])
+        seconds = stat([value_at(run, WALL_S, step) for run in first.runs[name]])
         line = [name, spread(seconds, 1)]
         both = list(zip(rows, comparisons, strict=True))
         line += [shown(row.stats["quality_at_step"], of) for row, of in both]
@@ -269,7 +258,7 @@ def report(task: Task, found: dict[str, list[Run]], noise: bool) -> str:
 def as_long(runs: Sequence[Run], metrics: Sequence[str]) -> str:
     """What uniform comes to in the seconds of the slowest method."""
     steps = ", ".join(str(run.last_step) for run in runs)
-    seconds = spread(stat([end(run, WALL) for run in runs]), 1)
+    seconds = spread(stat([end(run, WALL_S) for run in runs]), 1)
     ends = (f"{name} {spread(stat([end(run, name) for run in runs]), 3)}" for name in metrics)
     return f"{STRETCHED}: {steps} steps, {seconds} s: {', '.join(ends)}."
 
@@ -308,7 +297,7 @@ def figure(task: Task, found: dict[str, list[Run]]) -> list[Panel]:
     short = compare(upto, TEST_LOSS)
     return [
         curves(short, axes[STEP])[0],
-        curves(whole, axes[WALL])[0],
+        curves(whole, axes[WALL_S])[0],
         *kept_shares(short, task.kept),
     ]
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from selectflow.data import make_digits, read_metadata, write_subset
-from selectflow.report.runs import ACCURACY, KEPT, KEPT_ALTERED, TEST_LOSS
+from selectflow.report.runs import KEPT, KEPT_ALTERED
 from selectflow.run.config import load
 from selectflow.run.directory import is_finished
+from selectflow.run.metrics import TEST_ACCURACY, TEST_LOSS
 
 ROOT = Path(__file__).parents[2]
 UNIFORM = "uniform"
@@ -143,7 +144,7 @@ LORA: Methods = {
 }
 
 
-BOTH = (TEST_LOSS, ACCURACY)
+BOTH = (TEST_LOSS, TEST_ACCURACY)
 LABELS = (KEPT_ALTERED,)
 ORIGINS = (f"{KEPT}code", f"{KEPT}shuffled")
 TASKS = {

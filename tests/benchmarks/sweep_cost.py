@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from selectflow.audit.budget import RecordedRun
-from selectflow.audit.config import AuditConfig, GPT2Model, LlamaModel
 from selectflow.audit.problems import PROBLEMS, AuditedRun
+from selectflow.audit.study import AuditConfig, GPT2Model, LlamaModel
 from selectflow.offline.record import record
 from selectflow.offline.score import score_samples
 

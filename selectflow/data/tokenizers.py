@@ -5,35 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from selectflow.core.files import atomic_file
 from selectflow.data.manifest import TOKENIZER_NAME, DataError, Manifest
-from selectflow.data.sources import find_manifest, read_tokenizer
+from selectflow.data.sources import Cache, find_manifest, is_remote
 
 _END = "<|endoftext|>"
 _ENDS = (_END, "</s>", "<|end_of_text|>", "[SEP]", "<eos>")  # as GPT-2, Llama and others name it
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
-
-
-class Tokenizer(Protocol):
-    """Text to token ids and back.
-
-    Attributes:
-        num_tokens: ids are below it.
-        end: id that ends a document, and fills a block that a document leaves empty.
-    """
-
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def end(self) -> int: ...
-    def encode(self, text: str) -> Tokens: ...
-    def decode(self, tokens: Iterable[int]) -> str: ...
 
 
 class ByteTokenizer:
@@ -92,6 +76,13 @@ class SubwordTokenizer:
         return str(self._tokenizer.to_str(pretty=True))
 
 
+Tokenizer = ByteTokenizer | SubwordTokenizer
+"""Text to token ids and back.
+
+Ids are below `num_tokens`; `end` ends a document, and fills a block that a document leaves empty.
+"""
+
+
 def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer of that name.
 
@@ -112,16 +103,12 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
             f"tokenizer must be bpe:SIZE with a size >= 257 (all bytes and an end of document), "
             f"got {name!r}; bpe:4096 suits a small model"
         )
-    return _train(texts, int(size))
-
-
-def _train(texts: Iterable[str], size: int) -> SubwordTokenizer:
     library = _library()
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=int(size),
         special_tokens=[_END],
         initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -169,25 +156,55 @@ def _library() -> Any:
 def store_tokenizer(root: str | Path, name: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """Write the tokenizer beside the shards; what the manifest says of it."""
     facts = {"name": name, "num_tokens": tokenizer.num_tokens, "end": tokenizer.end}
-    if not isinstance(tokenizer, SubwordTokenizer):
+    if isinstance(tokenizer, ByteTokenizer):
         return facts
     data = tokenizer.to_json().encode()
-    with atomic_file(Path(root) / TOKENIZER_NAME) as file:
-        file.write(data)
+    _write(root, data)
     return facts | {"sha256": hashlib.sha256(data).hexdigest()}
 
 
-def open_tokenizer(root: str | Path, manifest: Manifest | None = None) -> Tokenizer:
+def copy_tokenizer(source: str | Path, manifest: Manifest, root: str | Path) -> None:
+    """Put the tokenizer of a dataset, if it has one, beside other shards.
+
+    Raises:
+        DataError: The file is missing, or another one than the manifest says.
+    """
+    if "sha256" in manifest.tokenizer:
+        _write(root, _read(source, manifest))
+
+
+def _write(root: str | Path, data: bytes) -> None:
+    Path(root).mkdir(parents=True, exist_ok=True)
+    with atomic_file(Path(root) / TOKENIZER_NAME) as file:
+        file.write(data)
+
+
+def _read(root: str | Path, manifest: Manifest) -> bytes:
+    name = f"{str(root).rstrip('/')}/{TOKENIZER_NAME}"
+    path = Cache().fetch(name, anew=True) if is_remote(name) else Path(root, TOKENIZER_NAME)
+    fix = "restore the file, or write the dataset again"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} must be readable, got {error.strerror}; {fix}") from error
+    if (digest := hashlib.sha256(data).hexdigest()) != (expected := manifest.tokenizer["sha256"]):
+        raise DataError(
+            f"{path} must be the tokenizer of the manifest, sha256 {expected[:12]}..., "
+            f"got {digest[:12]}...: tokens would mean something else; {fix}"
+        )
+    return data
+
+
+def open_tokenizer(root: str | Path) -> Tokenizer:
     """The tokenizer that a dataset was written with.
 
     Args:
         root: Dataset directory, local or remote.
-        manifest: Its manifest, if it has been read.
 
     Raises:
         DataError: The dataset has no tokens, or its tokenizer is missing or another one.
     """
-    manifest = manifest or find_manifest(root)
+    manifest = find_manifest(root)
     if not manifest.tokenizer:
         raise DataError(
             f"dataset at {str(root)!r} must name its tokenizer, got none in the manifest; "
@@ -195,7 +212,7 @@ def open_tokenizer(root: str | Path, manifest: Manifest | None = None) -> Tokeni
         )
     if manifest.tokenizer["name"] == "bytes":
         return ByteTokenizer()
-    data, library = read_tokenizer(root, manifest), _library()
+    data, library = _read(root, manifest), _library()
     try:
         return SubwordTokenizer(library.Tokenizer.from_str(data.decode()))
     except Exception as error:  # the library raises plain Exceptions
@@ -207,6 +224,6 @@ def open_tokenizer(root: str | Path, manifest: Manifest | None = None) -> Tokeni
 
 def same_vocabulary(ours: Tokenizer, theirs: Tokenizer) -> bool:
     """Whether every token has the same id in both."""
-    if isinstance(ours, SubwordTokenizer) and isinstance(theirs, SubwordTokenizer):
-        return ours.vocabulary() == theirs.vocabulary()
-    return type(ours) is type(theirs)
+    if isinstance(ours, ByteTokenizer) or isinstance(theirs, ByteTokenizer):
+        return type(ours) is type(theirs)
+    return ours.vocabulary() == theirs.vocabulary()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from wandb_log import offline_records
 
-from selectflow.run.tracker import Tracker
+from selectflow.run.log import Tracker
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -70,7 +70,7 @@ def test_continuing_keeps_whole_lines_and_drops_a_torn_one(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_raises_and_names_the_file(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    (tmp_path / "summary.json.tmp").symlink_to("/dev/full")
+    (tmp_path / f".summary.json.{os.getpid()}.tmp").symlink_to("/dev/full")
     tracker = Tracker(tmp_path, {}, name="a")
     with pytest.raises(OSError, match=r"No space left on device.*metrics\.jsonl"):
         tracker.log(1, {"train/loss": 1.0})
@@ -137,7 +137,7 @@ def test_wandb_that_fails_later_is_switched_off_with_one_warning(tmp_path):
 ONLINE = """
 import sys, warnings
 from pathlib import Path
-from selectflow.run.tracker import Tracker
+from selectflow.run.log import Tracker
 Tracker(Path(sys.argv[1]) / "plain", {}, name="a").log(1, {})
 assert "wandb" not in sys.modules, "a run without W&B must not pay for its import"
 with warnings.catch_warnings(record=True) as caught:

@@ -11,7 +11,7 @@ from test_run import run_trainer
 
 from selectflow.cli import main
 from selectflow.data import Manifest, PoolStream, write_manifest, write_split
-from selectflow.run.main import trainer_main
+from selectflow.run.loop import trainer_main
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "resnet18"])

@@ -6,6 +6,7 @@ The splits are stratified by class and disjoint; a chosen share of the train lab
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,18 @@ from selectflow.data.fields import Ints, Sample, pixels_of
 from selectflow.data.manifest import DataError, Manifest, check_seed
 from selectflow.data.write import Layout, build
 
-_DIGITS_HELD_OUT = {"target": 200, "test": 400}
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
 class _Images:
-    """Images with labels.
+    """Images with labels, the image and the key by their index."""
 
-    Attributes:
-        labels: class of each image, 0 to num_classes - 1, shape (N,).
-        image: the image at an index, as the field holds it.
-        key: the key of the sample at an index.
-        num_classes: number of classes.
-        field: "npy" or "png".
-    """
-
-    labels: Ints
+    labels: Ints  # (N,), from 0 to num_classes - 1
     image: Callable[[int], npt.NDArray[Any]]
     key: Callable[[int], str]
     num_classes: int
-    field: str = "npy"
+    field: str = "npy"  # or "png"
 
 
 def make_digits(
@@ -85,9 +77,7 @@ def make_digits(
             key=lambda index: f"digit-{index:04d}",  # the position in scikit-learn's own order
             num_classes=10,
         )
-        return _samples_of(
-            digits, _split_evenly(digits.labels, _DIGITS_HELD_OUT), label_noise, seed
-        )
+        return _split(digits, {"target": 200, "test": 400}, label_noise, seed)
 
     options = {"name": "digits", "label_noise": float(label_noise)}
     return build(root, make_splits, options, seed, Layout(per_shard, pack, max_bytes))
@@ -126,12 +116,11 @@ def make_torchvision(
 
     def make_splits() -> dict[str, Iterable[Sample]]:
         train, test = (_load(name, download_to, is_train) for is_train in (True, False))
-        splits = _split_evenly(train.labels, {"target": num_target})
-        held_out = {"test": np.arange(len(test.labels))}
-        return _samples_of(train, splits, label_noise, seed) | _samples_of(test, held_out, 0.0, 0)
+        splits = _split(train, {"target": num_target}, label_noise, seed)
+        return splits | {"test": _samples(test, test.labels, np.arange(len(test.labels)))}
 
     options = {"name": f"torchvision:{name}", "label_noise": label_noise, "num_target": num_target}
-    return build(root, make_splits, options, seed, layout or Layout())
+    return build(root, make_splits, options, seed, layout)
 
 
 def _load(name: str, root: str | Path, is_train: bool) -> _Images:
@@ -198,21 +187,15 @@ def make_folder(
     images = _Images(
         labels=np.array([classes.index(path.parent.name) for path in files], dtype=np.int64),
         image=lambda index: _square(files[index], size),
-        key=lambda index: f"{index:06d}-{_plain(files[index].stem)}",
+        key=lambda index: f"{index:06d}-{re.sub(r'[^A-Za-z0-9_-]', '_', files[index].stem)[:60]}",
         num_classes=len(classes),
         field="npy" if layout.pack > 1 else "png",
     )
     held_out = {"target": num_target, "test": num_test}
     options = {"name": "folder", "classes": classes, "size": size, "label_noise": label_noise}
 
-    def make_splits() -> dict[str, Iterable[Sample]]:
-        return _samples_of(images, _split_evenly(images.labels, held_out), label_noise, seed)
-
+    make_splits = partial(_split, images, held_out, label_noise, seed)
     return build(root, make_splits, options | held_out, seed, layout)
-
-
-def _plain(stem: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:60]
 
 
 def _square(path: Path, size: int) -> npt.NDArray[np.uint8]:
@@ -233,39 +216,31 @@ def _check_noise(label_noise: float, seed: int) -> None:
     check_seed(seed)
 
 
-def _split_evenly(labels: Ints, held_out: Mapping[str, int]) -> dict[str, Ints]:
-    """Indices of each split, the same for every seed: those held out, of a given size, and "train".
+def _split(
+    images: _Images, held_out: Mapping[str, int], label_noise: float, seed: int
+) -> dict[str, Iterable[Sample]]:
+    """The samples of "train", some of their labels wrong, and of each split that is held out.
 
-    Raises:
-        DataError: nothing is left to train on.
+    Which images are in a split is the same for every seed.
     """
-    if sum(held_out.values()) >= len(labels):
+    if sum(held_out.values()) >= len(images.labels):
         raise DataError(
-            f"the sizes of {list(held_out)} must add up to less than {len(labels)} samples, "
+            f"the sizes of {list(held_out)} must add up to less than {len(images.labels)} samples, "
             f"got {list(held_out.values())}; hold out fewer"
         )
-    shuffled = np.random.default_rng(0).permutation(len(labels))
-    rest = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    shuffled = np.random.default_rng(0).permutation(len(images.labels))
+    rest = shuffled[np.argsort(images.labels[shuffled], kind="stable")]
     splits = {}
     for name, count in held_out.items():
-        splits[name], rest = _take_evenly(rest, count)
-    return {"train": np.sort(rest)} | {name: np.sort(each) for name, each in splits.items()}
-
-
-def _samples_of(
-    images: _Images, splits: Mapping[str, Ints], label_noise: float, seed: int
-) -> dict[str, Iterable[Sample]]:
-    """The samples of each split; in "train" exactly round(label_noise * N) labels are wrong.
-
-    A wrong label is one of the other classes uniformly; a label that is altered at a lower share is
-    altered in the same way at a higher one. The json of a sample,
-    `{"altered": bool, "true_label": int}`, records it.
-    """
-    labels = images.labels.copy()
-    if "train" in splits:
-        train = splits["train"]
-        labels[train] = _add_noise(labels[train], images.num_classes, label_noise, seed)
-    return {name: _samples(images, labels, indices) for name, indices in splits.items()}
+        # evenly spaced along indices sorted by class: every class gets its share to within one
+        taken = np.diff(np.arange(len(rest) + 1) * count // len(rest)).astype(bool)
+        splits[name], rest = np.sort(rest[taken]), rest[~taken]
+    train, labels = np.sort(rest), images.labels.copy()
+    labels[train] = _add_noise(labels[train], images.num_classes, label_noise, seed)
+    return {
+        name: _samples(images, labels, indices)
+        for name, indices in ({"train": train} | splits).items()
+    }
 
 
 def _samples(images: _Images, labels: Ints, indices: Ints) -> Iterator[Sample]:
@@ -277,12 +252,6 @@ def _samples(images: _Images, labels: Ints, indices: Ints) -> Iterator[Sample]:
             "cls": label,
             "json": {"altered": label != true_label, "true_label": true_label},
         }
-
-
-def _take_evenly(indices: Ints, count: int) -> tuple[Ints, Ints]:
-    # evenly spaced along indices sorted by class: every class gets its share to within one
-    taken = np.diff(np.arange(len(indices) + 1) * count // len(indices)).astype(bool)
-    return indices[taken], indices[~taken]
 
 
 def _add_noise(labels: Ints, num_classes: int, share: float, seed: int) -> Ints:

@@ -16,12 +16,12 @@ from torch import nn
 from selectflow import Selector
 from selectflow.core.batches import MicroBatches, take
 from selectflow.data import PoolStream
+from selectflow.run.build import build_losses, update
 from selectflow.run.config import ConfigError, RunConfig, load
 from selectflow.run.ledger import read_ledger
 from selectflow.run.loop import train
 from selectflow.run.replay import ReplayError
 from selectflow.run.sections import TrainConfig
-from selectflow.run.step import build_losses, update
 
 __all__ = ["digits"]  # the fixture
 

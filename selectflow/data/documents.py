@@ -19,29 +19,36 @@ _TABLES = "encodings"  # its modules are lists of characters, made by a program
 
 
 class Document(NamedTuple):
-    """A text of one domain.
+    """A text of one domain."""
 
-    Attributes:
-        name: unique in its source.
-        domain: what kind of text it is.
-        text: the text.
-    """
-
-    name: str
-    domain: str
+    name: str  # unique in its source
+    domain: str  # what kind of text it is
     text: str
 
 
 class DocumentGroup(NamedTuple):
-    """Documents that must not be divided between splits, as the code and docstrings of a file.
+    """Documents that must not be divided between splits, as the code and docstrings of a file."""
 
-    Attributes:
-        identity: decides on the split; equal for equal texts.
-        read: reads the documents.
-    """
-
-    identity: str
+    identity: str  # decides on the split; equal for equal texts
     read: Callable[[], Iterable[Document]]
+
+
+def find_documents(source: str) -> list[DocumentGroup]:
+    """The documents that `TextOptions.source` names.
+
+    Raises:
+        DataError: There is no such kind of source, or it cannot be read.
+    """
+    kind, _, where = source.partition(":")
+    readers = {"files": text_files, "jsonl": json_lines, "hf": hugging_face}
+    if source == "python":
+        return source_text()
+    if kind not in readers or not where:
+        raise DataError(
+            f"source must be python, files:FOLDER, jsonl:FILE or hf:NAME, got {source!r}; "
+            "python needs nothing"
+        )
+    return readers[kind](where)
 
 
 def source_text() -> list[DocumentGroup]:
@@ -51,18 +58,20 @@ def source_text() -> list[DocumentGroup]:
     document for each file. "prose" is the language reference, "tables" the modules of `encodings`,
     "headers" Python's own C headers, if they are installed.
     """
-    units = []
+    from pydoc_data.topics import topics  # noqa: PLC0415 - a long text that few need
+
+    groups = []
     for name, path in _python_files():
-        key = str(name.with_suffix(""))
-        if name.parts[0] == _TABLES:
-            units.append(DocumentGroup(key, partial(_file, path, key, "tables")))
-        else:
-            units.append(DocumentGroup(key, partial(_module, path, key)))
+        key, domain = str(name.with_suffix("")), "tables" if name.parts[0] == _TABLES else "code"
+        groups.append(DocumentGroup(key, partial(_read_file, path, key, domain)))
     include = Path(sysconfig.get_path("include"))
     for path in sorted(include.rglob("*.h")):
         key = f"include/{path.relative_to(include).with_suffix('')}"
-        units.append(DocumentGroup(key, partial(_file, path, key, "headers")))
-    return [*units, *_reference()]
+        groups.append(DocumentGroup(key, partial(_read_file, path, key, "headers")))
+    return groups + [
+        _alone(Document(f"topics/{name}", "prose", text), f"topics/{name}")
+        for name, text in sorted(topics.items())
+    ]
 
 
 def python_sources() -> Iterator[str]:
@@ -80,23 +89,13 @@ def _python_files() -> Iterator[tuple[Path, Path]]:
             yield name, path
 
 
-def _module(path: Path, key: str) -> Iterator[Document]:
-    code, docstrings = split_docstrings(path.read_text(encoding="utf-8"))
-    yield Document(key, "code", code)
+def _read_file(path: Path, key: str, domain: str) -> Iterator[Document]:
+    text, docstrings = path.read_text(encoding="utf-8"), ""
+    if domain == "code":
+        text, docstrings = split_docstrings(text)
+    yield Document(key, domain, text)
     if docstrings:
         yield Document(f"{key}/docstrings", "docstrings", docstrings)
-
-
-def _file(path: Path, key: str, domain: str) -> Iterator[Document]:
-    yield Document(key, domain, path.read_text(encoding="utf-8"))
-
-
-def _reference() -> Iterator[DocumentGroup]:
-    from pydoc_data.topics import topics  # noqa: PLC0415 - a long text that few need
-
-    for name, text in sorted(topics.items()):
-        key = f"topics/{name}"
-        yield DocumentGroup(key, partial(_only, Document(key, "prose", text)))
 
 
 def split_docstrings(source: str) -> tuple[str, str]:
@@ -127,15 +126,15 @@ def text_files(folder: str | Path) -> list[DocumentGroup]:
             f"folder must hold text as <domain>/<name>.txt, got none in {str(folder)!r}; "
             "correct the path"
         )
-    return [_alone(_read_file(root, path)) for path in files]
-
-
-def _read_file(root: Path, path: Path) -> Document:
-    name = path.relative_to(root)
-    try:
-        return Document(str(name.with_suffix("")), name.parts[0], path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} must be UTF-8, got {error}; convert or remove it") from error
+    groups = []
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} must be UTF-8, got {error}; convert or remove it") from error
+        name = path.relative_to(root)
+        groups.append(_alone(Document(str(name.with_suffix("")), name.parts[0], text)))
+    return groups
 
 
 def json_lines(path: str | Path) -> list[DocumentGroup]:
@@ -144,27 +143,23 @@ def json_lines(path: str | Path) -> list[DocumentGroup]:
     Raises:
         DataError: The file cannot be read, or a line is not like this; names it.
     """
-    units = []
     try:
-        with Path(path).open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    row = _parsed(path, number, line)
-                    units.append(_alone(_of_row(f"{Path(path).stem}/{number:08d}", row)))
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} must be readable UTF-8, got {error}; correct it") from error
-    if not units:
+    groups = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            rule = f"line {number} of {path} must be a JSON object"
+            raise DataError(f"{rule}, got {error}; correct it") from error
+        groups.append(_alone(_of_row(f"{Path(path).stem}/{number:08d}", row)))
+    if not groups:
         raise DataError(f"{path} must hold at least one line, got none; correct the path")
-    return units
-
-
-def _parsed(path: str | Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise DataError(
-            f"line {number} of {path} must be a JSON object, got {error}; correct it"
-        ) from error
+    return groups
 
 
 def hugging_face(name: str) -> list[DocumentGroup]:
@@ -216,10 +211,7 @@ def _of_row(name: str, row: Any) -> Document:
     return Document(name, str(row.get("domain") or "text"), text)
 
 
-def _alone(document: Document) -> DocumentGroup:
-    # by its text: a copy under another name goes to the same split
-    return DocumentGroup(f"{zlib.crc32(document.text.encode()):08x}", partial(_only, document))
-
-
-def _only(document: Document) -> Iterator[Document]:
-    yield document
+def _alone(document: Document, identity: str = "") -> DocumentGroup:
+    # by its text, so that a copy under another name goes to the same split
+    identity = identity or f"{zlib.crc32(document.text.encode()):08x}"
+    return DocumentGroup(identity, lambda: (document,))

@@ -8,9 +8,8 @@ import torch
 from test_resume import OPTIONS, Killed, assert_same, killed_at, outcome
 from test_run import config, digits, task
 
-from selectflow.run import checkpoint as module
-from selectflow.run.checkpoint import Checkpoints
-from selectflow.run.directory import lock
+from selectflow.run import directory as module
+from selectflow.run.directory import Checkpoints, lock
 from selectflow.run.loop import RunError, train
 
 __all__ = ["digits"]  # the fixture

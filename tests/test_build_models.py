@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from problems import PROBLEMS
+from test_build import kept, made, metrics, trained
 from test_run import config, digits, task
-from test_step import kept, made, metrics, trained
 from torch import nn
 
 from selectflow import Selector

@@ -1,12 +1,23 @@
-"""The configuration of an audit, and which of its runs are still to be measured."""
+"""A study: its configuration, the loop over its runs, and the files that they leave.
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+A run is one learning rate and seed. The files are written whole after each, and a later start with
+the same configuration goes on behind the runs that they hold.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 
+from selectflow.core.files import atomic_file
 from selectflow.options import ConfigError, Count, Directory, Section
 from selectflow.run.sections import Beta, Positive
 from selectflow.run.yaml import Configuration, load_as, read_yaml
@@ -124,41 +135,6 @@ class Study(Configuration):
         """The directory of the results, root/name."""
         return self.root / self.name
 
-    def runs_left(
-        self, measured: set[tuple[float, int]], progress: Callable[[str], None]
-    ) -> Iterator[tuple[float, int]]:
-        """Learning rate and seed of each run that is still to be measured.
-
-        Args:
-            measured: learning rates and seeds of the others.
-            progress: told what was found, and what was measured when the next run is asked for.
-
-        Yields:
-            One run after the other, on the configured number of CPU threads.
-        """
-        if self.num_threads is not None:
-            torch.set_num_threads(self.num_threads)
-        for lr in self.lrs:
-            for seed in range(self.seeds):
-                if (lr, seed) in measured:
-                    progress(f"found lr {lr:g}, seed {seed}")
-                else:
-                    yield lr, seed
-                    progress(f"measured lr {lr:g}, seed {seed}")
-
-    def check_same(self, held: Mapping[str, Any], path: Path) -> None:
-        """Refuse to go on with what another configuration measured.
-
-        Raises:
-            ConfigError: `held`, a configuration found in `path`, differs in what is measured.
-        """
-        for key, value in self.model_dump(mode="json").items():
-            if key not in _NOT_MEASURED and held.get(key) != value:
-                raise ConfigError(
-                    f"{path} must be of this configuration, got {key} {held.get(key)}, here "
-                    f"{value}; give another name, or overwrite=true to measure all again"
-                )
-
 
 class AuditConfig(Study):
     """One setting in which influence is compared with leave-one-out retraining."""
@@ -256,3 +232,128 @@ def load_audit(path: str | Path, overrides: Sequence[str] = ()) -> AuditConfig |
     if "study" in read_yaml(path):
         return load_as(ProxyConfig, path, overrides)
     return load_as(AuditConfig, path, overrides)
+
+
+# --- runs and their files -------------------------------------------------------------------------
+
+# Okabe and Ito's colours, told apart by the colour-blind; the yellow is too pale on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "0.6")
+
+
+class Measured(Protocol):
+    """A dataclass of what was measured in one run."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+
+Row = TypeVar("Row", bound=Measured)
+
+
+def run_study(
+    config: Study,
+    read: Callable[[], list[Row]],
+    measure: Callable[[float, int], Iterable[Row]],
+    write: Callable[[list[Row]], None],
+    progress: Callable[[str], None],
+) -> list[Row]:
+    """Measure each learning rate and seed of a study that is not measured yet.
+
+    Args:
+        config: of the study.
+        read: the rows that the directory holds.
+        measure: learning rate, seed -> the rows of that run.
+        write: writes the rows of all runs so far; called after each run.
+        progress: told what was found or finished, in words.
+
+    Returns:
+        The rows of all runs.
+    """
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    rows = [] if config.overwrite else read()
+    known = {(row.lr, row.seed) for row in rows}
+    for lr in config.lrs:
+        for seed in range(config.seeds):
+            if (lr, seed) in known:
+                progress(f"found lr {lr:g}, seed {seed}")
+                continue
+            rows += measure(lr, seed)
+            write(rows)
+            progress(f"measured lr {lr:g}, seed {seed}")
+    return rows
+
+
+def read_study(
+    config: Study, name: str, kind: str, rows: Callable[[dict[str, Any]], list[Row]]
+) -> list[Row]:
+    """Rows that the directory holds of this configuration, whatever seeds and learning rates.
+
+    Args:
+        config: of the study.
+        name: of the JSON file with the configuration.
+        kind: what it must be of, for the message.
+        rows: content of that file -> the rows.
+
+    Raises:
+        ConfigError: they are of another configuration, or cannot be read.
+    """
+    path = config.folder / name
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        held, found = content["config"], rows(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} must be of {kind}, got {error!r}; remove it") from error
+    for key, value in config.model_dump(mode="json").items():
+        if key not in _NOT_MEASURED and held.get(key) != value:
+            raise ConfigError(
+                f"{path} must be of this configuration, got {key} {held.get(key)}, here "
+                f"{value}; give another name, or overwrite=true to measure all again"
+            )
+    return found
+
+
+def write_study(config: Study, name: str, content: Mapping[str, Any]) -> None:
+    """Write the configuration and `content` as JSON, whole or not at all.
+
+    JSON has no infinity and no NaN: they are "inf", and null for what has no value.
+    """
+    plain = _plain({"config": config.model_dump(mode="json"), **content})
+    with atomic_file(config.folder / name) as file:
+        file.write((json.dumps(plain, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "inf"
+    return value
+
+
+def write_rows(rows: Sequence[Any], path: Path) -> None:
+    """Write dataclasses of one kind as a CSV file, whole or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(rows[0])])
+    writer.writeheader()
+    writer.writerows(map(dataclasses.asdict, rows))
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def rank_correlation(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Spearman; NaN of fewer than two values, and where all are equal."""
+    from scipy.stats import spearmanr  # noqa: PLC0415
+
+    if len(ours) < 2:
+        return math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what scipy says of NaN
+        return float(spearmanr(ours, theirs).statistic)

@@ -1,1 +1,0 @@
-"""Demonstration data, made without a network where possible: images and text, written as shards."""
