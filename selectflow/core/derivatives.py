@@ -362,6 +362,8 @@ class Derivatives:
                 f"step and half of it, got {apart:.1%}, and the model has no forward-mode "
                 "derivative; compute the losses in float32 without autocast, make the model smooth"
                 + ("" if use == "losses" else ", or set curvature to 'none'")
+                + "; two passes must give the same: draw no random numbers from generators of your "
+                "own in loss_fn, and keep no state from pass to pass"
             )
         return ("central" if agrees else "exact"), f"{apart:.1e} from {against}"
 
