@@ -8,6 +8,7 @@ of its errors, are here as well.
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from types import FunctionType
 from typing import Annotated, Any, Literal, Self
@@ -16,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from selectflow.control.rules import AutoHorizon, AutoRate
+from selectflow.core.counts import is_count
 from selectflow.strategies import STRATEGIES
 
 # --- what is wrong, in the words of the person who wrote it ---------------------------------------
@@ -88,9 +90,16 @@ def must_be(rule: str, holds: Callable[[object], object]) -> BeforeValidator:
     def check(value: object) -> object:
         if not holds(value):
             raise PydanticCustomError("rule", "must be {rule}", {"rule": rule})
-        return value
+        return _own_number(value)
 
     return BeforeValidator(check)
+
+
+def _own_number(value: object) -> object:
+    """A number of numpy as Python's own, which is saved and printed as such."""
+    if isinstance(value, bool | int | float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 # --- types of fields ------------------------------------------------------------------------------
@@ -102,17 +111,13 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def is_count(value: object, least: int = 1) -> bool:
-    """Whether a value is an integer of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def _is_keep(value: object) -> bool:
-    return is_count(value) or (isinstance(value, float) and 0 < value <= 1)
+    is_fraction = isinstance(value, Real) and not isinstance(value, Integral)
+    return is_count(value) or (is_fraction and 0 < value <= 1)  # type: ignore[operator]
 
 
 def _is_horizon(value: object) -> bool:
-    decides = not isinstance(value, int) and hasattr(value, "at") and hasattr(value, "largest")
+    decides = hasattr(value, "at") and hasattr(value, "largest")
     return decides or is_count(value, 0) or value == "auto" or isinstance(value, AutoHorizon)
 
 

@@ -21,7 +21,6 @@ from selectflow.control.rules import AutoHorizon, AutoRate, Decision, RateRule
 from selectflow.control.state import SelectorState
 from selectflow.core.batches import (
     Batch,
-    Cycle,
     PeekedPools,
     num_examples,
     num_kept,
@@ -29,12 +28,14 @@ from selectflow.core.batches import (
     through,
 )
 from selectflow.core.chunks import ChunkSize
+from selectflow.core.counts import as_count
 from selectflow.core.derivatives import Curvature, Derivatives
 from selectflow.core.forms import Forms, Method
 from selectflow.core.lookahead import NominalChoice, Policy, Upcoming
 from selectflow.core.params import scored_names
 from selectflow.core.passes import LossFn, Objective, check_finite
 from selectflow.core.storage import Offload
+from selectflow.core.target import Cycle
 from selectflow.core.torch_optim import OptimizerReader
 from selectflow.options import SelectOptions
 from selectflow.strategies import STRATEGIES, Candidates, Selection, Strategy
@@ -73,7 +74,7 @@ class Selector:
         optimizer: its `torch.optim.AdamW`, `Adam` or `SGD`.
         loss_fn: `loss_fn(model, batch)` -> per-example losses, shape (N,), differentiable.
         target: batches of clean examples that define the goal, iterated again and again, one
-            for each look-ahead. Any re-iterable: a list, a DataLoader.
+            for each look-ahead: a list, a DataLoader, or any other iterable, with an end or not.
         lr_scheduler: stepped by the user once after every optimizer step; the look-ahead then
             follows the learning rates to come.
         max_grad_norm: what the user clips gradients to, by norm.
@@ -119,8 +120,8 @@ class Selector:
         given = locals()
         names = SelectOptions.model_fields
         self.options = options = SelectOptions.checked(**{name: given[name] for name in names})
-        if options.horizon == "auto":
-            horizon = AutoHorizon()
+        horizon = AutoHorizon() if options.horizon == "auto" else options.horizon
+        seed = as_count("seed", seed, None)
         if options.lr == "auto":
             lr = AutoRate()
         self.state = state = SelectorState(
@@ -131,7 +132,7 @@ class Selector:
         )
         self._objective = Objective(model, loss_fn, autocast)
         self._derivatives = Derivatives(
-            self._objective, derivative, chunk_size, memory_gib, state.forms
+            self._objective, derivative, options.chunk_size, memory_gib, state.forms
         )
         self._optimizer = OptimizerReader(
             self._objective.model, optimizer, lr_scheduler, max_grad_norm
@@ -142,11 +143,11 @@ class Selector:
         self._policy = Policy(
             self._derivatives,
             self._scored_names,
-            keep,
-            interval,
+            options.keep,
+            options.interval,
             curvature,
             nominal,
-            pools_per_update,
+            options.pools_per_update,
             score_view,
             memory_gib,
             offload,
@@ -158,7 +159,11 @@ class Selector:
         self._rate: RateControl | None = None
         if state.rate is not None:
             self._rate = RateControl(
-                state.rate, self._optimizer, self._derivatives, self._next_target, pools_per_update
+                state.rate,
+                self._optimizer,
+                self._derivatives,
+                self._next_target,
+                options.pools_per_update,
             )
         self._saved_options = options.plain() | {"seed": seed}
         self.last: Selection | None = None

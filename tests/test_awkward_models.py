@@ -1,7 +1,9 @@
 """Layers without forward mode, mixtures of experts, gradient scalers, losses that are means."""
 
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -191,3 +193,108 @@ def test_hooks_that_mark_embeddings_are_off_in_scoring_alone():
     assert torch.equal(scores[3], scores[1])
     assert not torch.equal(scores[1], scores[0])
     assert not model[0](data["x"]).requires_grad  # the handles still hold
+
+
+class OfTwoModes(nn.Module):
+    """Another output in eval mode, as detectors and nets with auxiliary heads have."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.auxiliary = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return (self.head(x), self.auxiliary(x)) if self.training else self.head(x)
+
+
+@pytest.mark.parametrize("derivative", ["auto", "exact", "central"])
+@pytest.mark.parametrize("strategy", ["influence", "loss"])
+def test_a_loss_that_fails_in_eval_mode_alone_says_so(derivative, strategy):
+    def both(model, data):
+        out, auxiliary = model(data["x"])
+        return nn.functional.cross_entropy(out + auxiliary, data["y"], reduction="none")
+
+    model = OfTwoModes()
+    options = {"derivative": derivative, "strategy": strategy}
+    optimizer = torch.optim.AdamW(model.parameters())
+    selector = Selector(model, optimizer, both, [batch(8)], keep=3, **options)
+    with pytest.raises(ValueError, match="too many values to unpack") as caught:
+        selector.select(batch(8))
+    assert "while scoring: the model is in eval mode there" in " ".join(caught.value.__notes__)
+    assert model.training
+
+
+NOISE = {
+    "torch": torch.randn_like,
+    "numpy": lambda x: torch.from_numpy(np.random.randn(*x.shape)),  # noqa: NPY002
+    "python": lambda x: torch.tensor([[random.gauss(0, 1)] for _ in x]).to(x),
+}
+
+
+@pytest.mark.parametrize("horizon", [0, 3])
+@pytest.mark.parametrize("source", NOISE)
+def test_passes_of_a_difference_draw_the_same_noise(source, horizon):
+    """Scores are those of the losses with that noise in the data."""
+
+    def noisy(model, data):
+        return loss_fn(model, data | {"x": data["x"] + NOISE[source](data["x"])})
+
+    def fixed(model, data):
+        state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+        torch.set_rng_state(began[0])
+        np.random.set_state(began[1])  # noqa: NPY002
+        random.setstate(began[2])
+        losses = noisy(model, data)
+        torch.set_rng_state(state[0])
+        np.random.set_state(state[1])  # noqa: NPY002
+        random.setstate(state[2])
+        return losses
+
+    model, optimizer = custom(PlainSwish, torch.float64)
+    data = [batch(8, torch.float64) for _ in range(4)]
+    began = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    scores = []
+    for loss in (noisy, fixed):
+        selector = Selector(model, optimizer, loss, data[:1], keep=2, horizon=horizon)
+        selector.select(data[1], data[2:])
+        scores.append(selector.last.scores)
+    assert torch.equal(*scores)
+
+
+def test_noise_from_a_generator_of_ones_own_is_named():
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(model, data):
+        noise = torch.randn(data["x"].shape, generator=generator)
+        return loss_fn(model, data | {"x": data["x"] + noise})
+
+    model, optimizer = custom(PlainSwish)
+    selector = Selector(model, optimizer, noisy, [batch(8)], keep=2)
+    with pytest.raises(FloatingPointError, match=r"draw no random numbers.* keep no state"):
+        selector.select(batch(8))
+
+
+@pytest.mark.parametrize("horizon", [0, 2])
+@pytest.mark.parametrize("chunk_size", [None, 5, "auto"])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_inputs_score_as_dense_ones(layout, chunk_size, horizon):
+    def linear(model, data):
+        logits = torch.mm(data["x"], model.weight.T) + model.bias
+        return nn.functional.cross_entropy(logits, data["y"], reduction="none")
+
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    dense = [batch(8, torch.float64) for _ in range(4)]
+    for data in dense:
+        data["x"] = data["x"].relu()
+    sparse = [data | {"x": data["x"].to_sparse(layout=layout)} for data in dense]
+    last = []
+    for data in (dense, sparse):
+        options = {"horizon": horizon, "chunk_size": chunk_size, "derivative": "central"}
+        selector = Selector(model, optimizer, linear, data[:1], keep=3, **options)
+        kept = selector.select(data[1], data[2:])
+        last.append(selector.last)
+    assert (last[0].scores - last[1].scores).norm() < 1e-7 * last[0].scores.norm()
+    assert kept["x"].layout is layout
+    assert torch.equal(kept["x"].to_dense(), dense[1]["x"][last[1].indices])

@@ -130,3 +130,69 @@ def test_sparse_gradients_select_as_dense_ones(derivative):
 
     for scores, expected in zip(kept(True), kept(False), strict=True):
         torch.testing.assert_close(scores, expected)
+
+
+def added(model, optimizer):
+    model.append(nn.Linear(3, 3).double())
+    optimizer.add_param_group({"params": list(model[-1].parameters()), "lr": 1e-2})
+
+
+def exchanged(model, optimizer):
+    """Another layer under the same name."""
+    model[2] = nn.Linear(5, 3).double()
+    optimizer.param_groups[0]["params"][2:] = list(model[2].parameters())
+
+
+def wrapped(model, optimizer):
+    """The same parameters under other names, as adapters do it."""
+    model[2] = nn.Sequential(model[2])
+
+
+def grown(model, optimizer):
+    """A layer that writes its weight in forward, where there was none."""
+    model[0] = nn.Sequential(model[0], nn.Unflatten(1, (5, 1)), MaxNorm(), nn.Flatten())
+    optimizer.add_param_group({"params": list(model[0][2].parameters()), "lr": 1e-2})
+
+
+class MaxNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 1, max_norm=0.1, dtype=torch.float64)
+
+    def forward(self, x):
+        return x + self.table((x[..., 0] > 0).long())
+
+
+@pytest.mark.parametrize("change", [added, exchanged, wrapped, grown])
+@pytest.mark.parametrize(
+    "options", [{"horizon": 0}, {"horizon": 3}, {"horizon": 1, "interval": 4}, {"lr": "auto"}]
+)
+def test_layers_that_come_later_count_at_once(change, options):
+    """As for a selector that was built after the change."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batches = [[torch.randn(9, 6).double(), torch.randint(3, (9,))] for _ in range(5)]
+    options = {"keep": 1.0, "derivative": "exact", "horizon": 0} | options
+
+    def selected(selector):
+        kept = selector.select(batches[0], batches[1:])
+        optimizer.zero_grad()
+        losses(model, kept).mean().backward()
+        optimizer.step()
+
+    selector = Selector(model, optimizer, losses, batches[4:], **options)
+    for _ in range(9):
+        selected(selector)
+    change(model, optimizer)
+    for _ in range(10):
+        selected(selector)
+    weights = [param.detach().clone() for param in model.parameters()]
+    anew = Selector(model, optimizer, losses, batches[4:], **(options | {"lr": "schedule"}))
+    selector.state.ahead = None
+    for each in (selector, anew):
+        each.select(batches[0], batches[1:])
+    if "lr" not in options:
+        assert torch.allclose(selector.last.scores, anew.last.scores, rtol=1e-10, atol=0)
+        assert all(map(torch.equal, weights, model.parameters()))
+    assert selector.last.scores.isfinite().all()

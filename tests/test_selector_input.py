@@ -1,10 +1,17 @@
 """Bad input to the selector: each error says what was expected, what came and where."""
 
+import io
+import itertools
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from problems import image_loss
 from test_selector import selector_for, setting, train
+
+from selectflow.control.horizon import HorizonSchedule
+from selectflow.control.rules import AutoHorizon, AutoRate
 
 
 @pytest.mark.parametrize(
@@ -104,3 +111,80 @@ def test_another_default_device_changes_nothing(strategy):
     finally:
         torch.set_default_device(None)
     assert kept["key"] == expected["key"]
+
+
+def endless(batches):
+    while True:
+        yield from batches
+
+
+class Once:
+    def __init__(self, batches):
+        self.iterator = iter(batches)
+
+    def __iter__(self):
+        return self.iterator
+
+
+@pytest.mark.parametrize("make", [endless, itertools.cycle, Once])
+def test_targets_without_end_or_of_one_round_score_as_a_list_does(make):
+    """To the bit, resumed in the midst of a round, too."""
+    model, optimizer, pools, target = setting()
+    listed = selector_for(model, optimizer, target)
+    other = selector_for(model, optimizer, make(target))
+    for number, pool in enumerate(pools[:7]):
+        for selector in (listed, other):
+            selector.state.ahead = None
+            selector.select(pool)
+        assert torch.equal(listed.last.scores, other.last.scores)
+        if number == 3:
+            state = other.state_dict()
+            other = selector_for(model, optimizer, make(target))
+            other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep": np.int64(3)},
+        {"keep": np.float32(0.25)},
+        {"horizon": np.int64(2)},
+        {"horizon": HorizonSchedule([(np.int64(0), np.int64(2))])},
+        {"horizon": AutoHorizon(largest=np.int64(4), gap=np.int32(9))},
+        {"lr": AutoRate(window=np.int16(4), longest_gap=np.int64(8))},
+        {"interval": np.int32(2)},
+        {"chunk_size": np.uint8(4)},
+        {"pools_per_update": np.int64(2)},
+        {"seed": np.int64(7)},
+        {"memory_gib": np.float32(1), "max_grad_norm": np.float64(1)},
+    ],
+)
+def test_numbers_of_numpy_are_numbers(options):
+    def plain(value):
+        return value.item() if isinstance(value, np.generic) else value
+
+    model, optimizer, pools, target = setting()
+    found = []
+    for given in (options, {name: plain(value) for name, value in options.items()}):
+        selector = selector_for(model, optimizer, target, **given)
+        selector.select(pools[0], pools[1:])
+        found.append(selector)
+    assert torch.equal(found[0].last.scores, found[1].last.scores)
+    assert torch.equal(found[0].last.indices, found[1].last.indices)
+    file = io.BytesIO()
+    torch.save(found[0].state_dict(), file)
+    file.seek(0)
+    found[1].load_state_dict(torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize("value", [True, np.bool_(True), 2.0, np.float64(2), "2", None])
+def test_what_is_no_whole_number_is_refused(value):
+    model, optimizer, _, target = setting()
+    for name in ("interval", "horizon", "seed"):
+        with pytest.raises(ValueError, match=f"{name} must be an integer.*got "):
+            selector_for(model, optimizer, target, **{name: value})
+    for make in (lambda: AutoRate(window=value), lambda: AutoHorizon(gap=value)):
+        with pytest.raises(ValueError, match=r"must be >= .* integers"):
+            make()
+    with pytest.raises(ValueError, match="horizon must be an integer >= 0"):
+        HorizonSchedule([(0, value)])

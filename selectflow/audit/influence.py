@@ -17,6 +17,7 @@ from torch import Tensor
 
 from selectflow.audit.reruns import Removal, expand, like_of, rerun, weights_without
 from selectflow.core.batches import Batch, num_examples
+from selectflow.core.counts import is_count
 from selectflow.core.derivatives import Curvature
 from selectflow.core.optim import SGD, Adjoint, Rule, State, Update
 from selectflow.core.params import Params
@@ -231,7 +232,7 @@ def _query_weights(queries: Batch, reduce: Reduce) -> Tensor:
 def _removals(
     trajectory: Trajectory, pairs: Iterable[tuple[int, int]], horizon: float
 ) -> list[Removal]:
-    if horizon != math.inf and not (isinstance(horizon, int) and horizon >= 1):
+    if horizon != math.inf and not is_count(horizon):
         raise ValueError(f"horizon must be an integer >= 1 or math.inf, got {horizon!r}")
     first, num = trajectory.first_step, len(trajectory)
     removals = []

@@ -10,12 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, Literal, Protocol
 
 import torch
 
 from selectflow.control.rules import AutoHorizon, Decision, HorizonRule, restore, state_of
 from selectflow.core.batches import Batch, num_examples, num_kept
+from selectflow.core.counts import as_count
 from selectflow.core.lookahead import Policy, Upcoming, random_order
 from selectflow.core.proxy import probe
 from selectflow.core.torch_optim import OptimizerReader
@@ -55,12 +57,14 @@ class HorizonSchedule:
     shape: Literal["step", "linear"] = "step"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "points", tuple((step, value) for step, value in self.points))
+        points = tuple(
+            (as_count("step of a horizon schedule", step, 0), as_count("horizon", horizon, 0))
+            for step, horizon in self.points
+        )
+        object.__setattr__(self, "points", points)
         steps = [step for step, _ in self.points]
         if not steps or steps[0] != 0 or any(a >= b for a, b in pairwise(steps)):
             raise ValueError(f"steps of a horizon schedule must rise from 0, got {steps}")
-        for _, horizon in self.points:
-            _checked(horizon)
         if self.shape not in ("step", "linear"):
             raise ValueError(f"shape must be 'step' or 'linear', got {self.shape!r}")
 
@@ -86,15 +90,9 @@ def as_horizon(value: int | Horizon) -> Horizon:
     Raises:
         ValueError: neither an integer >= 0 nor an object that decides horizons.
     """
-    if not isinstance(value, int) and hasattr(value, "at") and hasattr(value, "largest"):
+    if not isinstance(value, Integral) and hasattr(value, "at") and hasattr(value, "largest"):
         return value
-    return HorizonSchedule([(0, _checked(value))])
-
-
-def _checked(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"horizon must be an integer >= 0, got {value!r}")
-    return value
+    return HorizonSchedule([(0, as_count("horizon", value, 0))])
 
 
 # --- contests -------------------------------------------------------------------------------------

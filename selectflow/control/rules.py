@@ -41,6 +41,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from selectflow.core.counts import is_count
+
 _PATIENCE_TO_LOWER = 2  # windows at most before the rate is lowered
 _NOTICEABLE = 0.01  # share of the target loss that twice the rate must gain
 _PROPORTIONAL = 0.8  # share of the progress that twice the rate must add, and half halve
@@ -116,11 +118,13 @@ class AutoRate:
                 "bounds of the lr multiplier must be 0 < lowest <= 1 <= highest, got "
                 f"lowest={self.lowest}, highest={self.highest}; 1 is the user's own schedule"
             )
-        if self.window < 1 or self.longest_gap < 0 or not self.rise > 0:
+        are_counts = is_count(self.window) and is_count(self.longest_gap, 0)
+        if not are_counts or not self.rise > 0:
             raise ValueError(
-                f"window must be >= 1, longest_gap >= 0 and rise > 0, got {self.window}, "
-                f"{self.longest_gap} and {self.rise}"
+                "window must be >= 1, longest_gap >= 0, both integers, and rise > 0, got "
+                f"{self.window}, {self.longest_gap} and {self.rise}"
             )
+        _as_integers(self, "window", "longest_gap")
 
 
 @dataclass
@@ -291,16 +295,18 @@ class AutoHorizon:
     longest_gap: int = 400
 
     def __post_init__(self) -> None:
-        if self.largest < 0 or not 0 < self.tolerance < 0.5:
+        if not is_count(self.largest, 0) or not 0 < self.tolerance < 0.5:
             raise ValueError(
-                "largest must be >= 0 and tolerance in (0, 0.5), got "
+                "largest must be >= 0, an integer, and tolerance in (0, 0.5), got "
                 f"{self.largest} and {self.tolerance}"
             )
-        if self.contest_steps < 1 or not 1 <= self.gap <= self.longest_gap:
+        are_counts = all(map(is_count, (self.contest_steps, self.gap, self.longest_gap)))
+        if not are_counts or self.gap > self.longest_gap:
             raise ValueError(
-                "contest_steps must be >= 1 and 1 <= gap <= longest_gap, got "
+                "contest_steps must be >= 1 and 1 <= gap <= longest_gap, all integers, got "
                 f"{self.contest_steps}, {self.gap} and {self.longest_gap}"
             )
+        _as_integers(self, "largest", "contest_steps", "gap", "longest_gap")
 
     @property
     def ladder(self) -> tuple[int, ...]:
@@ -411,3 +417,9 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
         return mean, math.inf
     variance = sum((value - mean) ** 2 for value in values) / (num - 1)
     return mean, math.sqrt(variance / num)
+
+
+def _as_integers(settings: object, *names: str) -> None:
+    """Numpy's integers as Python's own."""
+    for name in names:
+        object.__setattr__(settings, name, int(getattr(settings, name)))

@@ -1,18 +1,25 @@
 """Batches as users have them: any nesting of tensors with one leading dimension.
 
-A batch may be a tensor, a tuple, list or named tuple, a mapping (dict, Hugging Face
-BatchEncoding) or a dataclass of these. Lists of other things (keys, texts) with one entry per
-example are indexed along, and so are tuples of strings, which torch's collate makes of them;
-everything else passes through.
+What an example is, for every function here:
+
+- Mappings (dict, BatchEncoding, ModelOutput), dataclasses, named tuples, lists and tuples are
+  looked into, to any depth. Tensors and numpy arrays inside have one row for each example: their
+  common number of rows is N, the number of examples.
+- A list or tuple of N things that are no tensors has one entry for each example (keys, texts,
+  numbers, records, None), and its entries go where the rows go. Where tensors are inside the
+  entries and all have N rows, it is looked into instead: `({"x": x}, {"y": y})` is two parts of a
+  batch for any N. Other sequences (range, deque) count, too, and become lists.
+- All else goes with the batch as it is: texts, numbers, objects, sequences of other lengths.
+- The entries of a field called `key` or `__key__` name the examples in messages.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import deque
+from collections import UserDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from itertools import cycle, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -40,31 +47,34 @@ def num_examples(batch: Batch) -> int:
     """Number of examples: the leading dimension that all tensors share.
 
     Raises:
-        ValueError: no tensor, a tensor without dimensions, or tensors that disagree.
+        ValueError: no tensor, a tensor without dimensions, tensors that disagree, or one whose
+            rows cannot be taken, as of a jagged tensor.
     """
     if isinstance(batch, MicroBatches):
         return sum(map(num_examples, batch.parts))
-    if isinstance(batch, Tensor) and batch.ndim:
+    if isinstance(batch, Tensor) and batch.ndim and not _is_odd(batch):
         return len(batch)
-    sizes = {
-        path: len(leaf) if leaf.ndim else None
-        for path, leaf in _leaves(batch)
-        if isinstance(leaf, Tensor | np.ndarray)
-    }
+    # Sequences that may be entries of examples have no say, unless there is nothing else.
+    sizes = _num_rows(batch, None) or _num_rows(batch, _INTO_ALL)
+    size = next(iter(sizes.values()), None)
+    if size is not None:
+        sizes |= _num_rows(batch, size)
     if not sizes:
         raise ValueError(f"batch must hold at least one tensor, got {type(batch).__name__}")
-    if len(set(sizes.values())) > 1 or None in sizes.values():
-        listed = ", ".join(f"{path or 'batch'}: {size}" for path, size in sizes.items())
+    if size is None or len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{path or 'batch'}: {rows}" for path, rows in sizes.items())
         raise ValueError(
             f"all tensors of a batch must have the same leading dimension, got {listed}; "
             "put what is not per example outside the batch"
         )
-    return next(size for size in sizes.values() if size is not None)
+    return size
 
 
 def tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a batch, each with its path."""
-    yield from ((path, leaf) for path, leaf in _leaves(batch) if isinstance(leaf, Tensor))
+    for path, leaf in _leaves(batch, _INTO_ALL):
+        if isinstance(leaf, Tensor):
+            yield path, leaf
 
 
 def num_kept(keep: int | float, size: int) -> int:
@@ -88,22 +98,20 @@ def num_kept(keep: int | float, size: int) -> int:
 
 def take(batch: Batch, index: Tensor | slice) -> Batch:
     """The examples at `index` (1-d int64 tensor, or a slice), in that order, as the same type."""
-    if isinstance(batch, Tensor):
-        return batch[index.to(batch.device) if isinstance(index, Tensor) else index]
     size = num_examples(batch)
 
     def pick(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return leaf[index.to(leaf.device) if isinstance(index, Tensor) else index]
+            return _rows(leaf, index)
         if isinstance(leaf, np.ndarray):
             return leaf[index.numpy(force=True) if isinstance(index, Tensor) else index]
-        if isinstance(leaf, list | tuple) and len(leaf) == size:
-            if isinstance(index, slice):
-                return leaf[index]
-            return type(leaf)(leaf[i] for i in index.tolist())
-        return leaf
+        if not _has_entries(leaf, size):
+            return leaf
+        places = index.tolist() if isinstance(index, Tensor) else range(size)[index]
+        entries = [leaf[place] for place in places]
+        return type(leaf)(entries) if isinstance(leaf, list | tuple) else entries
 
-    return _map(pick, batch)
+    return _map(pick, batch, size)
 
 
 def through(view: Callable[[Batch], Batch] | None, batch: Batch) -> Batch:
@@ -125,7 +133,11 @@ def through(view: Callable[[Batch], Batch] | None, batch: Batch) -> Batch:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`; without a copy where they are there already."""
-    return _map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+    def moved(leaf: Any) -> Any:
+        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+    return _map(moved, batch, _INTO_ALL)
 
 
 def chunks(batch: Batch, size: int | None) -> Iterator[Batch]:
@@ -144,56 +156,13 @@ def chunks(batch: Batch, size: int | None) -> Iterator[Batch]:
 
 def describe(batch: Batch, index: Tensor) -> str:
     """Names of the examples at `index` for messages: their keys where the batch has keys."""
-    if isinstance(batch, Mapping):
-        for name in _KEY_NAMES:
-            keys = batch.get(name)
-            if isinstance(keys, list | tuple) and len(keys) == num_examples(batch):
-                return "keys " + ", ".join(str(keys[i]) for i in index[:8].tolist())
-    return "positions " + ", ".join(str(i) for i in index[:8].tolist())
-
-
-class Cycle:
-    """The target's batches, again and again, by position.
-
-    Args:
-        batches: any iterable; one that ends for good, such as a generator, is kept as a list.
-
-    Raises:
-        ValueError: it never ends, or is a single batch.
-    """
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        if isinstance(batches, Mapping):  # iterated, it would give the names of its fields
-            raise ValueError(
-                f"target must be an iterable of batches, got one batch, a {type(batches).__name__} "
-                "of " + ", ".join(map(str, batches)) + "; put it into a list"
-            )
-        if isinstance(batches, cycle):
-            raise ValueError(
-                "target must come to an end, got itertools.cycle; pass what it repeats, which is "
-                "iterated again and again"
-            )
-        # Not by iter(), at which a DataLoader draws a random number and starts its workers.
-        if isinstance(batches, Iterator):  # a generator ends once and for all
-            batches = list(batches)
-        self._batches = batches
-        self._iterator: Iterator[Batch] = iter(())
-        self._at = -1  # where the iterator is; -1: it was not opened
-
-    def draw(self, position: int) -> tuple[Batch, int]:
-        """The batch at a position of a round, and the next position; after the last, the first.
-
-        Raises:
-            ValueError: there is none.
-        """
-        if position != self._at:
-            self._iterator = islice(iter(self._batches), position, None)
-        for batch in islice(self._iterator, 1):
-            self._at = position + 1
-            return batch, self._at
-        if position:
-            return self.draw(0)
-        raise ValueError("target must yield at least one batch, got none; pass a list of batches")
+    size, places = num_examples(batch), index[:8].tolist()
+    for path, leaf in _leaves(batch, size):
+        if path.rpartition(".")[2] in _KEY_NAMES:
+            keys = leaf.tolist() if isinstance(leaf, Tensor | np.ndarray) else leaf
+            if _has_entries(keys, size):
+                return "keys " + ", ".join(str(keys[place]) for place in places)
+    return "positions " + ", ".join(map(str, places))
 
 
 class PeekedPools:
@@ -225,15 +194,72 @@ class PeekedPools:
         return len(self._peeked) > before
 
 
-def _is_leaf(node: Any) -> bool:
+# --- the rule, see above --------------------------------------------------------------------------
+
+_INTO_ALL = -1  # for a size: no sequence has so many entries, so that each is looked into
+_SCALARS = {int, float, bool, str, bytes, type(None)}
+_TEXT = str | bytes | bytearray | memoryview
+_LAYOUTS = (torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
+
+
+def _is_record(node: Any) -> bool:
+    if isinstance(node, tuple):
+        return hasattr(node, "_fields")  # a named tuple
+    is_instance = dataclasses.is_dataclass(node) and not isinstance(node, type)
+    return isinstance(node, Mapping) or is_instance
+
+
+def _is_nested(node: Any, size: int | None) -> bool:
+    """Whether a node is looked into, in a batch of `size` examples; None: not known yet."""
     if isinstance(node, Tensor | np.ndarray | str | int):  # most nodes, and the quickest test
+        return False
+    if not isinstance(node, list | tuple) or _is_record(node):
+        return _is_record(node)
+    kinds = set(map(type, node))
+    if kinds <= _SCALARS:
+        return False
+    if any(issubclass(kind, Tensor | np.ndarray) for kind in kinds):
         return True
-    if isinstance(node, list):  # a list of tensors is a batch, a list of keys is one leaf
-        return not any(isinstance(item, Tensor | np.ndarray) for item in node)
-    if type(node) is tuple and node and all(isinstance(item, str | bytes) for item in node):
-        return True
-    is_record = dataclasses.is_dataclass(node) and not isinstance(node, type)
-    return not (isinstance(node, tuple | Mapping) or is_record)
+    if size is None:
+        return False
+    return len(node) != size or set(_num_rows(node, _INTO_ALL).values()) == {size}
+
+
+def _has_entries(leaf: Any, size: int) -> bool:
+    """Whether a leaf without rows has one entry for each of `size` examples."""
+    is_sequence = isinstance(leaf, Sequence) and not isinstance(leaf, _TEXT | torch.Size)
+    return is_sequence and len(leaf) == size
+
+
+def _num_rows(batch: Batch, size: int | None) -> dict[str, int | None]:
+    """Rows of each tensor and array by its path; None for one without dimensions."""
+    found = {}
+    for path, leaf in _leaves(batch, size):
+        if isinstance(leaf, Tensor) and _is_odd(leaf):
+            kind = "a jagged (nested) tensor" if leaf.is_nested else f"one of {leaf.layout}"
+            raise ValueError(
+                "tensors of a batch must be dense, or sparse in COO, CSR or CSC form, got "
+                f"{kind} at {path or 'batch'}; pad it, or make it a list of one entry per example"
+            )
+        if isinstance(leaf, Tensor | np.ndarray):
+            found[path] = len(leaf) if leaf.ndim else None
+    return found
+
+
+def _is_odd(leaf: Tensor) -> bool:
+    """Whether the rows of a tensor cannot be taken."""
+    return leaf.is_nested or leaf.layout not in _LAYOUTS
+
+
+def _rows(leaf: Tensor, index: Tensor | slice) -> Tensor:
+    if leaf.layout is torch.strided:
+        return leaf[index.to(leaf.device) if isinstance(index, Tensor) else index]
+    places = torch.arange(len(leaf), device="cpu")[
+        index.cpu() if isinstance(index, Tensor) else index
+    ]
+    # Sparse tensors have no other way to rows, and this one in COO form only.
+    chosen = leaf.to_sparse(layout=torch.sparse_coo).index_select(0, places.to(leaf.device))
+    return chosen if leaf.layout is torch.sparse_coo else chosen.to_sparse(layout=leaf.layout)
 
 
 def _children(node: Any) -> Iterator[tuple[str, Any]]:
@@ -245,28 +271,41 @@ def _children(node: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(position), value) for position, value in enumerate(node))
 
 
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if _is_leaf(node):
+def _leaves(node: Any, size: int | None, path: str = "") -> Iterator[tuple[str, Any]]:
+    # The batch itself is never one entry per example: that would be no batch but samples.
+    if not _is_nested(node, size if path else _INTO_ALL):
         yield path, node
         return
     for name, child in _children(node):
-        yield from _leaves(child, f"{path}.{name}" if path else name)
+        yield from _leaves(child, size, f"{path}.{name}" if path else name)
 
 
-def _map(function: Callable[[Any], Any], node: Any) -> Any:
-    if _is_leaf(node):
+def _map(
+    function: Callable[[Any], Any], node: Any, size: int | None, is_outermost: bool = True
+) -> Any:
+    if not _is_nested(node, _INTO_ALL if is_outermost else size):
         return function(node)
+
+    def mapped(child: Any) -> Any:
+        return _map(function, child, size, is_outermost=False)
+
     if isinstance(node, Mapping):
-        items = {key: _map(function, value) for key, value in node.items()}
-        if type(node) is dict or not isinstance(node, MutableMapping):
-            return items
-        mapped = copy.copy(node)  # keeps what a BatchEncoding or defaultdict is beside its items
-        mapped.update(items)
-        return mapped
+        return _with_items(node, {key: mapped(value) for key, value in node.items()})
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         given = [field.name for field in dataclasses.fields(node) if field.init]
-        return dataclasses.replace(
-            node, **{name: _map(function, getattr(node, name)) for name in given}
-        )
-    parts = [_map(function, child) for child in node]
+        return dataclasses.replace(node, **{name: mapped(getattr(node, name)) for name in given})
+    parts = [mapped(child) for child in node]
     return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
+
+
+def _with_items(node: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """A mapping with other values for its keys, and all that it is beside its items."""
+    if type(node) is dict or not isinstance(node, MutableMapping):
+        return items
+    if isinstance(node, dict | UserDict):
+        made: MutableMapping[Any, Any] = copy.copy(node)
+    else:  # a shallow copy may share the dict that it keeps its items in
+        made = copy.deepcopy(node, {id(value): value for value in node.values()})
+    for key, value in items.items():  # some, such as ModelOutput, have no `update`
+        made[key] = value
+    return made

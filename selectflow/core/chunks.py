@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selectflow.core.batches import Batch, MicroBatches, chunks, num_examples, take, tensors
+from selectflow.core.counts import is_count
 from selectflow.core.params import Params
 from selectflow.core.passes import Objective
 
@@ -84,10 +85,12 @@ class Chunks:
     def __init__(
         self, objective: Objective, size: ChunkSize, memory_gib: float | None = None
     ) -> None:
-        if isinstance(size, str) and size != "auto":
-            raise ValueError(f"chunk_size must be an integer >= 1, 'auto' or None, got {size!r}")
-        if isinstance(size, int) and size < 1:
-            raise ValueError(f"chunk_size must be at least 1, 'auto' or None, got {size}")
+        if size is not None and size != "auto":
+            if not is_count(size):
+                raise ValueError(
+                    f"chunk_size must be an integer >= 1, 'auto' or None, got {size!r}"
+                )
+            size = int(size)
         self._objective, self._size, self._memory_gib = objective, size, memory_gib
         self._fitting: dict[object, int] = {}
 
@@ -168,19 +171,33 @@ def _saved_bytes(objective: Objective, params: Params, batch: Batch) -> tuple[in
     """Bytes that autograd saves for a gradient pass: of all tensors, and of the largest."""
     leaves = params.map(lambda tensor: tensor.detach().requires_grad_())
     there = _present(objective, leaves, batch)
-    present = {tensor.untyped_storage().data_ptr() for tensor in there}
+    present = {storage.data_ptr() for tensor in there for storage in _storages(tensor)}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in present:
-            saved[storage.data_ptr()] = storage.nbytes()
+        for storage in _storages(tensor):
+            if storage.data_ptr() not in present:
+                saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = objective.pure(leaves, batch)
     del losses  # until here no address was used twice
     return sum(saved.values()), max(saved.values(), default=0)
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """Where a tensor's numbers are; a sparse one has several places."""
+    parts: tuple[Tensor, ...] = ()
+    if tensor.layout is torch.strided:
+        parts = (tensor,)
+    elif tensor.layout is torch.sparse_coo:
+        parts = (tensor._indices(), tensor._values())
+    elif tensor.layout is torch.sparse_csr:
+        parts = (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout is torch.sparse_csc:
+        parts = (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    return [part.untyped_storage() for part in parts]
 
 
 def _live_bytes(
@@ -210,13 +227,14 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, present: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.most = self._now = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in present}
+        self._known = {each._cdata for tensor in present for each in _storages(tensor)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
+                for storage in _storages(tensor):
+                    self._note(storage)
         return made
 
     def _note(self, storage: torch.UntypedStorage) -> None:

@@ -97,8 +97,9 @@ class Forms:
             raise FloatingPointError(
                 f"central differences of {use} must agree to {tolerance:.0%} between steps, got "
                 f"{error:.1%} at the best of them, and the model has no forward-mode derivative; "
-                "make the losses deterministic (no random numbers, no state that forward changes) "
-                "and smooth, or compute them in higher precision"
+                "make the losses deterministic (no random numbers from generators of your own in "
+                "loss_fn, no state that forward keeps from pass to pass) and smooth, or compute "
+                "them in higher precision"
                 + ("" if use == "losses" else ", or set curvature to 'none'")
             )
         return "exact", 1.0, 0.0, why

@@ -14,19 +14,18 @@ since the `Parameter` objects stay the same.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as preserve_versions
 
 from selectflow.core.batches import Batch, describe, num_examples
 from selectflow.core.params import Params
+from selectflow.core.randomness import Randomness
 from selectflow.core.wrappers import uncompiled, unwrap, without_input_hooks
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -187,9 +186,7 @@ class Objective:
     @contextmanager
     def _at(self, params: Mapping[str, Tensor]) -> Iterator[None]:
         """The live parameters at the given values; everything is put back afterwards."""
-        live = self._live
-        if not params.keys() <= live.keys():  # layers were added since
-            live = self._live = dict(self.model.named_parameters())
+        live = self._parameters()
         values = {
             name: value.detach()
             for name, value in params.items()
@@ -221,6 +218,14 @@ class Objective:
                 except BaseException:  # a second Ctrl-C
                     put_back()
                     raise
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """The live parameters; what was learned of others, before layers came or went, is over."""
+        live = dict(self.model.named_parameters())
+        if live.keys() != self._live.keys() or any(live[k] is not self._live[k] for k in live):
+            self._live, self._renormed = live, set()
+            self._uses_backward = self._is_probed = self._is_reached = False
+        return self._live
 
     def _differentiate(
         self, batch: Batch, weigh: Callable[[Tensor], Tensor], names: Sequence[str]
@@ -286,14 +291,12 @@ class Objective:
         # cuDNN has no backward pass of recurrent layers in eval mode: training without dropout
         recurrent = [module for module in training if isinstance(module, nn.RNNBase)]
         rates = [module.dropout for module in recurrent]
-        devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
-        python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
             for module in training:
                 module.training = module in recurrent
             for module in recurrent:
                 module.dropout = 0.0
-            with torch.random.fork_rng(devices=list(devices)), without_input_hooks(self.model):
+            with without_input_hooks(self.model):
                 outer, self._snapshot = self._snapshot, _Snapshot.of(self.model)
                 try:
                     yield
@@ -305,12 +308,10 @@ class Objective:
                 module.training = True
             for module, rate in zip(recurrent, rates, strict=True):
                 module.dropout = rate
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Buffers, attributes and torch's generator as before, where `pure` is transformed."""
+        """Buffers, attributes and random generators as before, where `pure` is transformed."""
         snapshot = self._snapshot or _Snapshot.of(self.model)
         try:
             yield
@@ -337,12 +338,12 @@ class _Snapshot:
     Attributes:
         buffers: of each module: those there were, and copies of what they held.
         tensors: of each module: its plain attributes that are tensors.
-        generator: state of torch's generator on the CPU.
+        generators: the global random generators, so that every pass draws the same.
     """
 
     buffers: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor], dict[str, int]]]
     tensors: list[tuple[dict[str, Any], dict[str, Tensor]]]
-    generator: Tensor
+    generators: Randomness
 
     @classmethod
     def of(cls, model: nn.Module) -> _Snapshot:
@@ -356,7 +357,7 @@ class _Snapshot:
             tensors.append(
                 (attributes, {k: v for k, v in attributes.items() if isinstance(v, Tensor)})
             )
-        return cls(buffers, tensors, torch.get_rng_state())
+        return cls(buffers, tensors, Randomness.now())
 
     def put_back(self) -> None:
         """Let everything be as it was."""
@@ -377,8 +378,7 @@ class _Snapshot:
             for name, value in kept.items():
                 if attributes.get(name) is not value:
                     attributes[name] = value
-        if not torch.equal(torch.get_rng_state(), self.generator):
-            torch.set_rng_state(self.generator)
+        self.generators.put_back()
 
 
 def _one_per_example(values: Any, batch: Batch) -> Tensor:

@@ -66,7 +66,7 @@ class OptimizerReader:
         self._optimizer = optimizer
         self._scheduler = lr_scheduler
         self._max_grad_norm = max_grad_norm
-        self._names = {id(param): name for name, param in model.named_parameters()}
+        self._model = model
         self._steps_seen = 0
         self._writes_seen: int | None = None
         self.lr_multiplier = 1.0  # of every learning rate, as `RateControl` applies it
@@ -177,17 +177,19 @@ class OptimizerReader:
 
     def _trained(self) -> Iterator[tuple[int, str, Tensor]]:
         """(index of its group, name, parameter) of all that is trained."""
+        # Read each time: layers may have been added, exchanged or wrapped since.
+        names = {id(param): name for name, param in self._model.named_parameters()}
         for index, group in enumerate(self._optimizer.param_groups):
             for param in group["params"]:
                 if not param.requires_grad:
                     continue
-                if id(param) not in self._names:
+                if id(param) not in names:
                     raise ValueError(
                         f"optimizer must hold parameters of the model only, got one of shape "
-                        f"{tuple(param.shape)} in group {index} that the model does not have; "
-                        "build the optimizer from this model's parameters"
+                        f"{tuple(param.shape)} in group {index} that the model does not have, or "
+                        "not any more; build the optimizer from this model's parameters"
                     )
-                yield index, self._names[id(param)], param
+                yield index, names[id(param)], param
 
     def _parts(self) -> dict[tuple[int, int], list[str]]:
         """Names by (group, updates made): a parameter that was skipped lags behind its group."""

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from selectflow.options import Count, Directory, Section, SelectOptions, is_count, must_be
+from selectflow.core.counts import is_count
+from selectflow.options import Count, Directory, Section, SelectOptions, must_be
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
