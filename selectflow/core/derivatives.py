@@ -36,7 +36,11 @@ Curvature = Literal["exact", "fisher", "none"]
 
 _log = logging.getLogger(__name__)
 
-_NO_FORWARD_MODE = ("forward AD", "forward mode AD", "functorch")  # as torch says it
+# as torch says that a model has no forward mode, or no derivative of a derivative
+_NO_FORWARD_MODE = (
+    "forward AD", "forward mode AD", "functorch", "functional transforms", "saved tensor hooks",
+    "vmap", "is not implemented", "Double backwards", "data pointer",
+)  # fmt: skip
 _NUM_CHECKED = 8  # examples on which the two forms are compared
 # Relative error at which central differences still rank a pool rightly: up to it, Spearman with the
 # exact form was 0.99 and more (tests/benchmarks/derivative_agreement.py). A Hessian product is a
@@ -329,7 +333,7 @@ class Derivatives:
             one = next(self._chunks.of(params, batch, 1))
             self._flat(use, params, direction, one)("exact", 1.0)
         except RuntimeError as error:
-            if not any(words in str(error) for words in _NO_FORWARD_MODE):
+            if not _lacks_forward_mode(error):
                 raise
             raise RuntimeError(
                 f"a model with derivative 'exact' must have forward mode, got: {_reason(error)}; "
@@ -345,7 +349,10 @@ class Derivatives:
         central = flat("central", 1.0)
         try:
             reference, against = flat("exact", 1.0), "the exact form"
-        except RuntimeError as error:  # these examples went through forwards: the form is at fault
+        except RuntimeError as error:
+            if not _lacks_forward_mode(error):  # as where memory does not suffice
+                error.add_note("in forward mode, which derivative='central' does without")
+                raise
             reference, against = flat("central", 0.5), "half the step"
             if not self._is_said:
                 _log.info("no forward-mode derivative of this model (%s)", _reason(error))
@@ -398,6 +405,11 @@ def _apart(found: Tensor, reference: Tensor) -> float:
 
 def _num_queries(params: Params, direction: Params) -> int | None:
     return len(next(iter(direction.values()))) if has_queries(params, direction) else None
+
+
+def _lacks_forward_mode(error: RuntimeError) -> bool:
+    is_memory = isinstance(error, torch.OutOfMemoryError)
+    return not is_memory and any(words in str(error) for words in _NO_FORWARD_MODE)
 
 
 def _reason(error: Exception) -> str:
