@@ -255,6 +255,15 @@ class SelectOptions(Section):
         return {name: _plain(value) for name, value in self if name not in free}
 
 
+def check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the differences, unless a saved selector had our options."""
+    if differing := [name for name in ours if saved[name] != ours[name]]:
+        listed = ", ".join(
+            f"{name}: {saved[name]!r} saved, {ours[name]!r} here" for name in differing
+        )
+        raise ValueError(f"selector options must be those of the saved state, got {listed}")
+
+
 def _plain(value: object) -> object:
     if isinstance(value, tuple):
         return list(value)

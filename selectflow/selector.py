@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -33,12 +33,12 @@ from selectflow.core.derivatives import Curvature, Derivatives
 from selectflow.core.forms import Forms, Method
 from selectflow.core.lookahead import NominalChoice, Policy, Upcoming
 from selectflow.core.params import scored_names
-from selectflow.core.passes import LossFn, Objective, check_finite
+from selectflow.core.passes import LossFn, Objective
 from selectflow.core.storage import Offload
 from selectflow.core.target import Cycle
 from selectflow.core.torch_optim import OptimizerReader
-from selectflow.options import SelectOptions
-from selectflow.strategies import STRATEGIES, Candidates, Selection, Strategy
+from selectflow.options import SelectOptions, check_same
+from selectflow.strategies import STRATEGIES, Candidates, Selection, Strategy, checked_scores
 
 _RECHECK_EVERY = 100  # look-aheads between two checks that central differences still agree
 
@@ -51,12 +51,18 @@ class _Found:
 
     Attributes:
         losses: of the candidates, where the strategy needed them.
+        upcoming: pools after the present one that were drawn for a look-ahead, in order.
+        is_ahead: whether a look-ahead is under way.
+        is_zero: whether the sensitivity is 0, so that no example is better than another.
         lookahead_s: seconds of the look-ahead.
         control_s: seconds of the controller.
         decisions: of the controller.
     """
 
     losses: Tensor | None = None
+    upcoming: list[Batch] = field(default_factory=list)
+    is_ahead: bool = False
+    is_zero: bool = False
     lookahead_s: float = 0.0
     control_s: float = 0.0
     decisions: list[Decision] = field(default_factory=list)
@@ -167,6 +173,7 @@ class Selector:
             )
         self._saved_options = options.plain() | {"seed": seed}
         self.last: Selection | None = None
+        self._is_zero_said = False
 
     # --- selecting ------------------------------------------------------------------------
 
@@ -214,13 +221,22 @@ class Selector:
                 pool,
                 size,
                 losses=partial(self._losses, seen, found),
-                influence=partial(self._influence, pool, seen, upcoming, step, found),
+                influence=partial(self._influence, pool, seen, iter(upcoming), step, found),
                 generator=state.generator,
             )
-            scores = _checked(self._strategy(candidates), size, pool)
+            while True:
+                try:
+                    scores = checked_scores(self._strategy(candidates), size, pool)
+                    break
+                except FloatingPointError:
+                    if not self._has_slowed(seen, step, found):
+                        raise
         except FloatingPointError as error:
             raise FloatingPointError(f"at optimizer step {step}: {error}") from error
-        indices = scores.argsort(descending=True, stable=True)[:size_kept]
+        order = torch.arange(size)
+        if found.is_zero:  # any are kept, not the first
+            order = torch.randperm(size, generator=state.generator)
+        indices = order[scores[order].argsort(descending=True, stable=True)[:size_kept]]
         kept = take(pool, indices)
         if self._rate is not None:
             self._rate.trained_on(kept)
@@ -251,14 +267,16 @@ class Selector:
         return found.losses
 
     def _influence(
-        self, pool: Batch, seen: Batch, upcoming: Iterable[Batch], step: int, found: _Found
+        self, pool: Batch, seen: Batch, upcoming: Iterator[Batch], step: int, found: _Found
     ) -> Tensor:
         """-gamma . grad loss of each candidate, after a look-ahead where one is due."""
         params, state = self._optimizer.values(), self.state
         is_due = not state.serves(step, self._scored_names() or params)
         is_contested = is_due and self._contests is not None and self._contests.is_due(step)
         # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
-        pools = [pool, *islice(upcoming, self._num_upcoming(step, is_contested))] if is_due else []
+        num = self._num_upcoming(step, is_contested) if is_due else 0
+        found.upcoming += islice(upcoming, max(0, num - len(found.upcoming)))
+        pools = [pool, *found.upcoming[:num]]
         with self._objective.scoring():
             if is_contested:
                 self._adapt_horizon(step, pools, found)
@@ -266,6 +284,7 @@ class Selector:
                 self._look_ahead(step, pools, found)
             assert state.ahead is not None
             gamma = state.ahead.gamma(step - state.ahead_step)
+            found.is_zero = not gamma.norm()
             found.losses, slopes = self._derivatives.directional(params, gamma, seen)
         return -slopes
 
@@ -283,6 +302,7 @@ class Selector:
         began, state, horizon = time.perf_counter(), self.state, self._horizon.at(step)
         target = self._next_target()
         state.ahead = None  # its memory is of use now; should this fail, the next call looks ahead
+        found.is_ahead = horizon > 0
         if state.num_lookaheads % _RECHECK_EVERY == 0:
             state.forms.recheck()
         updates, now = self._optimizer.updates(max(1, horizon)), self._optimizer.state()
@@ -292,10 +312,27 @@ class Selector:
         # At a learning rate of 0, as where a warm-up begins, no example does anything. The steps
         # that follow are to have sensitivities of their own.
         is_zero = not any(gamma.norm() for gamma in ahead.sensitivities)
-        state.ahead, state.ahead_step = ahead, step
+        if is_zero:
+            self._note_zero(max(rule.lr for update in updates for rule in update.rules))
+        state.has_ranked |= not is_zero
+        state.ahead, state.ahead_step, found.is_ahead = ahead, step, False
         state.ahead_serves = 1 if is_zero else self.options.interval
         state.num_lookaheads += 1
         found.lookahead_s = time.perf_counter() - began
+
+    def _note_zero(self, lr: float) -> None:
+        """Say, once, why no example is preferred, or raise where it must be a mistake."""
+        if lr > 0 and not self.state.has_ranked:
+            raise ValueError(
+                f"the target loss must depend on the training, got sensitivities that are all 0 at "
+                f"a learning rate of {lr:.3g}; check that loss_fn uses the model's trained "
+                "parameters (no detach, no no_grad), that `params` leaves some that it uses, and "
+                "that the target loss is not flat"
+            )
+        why = "the target loss is flat here" if lr > 0 else "the learning rate is 0"
+        if not self._is_zero_said:
+            _log.warning("%s: no example is better than another, and any are kept", why)
+        self._is_zero_said = True
 
     def _scored_names(self) -> tuple[str, ...] | None:
         return scored_names(self.options.params, self._optimizer.params(), self._objective.model)
@@ -326,11 +363,34 @@ class Selector:
             self.state.ahead = None  # it was of the steps that were taken back
         _note(found, decision, step, began)
 
+    def _has_slowed(self, seen: Batch, step: int, found: _Found) -> bool:
+        """Whether the learning-rate control has an answer to values that are not finite.
+
+        Steps that led to them are taken back. Where the present state is in order and the next
+        steps diverge in a look-ahead, they are looked at again at half the rate.
+        """
+        if self._rate is None:
+            return False
+        began, is_ahead = time.perf_counter(), found.is_ahead
+        found.losses, found.is_ahead = None, False
+        with self._objective.scoring():
+            decision, replaced = self._rate.diverged(step)
+        if decision is None and is_ahead:
+            self._losses(seen, found)  # raises where the pool itself is at fault
+            decision = self._rate.slow_down(
+                "the look-ahead's own updates are not finite at this rate"
+            )
+            replaced = decision is not None
+        if replaced:
+            self.state.ahead = None
+        _note(found, decision, step, began)
+        return replaced
+
     def _adapt_horizon(self, step: int, pools: Sequence[Batch], found: _Found) -> None:
         """Let the horizon control hold a contest over `pools`, the present one first."""
         assert self._contests is not None
         began = time.perf_counter()
-        _note(found, self._contests.contest(step, pools, self._next_target()), step, began)
+        _note(found, self._contests.contest(step, pools, self._next_target), step, began)
 
     # --- state ----------------------------------------------------------------------------
 
@@ -364,24 +424,12 @@ class Selector:
         Raises:
             ValueError: the state is of a selector with other options, or of another model.
         """
-        _check_same(state["options"], self._saved_options)
+        check_same(state["options"], self._saved_options)
         params, names = self._optimizer.values(), self._scored_names()
         self.state.load(state, params, params if names is None else params.pick(names))
         self._optimizer.resume_at(self.state.num_steps)
         if self.state.rate is not None:
             self._optimizer.lr_multiplier = self.state.rate.rule.multiplier
-
-
-def _checked(scores: Tensor, size: int, pool: Batch) -> Tensor:
-    """The scores on the CPU, one for each of the pool's examples, all finite."""
-    scores = scores.detach().cpu()
-    if scores.shape != (size,):
-        raise ValueError(
-            f"strategy must return one score per example, shape ({size},), "
-            f"got {tuple(scores.shape)}"
-        )
-    check_finite("scores", scores, pool)
-    return scores if scores.is_floating_point() else scores.double()  # ranks, yes or no
 
 
 def _note(found: _Found, decision: Decision | None, step: int, began: float) -> None:
@@ -390,12 +438,3 @@ def _note(found: _Found, decision: Decision | None, step: int, began: float) -> 
     if decision is not None:
         found.decisions.append(replace(decision, step=step))
         _log.log(logging.INFO if decision.moved else logging.DEBUG, "%s", found.decisions[-1])
-
-
-def _check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the differences, unless a saved selector had our options."""
-    if differing := [name for name in ours if saved[name] != ours[name]]:
-        listed = ", ".join(
-            f"{name}: {saved[name]!r} saved, {ours[name]!r} here" for name in differing
-        )
-        raise ValueError(f"selector options must be those of the saved state, got {listed}")

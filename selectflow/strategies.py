@@ -14,6 +14,7 @@ from torch import Tensor
 
 from selectflow.control.rules import Decision
 from selectflow.core.batches import Batch
+from selectflow.core.passes import check_finite
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,23 @@ def influence(candidates: Candidates) -> Tensor:
 
 
 STRATEGIES: dict[str, Strategy] = {"uniform": uniform, "loss": loss, "influence": influence}
+
+
+def checked_scores(scores: Tensor, size: int, pool: Batch) -> Tensor:
+    """What a strategy gave, on the CPU.
+
+    Raises:
+        ValueError: not one score for each of the `size` examples of the pool.
+        FloatingPointError: one that is not finite; names the examples.
+    """
+    scores = scores.detach().cpu()
+    if scores.shape != (size,):
+        raise ValueError(
+            f"strategy must return one score per example, shape ({size},), "
+            f"got {tuple(scores.shape)}"
+        )
+    check_finite("scores", scores, pool)
+    return scores if scores.is_floating_point() else scores.double()  # ranks, yes or no
 
 
 @dataclass(frozen=True)

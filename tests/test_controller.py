@@ -42,7 +42,7 @@ def drive(rule, loss_of, num, progress=0.1):
 
 
 def test_the_first_window_searches_down_and_once_up():
-    for best, found in ((1 / 8, 1 / 8), (1.0, 1.0), (2.0, 2.0), (16.0, 2.0)):
+    for best, found in ((1 / 8, 1 / 8), (1.0, 1.0), (2.0, 2.0), (8.0, 2.0)):
         rule = RateRule(AutoRate())
         decision, redo = rule.decide(1.0, curve(best)(1.0), curve(best))
         assert decision.after == rule.multiplier == found
@@ -156,9 +156,35 @@ def test_where_progress_goes_with_the_rate_it_is_raised_however_small():
         assert decision.after == 1.0
 
 
-def test_what_cannot_be_replaced_is_only_slowed():
+def test_replays_that_stand_for_nothing_take_over_nothing_but_a_rise_is_one():
+    """Real training rose from 1 to 2, the replay at the same rate to 1.1 only."""
     decision, redo = settled(rise=0.2).decide(1.0, 2.0, lambda factor: 1.1, replaceable=False)
-    assert (decision.after, redo) == (0.5, False)
+    assert (decision.after, redo) == (0.5, True)  # on from the window's start
+    rule = RateRule(AutoRate())
+    decision, redo = rule.decide(1.0, 1.1, lambda factor: factor, replaceable=False)
+    assert (decision.after, redo) == (1 / 64, False)  # a lower rate is better, and none taken over
+
+
+@pytest.mark.parametrize(
+    ("losses", "after"),
+    [
+        ({1: math.inf, 1 / 2: math.inf, 1 / 4: math.inf, 1 / 8: 0.9, 1 / 16: 0.95}, 1 / 8),
+        ({1: 39.0, 1 / 2: 60.0, 1 / 4: 1.19, 1 / 8: 1.1, 1 / 16: 1.15}, 1 / 8),
+        ({1: 39.0, 1 / 2: 1.1, 1 / 4: 1.1}, 1 / 2),
+        ({2.0**-power: math.inf for power in range(7)}, 1 / 64),
+    ],
+)
+def test_a_first_window_that_rose_searches_down_past_rates_that_rise_too(losses, after):
+    """Half of a rate that is far too high need be no better; the start, at 1.0, is."""
+    decision, redo = RateRule(AutoRate()).decide(1.0, losses[1], losses.__getitem__)
+    assert (decision.after, redo) == (after, True)
+    assert "rose from 1 to" in decision.reason
+
+
+def test_a_first_window_that_rose_at_the_lowest_rate_says_so():
+    decision, redo = RateRule(AutoRate(lowest=1.0)).decide(1.0, 2.0, {}.__getitem__)
+    assert (decision.after, redo) == (1.0, False)
+    assert "at the lowest rate" in decision.reason
 
 
 def test_a_turn_downwards_asks_for_more_windows_before_a_raise():

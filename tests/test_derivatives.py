@@ -398,3 +398,23 @@ def test_several_directions_at_once_equal_one_at_a_time(problem, method):
             expected = getattr(derivatives, f"{name}_product")(params, one, batch)
             gap = found.map(lambda x, query=query: x[query]) - expected
             assert gap.norm() < 1e-9 * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["auto", "exact"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory in functorch"), RuntimeError("a bug")]
+)
+def test_an_error_that_is_not_of_forward_mode_is_raised(monkeypatch, method, error):
+    """Memory that does not suffice once must not change the form for the rest of the run."""
+    problem = PROBLEMS[0]
+    model, make = problem.make()
+    derivatives = Derivatives(Objective(model, problem.loss_fn), method)
+    params = Params(model.named_parameters()).detach()
+
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(Derivatives, "_directional_exact", fails)
+    with pytest.raises(type(error), match=str(error)):
+        derivatives.directional(params, params, make(4))
+    assert derivatives.forms.decided == {}

@@ -25,11 +25,11 @@ def parts(problem, horizon, **options):
 def test_the_policy_of_horizon_0_is_simulated_as_it_is_carried_out(problem):
     """At H = 0 nothing is random: the contest's loss is that of really selecting and training."""
     model, optimizer, selector, make, target = parts(problem, AutoHorizon(largest=2))
-    pools = [make(10) for _ in range(6)]
+    pools, judge = [make(10) for _ in range(6)], make(9)
     control = selector._contests
     updates, state = selector._optimizer.updates(6), selector._optimizer.state()
     with selector._objective.scoring():
-        found, _ = control.loss_after(0, Upcoming(updates, state, pools, target), 3)
+        found, _ = control.loss_after(0, Upcoming(updates, state, pools, target), 3, judge)
     twin, other = reference.clone(model, optimizer)
     real = Selector(twin, other, problem.loss_fn, [target], 4, 0)
     twin.eval()
@@ -38,16 +38,18 @@ def test_the_policy_of_horizon_0_is_simulated_as_it_is_carried_out(problem):
         problem.loss_fn(twin, batch).mean().backward()
         other.step()
     with torch.no_grad():
-        assert found == pytest.approx(problem.loss_fn(twin, target).mean().item(), rel=1e-9)
+        assert found == pytest.approx(problem.loss_fn(twin, judge).mean().item(), rel=1e-9)
 
 
 def test_an_interval_is_simulated_too():
     problem = PROBLEMS[0]
     model, optimizer, selector, make, target = parts(problem, AutoHorizon(largest=2), interval=3)
-    pools = [make(10) for _ in range(8)]
+    pools, judge = [make(10) for _ in range(8)], make(9)
     updates, state = selector._optimizer.updates(8), selector._optimizer.state()
     with selector._objective.scoring():
-        found, _ = selector._contests.loss_after(0, Upcoming(updates, state, pools, target), 5)
+        found, _ = selector._contests.loss_after(
+            0, Upcoming(updates, state, pools, target), 5, judge
+        )
     twin, other = reference.clone(model, optimizer)
     real = Selector(twin, other, problem.loss_fn, [target], 4, 0, interval=3)
     for batch in real.stream(pools[:5]):
@@ -55,7 +57,7 @@ def test_an_interval_is_simulated_too():
         problem.loss_fn(twin, batch).mean().backward()
         other.step()
     with torch.no_grad():
-        assert found == pytest.approx(problem.loss_fn(twin, target).mean().item(), rel=1e-9)
+        assert found == pytest.approx(problem.loss_fn(twin, judge).mean().item(), rel=1e-9)
 
 
 def test_contests_lose_no_pool_and_move_nothing():
@@ -113,3 +115,25 @@ def test_auto_is_the_default_settings():
         Selector(model, optimizer, problem.loss_fn, [make(4)], 4, lr="fast")
     with pytest.raises(ValueError, match="horizon must be an integer >= 0"):
         Selector(model, optimizer, problem.loss_fn, [make(4)], 4, "automatic")
+
+
+def test_a_contest_is_judged_by_the_batch_after_the_one_it_selects_by(monkeypatch):
+    """Each horizon selects by batch 0 of the target; what decides is its loss on batch 1."""
+    problem = PROBLEMS[0]
+    *_, selector, make, _ = parts(problem, AutoHorizon(largest=1))
+    control, targets = selector._contests, [make(5), make(6), make(7)]
+    pools, drawn = [make(10) for _ in range(6)], iter(targets)
+    selected, judged, before = [], [], control._policy.rollout
+
+    def rollout(self, horizon, upcoming, *rest):
+        selected.append(upcoming.target)
+        end = before(horizon, upcoming, *rest)
+        judged.append(selector._derivatives.losses(end[0].params, targets[1]).mean().item())
+        return end
+
+    monkeypatch.setattr(type(control._policy), "rollout", rollout)
+    with selector._objective.scoring():
+        decision = control.contest(50, pools, drawn.__next__)
+    assert [batch is targets[0] for batch in selected] == [True, True]
+    assert [decision.measures[f"loss_at_{h}"] for h in (0, 1)] == judged
+    assert next(drawn) is targets[2]

@@ -7,7 +7,7 @@ from reference import inner, per_example_gradients, rerun, weight_derivative
 
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.lookahead import immediate, look_ahead
-from selectflow.core.optim import NEGLIGIBLE_RMS, Adjoint
+from selectflow.core.optim import NEGLIGIBLE_SHARE, Adjoint
 from selectflow.core.passes import Objective
 from selectflow.core.sweep import Window, sweep, sweep_capacity
 from selectflow.core.torch_optim import OptimizerReader
@@ -87,6 +87,8 @@ def test_horizon_zero_is_the_preconditioned_target_gradient(problem):
     gamma = immediate(derivatives, update, state, target).sensitivities[0]
     rule, delta = update.rules[0], 1e-4
     seen = 1 - rule.beta2 ** (rule.step - 1)
+    squares = torch.cat([v.flatten() for v in state.exp_avg_sq.values()]) / seen
+    negligible = NEGLIGIBLE_SHARE * squares.mean().sqrt()
     for gradient in per_example_gradients(model, problem.loss_fn, batches[0]):
         ends = []
         for sign in (1, -1):
@@ -100,7 +102,7 @@ def test_horizon_zero_is_the_preconditioned_target_gradient(problem):
                     / rule.c1
                     * gradient[name]
                     / ((state.exp_avg_sq[name] / seen).sqrt() + rule.eps)
-                    * ((state.exp_avg_sq[name] / seen).sqrt() > NEGLIGIBLE_RMS)
+                    * ((state.exp_avg_sq[name] / seen).sqrt() > negligible)
                     for name, param in state.params.items()
                 }
                 ends.append(float(derivatives.objective.losses(moved, target).mean()))
@@ -245,3 +247,84 @@ def test_a_diverging_rollout_is_named():
         model[1].weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"losses must be finite.*keys sample-0"):
         look_ahead(window(reader, derivatives, batches), reader.state(), target)
+
+
+@pytest.mark.parametrize("horizon", [0, 1, 3])
+def test_scaling_the_loss_and_eps_scales_scores_and_changes_no_choice(horizon):
+    """AdamW is the same for a loss in other units, and so is what counts as a dead entry."""
+
+    def scores(scale):
+        problem = PROBLEMS[0]
+        model, make = problem.make()
+
+        def loss_fn(model, batch):
+            return scale * problem.loss_fn(model, batch)
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-8 * scale)
+        for _ in range(5):
+            batch = make(6)
+            batch["image"][:, 0, 0, 0] = 0  # a dead input
+            optimizer.zero_grad()
+            loss_fn(model, batch).mean().backward()
+            optimizer.step()
+        reader, derivatives = (
+            OptimizerReader(model, optimizer),
+            Derivatives(Objective(model, loss_fn), "exact"),
+        )
+        if horizon == 0:
+            found = immediate(derivatives, reader.updates(1)[0], reader.state(), make(10))
+        else:
+            batches = [make(6) for _ in range(horizon)]
+            for batch in batches:
+                batch["image"][:, 0, 0, 0] = 0
+            found = look_ahead(window(reader, derivatives, batches), reader.state(), make(10))
+        gamma = found.sensitivities[0]
+        assert gamma["1.weight"][:, 0].abs().max() == 0
+        return derivatives.directional(reader.state().params, gamma, make(32))[1] / scale
+
+    expected = scores(1.0)
+    for scale in (1e-9, 1e6):
+        torch.testing.assert_close(scores(scale), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("horizon", [0, 1])
+def test_where_eps_rules_every_entry_a_small_gradient_is_not_dead(horizon):
+    """A loss of 1e-9 and eps as it is: AdamW is momentum over eps, also at an input never on."""
+    problem = PROBLEMS[0]
+    model, make = problem.make()
+
+    def loss_fn(model, batch):
+        return 1e-9 * problem.loss_fn(model, batch)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-3)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss_fn(model, make(6)).mean().backward()
+        optimizer.step()
+    reader, derivatives = OptimizerReader(model, optimizer), Derivatives(Objective(model, loss_fn))
+    update, state, target = reader.updates(1)[0], reader.state(), make(10)
+    if horizon == 0:
+        found = immediate(derivatives, update, state, target)
+    else:
+        found = look_ahead(window(reader, derivatives, [make(6)]), state, target)
+        state = update.advance(state, derivatives.gradient(state.params, make(6))[1])
+    _, grad = derivatives.gradient(state.params, target)
+    gamma = found.sensitivities[0]
+    for name, tensor in gamma.items():  # proportional to the target's gradient, entry by entry
+        cosine = -(tensor * grad[name]).sum() / tensor.norm() / grad[name].norm()
+        assert cosine > 0.999
+
+
+@pytest.mark.parametrize("horizon", [0, 1])
+def test_an_infinite_entry_that_is_masked_is_0(horizon):
+    """inf * 0 is NaN: a mask must choose, not multiply."""
+    problem = PROBLEMS[0]
+    _, _, _, _, reader, _ = setting(problem)
+    update, state = reader.updates(1)[0], reader.state()
+    dead = state.exp_avg_sq["1.weight"][0, 0].zero_()
+    grad = state.params.map(torch.ones_like)
+    grad["1.weight"][0, 0] = float("inf")
+    found = update.immediate(state, grad) if horizon == 0 else update.masked(grad, state)
+    assert dead == 0
+    assert found["1.weight"][0, 0] == 0
+    assert found["1.weight"].isfinite().all()

@@ -325,3 +325,146 @@ def test_writing_a_state_moves_everything():
     for now, then in zip(reader.state(), doubled, strict=True):
         assert all(torch.equal(now[name], then[name]) for name in then)
     assert not any(param.grad is None for param in model.parameters())
+
+
+# --- what diverges ----------------------------------------------------------------------------
+
+
+def diverging(horizon, bad_step, kind=torch.optim.SGD, problem=MLP, lr=0.05, **options):
+    """A run by the selector in which the step `bad_step` is taken at a rate of 1e308."""
+    model, make = problem.make()
+    optimizer = kind(model.parameters(), lr=lr, **options)
+    targets = [make(16)]
+    selector = Selector(
+        model, optimizer, problem.loss_fn, targets, keep=4, horizon=horizon, lr=AutoRate(window=8)
+    )
+    steps = []
+    for step, batch in enumerate(selector.stream([make(12) for _ in range(24)])):
+        steps.append(selector.last)
+        yield step, selector, model, optimizer, targets[0]
+        optimizer.param_groups[0]["lr"] = 1e308 if step == bad_step else lr
+        optimizer.zero_grad()
+        problem.loss_fn(model, batch).mean().backward()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = lr
+    assert [last.step for last in steps] == list(range(24))  # each counts, taken back or not
+    assert [last.age for last in steps] == [0] * 24
+
+
+@pytest.mark.parametrize("horizon", [0, 1])
+@pytest.mark.parametrize("bad_step", [2, 20])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_one_diverging_step_inside_a_window_is_taken_back(kind, bad_step, horizon):
+    """At once, not at the window's end; the run goes on from the window's start or better."""
+    for step, selector, model, _, target in diverging(horizon, bad_step, kind):
+        if step == bad_step:
+            start = selector.state.rate.window.start_loss
+        if step == bad_step + 1:
+            (decision,) = selector.last.decisions
+            assert decision.moved
+            assert decision.after < decision.before
+            assert "rose from" in decision.reason
+            assert MLP.loss_fn(model, target).mean().item() <= start * (1 + 1e-9)
+
+
+def test_running_statistics_are_taken_back_with_the_parameters():
+    """Batch norm in training: its replays stand for nothing, the start of a window does."""
+    problem, starts = PROBLEMS[1], []
+    run = diverging(0, 20, torch.optim.AdamW, problem, lr=1e-2)
+    for step, selector, model, optimizer, _ in run:  # noqa: B007
+        window = selector.state.rate.window
+        if step == 20:
+            starts = [window.start, window.buffers, window.counts]
+            assert window.first_step < 20
+        if step == 21:
+            assert selector.state.rate.is_faithful is False
+            state, buffers, counts = starts
+            assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+            assert all(torch.equal(p, state.params[n]) for n, p in model.named_parameters())
+            assert selector._optimizer.counts() == counts
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+    assert next(iter(optimizer.state.values()))["step"] < 24
+
+
+@pytest.mark.parametrize(("reach", "ends"), [(3.0, False), (1e-3, True)])
+def test_a_look_ahead_that_diverges_slows_the_rate_before_a_step_is_taken(reach, ends):
+    """Nothing has failed yet: at horizon 1 the first update is seen to fail in simulation."""
+    model, make = MLP.make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=30.0)
+    before = values(model).clone()
+
+    def loss_fn(model, batch):  # infinite where the parameters have moved by more than the reach
+        way = (torch.cat([p.flatten() for p in model.parameters()]) - before).norm()
+        return MLP.loss_fn(model, batch) + torch.where(way > reach, math.inf, 0.0)
+
+    selector = Selector(model, optimizer, loss_fn, [make(16)], 4, 1, lr="auto")
+    selector._derivatives.method = "central"
+    if ends:
+        with pytest.raises(FloatingPointError, match="at optimizer step 0"):
+            selector.select(make(12))  # at 1/64 of the rate, too: said
+        assert selector.state.rate.rule.multiplier == 1 / 64
+    else:
+        selector.select(make(12))
+        last = selector.last
+        assert last.lr_multiplier == 0.5 ** len(last.decisions) < 1
+        assert all("look-ahead" in decision.reason for decision in last.decisions)
+        assert selector.state.rate.window.updates[-1].rules[0].lr == 30.0 * last.lr_multiplier
+    assert torch.equal(values(model), before)
+
+
+def test_a_pool_with_nan_is_no_fault_of_the_rate():
+    for horizon in (0, 1):
+        model, make = MLP.make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        selector = Selector(model, optimizer, MLP.loss_fn, [make(16)], 4, horizon, lr="auto")
+        pools = [make(12) for _ in range(6)]
+        pools[5]["image"][3] = math.nan
+        batches = selector.stream(pools)
+        for _ in range(5):
+            batch = next(batches)
+            optimizer.zero_grad()
+            MLP.loss_fn(model, batch).mean().backward()
+            optimizer.step()
+        before = values(model).clone()
+        with pytest.raises(FloatingPointError, match=r"at optimizer step 5.*sample-3"):
+            next(batches)
+        assert torch.equal(values(model), before)
+        assert selector.state.rate.rule.multiplier == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {}),
+        (torch.optim.Adam, {"weight_decay": 0.1}),
+        (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}),
+        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    ],
+)
+@pytest.mark.parametrize("warm", [0, 3])
+def test_what_was_taken_back_goes_on_as_torch_would_have(kind, options, warm):
+    """The next updates are those of an optimizer that never took the steps taken back."""
+    model, optimizer, reader, _, _, make, target = parts(1e-2, kind, **options)
+
+    def train(num):
+        for _ in range(num):
+            optimizer.zero_grad()
+            MLP.loss_fn(model, make(8)).mean().backward()
+            optimizer.step()
+            reader.num_steps()
+
+    reader.num_steps()
+    train(warm)
+    twin, counts = reference.clone(model, optimizer), reader.counts()
+    start = State(*(part.map(torch.clone) for part in reader.state()))
+    train(5)
+    reader.write(start, counts)
+    assert reader.num_steps() == warm + 5
+    is_sgd = kind is torch.optim.SGD  # whose rules tell the first update from the others only
+    assert reader.updates(1)[0].rules[0].step == 1 + (min(warm, 1) if is_sgd else warm)
+    batches = [make(8) for _ in range(3)]
+    for num in (1, 3):
+        args = MLP.loss_fn, batches[:num], target
+        assert reference.rerun(model, optimizer, *args) == pytest.approx(
+            reference.rerun(*twin, *args), rel=1e-12
+        )

@@ -260,3 +260,16 @@ class TestRefusals:
         batches[3]["image"][2] = float("inf")
         with pytest.raises(FloatingPointError, match=r"at optimizer step 3: losses.*keys sample-2"):
             record(model, optimizer, image_loss, batches)
+
+
+@pytest.mark.parametrize("is_reopened", [False, True])
+def test_snapshots_come_back_to_the_device_of_the_model(tmp_path, is_reopened):
+    """As of a run on an accelerator, for which torch's meta device stands here."""
+    model, optimizer, batches = setting()
+    trajectory = record(model, optimizer, MLP.loss_fn, batches, folder=tmp_path / "run")
+    assert trajectory.state(0).params["1.weight"].device.type == "cpu"
+    model.to("meta")
+    if is_reopened:
+        trajectory = reopen(tmp_path / "run", model, MLP.loss_fn, batches)
+    for part in trajectory.state(4):
+        assert {tensor.device.type for tensor in part.values()} == {"meta"}

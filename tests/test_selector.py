@@ -398,3 +398,60 @@ def test_a_state_of_other_options_or_another_model_is_refused():
         selector_for(
             other, torch.optim.AdamW(other.parameters()), target, horizon=2
         ).load_state_dict(state)
+
+
+# --- sensitivities of 0 -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("horizon", [0, 1, 2])
+def test_a_loss_that_does_not_use_the_parameters_is_refused(horizon):
+    model, optimizer, pools, target = setting()
+
+    def loss_fn(model, batch):
+        return image_loss(model, batch).detach() + 0 * image_loss(model, batch)
+
+    selector = selector_for(model, optimizer, target, loss_fn, horizon=horizon)
+    with pytest.raises(ValueError, match=r"all 0 at a learning rate of 0\.003; check that loss_fn"):
+        selector.select(pools[0], pools[1:])
+
+
+def test_scored_parameters_without_a_say_are_refused():
+    """As the inner half of an adapter whose outer half is still 0."""
+    model, optimizer, pools, target = setting()
+    torch.nn.init.zeros_(model[3].weight)
+    selector = selector_for(model, optimizer, target, params=["1.*"], horizon=0)
+    with pytest.raises(ValueError, match="`params` leaves some that it uses"):
+        selector.select(pools[0])
+
+
+def test_at_a_learning_rate_of_0_any_are_kept_and_it_is_said_once(caplog):
+    model, optimizer, pools, target = setting(lr=0.0)
+    kept = []
+    for seed in (0, 0, 1):
+        selector = selector_for(model, optimizer, target, horizon=0, seed=seed)
+        caplog.clear()
+        kept.append([selector.select(pool) and selector.last.indices.tolist() for pool in pools])
+        said = [r.message for r in caplog.records if r.levelname == "WARNING"]
+        assert said == [
+            "the learning rate is 0: no example is better than another, and any are kept"
+        ]
+        assert not selector.last.scores.any()
+    assert kept[0] == kept[1] != kept[2]
+    assert {i for row in kept[0] for i in row} == set(range(10))
+
+
+def test_a_target_that_is_fitted_later_ends_no_run():
+    """The loss of a margin is flat once it is kept: any examples will do."""
+    model, optimizer, pools, target = setting()
+    flat = []
+
+    def loss_fn(model, batch):
+        return image_loss(model, batch) * (0.0 if flat else 1.0)
+
+    selector = selector_for(model, optimizer, target, loss_fn, horizon=0)
+    selector.select(pools[0])
+    flat.append(True)
+    selector.state.ahead = None
+    selector.select(pools[1])
+    assert not selector.last.scores.any()
+    assert selector.last.indices.tolist() != [0, 1, 2, 3]

@@ -7,7 +7,7 @@ trained on later. The live model never moves.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
@@ -164,13 +164,17 @@ class HorizonControl:
         longer = max(self.state.rule.rival(), self.state.rule.horizon)
         return self._num_steps(longer) + longer
 
-    def contest(self, step: int, pools: Sequence[Batch], target: Batch) -> Decision | None:
+    def contest(
+        self, step: int, pools: Sequence[Batch], next_target: Callable[[], Batch]
+    ) -> Decision | None:
         """Hold a contest and decide; None where the pools do not last for one.
 
         Args:
             step: optimizer updates made.
             pools: the next pools, the present one first.
-            target: batch whose mean loss is the target, as it is scored.
+            next_target: gives batches whose mean loss is the target, as they are scored. By the
+                first both horizons select, by the second they are judged: what one gains on the
+                examples that it selects by is no merit where the target set has others.
         """
         rule, num_updates = self.state.rule, self.num_updates()
         if len(pools) < num_updates * self._policy.pools_per_update:
@@ -179,11 +183,11 @@ class HorizonControl:
         present, rival = rule.horizon, rule.rival()
         longer = max(present, rival)
         updates, state = self._optimizer.updates(num_updates), self._optimizer.state()
-        upcoming = Upcoming(updates, state, pools, target)
+        upcoming, judge = Upcoming(updates, state, pools, next_target()), next_target()
         losses, seconds = {}, {}
         for horizon in sorted((present, rival)):
             num_steps = self._num_steps(longer)
-            losses[horizon], seconds[horizon] = self.loss_after(horizon, upcoming, num_steps)
+            losses[horizon], seconds[horizon] = self.loss_after(horizon, upcoming, num_steps, judge)
         measures = self.trust(longer, upcoming)  # two horizons differ: the longer is above 0
         decision = rule.decide(rival, losses, seconds, measures)
         self.state.next_step = step + rule.gap
@@ -192,12 +196,14 @@ class HorizonControl:
     def _num_steps(self, longer: int) -> int:
         return max(self.state.rule.settings.contest_steps, longer)
 
-    def loss_after(self, horizon: int, upcoming: Upcoming, num_steps: int) -> tuple[float, float]:
-        """Target loss after a policy's steps, infinite where they diverge; seconds of a step."""
+    def loss_after(
+        self, horizon: int, upcoming: Upcoming, num_steps: int, judge: Batch
+    ) -> tuple[float, float]:
+        """Loss of `judge` after a policy's steps, infinite if they diverge; seconds of a step."""
         generator = self.state.generator
         try:
             end, seconds = self._policy.rollout(horizon, upcoming, generator, num_steps)
-            losses = self._policy.derivatives.losses(end.params, upcoming.target)
+            losses = self._policy.derivatives.losses(end.params, judge)
         except FloatingPointError:
             return math.inf, math.nan
         return losses.mean().item(), seconds

@@ -11,9 +11,10 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from selectflow.control.rules import Decision, RateRule, restore, state_of
@@ -37,16 +38,30 @@ class Window:
 
     A window that is due is weighed at its end. The others fill the gap between two such: they are
     all judged by one target batch, and come to nothing unless its loss has risen.
+
+    Attributes:
+        first_step: optimizer updates made before it.
+        start: the state then.
+        counts: updates of each parameter that the moments of `start` are of.
+        buffers: of the model then.
+        target: batch that it is judged by.
+        start_loss: of the target, at the start.
+        lowest: of the target; in a gap since it began.
+        is_due: whether it is weighed at its end.
+        updates: one for each step, and the one of the step to come.
+        batches: what each was trained on; those of one step together.
     """
 
     first_step: int
     start: State
+    counts: dict[str, int]
+    buffers: dict[str, Tensor]
     target: Batch
     start_loss: float
-    lowest: float  # of the target; in a gap since it began
+    lowest: float
     is_due: bool
     updates: list[Update] = field(default_factory=list)
-    batches: list[list[Batch]] = field(default_factory=list)  # those of one step together
+    batches: list[list[Batch]] = field(default_factory=list)
 
     def replay(self, derivatives: Derivatives, factor: float) -> State:
         """The state after the same steps at `factor` times their learning rates."""
@@ -70,6 +85,8 @@ class Window:
         return {
             "first_step": self.first_step,
             "start": [dict(part) for part in self.start],
+            "counts": self.counts,
+            "buffers": self.buffers,
             "target": self.target,
             "start_loss": self.start_loss,
             "lowest": self.lowest,
@@ -88,6 +105,8 @@ class Window:
         return cls(
             plain["first_step"],
             State(*start),
+            plain["counts"],
+            plain["buffers"],
             plain["target"],
             plain["start_loss"],
             plain["lowest"],
@@ -107,6 +126,7 @@ class RateState:
         next_step: optimizer step at which the next window that is due opens.
         last_step: that was judged.
         is_faithful: whether replays repeat the real training; None: not known yet.
+        num_taken_back: steps that are no longer in the optimizer's own count.
     """
 
     rule: RateRule
@@ -114,6 +134,7 @@ class RateState:
     next_step: int = 0
     last_step: int = -1
     is_faithful: bool | None = None
+    num_taken_back: int = 0
 
     def plain(self) -> dict[str, Any]:
         """As plain values and tensors."""
@@ -123,6 +144,7 @@ class RateState:
             "next_step": self.next_step,
             "last_step": self.last_step,
             "is_faithful": self.is_faithful,
+            "num_taken_back": self.num_taken_back,
         }
 
     def load(self, plain: Mapping[str, Any], params: Params) -> None:
@@ -130,7 +152,7 @@ class RateState:
         restore(self.rule, plain["rule"])
         self.window = plain["window"] and Window.restored(plain["window"], params)
         self.next_step, self.last_step = plain["next_step"], plain["last_step"]
-        self.is_faithful = plain["is_faithful"]
+        self.is_faithful, self.num_taken_back = plain["is_faithful"], plain["num_taken_back"]
 
 
 class RateControl:
@@ -140,7 +162,8 @@ class RateControl:
     so often the controller compares one, at its end, with replays at other rates. In between, the
     end of each costs one forward pass of a target batch, the same one until the next comparison,
     and replays only where its loss has risen. A failed window is taken back: parameters and moments
-    of its start, or of a replay, are written in place.
+    of its start, or of a replay, are written in place; with those of the start its buffers, and the
+    counts that the optimizer corrects its moments by.
 
     Args:
         state: what it decides from; is written to.
@@ -181,12 +204,49 @@ class RateControl:
             self.state.window = window = None
         if window is not None and self._is_over(window, step):
             decision, replaced = self._end(window, step)
+        self._expect(step)
+        return decision, replaced
+
+    def diverged(self, step: int) -> tuple[Decision | None, bool]:
+        """Judge the open window before its end, since nothing was finite where it has led to.
+
+        To be called within `Objective.scoring`, after `before`.
+
+        Args:
+            step: optimizer updates made.
+
+        Returns:
+            As `before` does. No decision where the window has no step yet, or its target loss has
+            not risen: then the steps taken are not at fault.
+        """
+        window = self.state.window
+        num = 0 if window is None else step - window.first_step
+        if window is None or num == 0 or window.batches[num]:
+            return None, False
+        loss = self._end_loss(window)
+        if not self.state.rule.has_risen(window.lowest, loss):
+            return None, False
+        window = replace(window, updates=window.updates[:num], batches=window.batches[:num])
+        decision, replaced = self._close(window, step, loss)
+        if replaced:
+            self._expect(step)
+        return decision, replaced
+
+    def slow_down(self, reason: str) -> Decision | None:
+        """Half the rate from now on, where it may be lower still."""
+        decision, window = self.state.rule.slow_down(reason), self.state.window
+        self._optimizer.lr_multiplier = self.state.rule.multiplier
+        if decision is not None and window is not None:
+            window.updates[-1] = self._optimizer.updates(1)[0]
+        return decision
+
+    def _expect(self, step: int) -> None:
+        """Note the step to come, in a new window where none is open."""
         if self.state.window is None:
             self._open(step, self._next_target())
         assert self.state.window is not None
         self.state.window.updates += self._optimizer.updates(1)
         self.state.window.batches.append([])
-        return decision, replaced
 
     def trained_on(self, batch: Batch) -> None:
         """Note a batch that was selected for the present step."""
@@ -210,19 +270,27 @@ class RateControl:
 
     def _end(self, window: Window, step: int) -> tuple[Decision | None, bool]:
         """Judge a window that is due, or in which the target loss rose; else only look at it."""
-        decision, replaced = None, False
-        try:
-            loss = self._loss(self._optimizer.state(), window.target)
-        except FloatingPointError:  # diverged: risen as far as can be
-            loss = math.inf
-        lowest = min(window.lowest, loss)
+        loss = self._end_loss(window)
         if window.is_due or self.state.rule.has_risen(window.lowest, loss):
-            decision, replaced, loss = self._judge(window, loss)
-            lowest = loss
-            self.state.next_step = step + self.state.rule.gap
+            return self._close(window, step, loss)
         self.state.window = None
         if step < self.state.next_step:
-            self._open(step, window.target, loss, lowest)
+            self._open(step, window.target, loss, min(window.lowest, loss))
+        return None, False
+
+    def _end_loss(self, window: Window) -> float:
+        try:
+            return self._loss(self._optimizer.state(), window.target)
+        except FloatingPointError:  # diverged: risen as far as can be
+            return math.inf
+
+    def _close(self, window: Window, step: int, loss: float) -> tuple[Decision | None, bool]:
+        """Judge a window, and open the next where a gap begins."""
+        decision, replaced, loss = self._judge(window, loss)
+        self.state.next_step = step + self.state.rule.gap
+        self.state.window = None
+        if step < self.state.next_step:
+            self._open(step, window.target, loss, loss)
         return decision, replaced
 
     def _open(
@@ -232,12 +300,14 @@ class RateControl:
         state = self._optimizer.state()
         start = State(*(part.map(lambda x: x.clone()) for part in state))
         loss = self._loss(state, target) if loss is None else loss
-        is_due = step >= self.state.next_step
-        self.state.window = Window(step, start, target, loss, min(loss, lowest), is_due)
+        is_due, lowest = step >= self.state.next_step, min(loss, lowest)
+        counts, buffers = self._optimizer.counts(), self._buffers()
+        self.state.window = Window(step, start, counts, buffers, target, loss, lowest, is_due)
 
     def _judge(self, window: Window, end_loss: float) -> tuple[Decision, bool, float]:
         """What the rule decides, whether the window is replaced, and the loss it now ends at."""
-        best, best_loss = window.start, window.start_loss  # what may be taken over
+        best: State | None = None  # a replay that may be taken over; None: the start
+        best_loss = window.start_loss
 
         def replay(factor: float) -> float:
             nonlocal best, best_loss
@@ -253,18 +323,28 @@ class RateControl:
         # what diverged can tell nothing
         if self.state.is_faithful is None and end_loss < math.inf:
             self.state.is_faithful = self._check(window, self._optimizer.state())
-        is_faithful = self.state.is_faithful is not False
-        decision, replace = self.state.rule.decide(
+        objective, now = self._derivatives.objective, self._buffers()
+        if self.state.rule.has_risen(window.lowest, end_loss):
+            objective.write_buffers(window.buffers)  # replays are not to run on what failed
+        decision, redo = self.state.rule.decide(
             window.lowest,
-            end_loss if is_faithful else replay(1.0),
+            end_loss,
             replay,
             rising=window.rises,
-            replaceable=is_faithful,
+            replaceable=bool(self.state.is_faithful),
         )
         self._optimizer.lr_multiplier = decision.after
-        if replace:
+        if not redo:
+            objective.write_buffers(now)
+            return decision, False, end_loss
+        if best is None or not self.state.is_faithful:
+            self._optimizer.write(window.start, window.counts)
+            best_loss = window.start_loss
+        else:
+            objective.write_buffers(now)
             self._optimizer.write(best)
-        return decision, replace, best_loss if replace else end_loss
+        self.state.num_taken_back = self._optimizer.num_taken_back
+        return decision, True, best_loss
 
     def _check(self, window: Window, end: State) -> bool:
         """Whether a replay of the first window repeats it."""
@@ -274,10 +354,14 @@ class RateControl:
         if not faithful:
             _log.info(
                 "replays end %.0f%% of the way from the real training (dropout, autocast, another "
-                "loss in the loop): the lr control compares replays, and takes no step back",
+                "loss in the loop): the lr control compares replays, and takes none over",
                 100 * apart / way,
             )
         return faithful
+
+    def _buffers(self) -> dict[str, Tensor]:
+        live = self._derivatives.objective.model.named_buffers()
+        return {name: buffer.clone() for name, buffer in live}
 
     def _loss(self, state: State, target: Batch) -> float:
         return self._derivatives.losses(state.params, target).mean().item()

@@ -25,12 +25,14 @@ progress goes with the rate, U ~ P and G ~ -P / 2: that is far below the best ra
 window gains. Each fall doubles the number of windows that the next raise needs, so it cannot
 oscillate for long; to lower takes two at most, for too high a rate can ruin a run where too low a
 one only slows it. The first window is a line search, since the rate may be off by much and there is
-no noise to average out yet; upwards only to twice.
+no noise to average out yet: downwards until the loss does not rise and half is no better, upwards
+only to twice.
 
 A window in which the target loss rose by more than `rise` is a failed step: it is taken back.
 Training goes on from its start, or from its replay at half the rate where that ends lower; at half
 the rate, or at a quarter where it rises in the replay too. So it is with steps between two windows:
-there the target loss is looked at now and then, and replayed only once it has risen.
+there the target loss is looked at now and then, and replayed only once it has risen. A window that
+led to where nothing is finite is judged at once, before its end.
 """
 
 from __future__ import annotations
@@ -167,17 +169,19 @@ class RateRule:
 
         Args:
             start: target loss before the window; between two, the lowest since the first.
-            end: target loss after it.
+            end: target loss after it; infinite where training diverged.
             replay: factor on the learning rate -> target loss after the window at that rate;
                 infinite where it diverges.
             rising: the user's own schedule raises the rate, as in a warm-up: faster is not tried.
-            replaceable: a replay may stand for what was really trained.
+            replaceable: a replay may stand for what was really trained. If not, replays are
+                compared with the one at factor 1; whether the loss rose is for `end` to say.
 
         Returns:
             The decision, and whether training is to go on from the lowest loss of the window's
-            start and its replays.
+            start and, where they may stand for it, its replays.
         """
-        losses = {1.0: end}
+        losses = {1.0: end} if replaceable else {}
+        risen = self.has_risen(start, end)
 
         def at(factor: float) -> float:
             if factor not in losses:
@@ -186,18 +190,26 @@ class RateRule:
             return losses[factor]
 
         if self.is_first:
-            factor, redo, reason = self._search(at)
-        elif self.has_risen(start, end):
+            factor, redo, reason = self._search(start, end, at)
+        elif risen:
             factor, redo, reason = self._take_back(start, end, at)
         else:
-            factor, redo, reason = self._weigh(start, end, at)
+            factor, redo, reason = self._weigh(start, at(1.0), at)
         self.is_first = False
         before, self.multiplier = self.multiplier, self.multiplier * factor
         self._note(factor)
         named = {f"loss_at_{factor:g}": loss for factor, loss in losses.items()}
-        measures = {"loss_before": start, **named}
+        measures = {"loss_before": start, **named} | ({} if replaceable else {"loss_after": end})
         decision = Decision("lr_multiplier", before, self.multiplier, reason, measures)
-        return decision, redo and replaceable
+        return decision, redo and (replaceable or risen)
+
+    def slow_down(self, reason: str) -> Decision | None:
+        """Half the rate without a window, for the reason given; None at the lowest rate."""
+        if not self._allows(0.5):
+            return None
+        before, self.multiplier = self.multiplier, self.multiplier / 2
+        self._note(0.5)
+        return Decision("lr_multiplier", before, self.multiplier, reason, {})
 
     def has_risen(self, start: float, end: float) -> bool:
         """Whether the target loss rose by so much that the steps between are taken back."""
@@ -211,13 +223,22 @@ class RateRule:
             <= self.settings.highest * tight
         )
 
-    def _search(self, at: Callable[[float], float]) -> tuple[float, bool, str]:
-        best = 1.0
+    def _search(
+        self, start: float, end: float, at: Callable[[float], float]
+    ) -> tuple[float, bool, str]:
+        risen = self.has_risen(start, end)
+        if risen and not self._allows(0.5):
+            return self._take_back(start, end, at)
+        best, why = 1.0, "line search over the first window"
+        if risen:
+            why = f"the target loss rose from {start:.4g} to {end:.4g}: {why}"
+            best = 0.5
+            while self._allows(best / 2) and self.has_risen(start, at(best)):
+                best /= 2
         while at(best / 2) < at(best):
             best /= 2
         if best == 1.0 and at(2.0) < at(1.0):
             best = 2.0
-        why = "line search over the first window"
         if best == 1.0:
             return 1.0, False, f"{why}: the rate as it is was best"
         return best, True, f"{why}: x {best:g} was best"

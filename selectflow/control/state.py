@@ -33,6 +33,7 @@ class SelectorState:
         ahead_step: optimizer step at which it was made.
         ahead_serves: optimizer steps that it may be used for.
         num_lookaheads: made so far.
+        has_ranked: whether one of them preferred an example to another.
         peeked: pools drawn from the stream and not handed out yet, in order.
     """
 
@@ -46,6 +47,7 @@ class SelectorState:
     ahead_step: int = 0
     ahead_serves: int = 0
     num_lookaheads: int = 0
+    has_ranked: bool = False
     peeked: deque[Batch] = field(default_factory=deque)
 
     def serves(self, step: int, names: Iterable[str]) -> bool:
@@ -74,6 +76,7 @@ class SelectorState:
             "ahead_step": self.ahead_step,
             "ahead_serves": self.ahead_serves,
             "num_lookaheads": self.num_lookaheads,
+            "has_ranked": self.has_ranked,
             "peeked": list(self.peeked) if with_peeked else [],
         }
 
@@ -102,7 +105,7 @@ class SelectorState:
             self.rate.load(plain["rate"], params)
         for name in ("num_steps", "target_position", "ahead_step", "ahead_serves"):
             setattr(self, name, plain[name])
-        self.num_lookaheads = plain["num_lookaheads"]
+        self.num_lookaheads, self.has_ranked = plain["num_lookaheads"], plain["has_ranked"]
         self.peeked.clear()
         self.peeked.extend(plain["peeked"])
 

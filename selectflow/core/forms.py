@@ -33,7 +33,11 @@ TOLERANCE = 0.05
 BEST_TOLERANCE = 0.1  # between the two steps that agree best, where there is nothing else
 # Steps that are tried, as multiples of the usual one.
 SCALES = (1 / 9, 1 / 3, 1.0, 3.0, 9.0, 27.0, 81.0, 243.0)
-_NO_FORWARD_MODE = ("forward AD", "forward mode AD", "functorch", "saved tensor hooks")
+# as torch says that a model has no forward mode, or no derivative of a derivative
+_NO_FORWARD_MODE = (
+    "forward AD", "forward mode AD", "functorch", "functional transforms", "saved tensor hooks",
+    "vmap", "is not implemented", "Double backwards", "data pointer", "etc) transform",
+)  # fmt: skip
 
 _log = logging.getLogger(__name__)
 
@@ -154,9 +158,10 @@ def try_exact(derive: Derive) -> Tensor | None:
     """The exact form; None where the model has no forward mode."""
     try:
         return derive("exact", 1.0)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # these examples went through forwards: the form is at fault
+    except RuntimeError as error:
+        if not _lacks_forward_mode(error):  # as where memory does not suffice
+            error.add_note("in forward mode, which derivative='central' does without")
+            raise
         _log.info("no forward-mode derivative of this model (%s)", _reason(error))
         return None
 
@@ -165,14 +170,18 @@ def _exact(derive: Derive) -> tuple[str, float, float]:
     try:
         derive("exact", 1.0)
     except RuntimeError as error:
-        is_mode = any(words in str(error) for words in _NO_FORWARD_MODE)
-        if isinstance(error, torch.OutOfMemoryError) or not is_mode:
+        if not _lacks_forward_mode(error):
             raise
         raise RuntimeError(
             f"a model with derivative 'exact' must have forward mode, got: {_reason(error)}; "
             "use 'auto' or 'central'"
         ) from error
     return "exact", 1.0, 0.0
+
+
+def _lacks_forward_mode(error: RuntimeError) -> bool:
+    is_memory = isinstance(error, torch.OutOfMemoryError)
+    return not is_memory and any(words in str(error) for words in _NO_FORWARD_MODE)
 
 
 def _reason(error: Exception) -> str:

@@ -48,7 +48,9 @@ from selectflow.core.params import Params, merge
 
 _PART_BYTES = 2**26  # of parameters that an update is made of at a time
 _CLIP_EPS = 1e-6  # torch's, in the norm that it divides by
-NEGLIGIBLE_RMS = 1e-8  # a gradient of this root mean square is float32 rounding, not a signal
+# A gradient of this share of the model's typical one is float32 rounding, not a signal. The measure
+# is the whole model: of a bias that batch norm cancels, all entries are rounding.
+NEGLIGIBLE_SHARE = 1e-6
 
 
 class State(NamedTuple):
@@ -76,8 +78,8 @@ class Rule(Protocol):
     def adjoint(
         self, adjoint: Adjoint, state: State, after: State, grad: Params
     ) -> tuple[Params, Adjoint]: ...
-    def immediate(self, state: State, grad: Params) -> Params: ...
-    def masked(self, gamma: Params, after: State) -> Params: ...
+    def immediate(self, state: State, grad: Params, typical: float) -> Params: ...
+    def masked(self, gamma: Params, after: State, typical: float) -> Params: ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class AdamW:
             a = a.add(gamma, self.weight_decay)
         return gamma, Adjoint(a, self.beta1 * b, self.beta2 * c)
 
-    def immediate(self, state: State, grad: Params) -> Params:
+    def immediate(self, state: State, grad: Params, typical: float) -> Params:
         """Sensitivity at horizon 0: the present preconditioner, nothing simulated.
 
         An entry that has had no gradient (an input that was never on, a bias that batch norm
@@ -146,15 +148,22 @@ class AdamW:
         if not num:
             return scale * grad
         q = state.exp_avg_sq.sqrt() / math.sqrt(1 - self.beta2**num) + self.eps
-        return scale * self._masked(grad / q, state.exp_avg_sq, num)
+        return scale * self._masked(grad / q, state.exp_avg_sq, num, typical)
 
-    def masked(self, gamma: Params, after: State) -> Params:
-        return self._masked(gamma, after.exp_avg_sq, self.step)
+    def masked(self, gamma: Params, after: State, typical: float) -> Params:
+        return self._masked(gamma, after.exp_avg_sq, self.step, typical)
 
-    def _masked(self, gamma: Params, exp_avg_sq: Params, num: int) -> Params:
-        """0 where the second moment after `num` updates is negligible."""
-        negligible = NEGLIGIBLE_RMS**2 * (1 - self.beta2**num)
-        return gamma * exp_avg_sq.map(lambda v: (v > negligible).to(v.dtype))
+    def _masked(self, gamma: Params, exp_avg_sq: Params, num: int, typical: float) -> Params:
+        """0 where the second moment after `num` updates is negligible.
+
+        Not where eps rules all entries: then 1 / eps is the scale of each, of dead ones too.
+        """
+        if self.eps >= typical:
+            return gamma
+        negligible = (NEGLIGIBLE_SHARE * typical) ** 2 * (1 - self.beta2**num)
+        return Params(
+            (name, torch.where(exp_avg_sq[name] > negligible, x, 0.0)) for name, x in gamma.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -202,13 +211,14 @@ class SGD:
             b = keep * b
         return gamma, Adjoint(adjoint.params.add(gamma, self.weight_decay), b, adjoint.exp_avg_sq)
 
-    def immediate(self, state: State, grad: Params) -> Params:
+    def immediate(self, state: State, grad: Params, typical: float) -> Params:
         """Sensitivity at horizon 0: the gradient itself, scaled by this update's reach."""
+        del typical
         zeros = Adjoint(grad, *(part.zeros_like() for part in state[1:]))
         return self.adjoint(zeros, state, state, grad)[0]
 
-    def masked(self, gamma: Params, after: State) -> Params:
-        del after  # nothing is divided by a second moment
+    def masked(self, gamma: Params, after: State, typical: float) -> Params:
+        del after, typical  # nothing is divided by a second moment
         return gamma
 
 
@@ -286,8 +296,9 @@ class Update:
 
         Every entry has its own: `grad` may be that of some of the parameters only.
         """
+        typical = self.typical(state, 1)
         return merge(
-            rule.immediate(part_of(state, names), grad.pick(names))
+            rule.immediate(part_of(state, names), grad.pick(names), typical)
             for rule, names in self.parts(grad)
         )
 
@@ -302,12 +313,31 @@ class Update:
             after: the state after it.
 
         Returns:
-            gamma, with 0 where the root of the second moment is below `NEGLIGIBLE_RMS`.
+            gamma, with 0 where the root of the second moment is below `NEGLIGIBLE_SHARE` of the
+            model's `typical` gradient, unless that is below eps.
         """
+        typical = self.typical(after)
         return merge(
-            rule.masked(gamma.pick(names), part_of(after, names))
+            rule.masked(gamma.pick(names), part_of(after, names), typical)
             for rule, names in self.parts(gamma)
         )
+
+    def typical(self, state: State, ago: int = 0) -> float:
+        """Root mean square of the model's gradients, over all entries, by the second moments.
+
+        Args:
+            state: the state after this update.
+            ago: how many updates before that it is.
+        """
+        total, size = 0.0, 0
+        for rule in self.rules:
+            num = rule.step - ago
+            seen = [state.exp_avg_sq[name] for name in rule.names if name in state.exp_avg_sq]
+            if isinstance(rule, AdamW) and num and seen:
+                sums = torch.stack(torch._foreach_norm(seen, 1)).tolist()
+                total += sum(sums) / (1 - rule.beta2**num)
+                size += sum(v.numel() for v in seen)
+        return math.sqrt(total / size) if size else 0.0
 
     def parts(self, params: Params) -> Iterator[tuple[Rule, list[str]]]:
         """Rules and names of `params` that each is applied to, so many at a time.

@@ -309,6 +309,15 @@ class Objective:
             for module, rate in zip(recurrent, rates, strict=True):
                 module.dropout = rate
 
+    def write_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Copy values into the live buffers, to stay there when `scoring` ends."""
+        live = dict(self.model.named_buffers())
+        with torch.no_grad():
+            for name in buffers.keys() & live.keys():
+                live[name].copy_(buffers[name])
+        if self._snapshot is not None:
+            self._snapshot = _Snapshot.of(self.model)
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Buffers, attributes and random generators as before, where `pure` is transformed."""

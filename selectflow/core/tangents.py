@@ -102,9 +102,16 @@ def advance(
         The motion after it.
     """
     grads = _clipped(update, _gradient_tangents(objective, motion, batch, shift))
+    split = list(update.parts(grads[1]))
+    typical = update.typical(
+        join(
+            rule.advance(part_of(motion.value, names), grads[0].pick(names))
+            for rule, names in split
+        )
+    )
     parts = [
-        _advance_rule(rule, _part_of(motion, names), _picked(grads, names))
-        for rule, names in update.parts(grads[1])
+        _advance_rule(rule, _part_of(motion, names), _picked(grads, names), typical)
+        for rule, names in split
     ]
     after = StateTangents(*map(join, zip(*parts, strict=True)))
     return after if shift.lr is None else _with_moving_lr(motion, after, shift.lr)
@@ -246,7 +253,7 @@ def _as_row(params: Params) -> Params:
     return params.map(lambda x: x[None])
 
 
-def _advance_rule(rule: Rule, motion: StateTangents, grads: Grads) -> StateTangents:
+def _advance_rule(rule: Rule, motion: StateTangents, grads: Grads, typical: float) -> StateTangents:
     if isinstance(rule, SGD):  # linear: every tangent is updated as the value is
         return StateTangents(
             *(rule.advance(state, g) for state, g in zip(motion, grads, strict=True))
@@ -257,10 +264,12 @@ def _advance_rule(rule: Rule, motion: StateTangents, grads: Grads) -> StateTange
             g.add(params, rule.weight_decay) for g, params in zip(grads, motion.params, strict=True)
         )
         grads = (value, first, second)
-    return _advance_adamw(rule, motion, grads)
+    return _advance_adamw(rule, motion, grads, typical)
 
 
-def _advance_adamw(rule: AdamW, motion: StateTangents, grads: Grads) -> StateTangents:
+def _advance_adamw(
+    rule: AdamW, motion: StateTangents, grads: Grads, typical: float
+) -> StateTangents:
     g, g1, g2 = grads
     m, m1, m2 = (
         (rule.beta1 * state.exp_avg).add(grad, 1 - rule.beta1)
@@ -282,7 +291,7 @@ def _advance_adamw(rule: AdamW, motion: StateTangents, grads: Grads) -> StateTan
     theta = (rule.decay * motion.value.params).add(u, scale)
     after = State(theta, m, v)
     theta1, theta2 = (
-        (rule.decay * params).add(rule.masked(move, after), scale)
+        (rule.decay * params).add(rule.masked(move, after, typical), scale)
         for params, move in zip(motion.params[1:], (u1, u2), strict=True)
     )
     return StateTangents(after, State(theta1, m1, v1), State(theta2, m2, v2))

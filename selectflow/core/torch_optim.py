@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -69,6 +69,7 @@ class OptimizerReader:
         self._model = model
         self._steps_seen = 0
         self._writes_seen: int | None = None
+        self.num_taken_back = 0  # steps that were taken and are no longer in the optimizer's count
         self.lr_multiplier = 1.0  # of every learning rate, as `RateControl` applies it
         if not (params := self.params()):
             raise ValueError("optimizer must train a parameter, got none with requires_grad=True")
@@ -136,13 +137,15 @@ class OptimizerReader:
         return updates
 
     def num_steps(self) -> int:
-        """Steps that the optimizer has taken.
+        """Steps that the optimizer has taken; never falls.
 
-        Adam and AdamW count them. SGD does not: each change, between two calls, in the number of
-        in-place writes that torch has seen on the parameters counts as one.
+        Adam and AdamW count them, but for those that were taken back. SGD does not: each change,
+        between two calls, in the number of in-place writes that torch has seen on the parameters
+        counts as one.
         """
         if not isinstance(self._optimizer, torch.optim.SGD):
-            return max((_num_updates(state) for state in self._optimizer.state.values()), default=0)
+            counts = (_num_updates(state) for state in self._optimizer.state.values())
+            return max(counts, default=0) + self.num_taken_back
         writes = self._num_writes()
         self._steps_seen += self._writes_seen is not None and writes != self._writes_seen
         self._writes_seen = writes
@@ -155,15 +158,24 @@ class OptimizerReader:
         """Let `num_steps` count on from here, for optimizers without a count of their own."""
         self._steps_seen, self._writes_seen = num_steps, None
 
+    def counts(self) -> dict[str, int]:
+        """Updates of each parameter that its moments are of; for SGD 1 stands for any number."""
+        of = self._optimizer.state
+        return {name: _num_updates(of.get(param, {})) for _, name, param in self._trained()}
+
     @torch.no_grad()
-    def write(self, state: State) -> None:
-        """Make `state` the live one: parameters and moments, in place; no step is counted.
+    def write(self, state: State, counts: Mapping[str, int] | None = None) -> None:
+        """Make `state` the live one: parameters and moments, in place.
+
+        No step is counted or forgotten: `num_steps` is the same as before.
 
         Args:
-            state: of a replay of steps that the optimizer has really taken.
+            state: to go on from.
+            counts: `counts` at that state, which its moments are corrected by; None: those of now,
+                as after a replay of the steps that the optimizer has really taken.
         """
         is_sgd = isinstance(self._optimizer, torch.optim.SGD)
-        self.num_steps()  # what was written before counts as it did
+        before = self.num_steps()
         for _, name, param in self._trained():
             live = self._optimizer.state.get(param, {})
             param.copy_(state.params[name])
@@ -173,7 +185,10 @@ class OptimizerReader:
             ):
                 if name in part and live.get(key) is not None:
                     live[key].copy_(part[name])
+            if counts is not None:
+                _set_count(live, counts[name])
         self._writes_seen = self._num_writes()
+        self.num_taken_back += before - self.num_steps()
 
     def _trained(self) -> Iterator[tuple[int, str, Tensor]]:
         """(index of its group, name, parameter) of all that is trained."""
@@ -215,6 +230,15 @@ def _num_updates(state: dict[str, Any]) -> int:
     if "step" in state:
         return int(state["step"])
     return int(state.get("momentum_buffer") is not None)
+
+
+def _set_count(state: dict[str, Any], num: int) -> None:
+    if isinstance(state.get("step"), Tensor):
+        state["step"].fill_(num)
+    elif "step" in state:
+        state["step"] = num
+    elif num == 0 and "momentum_buffer" in state:
+        state["momentum_buffer"] = None  # so that the next update is the first
 
 
 def _moment(state: dict[str, Any], key: str, param: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def record(
     """
     objective = Objective(model, loss_fn)
     reader = OptimizerReader(objective.model, optimizer, lr_scheduler, max_grad_norm)
-    snapshots = Snapshots(limit_gib, spacing, _empty(folder))
+    snapshots = Snapshots(limit_gib, spacing, _empty(folder), objective.model)
     first_step, began = reader.num_steps(), time.perf_counter()
     kept: list[Batch] = []
     updates: list[Update] = []
@@ -185,7 +185,7 @@ def reopen(
         raise ValueError(
             f"batches must be the {len(manifest['updates'])} recorded ones, got {len(batches)}"
         )
-    snapshots = Snapshots(manifest["limit_gib"], manifest["spacing"], folder)
+    snapshots = Snapshots(manifest["limit_gib"], manifest["spacing"], folder, objective.model)
     snapshots.reopen(manifest["snapshots"])
     return Trajectory(
         Derivatives(objective, "exact", chunk_size),

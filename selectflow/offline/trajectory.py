@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from selectflow.core.batches import Batch
 from selectflow.core.chunks import GIB, num_fitting
 from selectflow.core.derivatives import Curvature, Derivatives
 from selectflow.core.optim import Adjoint, State, Update
+from selectflow.core.params import Params
 from selectflow.core.storage import read_state, write_state
 from selectflow.core.sweep import SweepStep, Window, sweep, sweep_capacity
 
@@ -37,19 +39,25 @@ class Snapshots:
             the model.
         spacing: updates between two snapshots at the start; doubles when the limit is reached.
         folder: where they are written; None: kept in memory.
+        model: whose parameters' devices they are read back to; None: left where they are.
 
     Raises:
         ValueError: limit or spacing out of range.
     """
 
     def __init__(
-        self, limit_gib: float | None, spacing: int = 1, folder: Path | None = None
+        self,
+        limit_gib: float | None,
+        spacing: int = 1,
+        folder: Path | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         if limit_gib is not None and not limit_gib > 0:
             raise ValueError(f"limit_gib must be > 0, got {limit_gib}")
         if spacing < 1:
             raise ValueError(f"spacing must be at least 1, got {spacing}")
         self.limit_gib, self.spacing, self.folder = limit_gib, spacing, folder
+        self._model = model
         self._held: dict[int, State] = {}
         self._sizes: dict[int, int] = {}  # bytes
         if folder is not None:
@@ -97,12 +105,18 @@ class Snapshots:
         self._sizes[index] = _num_bytes(state)
 
     def state(self, index: int) -> State:
-        """The snapshot at `index`; do not write to it.
+        """The snapshot at `index`, on the devices of the model's parameters; do not write to it.
 
         Raises:
             OSError: its file is missing or not whole.
         """
-        return self._held[index] if self.folder is None else read_state(self.path(index))
+        state = self._held[index] if self.folder is None else read_state(self.path(index))
+        if self._model is None:
+            return state
+        live = dict(self._model.named_parameters())
+        return State(
+            *(Params((k, x.to(live[k].device)) for k, x in part.items()) for part in state)
+        )
 
     def path(self, index: int) -> Path:
         """The file of the snapshot at `index`."""
