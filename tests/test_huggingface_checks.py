@@ -1,4 +1,4 @@
-"""What a Trainer trains on is what is scored, or it is refused: losses, rows, epochs, checkpoints."""
+"""What a Trainer trains on is what is scored, or it is refused: losses, rows, epochs, states."""
 
 import logging
 
@@ -136,7 +136,7 @@ class OwnLoss(SelectTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.num_calls += 1
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return loss + 0.01 * model.lm_head.weight.square().mean()
+        return loss + 10 * model.lm_head.weight.square().mean()
 
 
 def smoothed(outputs, labels, num_items_in_batch=None):
@@ -332,7 +332,7 @@ def test_an_epoch_that_is_stopped_leaves_nothing_to_the_next(tmp_path, horizon, 
             return super().training_step(model, inputs, *args)
 
     batches = []
-    options = {"max_steps": 9, "train_sampling_strategy": sampling}
+    options = {"max_steps": -1, "num_train_epochs": 3, "train_sampling_strategy": sampling}
     trainer = trainer_for(
         tmp_path, kind=Watched, select_options={"horizon": horizon, "interval": 1}, **options
     )

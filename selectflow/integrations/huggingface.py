@@ -228,11 +228,8 @@ class SelectTrainerMixin(_Base):
             self._is_compared = True
             assert isinstance(self.model, nn.Module)
             with _without_autocast(self.model):
-                check_loss(self, pool, self._loss_fn, self._num_items, self._is_default_loss)
+                check_loss(self, pool, self._loss_fn, self._is_default_loss)
         return pool
-
-    def _num_items(self, batch: Batch) -> Any:
-        return super().get_batch_samples(iter([batch]), 1, self.args.device)[1]
 
     def _full_precision_losses(self, model: nn.Module, batch: Batch) -> Any:
         with _without_autocast(model):

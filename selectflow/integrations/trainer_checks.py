@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from selectflow.core.batches import Batch, num_examples, take
 from selectflow.core.passes import LossFn, Objective
 from selectflow.core.wrappers import unadapted
+from selectflow.models.language import IGNORED, shifted_labels
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -90,13 +91,7 @@ def check_rows(batch: Batch, num: int, collator: str, trainer: str) -> None:
 # --- losses -------------------------------------------------------------------------------------
 
 
-def check_loss(
-    trainer: Trainer,
-    pool: Batch,
-    loss_fn: LossFn,
-    count_items: Callable[[Batch], Any],
-    is_default: bool,
-) -> None:
+def check_loss(trainer: Trainer, pool: Batch, loss_fn: LossFn, is_default: bool) -> None:
     """Compare, on single examples, the loss that is trained with the one that is scored.
 
     Of a single example the means over tokens and over examples are the same. What differs is
@@ -107,7 +102,6 @@ def check_loss(
         trainer: its model and optimizer are prepared.
         pool: a micro-batch; its first examples are compared.
         loss_fn: per-example losses.
-        count_items: what the Trainer divides the loss by, in an update of this batch alone.
         is_default: whether the user did not choose `loss_fn`. Another loss is refused then; it is
             a warning where it was chosen.
 
@@ -124,7 +118,7 @@ def check_loss(
             with torch.no_grad():
                 ours = _ours(trainer, model, take(pool, index), loss_fn, is_default)
             try:
-                theirs = _theirs(trainer, model, take(pool, index), count_items)
+                theirs = _theirs(trainer, model, take(pool, index))
             except Exception as error:
                 if is_default or isinstance(error, torch.OutOfMemoryError):
                     error.add_note(f"while {type(trainer).__name__} took the loss of one example")
@@ -165,11 +159,14 @@ def _ours(
         ) from error
 
 
-def _theirs(
-    trainer: Trainer, model: nn.Module, batch: Batch, count_items: Callable[[Batch], Any]
-) -> Tensor:
-    """The Trainer's own loss of a batch."""
-    num_items = count_items(batch)
+def _theirs(trainer: Trainer, model: nn.Module, batch: Batch) -> Tensor:
+    """The Trainer's own loss of a batch, as a mean of its own."""
+    # The Trainer counts the items of some models (GPT-2) before labels are shifted, which scales
+    # all losses alike; a compute_loss_func has to be told some number.
+    num_items = None
+    if trainer.compute_loss_func is not None:
+        with suppress(KeyError, ValueError, IndexError, AttributeError):
+            num_items = (shifted_labels(batch) != IGNORED).sum()
     with _as_before(trainer), torch.enable_grad():
         trainer.current_gradient_accumulation_steps = 1
         loss = trainer.compute_loss(model, batch, num_items_in_batch=num_items)
