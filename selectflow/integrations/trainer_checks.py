@@ -66,8 +66,8 @@ def check_rows(batch: Batch, num: int, collator: str, trainer: str) -> None:
     except ValueError as error:
         raise ValueError(
             f"a micro-batch must have one row of each tensor for each example, but that of "
-            f"{collator} in {trainer} has not: {error}. Pass a data_collator that gives each "
-            "example a row of its own, padded where they differ in size"
+            f"{collator} in {trainer} has not: {error}. Switch padding_free off, or pass a "
+            "data_collator that gives each example a row of its own, padded where they differ"
         ) from error
     if found == num:
         return
