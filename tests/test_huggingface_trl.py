@@ -204,7 +204,7 @@ def own_losses(model, batch):
     return causal_lm_losses(model, batch)
 
 
-@pytest.mark.parametrize("loss_fn", [None, own_losses])
+@pytest.mark.parametrize("loss_fn", [causal_lm_losses, own_losses])
 @pytest.mark.parametrize("name", ["DPO", "Reward"])
 def test_pairs_are_not_torn_apart(tmp_path, name, loss_fn):
     """Their batches are all chosen rows, and then all rejected ones."""

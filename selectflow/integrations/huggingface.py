@@ -86,15 +86,14 @@ class SelectTrainerMixin(_Base):
         *args: Any,
         target: Any,
         keep: int | float,
-        loss_fn: LossFn | None = None,
+        loss_fn: LossFn = causal_lm_losses,
         select_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.selector: Selector | None = None
-        self._target, self._keep = target, keep
-        self._loss_fn = causal_lm_losses if loss_fn is None else loss_fn
-        self._is_default_loss, self._is_compared = loss_fn is None, False
+        self._target, self._keep, self._loss_fn = target, keep, loss_fn
+        self._is_compared = False  # whether the losses that are trained and scored were
         self._counts_rows = False  # whether the collator's rows are counted against its examples
         self._select_options = dict(select_options or {})
         self._means, self._select_s = metrics.Means(), 0.0
@@ -228,7 +227,7 @@ class SelectTrainerMixin(_Base):
             self._is_compared = True
             assert isinstance(self.model, nn.Module)
             with _without_autocast(self.model):
-                check_loss(self, pool, self._loss_fn, self._is_default_loss)
+                check_loss(self, pool, self._loss_fn, self._loss_fn is causal_lm_losses)
         return pool
 
     def _full_precision_losses(self, model: nn.Module, batch: Batch) -> Any:

@@ -102,8 +102,8 @@ def check_loss(trainer: Trainer, pool: Batch, loss_fn: LossFn, is_default: bool)
         trainer: its model and optimizer are prepared.
         pool: a micro-batch; its first examples are compared.
         loss_fn: per-example losses.
-        is_default: whether the user did not choose `loss_fn`. Another loss is refused then; it is
-            a warning where it was chosen.
+        is_default: whether `loss_fn` is the default, which the user may not have thought of.
+            Another loss is refused then; a loss_fn of the user's own may differ, with a warning.
 
     Raises:
         ValueError: the default loss is another than that of the Trainer, or does not take the
@@ -115,17 +115,17 @@ def check_loss(trainer: Trainer, pool: Batch, loss_fn: LossFn, is_default: bool)
     for at in range(min(_NUM_COMPARED, num_examples(pool))):
         index = torch.tensor([at])
         with objective.scoring():
-            with torch.no_grad():
-                ours = _ours(trainer, model, take(pool, index), loss_fn, is_default)
             try:
+                with torch.no_grad():
+                    ours = _ours(trainer, model, take(pool, index), loss_fn, is_default)
                 theirs = _theirs(trainer, model, take(pool, index))
             except Exception as error:
                 if is_default or isinstance(error, torch.OutOfMemoryError):
                     error.add_note(f"while {type(trainer).__name__} took the loss of one example")
                     raise
                 _log.warning(
-                    "the loss of one example could not be taken by %s.compute_loss (%s: %s): "
-                    "whether the mean of loss_fn is the loss that it trains is not known",
+                    "loss_fn could not be compared on a single example with %s.compute_loss "
+                    "(%s: %s): whether its mean is the loss that is trained is not known",
                     type(trainer).__name__,
                     type(error).__name__,
                     error,
@@ -136,8 +136,8 @@ def check_loss(trainer: Trainer, pool: Batch, loss_fn: LossFn, is_default: bool)
             if is_default:
                 raise ValueError(
                     f"{text}; pass loss_fn(model, batch) that returns the trained loss of each "
-                    "example, shape (N,), or, to select by that of a causal language model all "
-                    "the same, loss_fn=selectflow.models.language.causal_lm_losses"
+                    "example, shape (N,), or, to select by the default all the same, "
+                    "loss_fn=lambda model, batch: causal_lm_losses(model, batch)"
                 )
             _log.warning("%s; examples are selected by that of loss_fn", text)
             return
