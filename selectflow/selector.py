@@ -181,7 +181,8 @@ class Selector:
         """Selected batches, one for each pool, in the pools' order.
 
         Pools that a look-ahead peeks at are handed out later, in order: none is lost or used
-        twice. The optimizer is read when the next batch is asked for.
+        twice. Where a stream is left early, the next one begins with those, unless
+        `state.peeked.clear()` drops them. The optimizer is read when the next batch is asked for.
 
         Args:
             pools: batches of P >= keep candidates; may be endless.
@@ -411,6 +412,9 @@ class Selector:
             with_peeked: whether the pools that were peeked at and not yet handed out are part of
                 it. The source of pools is then resumed after the last one it gave; without them,
                 `num_peeked` pools earlier.
+
+        Returns:
+            What `torch.load` takes by its default, batches in the form of `core.plain`.
         """
         self.state.num_steps = self._optimizer.num_steps()
         return {"options": self._saved_options, **self.state.plain(with_peeked=with_peeked)}
@@ -422,7 +426,8 @@ class Selector:
         loader does.
 
         Raises:
-            ValueError: the state is of a selector with other options, or of another model.
+            ValueError: the state is of a selector with other options, or of another model; a type
+                of its batches is not imported yet.
         """
         check_same(state["options"], self._saved_options)
         params, names = self._optimizer.values(), self._scored_names()

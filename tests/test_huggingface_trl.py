@@ -7,11 +7,16 @@ import torch
 import trl
 from test_huggingface import CHECKPOINTING, KEEP, POOL, VOCABULARY, llama, weights
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from selectflow.core.lookahead import Policy
 from selectflow.core.optim import Update
 from selectflow.integrations.huggingface import SelectTrainerMixin
+from selectflow.models.language import causal_lm_losses
 
 # between the three libraries, each at its own pace
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
@@ -162,3 +167,117 @@ def test_batches_without_rows_are_refused(tmp_path):
     trainer.data_collator = flattened
     with pytest.raises(ValueError, match="got a single row; switch padding_free off"):
         trainer.train()
+
+
+def pairs(num):
+    rows = conversations(num, 1)
+    return rows.rename_column("completion", "chosen").add_column("rejected", rows["completion"])
+
+
+def trainer_of(name, folder, rows=None, model=None, **options):
+    module = trl
+    if not hasattr(trl, f"{name}Trainer"):
+        module = pytest.importorskip(f"trl.experimental.{name.lower()}")
+    kind = type(f"Select{name}", (SelectTrainerMixin, getattr(module, f"{name}Trainer")), {})
+    settings = {
+        "output_dir": str(folder), "per_device_train_batch_size": POOL, "max_steps": 1,
+        "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False,
+        "disable_tqdm": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    rows = pairs(24) if rows is None else rows
+    trainer = kind(
+        llama() if model is None else model,
+        args=getattr(module, f"{name}Config")(**settings),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(8)),
+        processing_class=tokenizer(),
+        target=None,
+        keep=KEEP,
+        select_options={"horizon": 0},
+        **options,
+    )
+    trainer._target = trainer.eval_dataset  # with its columns
+    return trainer
+
+
+def own_losses(model, batch):
+    return causal_lm_losses(model, batch)
+
+
+@pytest.mark.parametrize("loss_fn", [causal_lm_losses, own_losses])
+@pytest.mark.parametrize("name", ["DPO", "Reward"])
+def test_pairs_are_not_torn_apart(tmp_path, name, loss_fn):
+    """Their batches are all chosen rows, and then all rejected ones."""
+    rows, model = pairs(24), None
+    if name == "Reward":
+        config = LlamaConfig(**{**llama().config.to_dict(), "num_labels": 1, "pad_token_id": 0})
+        model = LlamaForSequenceClassification(config)
+    references = {"ref_model": llama()} if name == "DPO" else {}
+    trainer = trainer_of(name, tmp_path, rows=rows, model=model, loss_fn=loss_fn, **references)
+    with pytest.raises(
+        ValueError,
+        match=f"DataCollatorForPreference in Select{name} made others: got 16 rows of 8 examples. "
+        "Where they are pairs .DPO, reward models., a selection would tear them apart",
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["CPO", "ORPO", "KTO"])
+def test_trainers_whose_examples_have_no_one_text(tmp_path, name):
+    """A row is an example, but the default loss is not theirs."""
+    rows = pairs(24)
+    if name == "KTO":
+        rows = conversations(24, 1).add_column("label", [True, False] * 12)
+    references = {"ref_model": llama()} if name == "KTO" else {}
+    trainer = trainer_of(name, tmp_path, rows=rows, **references)
+    says = (
+        "where SelectKTO trains LlamaForCausalLM by 0.5; pass loss_fn"
+        if name == "KTO"
+        else f"batches of Select{name}, got LlamaForCausalLM with .*chosen_input_ids.*pass loss_fn"
+    )
+    with pytest.raises(ValueError, match=says):
+        trainer.train()
+
+
+def test_texts_without_padding_are_one_row(tmp_path):
+    """As SFTTrainer's own collator makes them."""
+    trainer = sft_trainer(tmp_path)
+    trainer.data_collator.padding_free = True
+    trainer._target_batches = lambda: [{"input_ids": torch.ones(1, 4, dtype=torch.long)}]
+    with pytest.raises(ValueError, match=r"SFTTrainer has not: all .* Switch padding_free off"):
+        trainer.train()
+
+
+def test_packed_texts_are_selected(tmp_path):
+    trainer = sft_trainer(
+        tmp_path, packing=True, packing_strategy="wrapped", max_length=8, max_steps=2
+    )
+    trainer.train()
+    assert all(len(batch) == KEEP for batch in trainer.trained_on)
+
+
+def test_the_comparison_of_losses_leaves_no_metrics(tmp_path):
+    trainer = sft_trainer(tmp_path, max_steps=1)
+    seen = []
+    start = trainer.start_selecting
+
+    def started():
+        start()
+        trainer._metrics["eval"]["entropy"].append(7.0)
+
+    trainer.start_selecting = started
+    training_step = trainer.training_step
+
+    def stepped(*args, **kwargs):
+        seen.append({k: list(v) for k, v in trainer._metrics["eval"].items()})
+        return training_step(*args, **kwargs)
+
+    trainer.training_step = stepped
+    trainer.train()
+    assert seen == [{"entropy": [7.0]}]
+
+
+def test_another_loss_of_sft_is_refused(tmp_path):
+    """The one that weighs tokens by their probability."""
+    with pytest.raises(ValueError, match="SelectSFTTrainer trains LlamaForCausalLM by"):
+        sft_trainer(tmp_path, loss_type="dft").train()

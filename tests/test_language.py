@@ -1,5 +1,8 @@
 """Losses of causal language models: by hand, position by position, and as transformers has them."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -232,3 +235,24 @@ def test_windows_that_cannot_be():
     batch = {"input_ids": tokens(2, 8), "attention_mask": torch.ones(2, 1, 8, 8)}
     with pytest.raises(ValueError, match=r"attention_mask must be of shape \(2, 8\)"):
         token_window(4)(batch)
+
+
+def test_labels_of_whole_examples_are_refused():
+    batch = {"input_ids": tokens(), "labels": torch.zeros(len(tokens()), dtype=torch.long)}
+    with pytest.raises(ValueError, match=r"one for each token, shape \(.*\), got \(\d+,\)"):
+        causal_lm_losses(gpt2(), batch)
+
+
+def test_other_inputs_are_given_where_forward_names_them():
+    class Named(torch.nn.Module):
+        def forward(self, input_ids, use_cache, shift=None, **others):
+            assert not others
+            logits = torch.zeros(*input_ids.shape, 99)
+            logits[..., 0] = shift[:, None]
+            return SimpleNamespace(logits=logits)
+
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    batch = {"input_ids": ids, "shift": torch.tensor([0.0, 5.0]), "key": ["a", "b"]}
+    found = causal_lm_losses(Named(), batch)
+    expected = [math.log(99), math.log(math.exp(5.0) + 98) - 5.0]
+    assert torch.allclose(found, torch.tensor(expected))

@@ -22,6 +22,7 @@ from selectflow.core.batches import Batch, MicroBatches
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.optim import State, Update
 from selectflow.core.params import Params
+from selectflow.core.plain import plain, restored
 from selectflow.core.storage import plain_update, restored_update
 from selectflow.core.torch_optim import OptimizerReader
 
@@ -81,38 +82,38 @@ class Window:
         return last > first
 
     def plain(self) -> dict[str, Any]:
-        """As plain values, tensors and batches."""
+        """As numbers, texts and tensors in lists and dicts."""
         return {
             "first_step": self.first_step,
             "start": [dict(part) for part in self.start],
             "counts": self.counts,
             "buffers": self.buffers,
-            "target": self.target,
+            "target": plain(self.target),
             "start_loss": self.start_loss,
             "lowest": self.lowest,
             "is_due": self.is_due,
             "updates": [plain_update(update) for update in self.updates],
-            "batches": [list(parts) for parts in self.batches],
+            "batches": [[plain(part) for part in parts] for parts in self.batches],
         }
 
     @classmethod
-    def restored(cls, plain: Mapping[str, Any], params: Params) -> Window:
+    def restored(cls, saved: Mapping[str, Any], params: Params) -> Window:
         """The window that `plain` saved, on the devices of `params`."""
         start = (
             Params((name, tensor.to(params[name])) for name, tensor in part.items())
-            for part in plain["start"]
+            for part in saved["start"]
         )
         return cls(
-            plain["first_step"],
+            saved["first_step"],
             State(*start),
-            plain["counts"],
-            plain["buffers"],
-            plain["target"],
-            plain["start_loss"],
-            plain["lowest"],
-            plain["is_due"],
-            [restored_update(update) for update in plain["updates"]],
-            [list(parts) for parts in plain["batches"]],
+            saved["counts"],
+            saved["buffers"],
+            restored(saved["target"]),
+            saved["start_loss"],
+            saved["lowest"],
+            saved["is_due"],
+            [restored_update(update) for update in saved["updates"]],
+            [[restored(part) for part in parts] for parts in saved["batches"]],
         )
 
 

@@ -16,6 +16,7 @@ from selectflow.core.batches import Batch
 from selectflow.core.forms import Forms
 from selectflow.core.lookahead import LookAhead
 from selectflow.core.params import Params
+from selectflow.core.plain import plain, restored
 
 
 @dataclass
@@ -59,7 +60,7 @@ class SelectorState:
         return self.ahead is not None and in_time and self.ahead.gamma(0).keys() == set(names)
 
     def plain(self, *, with_peeked: bool = True) -> dict[str, Any]:
-        """As numbers, tensors and batches."""
+        """As numbers, texts and tensors in lists and dicts."""
         ahead = self.ahead and {
             "horizon": self.ahead.horizon,
             "target_loss": self.ahead.target_loss,
@@ -77,37 +78,37 @@ class SelectorState:
             "ahead_serves": self.ahead_serves,
             "num_lookaheads": self.num_lookaheads,
             "has_ranked": self.has_ranked,
-            "peeked": list(self.peeked) if with_peeked else [],
+            "peeked": [plain(pool) for pool in self.peeked] if with_peeked else [],
         }
 
-    def load(self, plain: Mapping[str, Any], params: Params, scored: Params) -> None:
-        """Go on from `plain`.
+    def load(self, saved: Mapping[str, Any], params: Params, scored: Params) -> None:
+        """Go on from what `plain` returned.
 
         Args:
-            plain: what `plain` returned.
+            saved: what `plain` returned.
             params: the trained parameters, for the devices of what is restored.
             scored: those that scores are taken over.
 
         Raises:
             ValueError: the look-ahead is of other parameters.
         """
-        ahead = plain["ahead"]
+        ahead = saved["ahead"]
         self.ahead = ahead and LookAhead(
             ahead["horizon"],
             ahead["target_loss"],
             [_fitting(gamma, scored) for gamma in ahead["sensitivities"]],
         )
-        self.generator.set_state(plain["generator"])
-        self.forms.load(plain["forms"])
+        self.generator.set_state(saved["generator"])
+        self.forms.load(saved["forms"])
         if self.horizon is not None:
-            self.horizon.load(plain["horizon"])
+            self.horizon.load(saved["horizon"])
         if self.rate is not None:
-            self.rate.load(plain["rate"], params)
+            self.rate.load(saved["rate"], params)
         for name in ("num_steps", "target_position", "ahead_step", "ahead_serves"):
-            setattr(self, name, plain[name])
-        self.num_lookaheads, self.has_ranked = plain["num_lookaheads"], plain["has_ranked"]
+            setattr(self, name, saved[name])
+        self.num_lookaheads, self.has_ranked = saved["num_lookaheads"], saved["has_ranked"]
         self.peeked.clear()
-        self.peeked.extend(plain["peeked"])
+        self.peeked.extend(map(restored, saved["peeked"]))
 
 
 def _fitting(gamma: Mapping[str, Tensor], params: Params) -> Params:

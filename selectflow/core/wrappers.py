@@ -30,6 +30,12 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
+def unadapted(model: nn.Module) -> nn.Module:
+    """The model that peft was given, whose `forward` names what it takes."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
 def prepared_from(wrapper: Any, name: str) -> Any:
     """What `accelerate.Accelerator.prepare` was given, kept as attribute `name` of what it made."""
     is_made = type(wrapper).__module__.partition(".")[0] == "accelerate"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +24,22 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
-from selectflow.core.batches import Batch, num_examples
+from selectflow.core.batches import Batch, num_examples, to_device
 from selectflow.core.files import atomic_file
 from selectflow.core.passes import LossFn
+from selectflow.core.wrappers import without_autocast
+from selectflow.integrations.trainer_checks import (
+    RowsChecked,
+    check_loss,
+    check_rows,
+    counts_rows,
+)
 from selectflow.models.language import causal_lm_losses
 from selectflow.run import metrics
 from selectflow.selector import Selector
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
     from transformers import Trainer as _Base
 else:
     _Base = object
@@ -46,8 +54,8 @@ class SelectTrainerMixin(_Base):
 
     `per_device_train_batch_size` is then P, the size of a pool, and `keep` the batch that is
     trained on. Gradient accumulation, clipping, the schedule and the seed are read from the
-    training arguments; a look-ahead follows them. Scoring and look-ahead are done in the precision
-    of the parameters, also where the training runs under bf16 or fp16 autocast.
+    training arguments; a look-ahead follows them. Scoring and look-ahead run as the training does:
+    under bf16 autocast where it is; under fp16 they are in the precision of the parameters.
 
     Args:
         args: of the Trainer.
@@ -59,6 +67,8 @@ class SelectTrainerMixin(_Base):
         loss_fn: per-example losses, of which the training loss is the mean; the default is that of
             a causal language model. (The Trainer's own mean is over tokens: where examples have
             different numbers of them, the longer ones weigh more in training than in scores.)
+            On single examples of the first micro-batch it is compared, in eval mode, with the
+            Trainer's `compute_loss`; one of your own that differs is told of in a warning.
         select_options: further arguments of `Selector`, as `{"horizon": 0, "params": ["!*wte*"]}`.
         kwargs: of the Trainer.
 
@@ -66,8 +76,9 @@ class SelectTrainerMixin(_Base):
         selector: the `Selector` of the present or last training; None before.
 
     Raises:
-        ValueError: several processes or devices; no such target; a micro-batch without an example
-            dimension, as padding-free collators make.
+        ValueError: several processes or devices; no such target; a micro-batch that is not one row
+            for each example, as collators of pairs and without padding make; a loss that is
+            trained, by the model or the Trainer, other than the default one.
         TypeError: an optimizer or schedule that is not modelled.
     """
 
@@ -83,6 +94,8 @@ class SelectTrainerMixin(_Base):
         super().__init__(*args, **kwargs)
         self.selector: Selector | None = None
         self._target, self._keep, self._loss_fn = target, keep, loss_fn
+        self._is_compared = False  # whether the losses that are trained and scored were
+        self._counts_rows = False  # whether the collator's rows are counted against its examples
         self._select_options = dict(select_options or {})
         self._means, self._select_s = metrics.Means(), 0.0
         self._resume_from: str | None = None
@@ -101,6 +114,17 @@ class SelectTrainerMixin(_Base):
         self._resume_from = str(resume_from_checkpoint) if is_path else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """As of the Trainer; its collator must make one row of each example."""
+        collator = self.data_collator
+        self.data_collator = RowsChecked(collator, type(self).__name__)
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+        self._counts_rows = counts_rows(loader)
+        return loader
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Any]:
@@ -108,6 +132,8 @@ class SelectTrainerMixin(_Base):
         assert self.selector is not None
         if epoch_iterator is not self._source:
             self._source = epoch_iterator
+            # Of an epoch that was stopped early: the Trainer begins each anew.
+            self.selector.state.peeked.clear()
             self._selected = self.selector.stream(map(self._checked, epoch_iterator))
         kept = []
         for batch in islice(self._selected, num_batches):
@@ -146,12 +172,12 @@ class SelectTrainerMixin(_Base):
         self.selector = Selector(
             self.model,
             self.optimizer,  # type: ignore[arg-type]
-            self._full_precision_losses,
+            self._scored_losses,
             self._target_batches(),
             self._keep,
             **options,
         )
-        self._source = None
+        self._source, self._is_compared = None, False
         self._means, self._select_s = metrics.Means(), 0.0
         if self._resume_from is not None:
             self._load(Path(self._resume_from, STATE_FILE))
@@ -175,6 +201,10 @@ class SelectTrainerMixin(_Base):
             )
             return
         self.selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        rate, device = self.selector.state.rate, self.args.device
+        if rate is not None and (window := rate.window) is not None:  # its batches are replayed
+            window.target = to_device(window.target, device)
+            window.batches = [[to_device(b, device) for b in parts] for parts in window.batches]
 
     def _target_batches(self) -> list[Batch]:
         dataset = self._target
@@ -190,15 +220,20 @@ class SelectTrainerMixin(_Base):
             return list(self.get_test_dataloader(dataset))
 
     def _checked(self, pool: Batch) -> Batch:
-        if num_examples(pool) == 1 < self.args.per_device_train_batch_size:
-            raise ValueError(
-                "a micro-batch must have one row for each example, got a single row; switch "
-                "padding_free off, and packing or set packing_strategy='wrapped'"
-            )
+        """A micro-batch, also from a loader of the user's own; the first one is looked at."""
+        rows, expected = num_examples(pool), self.args.per_device_train_batch_size
+        if not self._counts_rows and (rows > expected or rows == 1 < expected):
+            check_rows(pool, expected, "the loader", type(self).__name__)
+        if not self._is_compared:
+            self._is_compared = True
+            assert isinstance(self.model, nn.Module)
+            with without_autocast(self.model):
+                check_loss(self, pool, self._loss_fn, self._loss_fn is causal_lm_losses)
         return pool
 
-    def _full_precision_losses(self, model: nn.Module, batch: Batch) -> Any:
-        with _without_autocast(model):
+    def _scored_losses(self, model: nn.Module, batch: Batch) -> Any:
+        # Accelerate's autocast to bf16 is followed; fp16 would need the scaler's loss scale.
+        with without_autocast(model) if self.args.fp16 else nullcontext():
             return self._loss_fn(model, batch)
 
 
@@ -215,25 +250,3 @@ class _SelectorCallback(TrainerCallback):
         if not args.save_only_model and args.should_save:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             self._trainer.save_selector(folder)
-
-
-@contextmanager
-def _without_autocast(model: nn.Module) -> Iterator[None]:
-    """The model's own forward, where Accelerate has put it under autocast, and no autocast around.
-
-    Differences of losses drown in the rounding of half precision.
-    """
-    attributes = vars(model)
-    original = attributes.get("_original_forward")  # where Accelerate keeps it
-    device = next(model.parameters()).device.type
-    if original is None:
-        with torch.autocast(device, enabled=False):
-            yield
-        return
-    prepared = attributes["forward"]
-    attributes["forward"] = original
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        attributes["forward"] = prepared

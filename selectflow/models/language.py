@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selectflow.core.batches import describe
+from selectflow.core.wrappers import unadapted, uncompiled, unwrap
 from selectflow.options import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ IGNORED = -100  # label of a position that does not count, as everywhere in torc
 
 _PER_TOKEN = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 _MODEL_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+_NOT_GIVEN = ("labels", "use_cache")  # the loss is taken from the logits
 
 # --- losses of each example -----------------------------------------------------------------------
 
@@ -41,18 +44,33 @@ def causal_lm_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         model: a causal language model of transformers, peft or alike: called with keywords, it
             returns an object with `logits` of shape (N, L, vocabulary).
         batch: `input_ids`, (N, L), and where there are `labels`, `attention_mask`, `position_ids`.
-            Other entries, such as keys, are not given to the model.
+            Other entries are given to the model if its `forward` names them, as `pixel_values`;
+            keys and alike are not.
 
     Returns:
         Losses of shape (N,), in nats.
 
     Raises:
-        ValueError: an example has no token that counts; names it.
-        TypeError: the model returns no logits.
+        ValueError: an example has no token that counts, which it names; labels or logits are not
+            one for each token.
+        TypeError: the model returns no logits, or has an encoder and a decoder.
     """
+    own = uncompiled(unwrap(model))
+    if getattr(getattr(own, "config", None), "is_encoder_decoder", False):
+        raise TypeError(
+            "the loss of a causal language model must be taken of one without an encoder, got "
+            f"{type(own).__name__}; pass a loss_fn that gives the decoder its inputs"
+        )
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if labels is not None and ids is not None and labels.shape != ids.shape:
+        raise ValueError(
+            f"labels of a causal language model must be one for each token, shape "
+            f"{tuple(ids.shape)}, got {tuple(labels.shape)}; for classes or values of whole "
+            "examples pass a loss_fn of their own"
+        )
     targets = shifted_labels(batch)
     logits = _logits(model, batch)
-    if logits.shape[:2] != targets.shape:
+    if logits.ndim != 3 or logits.shape[:2] != targets.shape:
         raise ValueError(
             f"the model must return one row of logits for each token, shape "
             f"{tuple(targets.shape)} + (vocabulary,), got {tuple(logits.shape)}; prefixes that a "
@@ -161,7 +179,13 @@ def _window_starts(batch: Mapping[str, Any], num_tokens: int) -> Tensor:
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    given = {name: batch[name] for name in _MODEL_INPUTS if batch.get(name) is not None}
+    own = unadapted(uncompiled(unwrap(model)))
+    named = signature(type(own).forward).parameters.keys() - set(_NOT_GIVEN)
+    given = {
+        name: value
+        for name, value in batch.items()
+        if value is not None and (name in named or name in _MODEL_INPUTS)
+    }
     logits = getattr(model(**given, use_cache=False), "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(
