@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -216,28 +217,10 @@ class Selector:
         size_kept = num_kept(self.options.keep, size)
         seen = through(self.options.score_view, pool)
         step = state.num_steps = self._optimizer.num_steps()
-        try:
+        with _naming(step):
             self._adapt_rate(step, found)
-            candidates = Candidates(
-                pool,
-                size,
-                losses=partial(self._losses, seen, found),
-                influence=partial(self._influence, pool, seen, iter(upcoming), step, found),
-                generator=state.generator,
-            )
-            while True:
-                try:
-                    scores = checked_scores(self._strategy(candidates), size, pool)
-                    break
-                except FloatingPointError:
-                    if not self._has_slowed(seen, step, found):
-                        raise
-        except FloatingPointError as error:
-            raise FloatingPointError(f"at optimizer step {step}: {error}") from error
-        order = torch.arange(size)
-        if found.is_zero:  # any are kept, not the first
-            order = torch.randperm(size, generator=state.generator)
-        indices = order[scores[order].argsort(descending=True, stable=True)[:size_kept]]
+            scores = self._scores(pool, seen, iter(upcoming), step, found)
+        indices = self._best_first(scores, found)[:size_kept]
         kept = take(pool, indices)
         if self._rate is not None:
             self._rate.trained_on(kept)
@@ -258,6 +241,31 @@ class Selector:
             seconds=time.perf_counter() - began,
         )
         return kept
+
+    def _scores(
+        self, pool: Batch, seen: Batch, upcoming: Iterator[Batch], step: int, found: _Found
+    ) -> Tensor:
+        """What the strategy gives each candidate, shape (P,); again after a step taken back."""
+        candidates = Candidates(
+            pool,
+            num_examples(pool),
+            losses=partial(self._losses, seen, found),
+            influence=partial(self._influence, pool, seen, upcoming, step, found),
+            generator=self.state.generator,
+        )
+        while True:
+            try:
+                return checked_scores(self._strategy(candidates), candidates.size, pool)
+            except FloatingPointError:
+                if not self._has_slowed(seen, step, found):
+                    raise
+
+    def _best_first(self, scores: Tensor, found: _Found) -> Tensor:
+        """Positions by falling score; of equal ones the first, or any where all are 0."""
+        order = torch.arange(len(scores), device="cpu")
+        if found.is_zero:
+            order = torch.randperm(len(scores), generator=self.state.generator, device="cpu")
+        return order[scores[order].argsort(descending=True, stable=True)]
 
     def _losses(self, seen: Batch, found: _Found) -> Tensor:
         """Loss of each candidate at the present parameters."""
@@ -435,6 +443,15 @@ class Selector:
         self._optimizer.resume_at(self.state.num_steps)
         if self.state.rate is not None:
             self._optimizer.lr_multiplier = self.state.rate.rule.multiplier
+
+
+@contextmanager
+def _naming(step: int) -> Iterator[None]:
+    """Let an error about a value that is not finite name the optimizer step."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"at optimizer step {step}: {error}") from error
 
 
 def _note(found: _Found, decision: Decision | None, step: int, began: float) -> None:

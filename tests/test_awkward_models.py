@@ -142,14 +142,6 @@ def test_a_gradient_scaler_changes_nothing(interval):
     assert [step for step, _ in kept[1.0]] == [0, 1, 2, 3, 4, 4, 5, 6, 7]
 
 
-def test_parameters_in_half_precision_are_refused():
-    model, optimizer = custom(Swish, torch.float16)
-    target = [batch(8, torch.float16)]
-    selector = Selector(model, optimizer, loss_fn, target, keep=2, horizon=0)
-    with pytest.raises(ValueError, match=r"need float32 or float64 parameters, got torch\.float16"):
-        selector.select(batch(6, torch.float16))
-
-
 def test_a_loss_that_the_model_has_averaged():
     config = transformers.GPT2Config(
         vocab_size=19, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
@@ -269,7 +261,7 @@ def test_noise_from_a_generator_of_ones_own_is_named():
 
     model, optimizer = custom(PlainSwish)
     selector = Selector(model, optimizer, noisy, [batch(8)], keep=2)
-    with pytest.raises(FloatingPointError, match=r"draw no random numbers.* keep no state"):
+    with pytest.raises(FloatingPointError, match=r"no random numbers from generators of"):
         selector.select(batch(8))
 
 

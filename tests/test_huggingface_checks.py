@@ -122,7 +122,7 @@ def test_a_loss_of_the_users_own_for_another_model(tmp_path, caplog):
     make, labels = OTHERS["sequence"]
     with caplog.at_level(logging.WARNING, "selectflow"):
         trainer_of(tmp_path, make(), examples_of(labels), loss_fn=losses).train()
-    assert not caplog.text
+    assert "the loss that is scored" not in caplog.text
     with caplog.at_level(logging.WARNING, "selectflow"):
         trainer_of(
             tmp_path, make(), examples_of(labels), loss_fn=lambda *args: 2 * losses(*args)
@@ -274,7 +274,7 @@ def patches(rows):
     [
         (doubled, r"but doubled in SelectTrainer made others: got 16 rows of 8 examples.*pairs"),
         (patches, r"that of patches in SelectTrainer has not.*input_ids: 8.*pixel_values: 24"),
-        (lambda rows: rows, r"has not: batch must hold at least one tensor|where they differ"),
+        (lambda rows: rows, r"got 12 rows of 8 examples"),
         (lambda rows: collated(rows[:3]), r"got 3 rows of 8 examples"),
     ],
 )

@@ -56,7 +56,7 @@ def test_no_patterns_are_no_restriction():
         (["blocks"], r"got 'blocks', which matches none"),
         (["position"], r"got 'position', which only frozen ones match, as position"),
         (["!*"], r"must leave a parameter to score, got \['!\*'\]"),
-        ("blocks.*", r"must be a list of patterns, got 'blocks.\*'"),
+        ("blocks.*", r"params must be a list, got 'blocks.\*'"),
     ],
 )
 def test_patterns_that_choose_nothing(patterns, message):

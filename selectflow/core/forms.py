@@ -37,6 +37,7 @@ SCALES = (1 / 9, 1 / 3, 1.0, 3.0, 9.0, 27.0, 81.0, 243.0)
 _NO_FORWARD_MODE = (
     "forward AD", "forward mode AD", "functorch", "functional transforms", "saved tensor hooks",
     "vmap", "is not implemented", "Double backwards", "data pointer", "etc) transform",
+    "to have the same dtype",
 )  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Forms:
 
     def _choose(self, use: Use, method: Method, derive: Derive) -> tuple[str, float, float, str]:
         """Form, scale, error, and why."""
-        exact = try_exact(derive) if method == "auto" else None
+        exact = try_exact(derive, say=not self.decided) if method == "auto" else None
         against = "another step" if exact is None else "the exact form"
         scale, tolerance = self.scales.get(use, 1.0), TOLERANCE
         reference = derive("central", scale / 2) if exact is None else exact
@@ -97,7 +98,7 @@ class Forms:
         why = f"{error:.1e} from {against} at {scale:g} times the usual step"
         if error <= tolerance:
             return "central", scale, error, why
-        if exact is None and try_exact(derive) is None:
+        if exact is None and try_exact(derive, say=False) is None:
             raise FloatingPointError(
                 f"central differences of {use} must agree to {tolerance:.0%} between steps, got "
                 f"{error:.1%} at the best of them, and the model has no forward-mode derivative; "
@@ -154,15 +155,16 @@ def apart(found: Tensor, reference: Tensor, use: Use) -> float:
     return max(map(float, ratios), default=math.inf)
 
 
-def try_exact(derive: Derive) -> Tensor | None:
-    """The exact form; None where the model has no forward mode."""
+def try_exact(derive: Derive, *, say: bool) -> Tensor | None:
+    """The exact form; None where the model has no forward mode, which is logged if it is to be."""
     try:
         return derive("exact", 1.0)
     except RuntimeError as error:
         if not _lacks_forward_mode(error):  # as where memory does not suffice
             error.add_note("in forward mode, which derivative='central' does without")
             raise
-        _log.info("no forward-mode derivative of this model (%s)", _reason(error))
+        level = logging.INFO if say else logging.DEBUG
+        _log.log(level, "no forward-mode derivative of this model (%s)", _reason(error))
         return None
 
 

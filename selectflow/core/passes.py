@@ -117,11 +117,14 @@ class Objective:
         return _at_least_float32(values), dict(zip(names, found, strict=True))
 
     def pure(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """`losses` as a pure function, which `torch.func` can transform: values are not checked."""
+        """`losses` as a pure function, which `torch.func` can transform: values are not checked.
+
+        The reference form, outside of autocast, whose rounding has no forward mode for all kernels.
+        """
         live = self._live
         params = {name: value.to(live[name].dtype) for name, value in params.items()}
         given = {f"model.{name}": value for name, value in params.items()}
-        with self._under_autocast():
+        with torch.autocast(self._device_type(), enabled=False):
             values = torch.func.functional_call(
                 self._bound, given | self._aliases(params), (batch,), tie_weights=False
             )
@@ -163,8 +166,10 @@ class Objective:
     def _under_autocast(self) -> AbstractContextManager[None]:
         if self._autocast is None:
             return nullcontext()
-        device = next(self.model.parameters()).device.type
-        return torch.autocast(device, self._autocast)
+        return torch.autocast(self._device_type(), self._autocast)
+
+    def _device_type(self) -> str:
+        return next(self.model.parameters()).device.type
 
     @contextmanager
     def _noting_float16(self) -> Iterator[None]:

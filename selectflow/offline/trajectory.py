@@ -245,7 +245,9 @@ class Trajectory:
             return
         recorded = self.snapshots.state(index).params
         apart, way = (replayed.params - recorded).norm(), (recorded - start.params).norm()
-        dtype = next(iter(recorded.values())).dtype
+        # of what was trained: recorded states are in float32 at the least
+        live = dict(self.derivatives.objective.model.named_parameters())
+        dtype = max((live[name].dtype for name in recorded), key=lambda kind: torch.finfo(kind).eps)
         rounding = torch.finfo(dtype).eps * recorded.norm()
         if not apart <= _DRIFT[dtype] * way + rounding:
             raise RuntimeError(
