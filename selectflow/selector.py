@@ -38,6 +38,7 @@ from selectflow.core.passes import LossFn, Objective
 from selectflow.core.storage import Offload
 from selectflow.core.target import Cycle
 from selectflow.core.torch_optim import OptimizerReader
+from selectflow.core.wrappers import check_whole
 from selectflow.options import SelectOptions, check_same
 from selectflow.strategies import STRATEGIES, Candidates, Selection, Strategy, checked_scores
 
@@ -138,6 +139,7 @@ class Selector:
             RateState(RateRule(lr)) if isinstance(lr, AutoRate) else None,
         )
         self._objective = Objective(model, loss_fn, autocast)
+        check_whole(self._objective.model, is_controlled=bool(state.horizon or state.rate))
         self._derivatives = Derivatives(
             self._objective, derivative, options.chunk_size, memory_gib, state.forms
         )

@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from problems import PROBLEMS, image_loss, images
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from selectflow import Selector
@@ -278,6 +280,54 @@ def test_wrapped_modules_give_the_scores_of_the_plain_one(group, wrapper, horizo
         found = scores_of(wrap(model), optimizer, horizon=horizon)
     assert torch.equal(found[0], expected[0])
     assert found[1] == expected[1]
+
+
+def test_sharded_parameters_are_refused_by_name(group):
+    model = Net().double()
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"must be whole, got stem.weight as a DTensor; sharded"):
+        Selector(model, optimizer, losses, [batch()], keep=4)
+
+
+@pytest.mark.parametrize("options", [{"horizon": "auto"}, {"lr": "auto"}, {}])
+def test_several_processes_are_not_left_to_decide_apart(monkeypatch, group, options):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    model = Net().double()
+    optimizer = torch.optim.AdamW(model.parameters())
+    if options:
+        with pytest.raises(ValueError, match=r"must not be 'auto' in 2 processes: each would"):
+            Selector(model, optimizer, losses, [batch()], keep=4, **options)
+    else:
+        with pytest.warns(UserWarning, match="selection in 2 processes: each scores its own"):
+            Selector(model, optimizer, losses, [batch()], keep=4)
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that the host reads from a device."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("horizon", [0, 1])
+def test_what_a_selection_reads_does_not_grow_with_the_parameters(horizon):
+    counts = []
+    for depth in (2, 12):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(depth)), nn.Linear(6, 3)).double()
+        selector = Selector(
+            model, trained(model), losses, [batch()], keep=4, horizon=horizon, derivative="central"
+        )
+        selector.select(batch())
+        selector.state.ahead = None
+        with Reads() as reads:
+            selector.select(batch())
+        counts.append(reads.num)
+    assert counts[0] == counts[1]
 
 
 def test_a_compiled_module_is_scored_compiled():

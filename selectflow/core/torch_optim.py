@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -144,7 +144,7 @@ class OptimizerReader:
         counts as one.
         """
         if not isinstance(self._optimizer, torch.optim.SGD):
-            counts = (_num_updates(state) for state in self._optimizer.state.values())
+            counts = _num_updates(list(self._optimizer.state.values()))
             return max(counts, default=0) + self.num_taken_back
         writes = self._num_writes()
         self._steps_seen += self._writes_seen is not None and writes != self._writes_seen
@@ -160,8 +160,9 @@ class OptimizerReader:
 
     def counts(self) -> dict[str, int]:
         """Updates of each parameter that its moments are of; for SGD 1 stands for any number."""
-        of = self._optimizer.state
-        return {name: _num_updates(of.get(param, {})) for _, name, param in self._trained()}
+        trained = list(self._trained())
+        counts = _num_updates([self._optimizer.state.get(param, {}) for *_, param in trained])
+        return {name: num for (_, name, _), num in zip(trained, counts, strict=True)}
 
     @torch.no_grad()
     def write(self, state: State, counts: Mapping[str, int] | None = None) -> None:
@@ -209,8 +210,9 @@ class OptimizerReader:
     def _parts(self) -> dict[tuple[int, int], list[str]]:
         """Names by (group, updates made): a parameter that was skipped lags behind its group."""
         parts: dict[tuple[int, int], list[str]] = defaultdict(list)
-        for index, name, param in self._trained():
-            parts[index, _num_updates(self._optimizer.state.get(param, {}))].append(name)
+        counts = self.counts()
+        for index, name, _ in self._trained():
+            parts[index, counts[name]].append(name)
         return parts
 
     def _rule(self, group: dict[str, Any], names: tuple[str, ...], step: int) -> AdamW | SGD:
@@ -225,11 +227,23 @@ class OptimizerReader:
         return AdamW(names, step, lr, beta1, beta2, float(group["eps"]), weight_decay, decoupled)
 
 
-def _num_updates(state: dict[str, Any]) -> int:
-    """Updates of one parameter so far; for SGD 1 stands for any number above 0."""
-    if "step" in state:
-        return int(state["step"])
-    return int(state.get("momentum_buffer") is not None)
+def _num_updates(states: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Updates of each parameter so far; for SGD 1 stands for any number above 0.
+
+    Counts on a device, as of fused optimizers, are read together: one by one, each would wait.
+    """
+    counts: list[Any] = [
+        s["step"] if "step" in s else s.get("momentum_buffer") is not None for s in states
+    ]
+    places: dict[torch.device, list[int]] = defaultdict(list)
+    for place, count in enumerate(counts):
+        if isinstance(count, Tensor):
+            places[count.device].append(place)
+    for on_device in places.values():
+        read = torch.stack([counts[place] for place in on_device]).tolist()
+        for place, count in zip(on_device, read, strict=True):
+            counts[place] = count
+    return [int(count) for count in counts]
 
 
 def _set_count(state: dict[str, Any], num: int) -> None:

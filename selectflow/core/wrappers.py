@@ -6,6 +6,7 @@ schedulers and the forward of a model; transformers, peft and TRL hook embedding
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,37 @@ from typing import Any
 
 import torch
 from torch import nn
+
+
+def check_whole(model: nn.Module, *, is_controlled: bool) -> None:
+    """Refuse what would be wrong in several processes.
+
+    Args:
+        model: whose parameters are to be whole.
+        is_controlled: whether the horizon or the learning rate is decided from measurements.
+
+    Raises:
+        ValueError: a sharded parameter; several processes under control.
+    """
+    sharded = [name for name, param in model.named_parameters() if hasattr(param, "placements")]
+    if sharded:
+        raise ValueError(
+            f"parameters must be whole, got {sharded[0]} as a DTensor; sharded models "
+            "(fully_shard, tensor parallel) are not supported; train with DistributedDataParallel"
+        )
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    num = torch.distributed.get_world_size() if is_distributed else 1
+    if num > 1 and is_controlled:
+        raise ValueError(
+            f"horizon and lr must not be 'auto' in {num} processes: each would decide for itself, "
+            "and their models would drift apart; give a horizon, and lr='schedule'"
+        )
+    if num > 1:
+        warnings.warn(
+            f"selection in {num} processes: each scores its own pools by its own target batches "
+            "and looks ahead with its own gradients, not with their mean",
+            stacklevel=4,
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
