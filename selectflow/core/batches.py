@@ -54,6 +54,8 @@ def num_examples(batch: Batch) -> int:
         return sum(map(num_examples, batch.parts))
     if isinstance(batch, Tensor) and batch.ndim and not _is_odd(batch):
         return len(batch)
+    if (usual := _usual_size(batch)) is not None:
+        return usual
     # Sequences that may be entries of examples have no say, unless there is nothing else.
     sizes = _num_rows(batch, None) or _num_rows(batch, _INTO_ALL)
     size = next(iter(sizes.values()), None)
@@ -244,6 +246,23 @@ def _num_rows(batch: Batch, size: int | None) -> dict[str, int | None]:
         if isinstance(leaf, Tensor | np.ndarray):
             found[path] = len(leaf) if leaf.ndim else None
     return found
+
+
+def _usual_size(batch: Batch) -> int | None:
+    """Rows of dense tensors, flat in a dict or list beside lists of plain values; None: not so."""
+    if type(batch) not in (dict, list, tuple):
+        return None
+    size = None
+    for leaf in batch.values() if type(batch) is dict else batch:
+        if isinstance(leaf, Tensor):
+            if not leaf.ndim or leaf.layout is not torch.strided or leaf.is_nested:
+                return None
+            if size not in (None, len(leaf)):
+                return None
+            size = len(leaf)
+        elif type(leaf) not in (list, tuple) or not _SCALARS.issuperset(map(type, leaf)):
+            return None
+    return size
 
 
 def _is_odd(leaf: Tensor) -> bool:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter as preserv
 
 from selectflow.core.batches import Batch, describe, num_examples
 from selectflow.core.params import Params
-from selectflow.core.randomness import Randomness
+from selectflow.core.snapshot import Snapshot
 from selectflow.core.wrappers import uncompiled, unwrap, without_input_hooks
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -63,7 +62,7 @@ class Objective:
         self._is_probed = False  # whether `_renormed` is known
         self._is_reached = False  # whether `_uses_backward` is known
         self._loss_scale: float | None = None  # of gradients; above 1 where they are in float16
-        self._snapshot: _Snapshot | None = None
+        self._snapshot: Snapshot | None = None
 
     # --- losses and gradients at given values ----------------------------------------------------
 
@@ -201,7 +200,7 @@ class Objective:
         values |= {name: live[name].detach().clone() for name in guarded if name not in values}
         homes = [(live[name], live[name].data) for name in values]
         written = tuple(live[name] for name in guarded)
-        snapshot = self._snapshot or _Snapshot.of(self.model)
+        snapshot = self._snapshot or Snapshot.of(self.model)
 
         def put_back() -> None:
             for param, home in homes:
@@ -302,7 +301,7 @@ class Objective:
             for module in recurrent:
                 module.dropout = 0.0
             with without_input_hooks(self.model):
-                outer, self._snapshot = self._snapshot, _Snapshot.of(self.model)
+                outer, self._snapshot = self._snapshot, Snapshot.of(self.model)
                 try:
                     yield
                 finally:
@@ -321,12 +320,12 @@ class Objective:
             for name in buffers.keys() & live.keys():
                 live[name].copy_(buffers[name])
         if self._snapshot is not None:
-            self._snapshot = _Snapshot.of(self.model)
+            self._snapshot = Snapshot.of(self.model)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Buffers, attributes and random generators as before, where `pure` is transformed."""
-        snapshot = self._snapshot or _Snapshot.of(self.model)
+        snapshot = self._snapshot or Snapshot.of(self.model)
         try:
             yield
         finally:
@@ -343,56 +342,6 @@ class _Bound(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self._loss_fn(self.model, batch)
-
-
-@dataclass
-class _Snapshot:
-    """What a forward pass may write besides parameters, as it was.
-
-    Attributes:
-        buffers: of each module: those there were, and copies of what they held.
-        tensors: of each module: its plain attributes that are tensors.
-        generators: the global random generators, so that every pass draws the same.
-    """
-
-    buffers: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor], dict[str, int]]]
-    tensors: list[tuple[dict[str, Any], dict[str, Tensor]]]
-    generators: Randomness
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Snapshot:
-        buffers, tensors = [], []
-        for module in model.modules():
-            if found := {k: b for k, b in module._buffers.items() if b is not None}:
-                copies = {name: buffer.detach().clone() for name, buffer in found.items()}
-                versions = {name: buffer._version for name, buffer in found.items()}
-                buffers.append((module, dict(module._buffers), copies, versions))
-            attributes = vars(module)
-            tensors.append(
-                (attributes, {k: v for k, v in attributes.items() if isinstance(v, Tensor)})
-            )
-        return cls(buffers, tensors, Randomness.now())
-
-    def put_back(self) -> None:
-        """Let everything be as it was."""
-        for module, found, copies, versions in self.buffers:
-            for name, copy in copies.items():
-                buffer = found[name]
-                assert buffer is not None
-                if module._buffers.get(name) is not buffer:
-                    module._buffers[name] = buffer
-                if buffer._version != versions[name]:
-                    with preserve_versions(buffer), torch.no_grad():
-                        buffer.copy_(copy)
-                    torch._C._autograd._unsafe_set_version_counter((buffer,), (versions[name],))
-        for attributes, kept in self.tensors:
-            now = {name for name, value in attributes.items() if isinstance(value, Tensor)}
-            for name in now - kept.keys():
-                del attributes[name]
-            for name, value in kept.items():
-                if attributes.get(name) is not value:
-                    attributes[name] = value
-        self.generators.put_back()
 
 
 def _one_per_example(values: Any, batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from selectflow.core.batches import Batch, tensors
-from selectflow.core.randomness import Randomness
+from selectflow.core.snapshot import Randomness
 
 _MOST_REMEMBERED = 2**30  # bytes
 
