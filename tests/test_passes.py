@@ -118,6 +118,8 @@ class Writes(nn.Module):
         self.out = nn.Linear(6, 3)
         self.register_buffer("in_place", torch.ones(()))
         self.register_buffer("rebound", torch.ones(()))
+        self.register_buffer("empty", None)
+        self.features = self.other = None
 
     def forward(self, x):
         h = self.out(self.embed(x).mean(1))
@@ -125,6 +127,9 @@ class Writes(nn.Module):
             self.in_place.mul_(0.9).add_(0.1 * h.detach().abs().mean())
         self.rebound = 0.9 * self.rebound + 0.1 * h.detach().abs().mean()
         self.features = h.detach().mean()
+        if not self.training:  # what only scoring writes
+            self.empty = self.other = h.detach().mean()
+            self.register_buffer("late", h.detach().mean())
         return h / self.rebound + 1e-3 * torch.rand_like(h)
 
 
@@ -184,6 +189,8 @@ def test_what_a_model_writes_in_forward_is_put_back(derivative, horizon):
     selector.select(pools[0], pools[1:])
     assert same(everything(model, optimizer), before)
     assert all(model.get_buffer(name) is buffer for name, buffer in buffers.items())
+    assert model.empty is model.other is None
+    assert not hasattr(model, "late")
     copy.deepcopy(model)
     graph.backward()  # the user's graph of before can still be run back
 

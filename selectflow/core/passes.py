@@ -173,11 +173,12 @@ class Objective:
     @contextmanager
     def _noting_float16(self) -> Iterator[None]:
         """Find out, in the first pass, whether gradients need a loss scale, as float16 does."""
-        if self._loss_scale is not None or self.module is not self.model:
-            self._loss_scale = self._loss_scale or 1.0
+        types = {param.dtype for param in self.model.parameters()} | {self._autocast}
+        if self._loss_scale is not None or self.module is not self.model:  # hooks break graphs
+            if self._loss_scale is None:
+                self._loss_scale = _LOSS_SCALE if torch.float16 in types else 1.0
             yield
             return
-        types = {param.dtype for param in self.model.parameters()}
 
         def note(tensor: Tensor) -> Tensor:
             types.add(tensor.dtype)

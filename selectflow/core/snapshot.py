@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter as preserve_versions
 
 
 @dataclass(frozen=True)
@@ -48,52 +47,68 @@ def _marks(state: Any) -> tuple[Any, ...]:
     return words[-1], words[0], gauss
 
 
+class _Written(NamedTuple):
+    """One module: its buffers, copies of what they held with versions, and its attributes."""
+
+    module: nn.Module
+    buffers: dict[str, Tensor | None]
+    copies: dict[str, tuple[Tensor, int]]
+    attributes: dict[str, Any]
+
+
 @dataclass
 class Snapshot:
     """What a forward pass may write besides parameters, as it was.
 
     Attributes:
-        buffers: of each module: those there were, and copies of what they held.
-        tensors: of each module: its plain attributes that are tensors.
+        modules: their buffers and attributes.
         generators: the global random generators, so that every pass draws the same.
     """
 
-    buffers: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor], dict[str, int]]]
-    tensors: list[tuple[dict[str, Any], dict[str, Tensor]]]
+    modules: list[_Written]
     generators: Randomness
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
         """A model's buffers and attributes, and the generators, as they are."""
-        buffers, tensors = [], []
+        modules = []
         for module in model.modules():
-            if found := {k: b for k, b in module._buffers.items() if b is not None}:
-                copies = {name: buffer.detach().clone() for name, buffer in found.items()}
-                versions = {name: buffer._version for name, buffer in found.items()}
-                buffers.append((module, dict(module._buffers), copies, versions))
-            attributes = vars(module)
-            tensors.append(
-                (attributes, {k: v for k, v in attributes.items() if isinstance(v, Tensor)})
-            )
-        return cls(buffers, tensors, Randomness.now())
+            buffers = dict(module._buffers)
+            copies = {
+                k: (b.detach().clone(), b._version) for k, b in buffers.items() if b is not None
+            }
+            modules.append(_Written(module, buffers, copies, dict(vars(module))))
+        return cls(modules, Randomness.now())
 
     def put_back(self) -> None:
         """Let everything be as it was."""
-        for module, found, copies, versions in self.buffers:
-            for name, copy in copies.items():
-                buffer = found[name]
-                assert buffer is not None
-                if module._buffers.get(name) is not buffer:
-                    module._buffers[name] = buffer
-                if buffer._version != versions[name]:
-                    with preserve_versions(buffer), torch.no_grad():
-                        buffer.copy_(copy)
-                    torch._C._autograd._unsafe_set_version_counter((buffer,), (versions[name],))
-        for attributes, kept in self.tensors:
-            now = {name for name, value in attributes.items() if isinstance(value, Tensor)}
-            for name in now - kept.keys():
-                del attributes[name]
-            for name, value in kept.items():
-                if attributes.get(name) is not value:
-                    attributes[name] = value
+        for written in self.modules:
+            _put_back_buffers(written)
+            _put_back_tensors(vars(written.module), written.attributes)
         self.generators.put_back()
+
+
+def _put_back_buffers(written: _Written) -> None:
+    live = written.module._buffers
+    for name in live.keys() - written.buffers.keys():  # registered in forward
+        delattr(written.module, name)
+    for name, buffer in written.buffers.items():
+        if live.get(name) is not buffer:
+            live[name] = buffer
+        if buffer is not None and buffer._version != written.copies[name][1]:
+            copy, version = written.copies[name]
+            with torch.no_grad():
+                buffer.copy_(copy)
+            torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))
+
+
+def _put_back_tensors(live: dict[str, Any], before: dict[str, Any]) -> None:
+    """Attributes that are or were tensors; all others are the module's own business."""
+    for name in [k for k, value in live.items() if isinstance(value, Tensor)]:
+        if name not in before:
+            del live[name]
+        elif live[name] is not before[name]:
+            live[name] = before[name]
+    for name, value in before.items():
+        if isinstance(value, Tensor) and live.get(name) is not value:
+            live[name] = value
