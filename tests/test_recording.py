@@ -248,13 +248,6 @@ class TestRefusals:
         trajectory = record(model, optimizer, image_loss, batches)
         assert trajectory.snapshots.indices == [0, len(batches)]
 
-    def test_a_parameter_without_gradient(self):
-        model, _, batches = setting()
-        model.register_parameter("unused", nn.Parameter(torch.ones(2).double()))
-        optimizer = torch.optim.AdamW(model.parameters())
-        with pytest.raises(ValueError, match=r"got none for unused at step 0.*requires_grad_"):
-            record(model, optimizer, image_loss, batches)
-
     def test_a_diverging_run(self):
         model, optimizer, batches = setting()
         batches[3]["image"][2] = float("inf")

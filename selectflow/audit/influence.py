@@ -186,7 +186,7 @@ def _response(trajectory: Trajectory, visit: SweepStep, removals: Sequence[Remov
     _, grads = trajectory.derivatives.gradients(visit.state.params, batch, weights)
     total = like.new_zeros(len(removals), len(next(iter(visit.adjoint.params.values()))))
     for row, tensors in enumerate(zip(*grads.values(), strict=True)):
-        grad = Params(zip(grads, tensors, strict=True))
+        grad = Params(zip(grads, tensors, strict=True)).pick(visit.grad)  # others were skipped
         without = trajectory.updates[visit.index].advance(visit.state, grad)
         for adjoint, change in zip(visit.adjoint, _change(without, visit.after), strict=True):
             for name, by in change.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from selectflow.core.batches import Batch, num_examples
 from selectflow.core.derivatives import Curvature, Derivatives, plain_attention
-from selectflow.core.optim import State, Update
+from selectflow.core.optim import State, Update, after_skipping
 from selectflow.core.params import Params
 from selectflow.core.passes import Objective
 from selectflow.core.sweep import Window
 from selectflow.core.tangents import Shift, StateTangents, advance, loss_tangents
-from selectflow.core.weight_changes import Perturbation
+from selectflow.core.weight_changes import Perturbation, weighted_gradient
 from selectflow.offline.trajectory import Trajectory
 
 
@@ -70,7 +70,9 @@ def rerun(trajectory: Trajectory, queries: Batch, removals: Sequence[Removal]) -
     with objective.scoring():
         for index, batch, base, weights, rows in _visits(trajectory, removals):
             rest = torch.cat([weights, base[None]])
-            state = _step(trajectory.updates[index], objective, state, batch, rest)
+            nominal = _rows(state, num).params
+            used = trajectory.derivatives.step_gradient(nominal, batch)
+            state = _step(trajectory.updates[index], objective, state, batch, rest, used)
             if rows:
                 losses = _losses(objective, _rows(state, [*rows, num]).params, queries)
                 changes[rows] = losses[:-1] - losses[-1]
@@ -104,7 +106,8 @@ def expand(
     with objective.scoring():
         for index, batch, base, weights, rows in _visits(trajectory, removals):
             shift = Shift(base, weights - base)
-            motion = advance(trajectory.updates[index], objective, motion, batch, shift)
+            used = trajectory.derivatives.step_gradient(motion.value.params, batch)
+            motion = advance(trajectory.updates[index], objective, motion, batch, shift, used)
             if rows:
                 tangents = (_rows(each, rows) for each in (motion.first, motion.second))
                 read = StateTangents(motion.value, *tangents)
@@ -168,10 +171,12 @@ def effects(
         moved = _losses(objective, state.params + move, target)
         found.append((moved - derivatives.losses(state.params, target)).mean(1))
         states = _repeated(state, len(first) + 1)  # the last row at rest, in the same arithmetic
-        steps = zip(updates, perturbation.batches, perturbation.shifts, strict=True)
-        for update, batch, shift in steps:
+        steps = zip(perturbation.batches, perturbation.shifts, strict=True)
+        for index, (batch, shift) in enumerate(steps):
             weights = torch.cat([shift.base + shift.weights, shift.base[None]])
-            states = _step(update, objective, states, batch, weights)
+            used = weighted_gradient(derivatives, _rows(states, -1).params, batch, shift.base)
+            updates = after_skipping(updates, index, used)
+            states = _step(updates[index], objective, states, batch, weights, used)
             losses = _losses(objective, states.params, target)
             found.append((losses[:-1] - losses[-1]).mean(1))
     return torch.stack(found, 1)
@@ -193,16 +198,24 @@ def _losses(objective: Objective, params: Params, batch: Batch) -> Tensor:
 
 
 def _step(
-    update: Update, objective: Objective, state: State, batch: Batch, weights: Tensor
+    update: Update,
+    objective: Objective,
+    state: State,
+    batch: Batch,
+    weights: Tensor,
+    used: Collection[str],
 ) -> State:
-    """`Update.advance` on rows of states; each row is clipped by its own norm."""
+    """`Update.advance` on rows of states; each row is clipped by its own norm.
+
+    All rows skip the parameters that the whole batch does not use.
+    """
 
     def loss(at: dict[str, Tensor], weight: Tensor) -> Tensor:
         return (objective.pure(at, batch) * weight).sum()
 
     with plain_attention():
         found = torch.func.vmap(torch.func.grad(loss))(dict(state.params), weights)
-    grad = Params(found).detach()
+    grad = Params(found).detach().pick(name for name in found if name in used)
     if update.max_grad_norm is not None:
         squares = [tensor.flatten(1).square().sum(1) for tensor in grad.values()]
         norms = torch.stack(squares).sum(0).sqrt()
@@ -264,5 +277,5 @@ class _SparseWindow(Window):
     source: SparseTrajectory
 
     def advance(self, index: int, state: State) -> tuple[Params, State]:
-        _, grad = self.derivatives.gradient(state.params, self.batch(index, state))
+        grad = self.derivatives.step_gradient(state.params, self.batch(index, state))
         return grad, self.source.guess(index + 1)

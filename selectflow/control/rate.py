@@ -69,7 +69,7 @@ class Window:
         state = self.start
         for update, parts in zip(self.updates, self.batches, strict=True):
             batch = parts[0] if len(parts) == 1 else MicroBatches(parts)
-            _, grad = derivatives.gradient(state.params, batch)
+            grad = derivatives.step_gradient(state.params, batch)
             state = update.at_rate(factor).advance(state, grad)
         return state
 

@@ -15,7 +15,7 @@ every model measured, and the exact form otherwise.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -95,14 +95,22 @@ class Derivatives:
         if weights is not None:
             losses, grad = self.gradients(params, batch, weights, names)
             return float((losses * weights.to(losses)).sum()), grad
-        size = num_examples(batch)
-        losses, grad = self._vjp(
-            params,
-            batch,
-            lambda losses, _: torch.full_like(losses, 1 / size),
-            names,
-        )
-        return losses.mean().item(), grad
+        losses, grads = self._vjp(params, batch, _mean_of(batch), names)
+        return losses.mean().item(), _filled(grads, params, ())
+
+    def step_gradient(self, params: Params, batch: Batch, weights: Tensor | None = None) -> Params:
+        """The gradient of an optimizer step: without parameters that the batch does not use.
+
+        torch leaves their `grad` at None and skips them: no decay, no moment, no count.
+
+        Args:
+            params: where to differentiate.
+            batch: N examples.
+            weights: shape (N,); None: 1/N each, the batch mean.
+        """
+        weigh = _mean_of(batch) if weights is None else _parts_of(weights)
+        _, grads = self._vjp(params, batch, weigh, None)
+        return Params((name, grad) for name, grad in grads.items() if grad is not None)
 
     def gradients(
         self,
@@ -123,37 +131,29 @@ class Derivatives:
             The losses, shape (N,), and the gradients, with a leading dimension Q where weights
             have it.
         """
-
-        def part(losses: Tensor, start: int) -> Tensor:
-            return weights[..., start : start + len(losses)].to(losses)
-
-        return self._vjp(params, batch, part, names)
+        losses, grads = self._vjp(params, batch, _parts_of(weights), names)
+        return losses, _filled(grads, params, weights.shape[:-1])
 
     def _vjp(
         self,
         params: Params,
         batch: Batch,
-        weigh: Callable[[Tensor, int], Tensor],
+        weigh: _Weigh,
         names: Sequence[str] | None,
-    ) -> tuple[Tensor, Params]:
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Losses, and gradient of their sum as `weigh(losses of a chunk, its start)` weighs it."""
         names = list(params) if names is None else names
-        total, values, start = None, [], 0
+        total: dict[str, Tensor | None] = {}
+        values, start = [], 0
         for part in self._chunks.of(params, batch):
 
             def weigh_part(losses: Tensor, start: int = start) -> Tensor:
                 return weigh(losses, start)
 
             losses, grads = self.objective.gradients(params, part, weigh_part, names)
-            # Parameters that the loss does not use have a gradient of zero.
-            leading = weigh_part(losses).shape[:-1]
-            grad = Params(
-                (name, _in_type_of(params[name], grad, leading)) for name, grad in grads.items()
-            )
-            total = grad if total is None else total + grad
+            total = _sum(total, grads, params)
             values.append(losses)
             start += len(losses)
-        assert total is not None
         return torch.cat(values), total
 
     @torch.no_grad()
@@ -292,11 +292,36 @@ class Derivatives:
         return losses if use == "losses" else gradients
 
 
-def _in_type_of(param: Tensor, grad: Tensor | None, leading: Sequence[int]) -> Tensor:
-    """A gradient in the type of the values that it is taken at; zeros where there is none."""
-    if grad is None:
-        return param.new_zeros((*leading, *param.shape))
-    return grad.to_dense().to(param.dtype)
+_Weigh = Callable[[Tensor, int], Tensor]
+"""Losses of a chunk and its first position in the batch -> their weights, (N,) or (Q, N)."""
+
+
+def _mean_of(batch: Batch) -> _Weigh:
+    size = num_examples(batch)
+    return lambda losses, _: torch.full_like(losses, 1 / size)
+
+
+def _parts_of(weights: Tensor) -> _Weigh:
+    return lambda losses, start: weights[..., start : start + len(losses)].to(losses)
+
+
+def _sum(
+    total: Mapping[str, Tensor | None], grads: Mapping[str, Tensor | None], params: Params
+) -> dict[str, Tensor | None]:
+    """Gradients of two chunks in the type of the values; None where neither uses a parameter."""
+    one = Params((k, g.to_dense().to(params[k])) for k, g in grads.items() if g is not None)
+    before = Params((k, g) for k, g in total.items() if g is not None)
+    both = one.keys() & before.keys()
+    added = before.pick(both) + one.pick(both) if both else Params()
+    return {name: added.get(name, one.get(name, before.get(name))) for name in grads}
+
+
+def _filled(grads: Mapping[str, Tensor | None], params: Params, leading: Sequence[int]) -> Params:
+    """Gradients with zeros, after Q `leading` rows or none, where a parameter is not used."""
+    return Params(
+        (k, params[k].new_zeros((*leading, *params[k].shape)) if g is None else g)
+        for k, g in grads.items()
+    )
 
 
 def _num_queries(params: Params, direction: Params) -> int | None:

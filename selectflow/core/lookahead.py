@@ -23,7 +23,7 @@ from torch import Tensor
 
 from selectflow.core.batches import Batch, MicroBatches, num_examples, num_kept, take, through
 from selectflow.core.derivatives import Curvature, Derivatives
-from selectflow.core.optim import Adjoint, State, Update
+from selectflow.core.optim import Adjoint, State, Update, after_skipping
 from selectflow.core.params import Params
 from selectflow.core.storage import Offload, keeping
 from selectflow.core.sweep import Nominal, SweepStep, Window, sweep, sweep_capacity
@@ -314,6 +314,8 @@ class Policy:
             state, gamma = upcoming.state, ahead.gamma(step % self.interval)
             pools = upcoming.pools[:per]
             kept = [take(pool, self.positions(gamma, state, pool)) for pool in pools]
-            _, grad = self.derivatives.gradient(state.params, _joined(kept))
-            upcoming = upcoming.after(1, per, upcoming.updates[0].advance(state, grad))
+            grad = self.derivatives.step_gradient(state.params, _joined(kept))
+            updates = after_skipping(upcoming.updates, 0, grad)
+            upcoming = upcoming._replace(updates=updates)
+            upcoming = upcoming.after(1, per, updates[0].advance(state, grad))
         return upcoming.state, (time.perf_counter() - began) / num_steps

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -231,7 +231,7 @@ class Update:
 
     def clip_scale(self, grad: Params) -> float:
         """The factor that `torch.nn.utils.clip_grad_norm_` applies to a gradient."""
-        if self.max_grad_norm is None:
+        if self.max_grad_norm is None or not grad:
             return 1.0
         return min(1.0, self.max_grad_norm / (grad.norm() + _CLIP_EPS))
 
@@ -243,21 +243,39 @@ class Update:
             rules.append(dataclasses.replace(rule, lr=factor * rule.lr))
         return dataclasses.replace(self, rules=tuple(rules))
 
+    def step_of(self, name: str) -> int:
+        """The number of this update of a parameter."""
+        return next(rule.step for rule in self.rules if name in rule.names)
+
+    def earlier(self, names: Collection[str]) -> Update:
+        """The same update, which is one number lower for `names`."""
+        rules: list[Rule] = []
+        for rule in self.rules:
+            assert isinstance(rule, AdamW | SGD)
+            for is_late in (False, True):
+                part = tuple(name for name in rule.names if (name in names) == is_late)
+                if part:
+                    rules.append(dataclasses.replace(rule, names=part, step=rule.step - is_late))
+        return dataclasses.replace(self, rules=tuple(rules))
+
     def advance(self, state: State, grad: Params) -> State:
         """State after the update.
 
         Args:
             state: state before it, one tensor a parameter.
-            grad: mean gradient of the batch, before clipping.
+            grad: mean gradient of the batch, before clipping; a parameter that is not in it is
+                skipped, as torch skips one whose `grad` is None.
 
         Returns:
             A new `State`; the inputs are untouched.
         """
         grad = _scaled(grad, self.clip_scale(grad))
-        return join(
+        moved = [
             rule.advance(part_of(state, names), grad.pick(names))
             for rule, names in self.parts(grad)
-        )
+        ]
+        skipped = [name for name in state.params if name not in grad]
+        return join([*moved, part_of(state, skipped)] if skipped else moved)
 
     def adjoint(
         self, adjoint: Adjoint, state: State, after: State, grad: Params, carry: bool = True
@@ -269,7 +287,9 @@ class Update:
                 tensors may have leading query dimensions.
             state: the state before the update.
             after: the state after it, as `advance` returned it.
-            grad: the gradient it was made with, before clipping.
+            grad: the gradient it was made with, before clipping. A parameter that is not in it
+                was skipped: its adjoint passes by, and gamma is of the update that a first
+                gradient would have made.
             carry: whether the adjoint before the update is asked for; it is empty if not.
 
         Returns:
@@ -280,16 +300,25 @@ class Update:
         applied = _scaled(grad, scale)
         gammas: list[Params] = []
         earlier = [State(Params(), Params(), Params())]  # all there is if nothing is carried
-        for rule, names in self.parts(adjoint.params):
+        for rule, names, is_skipped in self._parts_apart(adjoint.params, grad):
             back, now, then = (part_of(each, names) for each in (adjoint, state, after))
-            gamma, before = rule.adjoint(back, now, then, applied.pick(names))
+            made_with = now.params.zeros_like() if is_skipped else applied.pick(names)
+            if is_skipped:
+                then = rule.advance(now, made_with)
+            gamma, before = rule.adjoint(back, now, then, made_with)
             gammas.append(gamma)
             if carry:
-                earlier.append(before)
+                earlier.append(back if is_skipped else before)
         gamma = merge(gammas)
         if scale < 1.0:
             gamma = _through_clipping(gamma, grad, scale)
         return gamma, join(earlier)
+
+    def _parts_apart(self, params: Params, grad: Params) -> Iterator[tuple[Rule, list[str], bool]]:
+        """`parts` of those that have a gradient, and of those that have none."""
+        yield from ((*part, False) for part in self.parts(params.pick(grad)))
+        skipped = [name for name in params if name not in grad]
+        yield from ((*part, True) for part in self.parts(params.pick(skipped)))
 
     def immediate(self, state: State, grad: Params) -> Params:
         """Sensitivity at horizon 0: target gradient `grad` through the present preconditioner.
@@ -358,6 +387,26 @@ class Update:
                 yield rule, names
 
 
+def after_skipping(updates: Sequence[Update], index: int, grad: Params) -> Sequence[Update]:
+    """A window's updates where update `index` skipped what is not in `grad`.
+
+    Numbers of later updates that count the skipped one fall by one; those that an optimizer gave
+    one by one know already.
+    """
+    if index + 1 >= len(updates):
+        return updates
+    now, following = updates[index : index + 2]
+    late = {
+        name
+        for rule in following.rules
+        for name in rule.names
+        if name not in grad and rule.step > now.step_of(name)
+    }
+    if not late:
+        return updates
+    return [*updates[: index + 1], *(update.earlier(late) for update in updates[index + 1 :])]
+
+
 def part_of(state: State, names: Sequence[str]) -> State:
     """The entries of a state with these names; a moment that is not there stays empty."""
     return State(*(params.pick(names) if params else params for params in state))
@@ -377,7 +426,8 @@ def _through_clipping(gamma: Params, grad: Params, scale: float) -> Params:
     norm = grad.norm()
     along = torch.stack([_query_dot(gamma[name], u) for name, u in grad.items()]).sum(0)
     share = along / (norm * (norm + _CLIP_EPS))
-    return scale * (gamma - grad.map(lambda u: share.reshape(share.shape + (1,) * u.ndim) * u))
+    part = grad.map(lambda u: share.reshape(share.shape + (1,) * u.ndim) * u)
+    return scale * gamma.moved(part, -1.0)
 
 
 def _query_dot(queries: Tensor, other: Tensor) -> Tensor:

@@ -65,9 +65,9 @@ from torch import Tensor
 
 from selectflow.core.batches import Batch
 from selectflow.core.derivatives import Derivatives
-from selectflow.core.optim import State, Update
+from selectflow.core.optim import State, Update, after_skipping
 from selectflow.core.tangents import StateTangents, advance, loss_tangents
-from selectflow.core.weight_changes import Perturbation, rollout
+from selectflow.core.weight_changes import Perturbation, rollout, weighted_gradient
 
 ProxyMethod = Literal["exact", "fast"]
 
@@ -125,9 +125,11 @@ def _motions(
     )
     move = updates[0].immediate(state, change)
     yield motion._replace(first=motion.first._replace(params=move))
-    steps = zip(updates, perturbation.batches, perturbation.shifts, strict=True)
-    for update, batch, shift in steps:
-        motion = advance(update, derivatives.objective, motion, batch, shift)
+    steps = zip(perturbation.batches, perturbation.shifts, strict=True)
+    for index, (batch, shift) in enumerate(steps):
+        used = weighted_gradient(derivatives, motion.value.params, batch, shift.base)
+        updates = after_skipping(updates, index, used)
+        motion = advance(updates[index], derivatives.objective, motion, batch, shift, used)
         yield motion
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from selectflow.core.batches import Batch
 from selectflow.core.chunks import GIB, num_fitting
 from selectflow.core.derivatives import Curvature, Derivatives
-from selectflow.core.optim import Adjoint, State, Update
+from selectflow.core.optim import Adjoint, State, Update, after_skipping
 from selectflow.core.params import Params
 from selectflow.core.storage import Fetch, Keep, in_place
 
@@ -55,7 +55,8 @@ class Window:
 
     def advance(self, index: int, state: State) -> tuple[Params, State]:
         """Batch gradient of update `index`, and the state after the update."""
-        _, grad = self.derivatives.gradient(state.params, self.batch(index, state))
+        grad = self.derivatives.step_gradient(state.params, self.batch(index, state))
+        self.updates = after_skipping(self.updates, index, grad)
         return grad, self.updates[index].advance(state, grad)
 
     def vjp(

@@ -32,7 +32,7 @@ Values have no leading dimension, tangents have one: a row for every direction.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -87,7 +87,12 @@ class Shift(NamedTuple):
 
 
 def advance(
-    update: Update, objective: Objective, motion: StateTangents, batch: Batch, shift: Shift
+    update: Update,
+    objective: Objective,
+    motion: StateTangents,
+    batch: Batch,
+    shift: Shift,
+    used: Collection[str],
 ) -> StateTangents:
     """The motion after one update.
 
@@ -97,11 +102,14 @@ def advance(
         motion: before it, M rows of tangents.
         batch: N examples.
         shift: how their weights and the learning rate move.
+        used: parameters that have a gradient; the update skips the others.
 
     Returns:
         The motion after it.
     """
-    grads = _clipped(update, _gradient_tangents(objective, motion, batch, shift))
+    moving = [name for name in motion.value.params if name in used]
+    grads = _gradient_tangents(objective, motion, batch, shift)
+    grads = _clipped(update, _picked(grads, moving))
     split = list(update.parts(grads[1]))
     typical = update.typical(
         join(
@@ -113,7 +121,8 @@ def advance(
         _advance_rule(rule, _part_of(motion, names), _picked(grads, names), typical)
         for rule, names in split
     ]
-    after = StateTangents(*map(join, zip(*parts, strict=True)))
+    skipped = [name for name in motion.value.params if name not in used]
+    after = StateTangents(*map(join, zip(*parts, _part_of(motion, skipped), strict=True)))
     return after if shift.lr is None else _with_moving_lr(motion, after, shift.lr)
 
 

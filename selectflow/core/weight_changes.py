@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selectflow.core.batches import Batch, num_examples, take
 from selectflow.core.derivatives import Derivatives
-from selectflow.core.optim import State, Update
+from selectflow.core.optim import State, Update, after_skipping
 from selectflow.core.params import Params
 from selectflow.core.tangents import Shift
 
@@ -146,36 +146,47 @@ def rollout(
         FloatingPointError: a training loss is not finite.
     """
     perturbation = perturbation.beside(state)
-    steps = list(zip(updates, perturbation.batches, perturbation.shifts, strict=True))
-    _, batch, shift = steps[0]
+    batch, shift = perturbation.batches[0], perturbation.shifts[0]
     # At the common start gradients are linear in alpha: two give all.
-    ends = [_gradient(derivatives, state.params, batch, shift, alpha) for alpha in (0.0, 1.0)]
-    change = ends[1] - ends[0]
+    ends = [
+        weighted_gradient(derivatives, state.params, batch, weights)
+        for weights in (shift.base, shift.base + shift.weights[0])
+    ]
+    still, full = (Params({**state.params.zeros_like(), **grad}) for grad in ends)
+    change, used = full - still, ends[0] | ends[1]
     move = updates[0].immediate(state, change)
     yield [state._replace(params=state.params.add(move, alpha)) for alpha in alphas]
     states = [state] * len(alphas)
-    grads = [ends[int(a)] if a in (0, 1) else ends[0].add(change, a) for a in alphas]
-    for index, (update, batch, shift) in enumerate(steps):
+    grads = [ends[int(a)] if a in (0, 1) else still.add(change, a).pick(used) for a in alphas]
+    windows = [updates] * len(alphas)  # of each alpha: which parameters wait may differ
+    for index, (batch, shift) in enumerate(
+        zip(perturbation.batches, perturbation.shifts, strict=True)
+    ):
         if index:
             grads = [
-                _gradient(derivatives, at.params, batch, shift, alpha)
+                weighted_gradient(
+                    derivatives, at.params, batch, shift.base + alpha * shift.weights[0]
+                )
                 for at, alpha in zip(states, alphas, strict=True)
             ]
+        windows = [
+            after_skipping(window, index, grad) for window, grad in zip(windows, grads, strict=True)
+        ]
         states = [
-            _with_lr(update, shift, alpha).advance(at, grad)
-            for at, grad, alpha in zip(states, grads, alphas, strict=True)
+            _with_lr(window[index], shift, alpha).advance(at, grad)
+            for window, at, grad, alpha in zip(windows, states, grads, alphas, strict=True)
         ]
         yield states
 
 
-def _gradient(
-    derivatives: Derivatives, params: Params, batch: Batch, shift: Shift, alpha: float
+def weighted_gradient(
+    derivatives: Derivatives, params: Params, batch: Batch, weights: Tensor
 ) -> Params:
-    weights = shift.base + alpha * shift.weights[0]
+    """`Derivatives.step_gradient` of the examples whose weight, shape (N,), is not 0."""
     used = weights.nonzero().flatten()
     if len(used) < len(weights):
         batch, weights = take(batch, used), weights[used]
-    return derivatives.gradient(params, batch, weights)[1]
+    return derivatives.step_gradient(params, batch, weights)
 
 
 def _with_lr(update: Update, shift: Shift, alpha: float) -> Update:
