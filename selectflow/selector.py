@@ -295,7 +295,7 @@ class Selector:
                 self._look_ahead(step, pools, found)
             assert state.ahead is not None
             gamma = state.ahead.gamma(step - state.ahead_step)
-            found.is_zero = not gamma.norm()
+            found.is_zero = state.ahead.is_zero(step - state.ahead_step)
             found.losses, slopes = self._derivatives.directional(params, gamma, seen)
         return -slopes
 
@@ -322,7 +322,7 @@ class Selector:
         )
         # At a learning rate of 0, as where a warm-up begins, no example does anything. The steps
         # that follow are to have sensitivities of their own.
-        is_zero = not any(gamma.norm() for gamma in ahead.sensitivities)
+        is_zero = not any(ahead.norms)
         if is_zero:
             self._note_zero(max(rule.lr for update in updates for rule in update.rules))
         state.has_ranked |= not is_zero

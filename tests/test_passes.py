@@ -320,7 +320,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("horizon", [0, 1])
+@pytest.mark.parametrize("horizon", [0, 1, 3])
 def test_what_a_selection_reads_does_not_grow_with_the_parameters(horizon):
     counts = []
     for depth in (2, 12):
@@ -329,12 +329,12 @@ def test_what_a_selection_reads_does_not_grow_with_the_parameters(horizon):
         selector = Selector(
             model, trained(model), losses, [batch()], keep=4, horizon=horizon, derivative="central"
         )
-        selector.select(batch())
+        selector.select(batch(), [batch(), batch()])
         selector.state.ahead = None
         with Reads() as reads:
-            selector.select(batch())
+            selector.select(batch(), [batch(), batch()])
         counts.append(reads.num)
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] <= 4 + 4 * horizon
 
 
 def test_a_compiled_module_is_scored_compiled():

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -45,6 +46,15 @@ class LookAhead:
     horizon: int
     target_loss: float
     sensitivities: list[Params]
+
+    @cached_property
+    def norms(self) -> list[float]:
+        """Euclidean norm of each sensitivity, read from the device once."""
+        return [gamma.norm() for gamma in self.sensitivities]
+
+    def is_zero(self, update: int) -> bool:
+        """Whether `gamma(update)` is 0, so that no example is better than another."""
+        return not self.norms[min(update, len(self.norms) - 1)]
 
     def gamma(self, update: int) -> Params:
         """Sensitivity of an update of the window; beyond the last one there is, that one."""
@@ -93,14 +103,13 @@ def look_ahead(
     def keep(step: SweepStep) -> None:
         if step.index < num_sensitivities:
             gamma = window.updates[step.index].masked(step.gamma, step.after)
-            _check_finite(gamma, step.index)
             gammas[step.index] = gamma if names is None else gamma.pick(names)
 
     horizon = len(window.updates)
     capacity = sweep_capacity(state, horizon, memory_gib)
     with keeping(offload) as put:
         sweep(window, state, read_target, keep, capacity, put=put)
-    return LookAhead(horizon, target_loss, [gammas[index] for index in sorted(gammas)])
+    return _checked(LookAhead(horizon, target_loss, [gammas[index] for index in sorted(gammas)]))
 
 
 def immediate(
@@ -129,18 +138,20 @@ def immediate(
         FloatingPointError: a loss or the sensitivity is not finite.
     """
     target_loss, grad = derivatives.gradient(state.params, target, names=names)
-    gamma = update.immediate(state, grad)
-    _check_finite(gamma, 0)
-    return LookAhead(0, target_loss, [gamma])
+    return _checked(LookAhead(0, target_loss, [update.immediate(state, grad)]))
 
 
-def _check_finite(gamma: Params, index: int) -> None:
-    if not math.isfinite(gamma.norm()):
-        bad = [name for name, tensor in gamma.items() if not tensor.isfinite().all()]
-        raise FloatingPointError(
-            f"sensitivities must be finite, got a non-finite value at update {index} of the "
-            f"look-ahead in {', '.join(bad) or 'their norm'}; lower the learning rate or horizon"
-        )
+def _checked(ahead: LookAhead) -> LookAhead:
+    """The look-ahead, if its sensitivities are finite."""
+    for index, (gamma, norm) in enumerate(zip(ahead.sensitivities, ahead.norms, strict=True)):
+        if not math.isfinite(norm):
+            bad = [name for name, tensor in gamma.items() if not tensor.isfinite().all()]
+            raise FloatingPointError(
+                f"sensitivities must be finite, got a non-finite value at update {index} of the "
+                f"look-ahead in {', '.join(bad) or 'their norm'}; lower the learning rate or the "
+                "horizon"
+            )
+    return ahead
 
 
 # --- the nominal future ---------------------------------------------------------------------------

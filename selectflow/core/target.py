@@ -53,6 +53,9 @@ class Cycle:
         Raises:
             ValueError: there is none, or it cannot be drawn a second time.
         """
+        if isinstance(self._batches, list | tuple) and self._batches:
+            position %= len(self._batches)
+            return self._batches[position], position + 1
         outside = Randomness.now()
         if self._randomness is not None:
             self._randomness.put_back()
