@@ -12,10 +12,11 @@ PACKAGE = ROOT / "selectflow"
 
 # Lowest first: a file imports only from rooms before its own, and from its own.
 ROOMS = (
-    "core < control < strategies < options < selector < data < models < offline < run"
+    "distributed < core < control < strategies < options < selector < data < models < offline < run"
     " < audit, report < tune < integrations < cli"
 )
 ONLY_IN = {  # a library -> the only places that may import it
+    "torch.distributed": ("distributed.py",),
     "webdataset": ("data/",),
     "wandb": ("run/wandb.py", "tune/wandb.py"),
 }
@@ -44,11 +45,11 @@ def test_imports_go_down(path):
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
-def test_webdataset_and_wandb_are_imported_in_one_place_each(library):
+def test_some_libraries_are_imported_in_one_place_each(library):
     found = {
         str(path.relative_to(PACKAGE))
         for path in FILES
-        if library in {name.split(".")[0] for name in imported(path)}
+        if any(f"{name}.".startswith(f"{library}.") for name in imported(path))
     }
     assert found
     assert all(name.startswith(ONLY_IN[library]) for name in found)

@@ -1,0 +1,304 @@
+"""The processes that train one model together, and what they agree on; the one seam to torch's.
+
+A `Group` are the processes over which an optimizer's gradients are averaged: those of
+DistributedDataParallel, or of the mesh of `fully_shard` (FSDP2). Alone, every operation is the
+identity and nothing is sent. Whatever decides a branch is decided from numbers that are the same in
+all processes, before a collective depends on it: reductions give all of them the same bits.
+
+Under FSDP2 vectors of parameters are the local shards. Elementwise arithmetic needs no other
+process; sums over all entries (`over_shards`) are a local sum and one reduction over the processes
+that hold the shards of one copy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_T = TypeVar("_T")
+_BUCKET_BYTES = 2**25  # of what is reduced at once
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some processes, each with a rank in [0, size).
+
+    Args:
+        processes: torch's process group; None: this process alone.
+    """
+
+    processes: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return 1 if self.processes is None else dist.get_world_size(self.processes)
+
+    @property
+    def rank(self) -> int:
+        """Which of them this one is."""
+        return 0 if self.processes is None else dist.get_rank(self.processes)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum over the processes, as a new tensor."""
+        if self.processes is None:
+            return values
+        total = values.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.processes)
+        return total
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Elementwise mean over the processes, as a new tensor."""
+        return values if self.processes is None else self.sum(values) / self.size
+
+    def means(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`mean` of each of several tensors, a bucket of them at a time."""
+        if self.processes is None:
+            return list(tensors)
+        found: list[Tensor] = []
+        for bucket in _buckets(tensors):
+            flat = self.mean(torch.cat([tensor.reshape(-1) for tensor in bucket]))
+            parts = torch.split(flat, [tensor.numel() for tensor in bucket])
+            found += (part.view_as(own) for part, own in zip(parts, bucket, strict=True))
+        return found
+
+    def gather(self, value: _T) -> list[_T]:
+        """What each process gave, by rank: any object that can be pickled."""
+        if self.processes is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.processes)
+        return found
+
+    def numbers(self, values: Sequence[float]) -> Tensor:
+        """The numbers of each process, shape (size, num), float64, on the CPU; as many in each."""
+        own = torch.tensor(values, dtype=torch.float64)
+        if self.processes is None:
+            return own[None]
+        own = own.to(self._device())
+        rows = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(rows, own, group=self.processes)
+        return torch.stack(rows).cpu()
+
+    def least(self, value: int) -> int:
+        """The smallest of the processes' numbers."""
+        return value if self.processes is None else int(self.numbers([value]).min())
+
+    def first(self, value: _T) -> _T:
+        """What the process of rank 0 gave."""
+        if self.processes is None:
+            return value
+        found = [value]
+        source = dist.get_global_rank(self.processes, 0)
+        dist.broadcast_object_list(found, src=source, group=self.processes)
+        return found[0]
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.processes is not None:
+            dist.barrier(self.processes)
+
+    def check_same(self, what: str, value: object) -> None:
+        """Refuse, in all processes, what differs between them.
+
+        Raises:
+            ValueError: names the ranks that differ from rank 0, and what they have.
+        """
+        found = self.gather(value)
+        odd = [rank for rank, other in enumerate(found) if other != found[0]]
+        if odd:
+            raise ValueError(
+                f"{what} must be the same in all {self.size} processes, got {found[odd[0]]!r} at "
+                f"rank {odd[0]} and {found[0]!r} at rank 0"
+                + (f" (ranks {', '.join(map(str, odd))} differ)" if len(odd) > 1 else "")
+            )
+
+    @contextmanager
+    def together(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Raise in all processes what is raised in one of them; one small collective.
+
+        Args:
+            kinds: errors that are shared; none: values that are not finite.
+        """
+        kinds, error = kinds or (FloatingPointError,), None
+        try:
+            yield
+        except kinds as found:
+            error = found
+        if self.processes is not None:
+            failed = self.numbers([error is not None]).flatten().nonzero().flatten().tolist()
+            if failed and error is None:
+                raise kinds[0](f"the process of rank {failed[0]} failed; its own error says why")
+        if error is not None:
+            raise error
+
+    def _device(self) -> torch.device:
+        """Where tensors have to be for this group's backend."""
+        is_cuda = "nccl" in dist.get_backend(self.processes)
+        return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
+
+
+ALONE = Group()
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one type and device, of `_BUCKET_BYTES` or a single tensor."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        fits = size + tensor.nbytes <= _BUCKET_BYTES
+        if bucket and not (fits and _kind(tensor) == _kind(bucket[0])):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
+
+
+# --- how a model is spread ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a model's training runs.
+
+    Attributes:
+        group: the processes over which gradients are averaged.
+        shards: those that together hold one copy of the parameters.
+        is_sharded: whether parameters are DTensors, of which each process holds a part.
+    """
+
+    group: Group = ALONE
+    shards: Group = ALONE
+    is_sharded: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Layout:
+        """As DistributedDataParallel or `fully_shard` has laid the model out.
+
+        Raises:
+            ValueError: parameters spread in a way whose sums are not known: FSDP1, tensor parallel.
+        """
+        for module in model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                return cls(_unless_alone(module.process_group))
+            if type(module).__name__ == "FullyShardedDataParallel":
+                raise ValueError(
+                    "parameters must be whole or sharded by fully_shard (FSDP2), got "
+                    "FullyShardedDataParallel (FSDP1); use torch.distributed.fsdp.fully_shard"
+                )
+        sharded: list[Any] = [p for p in _all_params(model) if is_sharded(p)]
+        if not sharded:
+            return cls()
+        meshes = {_mesh_of(module) for module in _sharded_modules(model)}
+        other = [p.device_mesh for p in sharded if p.device_mesh not in meshes]
+        if other or len(meshes) != 1:
+            raise ValueError(
+                "DTensor parameters must be those of fully_shard over one mesh, got "
+                f"{(other or sorted(map(str, meshes)))[0]}; tensor parallel and several meshes are "
+                "not supported"
+            )
+        mesh = meshes.pop()
+        dims = [i for i, place in enumerate(sharded[0].placements) if place.is_shard()]
+        whole = mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
+        shards = mesh.get_group(dims[0]) if dims else None
+        return cls(_unless_alone(whole), _unless_alone(shards), True)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether one process does everything."""
+        return self.group.processes is None
+
+
+def _unless_alone(processes: dist.ProcessGroup | None) -> Group:
+    return Group(processes) if processes is not None and processes.size() > 1 else ALONE
+
+
+def _all_params(model: nn.Module) -> Iterator[Tensor]:
+    return (p for m in model.modules() for p in m._parameters.values() if p is not None)
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[Any]:
+    """The modules that `fully_shard` was applied to."""
+    return (module for module in model.modules() if hasattr(module, "_get_fsdp_state"))
+
+
+def _mesh_of(module: Any) -> Any:
+    return module._get_fsdp_state()._fsdp_param_groups[0].mesh_info.mesh
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose type is not imported before there is one."""
+    return hasattr(tensor, "to_local")
+
+
+def num_processes() -> int:
+    """Processes that torch.distributed joins here; 1 where it is not in use."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, sharing storage; all of a plain one."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def reshard(model: nn.Module) -> None:
+    """Let parameters be shards where a forward pass has left them gathered."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+# --- sums over all entries ------------------------------------------------------------------------
+
+_SHARDS: ContextVar[Group] = ContextVar("shards", default=ALONE)
+
+
+@contextmanager
+def sharing(shards: Group) -> Iterator[None]:
+    """Vectors of parameters are shards here, of which these processes hold one copy together."""
+    token = _SHARDS.set(shards)
+    try:
+        yield
+    finally:
+        _SHARDS.reset(token)
+
+
+def over_shards(sums: Tensor) -> Tensor:
+    """Sums over all entries of vectors, from sums over the entries that this process holds."""
+    return _SHARDS.get().sum(sums)
+
+
+# --- a job of several processes -------------------------------------------------------------------
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Group]:
+    """The processes that torchrun has started, joined for as long as the context lasts.
+
+    Alone where torchrun has started none. A group that the caller has joined before is used.
+    """
+    if num_processes() > 1:
+        yield Group(dist.group.WORLD)
+        return
+    if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Group(dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
