@@ -52,8 +52,9 @@ class Group:
         if self.processes is None:
             return values
         total = values.detach().clone(memory_format=torch.contiguous_format)
+        total = self._reachable(total)
         dist.all_reduce(total, group=self.processes)
-        return total
+        return total.to(values.device)
 
     def mean(self, values: Tensor) -> Tensor:
         """Elementwise mean over the processes, as a new tensor."""
@@ -83,7 +84,7 @@ class Group:
         own = torch.tensor(values, dtype=torch.float64)
         if self.processes is None:
             return own[None]
-        own = own.to(self._device())
+        own = self._reachable(own)
         rows = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(rows, own, group=self.processes)
         return torch.stack(rows).cpu()
@@ -140,10 +141,9 @@ class Group:
         if error is not None:
             raise error
 
-    def _device(self) -> torch.device:
-        """Where tensors have to be for this group's backend."""
-        is_cuda = "nccl" in dist.get_backend(self.processes)
-        return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
+    def _reachable(self, tensor: Tensor) -> Tensor:
+        """The tensor where this group's backend can send it from."""
+        return tensor.cuda() if dist.get_backend(self.processes) == "nccl" else tensor
 
 
 ALONE = Group()
@@ -252,7 +252,10 @@ def num_processes() -> int:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, sharing storage; all of a plain one."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return part
 
 
@@ -260,6 +263,33 @@ def reshard(model: nn.Module) -> None:
     """Let parameters be shards where a forward pass has left them gathered."""
     for module in _sharded_modules(model):
         module.reshard()
+
+
+def check_reducing(model: nn.Module) -> None:
+    """Refuse a model amid gradients that fully_shard has not reduced yet.
+
+    Raises:
+        RuntimeError: says how to accumulate instead.
+    """
+    groups = [g for m in _sharded_modules(model) for g in m._get_fsdp_state()._fsdp_param_groups]
+    pending = any(
+        param.unsharded_accumulated_grad is not None for g in groups for param in g.fsdp_params
+    )
+    if pending or not all(g.reduce_grads for g in groups):
+        raise RuntimeError(
+            "a selection must come where gradients are reduced, got a model under "
+            "set_requires_gradient_sync(False); select the pools of all micro-batches before the "
+            "first backward pass, or leave the reduction on in each"
+        )
+
+
+def recover(model: nn.Module) -> None:
+    """`reshard` after a pass that was broken off: gathering and reducing begin anew."""
+    inner = {id(part) for m in _sharded_modules(model) for part in m.modules() if part is not m}
+    for module in _sharded_modules(model):
+        if id(module) not in inner and module._get_fsdp_state()._is_root:
+            module.reset_iter_state()
+    reshard(model)
 
 
 # --- sums over all entries ------------------------------------------------------------------------
@@ -275,6 +305,11 @@ def sharing(shards: Group) -> Iterator[None]:
         yield
     finally:
         _SHARDS.reset(token)
+
+
+def are_shards() -> bool:
+    """Whether vectors of parameters are shards here."""
+    return _SHARDS.get().processes is not None
 
 
 def over_shards(sums: Tensor) -> Tensor:

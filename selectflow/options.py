@@ -200,6 +200,11 @@ class SelectOptions(Section):
     nominal: Literal["random", "policy"] = Field(
         default="random", description="which part of the peeked pools the look-ahead simulates"
     )
+    scope: Literal["local", "global"] = Field(
+        default="local",
+        description="with several processes: each keeps the best of its own pool, or as many of "
+        "the best of all pools",
+    )
     params: tuple[str, ...] | None = Field(
         default=None,
         strict=False,

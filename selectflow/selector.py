@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -31,6 +31,7 @@ from selectflow.core.batches import (
 from selectflow.core.chunks import ChunkSize
 from selectflow.core.counts import as_count
 from selectflow.core.derivatives import Curvature, Derivatives
+from selectflow.core.exchange import exchange, share_out
 from selectflow.core.forms import Forms, Method
 from selectflow.core.lookahead import NominalChoice, Policy, Upcoming
 from selectflow.core.params import scored_names
@@ -38,7 +39,7 @@ from selectflow.core.passes import LossFn, Objective
 from selectflow.core.storage import Offload
 from selectflow.core.target import Cycle
 from selectflow.core.torch_optim import OptimizerReader
-from selectflow.core.wrappers import check_whole
+from selectflow.core.wrappers import check_group
 from selectflow.options import SelectOptions, check_same
 from selectflow.strategies import STRATEGIES, Candidates, Selection, Strategy, checked_scores
 
@@ -117,6 +118,7 @@ class Selector:
         *,
         lr: Literal["schedule", "auto"] | AutoRate = "schedule",
         nominal: NominalChoice = "random",
+        scope: Literal["local", "global"] = "local",
         params: Sequence[str] | None = None,
         score_view: Callable[[Batch], Batch] | None = None,
         pools_per_update: int = 1,
@@ -139,7 +141,9 @@ class Selector:
             RateState(RateRule(lr)) if isinstance(lr, AutoRate) else None,
         )
         self._objective = Objective(model, loss_fn, autocast)
-        check_whole(self._objective.model, is_controlled=bool(state.horizon or state.rate))
+        layout = self._objective.layout
+        self._group, self._is_sharded = layout.group, layout.is_sharded
+        check_group(layout, is_controlled=bool(state.horizon or state.rate))
         self._derivatives = Derivatives(
             self._objective, derivative, options.chunk_size, memory_gib, state.forms
         )
@@ -177,6 +181,7 @@ class Selector:
         self._saved_options = options.plain() | {"seed": seed}
         self.last: Selection | None = None
         self._is_zero_said = False
+        self._is_agreed = self._group.size == 1
 
     # --- selecting ------------------------------------------------------------------------
 
@@ -215,15 +220,16 @@ class Selector:
                 step and the examples.
         """
         began, state, found = time.perf_counter(), self.state, _Found()
-        size = num_examples(pool)
-        size_kept = num_kept(self.options.keep, size)
+        size_kept = num_kept(self.options.keep, num_examples(pool))
         seen = through(self.options.score_view, pool)
-        step = state.num_steps = self._optimizer.num_steps()
-        with _naming(step):
-            self._adapt_rate(step, found)
-            scores = self._scores(pool, seen, iter(upcoming), step, found)
-        indices = self._best_first(scores, found)[:size_kept]
-        kept = take(pool, indices)
+        with self._objective.placed():
+            step = state.num_steps = self._optimizer.num_steps()
+            if not self._is_agreed:
+                self._agree(size_kept)
+            with _naming(step):
+                self._adapt_rate(step, found)
+                scores = self._scores(pool, seen, iter(upcoming), step, found)
+        indices, kept = self._keep(pool, scores, size_kept, found)
         if self._rate is not None:
             self._rate.trained_on(kept)
         self.last = Selection(
@@ -255,12 +261,34 @@ class Selector:
             influence=partial(self._influence, pool, seen, upcoming, step, found),
             generator=self.state.generator,
         )
+        # What one process takes back, all take back.
+        agreeing = nullcontext if self._rate is None else self._group.together
         while True:
             try:
-                return checked_scores(self._strategy(candidates), candidates.size, pool)
+                with agreeing():
+                    return checked_scores(self._strategy(candidates), candidates.size, pool)
             except FloatingPointError:
                 if not self._has_slowed(seen, step, found):
                     raise
+
+    def _keep(self, pool: Batch, scores: Tensor, size: int, found: _Found) -> tuple[Tensor, Batch]:
+        """Positions in the pool that are kept, best first, and the batch to train on."""
+        indices = self._best_first(scores, found)[:size]
+        if self.options.scope == "local" or self._group.size == 1 or found.is_zero:
+            return indices, take(pool, indices)
+        every = self._group.gather((scores.tolist(), size))
+        shares = share_out(*zip(*every, strict=True))
+        ours = sorted(
+            (
+                place.position
+                for share in shares
+                for place in share
+                if place.rank == self._group.rank
+            ),
+            key=lambda position: (-float(scores[position]), position),
+        )
+        indices = torch.tensor(ours, dtype=torch.int64, device="cpu")
+        return indices, exchange(self._group, pool, shares)
 
     def _best_first(self, scores: Tensor, found: _Found) -> Tensor:
         """Positions by falling score; of equal ones the first, or any where all are 0."""
@@ -287,6 +315,8 @@ class Selector:
         # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
         num = self._num_upcoming(step, is_contested) if is_due else 0
         found.upcoming += islice(upcoming, max(0, num - len(found.upcoming)))
+        if num:  # all look ahead as far as the shortest stream lasts
+            num = self._group.least(min(num, len(found.upcoming)))
         pools = [pool, *found.upcoming[:num]]
         with self._objective.scoring():
             if is_contested:
@@ -298,6 +328,22 @@ class Selector:
             found.is_zero = state.ahead.is_zero(step - state.ahead_step)
             found.losses, slopes = self._derivatives.directional(params, gamma, seen)
         return -slopes
+
+    def _agree(self, size_kept: int) -> None:
+        """Refuse, in all processes, what would make them go apart; once."""
+        params, reader = self._optimizer.params(), self._optimizer
+        alike = {
+            "selector options": self.options.plain(),
+            "trained parameters": {name: tuple(param.shape) for name, param in params.items()},
+            "optimizer updates": [str(update) for update in reader.updates(1)],
+            "examples kept of a pool": size_kept,
+            "batches of the target": self._target.num_batches,
+        }
+        if not self._is_sharded:
+            alike["values of the parameters, by norm,"] = reader.values().norm()
+        for what, value in alike.items():
+            self._group.check_same(what, value)
+        self._is_agreed = True
 
     # --- looking ahead --------------------------------------------------------------------
 
@@ -387,7 +433,8 @@ class Selector:
         with self._objective.scoring():
             decision, replaced = self._rate.diverged(step)
         if decision is None and is_ahead:
-            self._losses(seen, found)  # raises where the pool itself is at fault
+            with self._group.together():
+                self._losses(seen, found)  # raises where the pool itself is at fault
             decision = self._rate.slow_down(
                 "the look-ahead's own updates are not finite at this rate"
             )

@@ -224,7 +224,7 @@ def test_sgd_on_an_adamw_run_forgets_the_preconditioner():
     _, mean = derivatives.gradient(state.params, batches[4])
     alone = torch.zeros(SIZE)
     alone[2] = 1
-    _, own = derivatives.gradient(state.params, batches[4], alone)
+    _, own = derivatives.gradients(state.params, batches[4], alone)
     change = (mean - own) / (SIZE - 1)
     expected = sum((of_queries[n] * change[n]).flatten(1).sum(1) for n in change) * -3e-3
     assert relative(found[0], expected) < 1e-10

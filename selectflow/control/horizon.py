@@ -203,10 +203,9 @@ class HorizonControl:
         generator = self.state.generator
         try:
             end, seconds = self._policy.rollout(horizon, upcoming, generator, num_steps)
-            losses = self._policy.derivatives.losses(end.params, judge)
+            return self._policy.derivatives.mean_loss(end.params, judge), seconds
         except FloatingPointError:
             return math.inf, math.nan
-        return losses.mean().item(), seconds
 
     def trust(self, horizon: int, upcoming: Upcoming) -> Mapping[str, float]:
         """First and second order of the whole selection over a window of `horizon` updates.

@@ -365,7 +365,7 @@ class RateControl:
         return {name: buffer.clone() for name, buffer in live}
 
     def _loss(self, state: State, target: Batch) -> float:
-        return self._derivatives.losses(state.params, target).mean().item()
+        return self._derivatives.mean_loss(state.params, target)
 
 
 class _StepMultiplier:

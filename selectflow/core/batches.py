@@ -142,6 +142,52 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return _map(moved, batch, _INTO_ALL)
 
 
+def device_of(batch: Batch) -> torch.device:
+    """Where the tensors of a batch are; the first one's place speaks for all."""
+    return next((leaf.device for _, leaf in tensors(batch)), torch.device("cpu"))
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """The examples of all batches in one, of the first one's type.
+
+    Raises:
+        ValueError: rows that differ in shape.
+    """
+    batches = [batch for batch in batches if num_examples(batch)] or batches[:1]
+    columns: list[list[Any]] = []
+    for batch in batches:
+        size = num_examples(batch)
+        leaves: list[Any] = []
+
+        def note(leaf: Any, leaves: list[Any] = leaves, size: int = size) -> Any:
+            leaves.append(list(leaf) if _has_entries(leaf, size) else leaf)
+            return leaf
+
+        _map(note, batch, size)
+        columns.append(leaves)
+    joined = iter([_joined(column) for column in zip(*columns, strict=True)])
+
+    def replaced(leaf: Any) -> Any:
+        found = next(joined)
+        return type(leaf)(found) if isinstance(leaf, list | tuple) else found
+
+    return _map(replaced, batches[0], num_examples(batches[0]))
+
+
+def _joined(leaves: Sequence[Any]) -> Any:
+    first = leaves[0]
+    if isinstance(first, Tensor | np.ndarray):
+        shapes = {tuple(leaf.shape[1:]) for leaf in leaves}
+        if len(shapes) > 1:
+            raise ValueError(
+                "examples of one batch must have one shape, got "
+                f"{' and '.join(map(str, sorted(shapes)))} in two pools; pad all pools to one "
+                "length, or use scope='local'"
+            )
+        return torch.cat(list(leaves)) if isinstance(first, Tensor) else np.concatenate(leaves)
+    return [entry for leaf in leaves for entry in leaf] if isinstance(first, list) else first
+
+
 def chunks(batch: Batch, size: int | None) -> Iterator[Batch]:
     """Consecutive parts of at most `size` examples; None: the batch itself."""
     if isinstance(batch, MicroBatches):

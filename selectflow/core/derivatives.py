@@ -57,7 +57,7 @@ class Derivatives:
     ) -> None:
         if method not in ("auto", "exact", "central"):
             raise ValueError(f"derivative must be 'auto', 'exact' or 'central', got {method!r}")
-        self.objective = objective
+        self.objective, self.group = objective, objective.layout.group
         self._chunks = Chunks(objective, chunk_size, memory_gib)
         self.method = method
         self.forms = forms or Forms()
@@ -71,40 +71,40 @@ class Derivatives:
         check_finite("losses", losses, batch)
         return losses
 
+    @torch.no_grad()
+    def mean_loss(self, params: Params, batch: Batch) -> float:
+        """Mean of the losses; of several processes the mean of theirs, which raise together."""
+        losses = self._losses(params, batch)
+        return self._checked(self.group.mean(losses.mean()), losses, batch)
+
+    def _checked(self, mean: Tensor, losses: Tensor, batch: Batch) -> float:
+        """A mean over all processes as a number, if it is finite: one reading in the usual case."""
+        value = mean.item()
+        if not math.isfinite(value):
+            check_finite("losses", losses, batch)
+            if self.group.size > 1:
+                raise FloatingPointError("losses must be finite, got one in another process")
+        return value
+
     def _losses(self, params: Params, batch: Batch) -> Tensor:
         parts = [self.objective.losses(params, part) for part in self._chunks.of(params, batch)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def gradient(
-        self,
-        params: Params,
-        batch: Batch,
-        weights: Tensor | None = None,
-        names: Sequence[str] | None = None,
+        self, params: Params, batch: Batch, names: Sequence[str] | None = None
     ) -> tuple[float, Params]:
-        """Weighted sum of the losses and its gradient.
+        """Mean loss of the batch and its gradient; of several processes the means of theirs.
 
         Args:
             params: where to differentiate.
-            batch: N examples.
-            weights: shape (N,); None: 1/N each, the batch mean.
+            batch: N examples, of each process its own.
             names: parameters to differentiate in; None: all.
 
-        Returns:
-            The sum of weights * losses, and its gradient by parameter.
+        Raises:
+            FloatingPointError: a loss is not finite; in all processes where it is so in one.
         """
-        if weights is not None:
-            losses, grad = self.gradients(params, batch, weights, names)
-            return float((losses * weights.to(losses)).sum()), grad
-        losses, grad = self._mean_gradient(params, batch, names)
-        return losses.mean().item(), grad
-
-    def _mean_gradient(
-        self, params: Params, batch: Batch, names: Sequence[str] | None = None
-    ) -> tuple[Tensor, Params]:
-        """Losses and the gradient of their mean; nothing but the check is read from a device."""
-        losses, grads = self._vjp(params, batch, _mean_of(batch), names)
-        return losses, _filled(grads, params, ())
+        _, mean, grads = self._vjp(params, batch, _mean_of(batch), names)
+        return mean, _filled(grads, params, ())
 
     def step_gradient(self, params: Params, batch: Batch, weights: Tensor | None = None) -> Params:
         """The gradient of an optimizer step: without parameters that the batch does not use.
@@ -117,7 +117,7 @@ class Derivatives:
             weights: shape (N,); None: 1/N each, the batch mean.
         """
         weigh = _mean_of(batch) if weights is None else _parts_of(weights)
-        _, grads = self._vjp(params, batch, weigh, None)
+        *_, grads = self._vjp(params, batch, weigh, None)
         return Params((name, grad) for name, grad in grads.items() if grad is not None)
 
     def gradients(
@@ -139,7 +139,7 @@ class Derivatives:
             The losses, shape (N,), and the gradients, with a leading dimension Q where weights
             have it.
         """
-        losses, grads = self._vjp(params, batch, _parts_of(weights), names)
+        losses, _, grads = self._vjp(params, batch, _parts_of(weights), names)
         return losses, _filled(grads, params, weights.shape[:-1])
 
     def _vjp(
@@ -148,8 +148,11 @@ class Derivatives:
         batch: Batch,
         weigh: _Weigh,
         names: Sequence[str] | None,
-    ) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """Losses, and gradient of their sum as `weigh(losses of a chunk, its start)` weighs it."""
+    ) -> tuple[Tensor, float, dict[str, Tensor | None]]:
+        """Losses, their mean, and gradient of their sum as `weigh` weighs it.
+
+        Mean and gradient are those over all processes.
+        """
         names = list(params) if names is None else names
         total: dict[str, Tensor | None] = {}
         values, start = [], 0
@@ -162,7 +165,26 @@ class Derivatives:
             total = _sum(total, grads, params)
             values.append(losses)
             start += len(losses)
-        return torch.cat(values), total
+        losses = torch.cat(values)
+        mean, total = self._over_group(losses.mean(), total, params)
+        return losses, self._checked(mean, losses, batch), total
+
+    def _over_group(
+        self, loss: Tensor, grads: dict[str, Tensor | None], params: Params
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """The means over all processes; a parameter that none of them uses has no gradient."""
+        if self.group.size == 1 or self.objective.layout.is_sharded:  # fully_shard made the means
+            return self.group.mean(loss), grads
+        like = next(iter(params.values()))
+        leading = next(
+            (g.shape[: g.ndim - params[k].ndim] for k, g in grads.items() if g is not None), ()
+        )
+        used = like.new_tensor([grad is not None for grad in grads.values()])
+        *means, used, loss = self.group.means(
+            [*_filled(grads, params, leading).values(), used, loss]
+        )
+        is_used = zip(grads, means, used.tolist(), strict=True)
+        return loss, {name: mean if share else None for name, mean, share in is_used}
 
     @torch.no_grad()
     def directional(self, params: Params, direction: Params, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -186,7 +208,10 @@ class Derivatives:
         return losses, slopes
 
     def hessian_product(self, params: Params, direction: Params, batch: Batch) -> Params:
-        """H direction, with H the Hessian of the batch's mean loss; for Q directions at once."""
+        """H direction, with H the Hessian of the mean loss, over the batches of all processes.
+
+        For Q directions at once.
+        """
         method = self._decide("gradients", params, direction, batch)
         if method == "central":
             return self._hessian_central(params, direction, batch)
@@ -198,7 +223,8 @@ class Derivatives:
         g g^T direction = (slope along direction) g, so F direction is the gradient of the
         losses weighted by their slopes: no per-example gradient is formed.
         """
-        _, slopes = self.directional(params, direction, batch)
+        with self.group.together():
+            _, slopes = self.directional(params, direction, batch)
         return self.gradients(params, batch, slopes / slopes.shape[-1])[1]
 
     # --- the two forms --------------------------------------------------------------------
@@ -216,6 +242,7 @@ class Derivatives:
 
             return over_queries(toward, params, direction, (None, 0))
 
+        self._check_whole()
         params = self.objective.apart(params)
         by = Pass("slopes", _num_queries(params, direction), both)
         with plain_attention(), self.objective.restored():
@@ -250,13 +277,14 @@ class Derivatives:
 
             return over_queries(bent, params, direction, 0)
 
+        self._check_whole()
         params = self.objective.apart(params)
         size, total = num_examples(batch), direction.zeros_like()
         by = Pass("products", _num_queries(params, direction), product)
         with plain_attention(), self.objective.restored():
             for part in self._chunks.of(params, batch, by=by):
                 total = total.add(Params(product(part)).detach(), 1 / size)
-        return total
+        return Params(zip(total, self.group.means(list(total.values())), strict=True))
 
     def _hessian_central(
         self, params: Params, direction: Params, batch: Batch, scale: float | None = None
@@ -268,9 +296,13 @@ class Derivatives:
         step = scale * step_size(params, direction, 1)
         if step == 0:
             return direction.zeros_like()
-        _, ahead = self._mean_gradient(params.add(direction, step), batch)
-        _, behind = self._mean_gradient(params.add(direction, -step), batch)
+        _, ahead = self.gradient(params.add(direction, step), batch)
+        _, behind = self.gradient(params.add(direction, -step), batch)
         return (ahead - behind) / (2 * step)
+
+    def _check_whole(self) -> None:
+        if self.objective.layout.is_sharded:
+            raise RuntimeError("there is no forward AD of sharded parameters")
 
     # --- choosing between them ------------------------------------------------------------
 
@@ -288,8 +320,10 @@ class Derivatives:
     def _flat(self, use: Use, params: Params, direction: Params, batch: Batch) -> Derive:
         def losses(form: str, scale: float) -> Tensor:
             if form == "exact":
-                return self._directional_exact(params, direction, batch)[1]
-            return self._directional_central(params, direction, batch, scale)[1]
+                slopes = self._directional_exact(params, direction, batch)[1]
+            else:
+                slopes = self._directional_central(params, direction, batch, scale)[1]
+            return torch.cat([each.to(slopes) for each in self.group.gather(slopes.cpu())])
 
         def gradients(form: str, scale: float) -> Tensor:
             if form == "exact":

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from selectflow.core.params import Params
+from selectflow.core.params import Params, measured
 
 # Norm of the perturbation over norm of the parameters: (losses, gradients). Losses lose fewer
 # digits to cancellation than gradients do, so they afford a smaller step and less curvature.
@@ -54,7 +54,6 @@ def step_size(params: Params, direction: Params, order: int) -> float:
             )
     # of mixed ones the coarsest decides
     steps = [_STEP[tensor.dtype][order] for tensor in params.values()]
-    length = direction.norm()
-    num_entries = sum(tensor.numel() for tensor in params.values())
-    scale = max(params.norm(), _SMALLEST_RMS * math.sqrt(num_entries))
+    (length, _), (size, num_entries) = measured(direction, params)
+    scale = max(size, _SMALLEST_RMS * math.sqrt(num_entries))
     return max(steps) * scale / length if length > 0 else 0.0

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from selectflow.core.params import Params
+
 Method = Literal["auto", "exact", "central"]
 Use = Literal["losses", "gradients"]
 Derive = Callable[[str, float], Tensor]
@@ -146,13 +148,22 @@ def apart(found: Tensor, reference: Tensor, use: Use) -> float:
     large, and what tells them apart counts. Infinite where all differences are 0: a step that
     rounding takes back agrees with any other such step.
     """
-    if not found.any():
+    size = _norm_of_slopes if use == "losses" else _norm_of_vector
+    if not size(found):
         return math.inf
     pairs = [(found, reference)]
     if use == "losses" and len(found) > 1:
         pairs.append((found - found.mean(), reference - reference.mean()))
-    ratios = [(one - other).norm() / other.norm() for one, other in pairs if other.norm() > 0]
-    return max(map(float, ratios), default=math.inf)
+    ratios = [size(one - other) / size(other) for one, other in pairs if size(other) > 0]
+    return max(ratios, default=math.inf)
+
+
+def _norm_of_slopes(slopes: Tensor) -> float:
+    return float(slopes.norm())
+
+
+def _norm_of_vector(entries: Tensor) -> float:
+    return Params({"all": entries}).norm()  # of shards, over those who hold the rest
 
 
 def try_exact(derive: Derive, *, say: bool) -> Tensor | None:

@@ -285,7 +285,8 @@ class Policy:
     def order(self, gamma: Params, state: State, pool: Batch) -> Tensor:
         """Positions in a pool, the best first."""
         seen = through(self.score_view, pool)
-        _, slopes = self.derivatives.directional(state.params, gamma, seen)
+        with self.derivatives.group.together():
+            _, slopes = self.derivatives.directional(state.params, gamma, seen)
         return slopes.argsort(stable=True)
 
     def positions(self, gamma: Params, state: State, pool: Batch) -> Tensor:
@@ -329,4 +330,5 @@ class Policy:
             updates = after_skipping(upcoming.updates, 0, grad)
             upcoming = upcoming._replace(updates=updates)
             upcoming = upcoming.after(1, per, updates[0].advance(state, grad))
-        return upcoming.state, (time.perf_counter() - began) / num_steps
+        seconds = torch.tensor((time.perf_counter() - began) / num_steps, dtype=torch.float64)
+        return upcoming.state, self.derivatives.group.mean(seconds).item()

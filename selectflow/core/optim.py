@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 
 from selectflow.core.params import Params, merge
+from selectflow.distributed import are_shards, over_shards
 
 _PART_BYTES = 2**26  # of parameters that an update is made of at a time
 _CLIP_EPS = 1e-6  # torch's, in the norm that it divides by
@@ -358,7 +359,7 @@ class Update:
             state: the state after this update.
             ago: how many updates before that it is.
         """
-        total, size = 0.0, 0
+        total, size = 0.0, 0.0
         for rule in self.rules:
             num = rule.step - ago
             seen = [state.exp_avg_sq[name] for name in rule.names if name in state.exp_avg_sq]
@@ -366,6 +367,8 @@ class Update:
                 sums = torch.stack(torch._foreach_norm(seen, 1)).tolist()
                 total += sum(sums) / (1 - rule.beta2**num)
                 size += sum(v.numel() for v in seen)
+        if are_shards():
+            total, size = over_shards(torch.tensor([total, size], dtype=torch.float64)).tolist()
         return math.sqrt(total / size) if size else 0.0
 
     def parts(self, params: Params) -> Iterator[tuple[Rule, list[str]]]:
@@ -424,7 +427,8 @@ def _scaled(params: Params, scale: float) -> Params:
 def _through_clipping(gamma: Params, grad: Params, scale: float) -> Params:
     """Derivative in `grad`, from gamma in `scale * grad`, where the scale follows |grad|."""
     norm = grad.norm()
-    along = torch.stack([_query_dot(gamma[name], u) for name, u in grad.items()]).sum(0)
+    parts = torch.stack([_query_dot(gamma[name], u) for name, u in grad.items()])
+    along = over_shards(parts.sum(0))
     share = along / (norm * (norm + _CLIP_EPS))
     part = grad.map(lambda u: share.reshape(share.shape + (1,) * u.ndim) * u)
     return scale * gamma.moved(part, -1.0)

@@ -11,10 +11,12 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from selectflow.distributed import are_shards, over_shards
 
 Operand: TypeAlias = "Params | float"
 
@@ -86,15 +88,35 @@ class Params(dict[str, Tensor]):
 
     def dot(self, other: Params) -> float:
         """Inner product over all entries of all tensors."""
-        return float(sum((self[name] * other[name]).sum() for name in self))
+        parts = torch.stack([(self[name] * other[name]).sum() for name in self])
+        return over_shards(parts.sum()).item()
 
     def norm(self) -> float:
         """Euclidean norm over all entries of all tensors."""
-        return math.hypot(*torch.stack(torch._foreach_norm(list(self.values()))).tolist())
+        return measured(self)[0].norm
 
     def num_bytes(self) -> int:
         """Size of the tensors in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.values())
+
+
+class Measure(NamedTuple):
+    """Size of a vector: Euclidean norm, and number of entries."""
+
+    norm: float
+    num_entries: int
+
+
+def measured(*vectors: Params) -> list[Measure]:
+    """The size of each vector; of shards, from one reduction over those who hold the rest."""
+    norms = [torch.stack(torch._foreach_norm(list(each.values()))) for each in vectors]
+    nums = [sum(tensor.numel() for tensor in each.values()) for each in vectors]
+    if not are_shards():
+        sizes = [math.hypot(*part.tolist()) for part in norms]
+        return list(map(Measure, sizes, nums))
+    squares = torch.stack([part.double().square().sum() for part in norms])
+    squares, counts = over_shards(torch.stack([squares, squares.new_tensor(nums)])).tolist()
+    return [Measure(math.sqrt(x), round(num)) for x, num in zip(squares, counts, strict=True)]
 
 
 def merge(parts: Iterable[Params]) -> Params:

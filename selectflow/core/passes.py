@@ -4,6 +4,8 @@ A pass puts the values into the live parameters, runs forward (and backward) thr
 around the module - autocast, compile, checkpointing, fused attention -, and takes them out again.
 The parameters' own storage is never written: for the time of a pass `param.data` points to the
 values, so that what was there before is there afterwards to the bit, whatever happened in between.
+Of parameters that `fully_shard` has sharded, the local shards are written in place, since it
+gathers from them, and copied back.
 Recomputed activations, closures, tied weights and modules of several names all see the values,
 since the `Parameter` objects stay the same.
 
@@ -26,6 +28,7 @@ from selectflow.core.batches import Batch, describe, num_examples
 from selectflow.core.params import Params
 from selectflow.core.snapshot import Snapshot
 from selectflow.core.wrappers import uncompiled, unwrap, without_input_hooks
+from selectflow.distributed import Layout, check_reducing, local, recover, reshard, sharing
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """`loss_fn(model, batch)` -> per-example losses, shape (N,)."""
@@ -52,6 +55,7 @@ class Objective:
     def __init__(
         self, model: nn.Module, loss_fn: LossFn, autocast: torch.dtype | None = None
     ) -> None:
+        self.layout = Layout.of(model)
         self.module = unwrap(model)  # what a pass runs
         self.model = uncompiled(self.module)  # has the names of the parameters
         self._loss_fn, self._autocast = loss_fn, autocast
@@ -63,6 +67,17 @@ class Objective:
         self._is_reached = False  # whether `_uses_backward` is known
         self._loss_scale: float | None = None  # of gradients; above 1 where they are in float16
         self._snapshot: Snapshot | None = None
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Around all that reads parameters or makes passes: where sharded, they are shards."""
+        if not self.layout.is_sharded:
+            yield
+            return
+        reshard(self.model)
+        check_reducing(self.model)
+        with sharing(self.layout.shards):
+            yield
 
     # --- losses and gradients at given values ----------------------------------------------------
 
@@ -100,11 +115,12 @@ class Objective:
         """
         with torch.inference_mode(False), torch.enable_grad(), self._at(params):
             values, grads = self._differentiate(batch, weigh, names)
-            while self._loss_scale != 1.0 and not _are_finite(grads):
+            while self._loss_scale != 1.0 and not self._are_finite(grads):
                 assert self._loss_scale is not None
                 self._loss_scale /= 16  # as a GradScaler backs off
                 values, grads = self._differentiate(batch, weigh, names)
-            if not self._is_reached and any(grad is None for grad in grads):
+            is_known = self._is_reached or self.layout.is_sharded
+            if not is_known and any(grad is None for grad in grads):
                 # Parameters inside a reentrant checkpoint are no inputs of its node: `grad` may
                 # pass it by without a word, where `backward` goes through it.
                 self._uses_backward = True
@@ -188,9 +204,46 @@ class Objective:
             yield
         self._loss_scale = _LOSS_SCALE if torch.float16 in types else 1.0
 
-    @contextmanager
-    def _at(self, params: Mapping[str, Tensor]) -> Iterator[None]:
+    def _at(self, params: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """The live parameters at the given values; everything is put back afterwards."""
+        return self._at_shards(params) if self.layout.is_sharded else self._at_whole(params)
+
+    @contextmanager
+    def _at_shards(self, params: Mapping[str, Tensor]) -> Iterator[None]:
+        reshard(self.model)
+        live = self._parameters()
+        homes = [
+            (local(live[name].detach()), value.detach())
+            for name, value in params.items()
+            if value.data_ptr() != local(live[name].detach()).data_ptr()
+        ]
+        kept = [home.clone() for home, _ in homes]
+        snapshot = self._snapshot or Snapshot.of(self.model)
+
+        def put_back(is_whole: bool) -> None:
+            reshard(self.model) if is_whole else recover(self.model)
+            for (home, _), bits in zip(homes, kept, strict=True):
+                home.copy_(bits)
+            snapshot.put_back()
+            torch.clear_autocast_cache()
+
+        is_whole = False
+        # no graph is of the shards themselves: forward passes gather copies
+        with preserve_versions(tuple(home for home, _ in homes) + tuple(live.values())):
+            try:
+                for home, value in homes:
+                    home.copy_(value)
+                yield
+                is_whole = True
+            finally:
+                try:
+                    put_back(is_whole)
+                except BaseException:  # a second Ctrl-C
+                    put_back(is_whole)
+                    raise
+
+    @contextmanager
+    def _at_whole(self, params: Mapping[str, Tensor]) -> Iterator[None]:
         live = self._parameters()
         values = {
             name: value.detach()
@@ -237,11 +290,10 @@ class Objective:
     ) -> tuple[Tensor, list[Tensor | None]]:
         with self._noting_float16():
             values = self._forward(batch)
-        check_finite("losses", values, batch)
         assert self._loss_scale is not None
         weights = weigh(values.detach()).to(values.dtype) * self._loss_scale
         leaves = [self._live[name] for name in names]
-        if not self._uses_backward:
+        if not self._uses_backward and not self.layout.is_sharded:
             batched = weights.ndim == 2
             try:
                 grads = torch.autograd.grad(
@@ -255,10 +307,18 @@ class Objective:
             return values.detach(), list(grads)
         return values.detach(), self._backward(values, leaves, weights)
 
+    def _are_finite(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether all gradients are; of shards, in all processes."""
+        are = all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
+        return bool(self.layout.group.least(are)) if self.layout.is_sharded else are
+
     def _backward(
         self, values: Tensor, leaves: Sequence[Tensor], weights: Tensor
     ) -> list[Tensor | None]:
-        """Gradients by `backward`; those that the user holds, and hooks on them, are untouched."""
+        """Gradients by `backward`; those that the user holds, and hooks on them, are untouched.
+
+        Of shards they are means over all processes, as fully_shard makes them.
+        """
         params = [param for param in self._live.values() if param.requires_grad]
         grads, hooks = [param.grad for param in params], []
         for param in params:
@@ -271,8 +331,8 @@ class Objective:
             for row in weights if weights.ndim == 2 else weights[None]:
                 for param in params:
                     param.grad = None
-                torch.autograd.backward(values, row, retain_graph=True)
-                rows.append([leaf.grad for leaf in leaves])
+                torch.autograd.backward(values, row, retain_graph=weights.ndim == 2)
+                rows.append([g if g is None else local(g) for g in (leaf.grad for leaf in leaves)])
         finally:
             for param, grad, kept in zip(params, grads, hooks, strict=True):
                 param.grad = grad
@@ -359,10 +419,6 @@ def _one_per_example(values: Any, batch: Batch) -> Tensor:
 
 def _at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-
-
-def _are_finite(grads: Sequence[Tensor | None]) -> bool:
-    return all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
 
 
 def _dense(grad: Tensor | None, others: Sequence[Tensor | None]) -> Tensor:

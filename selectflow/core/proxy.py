@@ -276,10 +276,12 @@ def _read_fast(
     rolled = rollout(derivatives, updates, state, perturbation, (0.0, MIDDLE, 1.0))
     for horizon, states in enumerate(rolled):
         if horizon in wanted:
-            losses = [derivatives.losses(at.params, target).double() for at in states]
-            part, effect = (float((loss - losses[0]).mean()) for loss in losses[1:])
+            with derivatives.group.together():
+                losses = [derivatives.losses(at.params, target).double() for at in states]
+            means = torch.stack([losses[0].mean(), *((x - losses[0]).mean() for x in losses[1:])])
+            nominal, part, effect = derivatives.group.mean(means).tolist()
             first = (part / MIDDLE - MIDDLE * effect) / (1 - MIDDLE)
-            yield horizon, _finite(float(losses[0].mean()), first, effect - first, effect)
+            yield horizon, _finite(nominal, first, effect - first, effect)
 
 
 def _read_exact(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import chain, islice
 
 import numpy as np
@@ -46,6 +46,11 @@ class Cycle:
         self._iterator: Iterator[Batch] | None = None  # a DataLoader starts its workers at `iter`
         self._at = 0  # where in its round the iterator is
         self._randomness: Randomness | None = None
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches of a round; None where that is not known."""
+        return len(self._batches) if isinstance(self._batches, Sized) else None
 
     def draw(self, position: int) -> tuple[Batch, int]:
         """The batch at a position of a round, and the next position; after the last, the first.

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from selectflow.core.optim import SGD, AdamW, Rule, State, Update
 from selectflow.core.params import Params
 from selectflow.core.wrappers import prepared_from
+from selectflow.distributed import local
 
 _RULES: dict[type[Optimizer], type[AdamW | SGD]] = {
     torch.optim.AdamW: AdamW,
@@ -86,11 +87,14 @@ class OptimizerReader:
         return self._optimizer
 
     def params(self) -> Params:
-        """The live parameters that the optimizer trains, by the model's names."""
+        """The live parameters that the optimizer trains, by the model's names; DTensors too."""
         return Params((name, param) for _, name, param in self._trained())
 
     def values(self) -> Params:
-        """Their values in float32 or float64, sharing storage where they are of such a type."""
+        """Their values in float32 or float64, sharing storage where they are of such a type.
+
+        Of sharded ones the part that this process holds, as everywhere in this class.
+        """
         return Params((name, _precise(param)) for _, name, param in self._trained())
 
     def state(self) -> State:
@@ -179,13 +183,13 @@ class OptimizerReader:
         before = self.num_steps()
         for _, name, param in self._trained():
             live = self._optimizer.state.get(param, {})
-            param.copy_(state.params[name])
+            local(param).copy_(state.params[name])
             for key, part in (
                 ("momentum_buffer" if is_sgd else "exp_avg", state.exp_avg),
                 ("exp_avg_sq", state.exp_avg_sq),
             ):
                 if name in part and live.get(key) is not None:
-                    live[key].copy_(part[name])
+                    local(live[key]).copy_(part[name])
             if counts is not None:
                 _set_count(live, counts[name])
         self._writes_seen = self._num_writes()
@@ -259,12 +263,12 @@ def _moment(state: dict[str, Any], key: str, param: Tensor) -> Tensor:
     value = state.get(key)
     if value is None:
         return torch.zeros_like(_precise(param))
-    return _precise(value.to_dense())  # SGD's is sparse where its gradients are
+    return _precise(local(value).to_dense())  # SGD's is sparse where its gradients are
 
 
 def _precise(tensor: Tensor) -> Tensor:
-    """The tensor without history, in float32 where it is of a lower precision."""
-    tensor = tensor.detach()
+    """What this process holds, without history, in float32 where it is of a lower precision."""
+    tensor = local(tensor.detach())
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 

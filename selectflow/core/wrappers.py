@@ -15,36 +15,36 @@ from typing import Any
 import torch
 from torch import nn
 
+from selectflow.distributed import Layout, num_processes
 
-def check_whole(model: nn.Module, *, is_controlled: bool) -> None:
-    """Refuse what would be wrong in several processes.
+
+def check_group(layout: Layout, *, is_controlled: bool) -> None:
+    """Say what several processes would get wrong where nothing joins their models.
 
     Args:
-        model: whose parameters are to be whole.
+        layout: of the model.
         is_controlled: whether the horizon or the learning rate is decided from measurements.
 
     Raises:
-        ValueError: a sharded parameter; several processes under control.
+        ValueError: under control.
     """
-    sharded = [name for name, param in model.named_parameters() if hasattr(param, "placements")]
-    if sharded:
+    num = num_processes()
+    if num == 1 or layout.group.size > 1:
+        return
+    advice = (
+        "give the Selector the model as DistributedDataParallel or fully_shard made it, before it "
+        "is unwrapped"
+    )
+    if is_controlled:
         raise ValueError(
-            f"parameters must be whole, got {sharded[0]} as a DTensor; sharded models "
-            "(fully_shard, tensor parallel) are not supported; train with DistributedDataParallel"
+            f"horizon and lr must not be 'auto' in {num} processes whose models nothing joins: "
+            f"each would decide for itself, and they would drift apart; {advice}"
         )
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    num = torch.distributed.get_world_size() if is_distributed else 1
-    if num > 1 and is_controlled:
-        raise ValueError(
-            f"horizon and lr must not be 'auto' in {num} processes: each would decide for itself, "
-            "and their models would drift apart; give a horizon, and lr='schedule'"
-        )
-    if num > 1:
-        warnings.warn(
-            f"selection in {num} processes: each scores its own pools by its own target batches "
-            "and looks ahead with its own gradients, not with their mean",
-            stacklevel=4,
-        )
+    warnings.warn(
+        f"selection in {num} processes: each scores its own pools by its own target batches "
+        f"and looks ahead with its own gradients, not with their mean; {advice}",
+        stacklevel=4,
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -67,13 +67,18 @@ def record(
 
     Raises:
         TypeError: the optimizer or scheduler cannot be modelled.
-        ValueError: no batches; losses of a wrong shape; a trained parameter without gradient; a
+        ValueError: no batches; losses of a wrong shape; a model of several processes; a
             folder that holds a recording; a limit below two states.
         FloatingPointError: a loss is not finite; names the step and the examples.
         OSError: a snapshot could not be written; names the file.
         RuntimeError: a replay of the first stretch does not arrive at its snapshot.
     """
     objective = Objective(model, loss_fn)
+    if objective.layout.group.size > 1:
+        raise ValueError(
+            f"a run is recorded in one process, got a model spread over "
+            f"{objective.layout.group.size}; record in one, and train in several on what it chose"
+        )
     reader = OptimizerReader(objective.model, optimizer, lr_scheduler, max_grad_norm)
     snapshots = Snapshots(limit_gib, spacing, _empty(folder), objective.model)
     first_step, began = reader.num_steps(), time.perf_counter()
