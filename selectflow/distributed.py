@@ -200,6 +200,7 @@ class Layout:
                     "parameters must be whole or sharded by fully_shard (FSDP2), got "
                     "FullyShardedDataParallel (FSDP1); use torch.distributed.fsdp.fully_shard"
                 )
+        reshard(model)
         sharded: list[Any] = [p for p in _all_params(model) if is_sharded(p)]
         if not sharded:
             return cls()

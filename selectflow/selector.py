@@ -473,7 +473,8 @@ class Selector:
         Returns:
             What `torch.load` takes by its default, batches in the form of `core.plain`.
         """
-        self.state.num_steps = self._optimizer.num_steps()
+        with self._objective.placed():
+            self.state.num_steps = self._optimizer.num_steps()
         return {"options": self._saved_options, **self.state.plain(with_peeked=with_peeked)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -487,7 +488,8 @@ class Selector:
                 of its batches is not imported yet.
         """
         check_same(state["options"], self._saved_options)
-        params, names = self._optimizer.values(), self._scored_names()
+        with self._objective.placed():
+            params, names = self._optimizer.values(), self._scored_names()
         self.state.load(state, params, params if names is None else params.pick(names))
         self._optimizer.resume_at(self.state.num_steps)
         if self.state.rate is not None:

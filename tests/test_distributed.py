@@ -1,7 +1,5 @@
 """Selection in several processes: equal to one process that sees all their data."""
 
-import copy
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from selectflow import Selector
 from selectflow.core.batches import join, take
 from selectflow.core.derivatives import Derivatives
+from selectflow.core.exchange import share_out
 from selectflow.core.lookahead import immediate, look_ahead
 from selectflow.core.passes import Objective
 from selectflow.core.sweep import Window
@@ -173,3 +172,238 @@ def test_two_processes_are_one_that_sees_both_pools(two, wrapper, horizon, clip)
             assert gap.norm() < 1e-6 * torch.tensor(expected_scores).norm()
             assert keys == expected_keys
     assert (found[0][1] - weights).abs().max() < 1e-10
+
+
+# --- what is decided, all decide alike ------------------------------------------------------------
+
+
+def controlled(wrapper, num_steps, case):
+    rank = dist.get_rank()
+    model, optimizer = make(wrapper, lr=0.3 if case == "diverges" else 1e-2)
+    state = {"calls": 0}
+
+    def loss_fn(module, batch):
+        found = losses(module, batch)
+        state["calls"] += 1
+        if case == "not finite" and rank == 1 and state["calls"] in (40, 90):
+            return found * float("nan")
+        return found
+
+    noise = 0.9 if case == "harder" and rank == 1 else 0.3
+    target = data(rank, 3, TARGET, seed=1, noise=0)
+    selector = Selector(
+        model,
+        optimizer,
+        loss_fn,
+        target,
+        keep=KEEP,
+        lr="auto",
+        horizon="auto",
+        derivative="central",
+    )
+    decisions, pools = [], data(rank, num_steps, POOL, noise=noise)
+    for batch in selector.stream(pools):
+        decisions += [(d.step, d.before, d.after, d.moved) for d in selector.last.decisions]
+        optimizer.zero_grad()
+        losses(model, batch).mean().backward()
+        optimizer.step()
+    return decisions, whole(model), selector.state.num_steps
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "case", "num_steps"),
+    [
+        ("ddp", "harder", 150),
+        ("ddp", "diverges", 40),
+        ("ddp", "not finite", 40),
+        ("fsdp2", "alike", 40),
+        ("fsdp2", "not finite", 40),
+        *(
+            pytest.param(wrapper, case, 300, marks=pytest.mark.slow)
+            for wrapper in ("ddp", "fsdp2")
+            for case in ("alike", "harder", "diverges", "not finite")
+        ),
+    ],
+)
+def test_controllers_decide_alike_and_replicas_stay_one(two, wrapper, case, num_steps):
+    (first, weights, num), (second, others, _) = two.run(
+        controlled, wrapper, num_steps, case, limit_s=300
+    )
+    assert len(first) >= 3
+    assert first == second
+    assert any(moved for *_, moved in first)
+    assert torch.equal(weights, others)
+    assert weights.isfinite().all()
+    assert num == num_steps - 1
+
+
+# --- the best of all pools ------------------------------------------------------------------------
+
+
+def globally(wrapper, num_steps):
+    """Scores, own positions kept, and keys trained on, of each step."""
+    rank = dist.get_rank()
+    model, optimizer = make(wrapper)
+    target = data(rank, 3, TARGET, seed=1, noise=0)
+    selector = Selector(model, optimizer, losses, target, keep=KEEP, horizon=0, scope="global")
+    seen = []
+    for batch in selector.stream(data(rank, num_steps, POOL, noise=0.9 * rank)):
+        last = selector.last
+        seen.append(
+            (last.scores.tolist(), last.indices.tolist(), batch["key"], batch["y"].tolist())
+        )
+        optimizer.zero_grad()
+        losses(model, batch).mean().backward()
+        optimizer.step()
+    return seen, whole(model)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_the_best_of_all_pools_are_trained_on(two, wrapper):
+    (one, weights), (other, others) = two.run(globally, wrapper, 6)
+    assert torch.equal(weights, others)
+    pools = [data(rank, 6, POOL, noise=0.9 * rank) for rank in range(2)]
+    num_moved = 0
+    for step, steps in enumerate(zip(one, other, strict=True)):
+        everyone = [(-s, rank, at) for rank, own in enumerate(steps) for at, s in enumerate(own[0])]
+        best = sorted(everyone)[: 2 * KEEP]
+        for rank, (_, indices, keys, _) in enumerate(steps):
+            assert indices == [at for _, owner, at in best if owner == rank]
+            own = [f"{rank}-{at}" for at in indices][:KEEP]
+            assert keys[: len(own)] == own
+            assert len(keys) == KEEP
+            num_moved += sum(not key.startswith(f"{rank}-") for key in keys)
+        trained = sorted(key for own in steps for key in own[2])
+        assert trained == sorted(f"{rank}-{at}" for _, rank, at in best)
+        labels = {
+            f"{rank}-{at}": int(pools[rank][step]["y"][at])
+            for rank in range(2)
+            for at in range(POOL)
+        }
+        assert all(labels[k] == y for own in steps for k, y in zip(own[2], own[3], strict=True))
+    assert num_moved > 0  # the second pools are mostly wrong labels
+
+
+def test_shares_by_hand():
+    """Equal scores: the lower rank, then the lower position; surplus goes to who has too few."""
+    shares = share_out([[3.0, 1.0, 3.0], [0.0, 3.0, 2.0], [5.0, 4.0, 0.0]], [2, 1, 2])
+    assert shares == [[(0, 0), (0, 2)], [(1, 1)], [(2, 0), (2, 1)]]
+    shares = share_out([[9.0, 8.0, 7.0, 6.0], [0.0, 1.0], [5.0, 5.0]], [2, 2, 1])
+    assert shares == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(2, 0)]]
+
+
+# --- what it costs in collectives -----------------------------------------------------------------
+
+
+def counted(wrapper, horizon):
+    """Collectives of: a step, a look-ahead with a selection, and a selection in between."""
+    rank = dist.get_rank()
+    model, optimizer = make(wrapper)
+    target = data(rank, 3, TARGET, seed=1, noise=0)
+    selector = Selector(
+        model,
+        optimizer,
+        losses,
+        target,
+        keep=KEEP,
+        horizon=horizon,
+        interval=2,
+        derivative="central",
+    )
+    pools, found = data(rank, 8, POOL), []
+    for step in range(6):
+        with CommDebugMode() as select:
+            batch = selector.select(pools[step], pools[step + 1 :])
+        with CommDebugMode() as train:
+            optimizer.zero_grad()
+            losses(model, batch).mean().backward()
+            optimizer.step()
+        found.append((select.get_total_counts(), train.get_total_counts()))
+    return found[-2:]
+
+
+@pytest.mark.parametrize("horizon", [0, 1, 3])
+def test_collectives_of_replicas(two, horizon):
+    (ahead, _), (between, _) = two.run(counted, "ddp", horizon)[0]
+    assert between == 0
+    passes = 1 + horizon + 2 * max(0, horizon - 1)  # target, updates, Hessian products by two each
+    assert ahead <= passes + (horizon > 1)
+
+
+@pytest.mark.parametrize("horizon", [0, 1, 3])
+def test_collectives_of_shards(two, horizon):
+    """A pass gathers each of three groups; backward gathers blocks again, and reduces all."""
+    (ahead, step), (between, _) = two.run(counted, "fsdp2", horizon)[0]
+    forward = 3
+    assert between <= 2 * forward + 1
+    gradient = step + 1  # and the mean loss
+    passes = 1 + horizon + 2 * max(0, horizon - 1)
+    norms = 1 + 4 * horizon
+    assert ahead <= passes * gradient + 2 * forward + norms + 3
+
+
+# --- everything is put back -----------------------------------------------------------------------
+
+
+def bits(model, optimizer):
+    params = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    state = [v for s in optimizer.state.values() for v in s.values()]
+    state = [v.to_local() if hasattr(v, "to_local") else v for v in state]
+    return [t.detach().clone() for t in [*params, *state]]
+
+
+def interrupted(horizon):
+    """A loss_fn that fails in all processes at call n, for all n, under fully_shard."""
+    rank = dist.get_rank()
+    model, optimizer = make("fsdp2")
+    pools, target = data(rank, 8, POOL), data(rank, 3, TARGET, seed=1, noise=0)
+    for batch in pools[:2]:
+        optimizer.zero_grad()
+        losses(model, batch).mean().backward()
+        optimizer.step()
+    before, calls = bits(model, optimizer), [0, 10**9]
+
+    def loss_fn(module, batch):
+        calls[0] += 1
+        if calls[0] == calls[1]:
+            module(batch["x"][:2])
+            raise KeyError("broken off")
+        return losses(module, batch)
+
+    def select():
+        selector = Selector(
+            model, optimizer, loss_fn, target, keep=KEEP, horizon=horizon, derivative="central"
+        )  # fmt: skip
+        calls[0] = 0
+        return selector.select(pools[2], pools[3:]), selector.last.scores
+
+    _, expected = select()
+    num, same = calls[0], True
+    for at in range(1, num + 1):
+        calls[1] = at
+        try:
+            select()
+            same = False
+        except KeyError:
+            same &= all(map(torch.equal, before, bits(model, optimizer)))
+    calls[1] = 10**9
+    graph = losses(model, pools[0]).mean()  # built before a selection, run after it
+    _, again = select()
+    optimizer.zero_grad()
+    graph.backward()
+    grads = [p.grad.to_local().clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    losses(model, pools[0]).mean().backward()
+    same_grads = all(
+        torch.equal(g, p.grad.to_local()) for g, p in zip(grads, model.parameters(), strict=True)
+    )
+    return num, same, torch.equal(expected, again), same_grads
+
+
+@pytest.mark.parametrize("horizon", [0, 2])
+def test_shards_are_put_back_to_the_bit(two, horizon):
+    for num, same, repeated, same_grads in two.run(interrupted, horizon):
+        assert num > 5
+        assert same
+        assert repeated
+        assert same_grads

@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from problems import PROBLEMS, image_loss, images
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -287,103 +286,6 @@ def test_wrapped_modules_give_the_scores_of_the_plain_one(group, wrapper, horizo
         found = scores_of(wrap(model), optimizer, horizon=horizon)
     assert torch.equal(found[0], expected[0])
     assert found[1] == expected[1]
-
-
-@pytest.mark.parametrize("options", [{"horizon": 0}, {"horizon": 3}, {"horizon": 2, "lr": "auto"}])
-def test_an_exception_at_any_pass_leaves_everything_as_it_was(options, error):
-    torch.manual_seed(0)
-    model = Net("not reentrant").double()
-    optimizer = trained(model)
-    pools, target = [batch() for _ in range(4)], [batch()]
-    for fails_at in itertools.count():
-        passes = itertools.count()
-
-        def loss_fn(model, batch, passes=passes, fails_at=fails_at):
-            found = losses(model, batch)
-            if next(passes) == fails_at:
-                raise error("in the middle of a pass")
-            return found
-
-        selector = Selector(model, optimizer, loss_fn, target, keep=4, **options)
-        before = everything(model, optimizer)
-        try:
-            selector.select(pools[0], pools[1:])
-        except error:
-            assert same(everything(model, optimizer), before)
-        else:
-            break
-    assert fails_at > 3
-
-
-def test_hooks_and_gradients_of_the_user_are_untouched():
-    """Also where gradients come from `backward`, as reentrant checkpointing needs."""
-    torch.manual_seed(0)
-    model = Net("reentrant", frozen_stem=True).double()
-    optimizer, called = trained(model), []
-    for param in model.block.parameters():
-        param.register_post_accumulate_grad_hook(called.append)
-    losses(model, batch()).sum().backward()
-    grads, num = [param.grad for param in model.parameters()], len(called)
-    before = copy.deepcopy(grads)
-    scores_of(model, optimizer)
-    assert len(called) == num
-    assert all(param.grad is grad for param, grad in zip(model.parameters(), grads, strict=True))
-    assert same(grads, before)
-    losses(model, batch()).sum().backward()
-    assert len(called) == 2 * num
-
-
-def test_recurrent_layers_are_scored_without_dropout_and_keep_their_modes():
-    torch.manual_seed(0)
-    model = nn.GRU(6, 5, num_layers=2, dropout=0.5, batch_first=True).double()
-    modes = []
-
-    def loss_fn(model, x):
-        modes.append((model.training, model.dropout))
-        return model(x)[0].square().mean((1, 2))
-
-    optimizer = torch.optim.AdamW(model.parameters())
-    pool = torch.randn(8, 4, 6).double()
-    selector = Selector(model, optimizer, loss_fn, [pool], keep=4, horizon=0)
-    selector.select(pool)
-    assert set(modes) == {(True, 0.0)}  # cuDNN has no backward pass in eval mode
-    assert (model.training, model.dropout) == (True, 0.5)
-
-
-# --- what is around the module --------------------------------------------------------------------
-
-
-@pytest.fixture
-def group(tmp_path):
-    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("horizon", [0, 3])
-@pytest.mark.parametrize("wrapper", ["data parallel", "distributed", "closure"])
-def test_wrapped_modules_give_the_scores_of_the_plain_one(group, wrapper, horizon):
-    torch.manual_seed(0)
-    model = Net().double()
-    optimizer = trained(model)
-    expected = scores_of(model, optimizer, horizon=horizon)
-    if wrapper == "closure":  # a loss that holds the model itself
-        found = scores_of(model, optimizer, lambda _, batch: losses(model, batch), horizon)
-    else:
-        wrap = (
-            nn.DataParallel if wrapper == "data parallel" else nn.parallel.DistributedDataParallel
-        )
-        found = scores_of(wrap(model), optimizer, horizon=horizon)
-    assert torch.equal(found[0], expected[0])
-    assert found[1] == expected[1]
-
-
-def test_sharded_parameters_are_refused_by_name(group):
-    model = Net().double()
-    fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match=r"must be whole, got stem.weight as a DTensor; sharded"):
-        Selector(model, optimizer, losses, [batch()], keep=4)
 
 
 @pytest.mark.parametrize("options", [{"horizon": "auto"}, {"lr": "auto"}, {}])

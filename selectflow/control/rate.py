@@ -349,12 +349,15 @@ class RateControl:
 
     def _check(self, window: Window, end: State) -> bool:
         """Whether a replay of the first window repeats it."""
-        apart = (window.replay(self._derivatives, 1.0).params - end.params).norm()
+        try:
+            apart = (window.replay(self._derivatives, 1.0).params - end.params).norm()
+        except FloatingPointError:  # where the training itself was finite
+            apart = math.inf
         way = (end.params - window.start.params).norm()
         faithful = apart <= _FAITHFUL * way
         if not faithful:
             _log.info(
-                "replays end %.0f%% of the way from the real training (dropout, autocast, another "
+                "replays end %.3g%% of the way from the real training (dropout, autocast, another "
                 "loss in the loop): the lr control compares replays, and takes none over",
                 100 * apart / way,
             )
