@@ -204,7 +204,7 @@ class Layout:
         sharded: list[Any] = [p for p in _all_params(model) if is_sharded(p)]
         if not sharded:
             return cls()
-        meshes = {_mesh_of(module) for module in _sharded_modules(model)}
+        meshes = {group.mesh_info.mesh for group in _param_groups(model)}
         other = [p.device_mesh for p in sharded if p.device_mesh not in meshes]
         if other or len(meshes) != 1:
             raise ValueError(
@@ -237,8 +237,10 @@ def _sharded_modules(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if hasattr(module, "_get_fsdp_state"))
 
 
-def _mesh_of(module: Any) -> Any:
-    return module._get_fsdp_state()._fsdp_param_groups[0].mesh_info.mesh
+def _param_groups(model: nn.Module) -> list[Any]:
+    """What `fully_shard` gathers and reduces together."""
+    states = [module._get_fsdp_state() for module in _sharded_modules(model)]
+    return [group for state in states for group in state._fsdp_param_groups]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -272,7 +274,7 @@ def check_reducing(model: nn.Module) -> None:
     Raises:
         RuntimeError: says how to accumulate instead.
     """
-    groups = [g for m in _sharded_modules(model) for g in m._get_fsdp_state()._fsdp_param_groups]
+    groups = _param_groups(model)
     pending = any(
         param.unsharded_accumulated_grad is not None for g in groups for param in g.fsdp_params
     )

@@ -8,6 +8,8 @@ from torch.nn.utils import parameters_to_vector
 from torch.optim import lr_scheduler
 
 from selectflow import Selector
+from selectflow.control.multiplier import StepMultiplier
+from selectflow.core.torch_optim import OptimizerReader
 from tests import reference
 from tests.problems import PROBLEMS
 
@@ -79,6 +81,20 @@ def test_the_optimizer_is_free_when_the_selector_is_gone():
     gc.collect()
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_the_latest_selector_alone_multiplies():
+    """As in a notebook, where one is made again while the one before is still referred to."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    controls = [StepMultiplier(OptimizerReader(model, optimizer)) for _ in range(2)]
+    for control in controls:
+        control._reader.lr_multiplier = 0.5
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert torch.equal(before - model.weight, torch.full((2, 2), 0.5))
+    assert optimizer.param_groups[0]["lr"] == 1.0
 
 
 def test_a_step_that_raises_leaves_the_users_rate():

@@ -1,22 +1,16 @@
-"""Learning-rate control: windows of the real training, replayed at other rates.
-
-The multiplier acts inside `optimizer.step()` alone, by the optimizer's own step hooks: between
-steps every group shows the learning rate of the user's schedule, whatever schedule that is, and a
-rate that the user sets by hand is multiplied like any other.
-"""
+"""Learning-rate control: windows of the real training, replayed at other rates."""
 
 from __future__ import annotations
 
 import logging
 import math
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
+from selectflow.control.multiplier import StepMultiplier
 from selectflow.control.rules import Decision, RateRule, restore, state_of
 from selectflow.core.batches import Batch, MicroBatches
 from selectflow.core.derivatives import Derivatives
@@ -184,7 +178,7 @@ class RateControl:
     ) -> None:
         self.state, self._optimizer, self._derivatives = state, optimizer, derivatives
         self._next_target, self._pools_per_update = next_target, pools_per_update
-        self._hooks = _StepMultiplier(optimizer)  # removed with this control
+        self._hooks = StepMultiplier(optimizer)  # removed with this control
 
     def before(self, step: int) -> tuple[Decision | None, bool]:
         """Close the window that ends here, open one that begins here.
@@ -369,39 +363,3 @@ class RateControl:
 
     def _loss(self, state: State, target: Batch) -> float:
         return self._derivatives.mean_loss(state.params, target)
-
-
-class _StepMultiplier:
-    """Multiplies the learning rates of an optimizer for the time of each of its steps."""
-
-    def __init__(self, optimizer: OptimizerReader) -> None:
-        self._reader = optimizer
-        self._rates: list[Any] = []
-        me = weakref.ref(self)  # once its control is gone, the optimizer is as it was
-
-        def scale(optimizer: Optimizer, *_: Any) -> None:
-            if (found := me()) is not None:
-                found._scale(optimizer)
-
-        def put_back(optimizer: Optimizer, *_: Any) -> None:
-            if (found := me()) is not None:
-                found._restore(optimizer)
-
-        hooks = (
-            optimizer.optimizer.register_step_pre_hook(scale),
-            optimizer.optimizer.register_step_post_hook(put_back),
-        )
-        for hook in hooks:
-            weakref.finalize(self, hook.remove)
-
-    def _scale(self, optimizer: Optimizer) -> None:
-        self._restore(optimizer)  # after a step that raised
-        if self._reader.lr_multiplier != 1.0:
-            self._rates = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * self._reader.lr_multiplier
-
-    def _restore(self, optimizer: Optimizer) -> None:
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
-            group["lr"] = rate
-        self._rates = []

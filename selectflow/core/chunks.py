@@ -91,7 +91,7 @@ class Chunks:
                     f"chunk_size must be an integer >= 1, 'auto' or None, got {size!r}"
                 )
             size = int(size)
-        self._objective, self._size, self._memory_gib = objective, size, memory_gib
+        self._objective, self.size, self._memory_gib = objective, size, memory_gib
         self._fitting: dict[object, int] = {}
 
     def of(
@@ -109,7 +109,7 @@ class Chunks:
             for part in batch.parts:
                 yield from self.of(params, part, most, by)
             return
-        size = self._fit(params, batch, by) if self._size == "auto" else self._size
+        size = self._fit(params, batch, by) if self.size == "auto" else self.size
         assert size is None or isinstance(size, int)
         yield from chunks(batch, min((n for n in (size, most) if n is not None), default=None))
 

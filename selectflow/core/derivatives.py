@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -58,6 +58,12 @@ class Derivatives:
         if method not in ("auto", "exact", "central"):
             raise ValueError(f"derivative must be 'auto', 'exact' or 'central', got {method!r}")
         self.objective, self.group = objective, objective.layout.group
+        if objective.layout.is_sharded and (method == "exact" or chunk_size == "auto"):
+            raise ValueError(
+                "of sharded parameters derivative must be 'auto' or 'central' and chunk_size a "
+                f"number or None, got {method!r} and {chunk_size!r}: forward mode and the counting "
+                "of memory do not go through fully_shard"
+            )
         self._chunks = Chunks(objective, chunk_size, memory_gib)
         self.method = method
         self.forms = forms or Forms()
@@ -77,6 +83,15 @@ class Derivatives:
         losses = self._losses(params, batch)
         return self._checked(self.group.mean(losses.mean()), losses, batch)
 
+    def _parts(self, params: Params, batch: Batch) -> Iterable[Batch]:
+        """The chunks of a batch; of shards as many in all processes, which gather together."""
+        parts = self._chunks.of(params, batch)
+        if not self.objective.layout.is_sharded or self._chunks.size is None:
+            return parts
+        listed = list(parts)
+        self.group.check_same("passes over a batch in chunks", len(listed))
+        return listed
+
     def _checked(self, mean: Tensor, losses: Tensor, batch: Batch) -> float:
         """A mean over all processes as a number, if it is finite: one reading in the usual case."""
         value = mean.item()
@@ -87,7 +102,7 @@ class Derivatives:
         return value
 
     def _losses(self, params: Params, batch: Batch) -> Tensor:
-        parts = [self.objective.losses(params, part) for part in self._chunks.of(params, batch)]
+        parts = [self.objective.losses(params, part) for part in self._parts(params, batch)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def gradient(
@@ -156,7 +171,7 @@ class Derivatives:
         names = list(params) if names is None else names
         total: dict[str, Tensor | None] = {}
         values, start = [], 0
-        for part in self._chunks.of(params, batch):
+        for part in self._parts(params, batch):
 
             def weigh_part(losses: Tensor, start: int = start) -> Tensor:
                 return weigh(losses, start)
