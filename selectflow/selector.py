@@ -40,6 +40,7 @@ from selectflow.core.storage import Offload
 from selectflow.core.target import Cycle
 from selectflow.core.torch_optim import OptimizerReader
 from selectflow.core.wrappers import check_group
+from selectflow.distributed import Group
 from selectflow.options import SelectOptions, check_same
 from selectflow.strategies import STRATEGIES, Candidates, Selection, Strategy, checked_scores
 
@@ -451,6 +452,11 @@ class Selector:
         _note(found, self._contests.contest(step, pools, self._next_target), step, began)
 
     # --- state ----------------------------------------------------------------------------
+
+    @property
+    def group(self) -> Group:
+        """The processes that train the model together; this one alone where there are no more."""
+        return self._group
 
     @property
     def max_peeked(self) -> int:

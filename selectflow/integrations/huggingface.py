@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-STATE_FILE = "selector.pt"  # in each checkpoint folder
+STATE_FILE = "selector.pt"  # in each checkpoint folder, of one process
 
 _log = logging.getLogger(__name__)
 
@@ -76,9 +76,9 @@ class SelectTrainerMixin(_Base):
         selector: the `Selector` of the present or last training; None before.
 
     Raises:
-        ValueError: several processes or devices; no such target; a micro-batch that is not one row
-            for each example, as collators of pairs and without padding make; a loss that is
-            trained, by the model or the Trainer, other than the default one.
+        ValueError: several devices in a process, or DeepSpeed; no such target; a micro-batch that
+            is not one row for each example, as collators of pairs and without padding make; a loss
+            that is trained, by the model or the Trainer, other than the default one.
         TypeError: an optimizer or schedule that is not modelled.
     """
 
@@ -147,8 +147,10 @@ class SelectTrainerMixin(_Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As of the Trainer; with the training loss go the means of what was selected."""
-        if "loss" in logs:
-            logs = logs | self._means.pop() | {metrics.SELECT_S: self._select_s}
+        if "loss" in logs and self.selector is not None:
+            own = self._means.pop() | {metrics.SELECT_S: self._select_s}
+            every = self.selector.group.gather(own)
+            logs = logs | {k: sum(each[k] for each in every) / len(every) for k in own}
         super().log(logs, *args, **kwargs)
 
     def start_selecting(self) -> None:
@@ -157,10 +159,12 @@ class SelectTrainerMixin(_Base):
         Called when training begins, after the Trainer has prepared and resumed all of its own.
         """
         args = self.args
-        if args.world_size * max(1, args.n_gpu) > 1:
+        if args.n_gpu > 1 or self.is_deepspeed_enabled:
+            got = "DeepSpeed" if self.is_deepspeed_enabled else f"{args.n_gpu} devices in one"
             raise ValueError(
-                f"selection must run in one process on one device, got world_size "
-                f"{args.world_size} and {args.n_gpu} devices; set CUDA_VISIBLE_DEVICES to one"
+                f"selection must run with one device to a process, by DistributedDataParallel or "
+                f"FSDP2 (fsdp_config={{'fsdp_version': 2}}), got {got}; start it with torchrun, or "
+                "set CUDA_VISIBLE_DEVICES to one"
             )
         options: dict[str, Any] = {
             "lr_scheduler": self.lr_scheduler,
@@ -168,9 +172,9 @@ class SelectTrainerMixin(_Base):
             "pools_per_update": args.gradient_accumulation_steps,
             "seed": args.seed,
         } | self._select_options
-        assert isinstance(self.model, nn.Module)
+        assert isinstance(self.model_wrapped, nn.Module)
         self.selector = Selector(
-            self.model,
+            self.model_wrapped if args.world_size > 1 else self.model,  # type: ignore[arg-type]
             self.optimizer,  # type: ignore[arg-type]
             self._scored_losses,
             self._target_batches(),
@@ -180,7 +184,7 @@ class SelectTrainerMixin(_Base):
         self._source, self._is_compared = None, False
         self._means, self._select_s = metrics.Means(), 0.0
         if self._resume_from is not None:
-            self._load(Path(self._resume_from, STATE_FILE))
+            self._load(Path(self._resume_from, self._state_file()))
 
     def save_selector(self, folder: Path) -> None:
         """Write the selector's state into a checkpoint folder.
@@ -188,15 +192,20 @@ class SelectTrainerMixin(_Base):
         Pools that were only peeked at are left out: a resumed Trainer draws them again.
         """
         assert self.selector is not None
-        with atomic_file(folder / STATE_FILE) as file:
+        with atomic_file(folder / self._state_file()) as file:
             torch.save(self.selector.state_dict(with_peeked=False), file)
+
+    def _state_file(self) -> str:
+        """In each checkpoint folder; of several processes each has its own."""
+        num, rank = self.args.world_size, self.args.process_index
+        return STATE_FILE if num == 1 else f"selector-{rank}-of-{num}.pt"
 
     def _load(self, path: Path) -> None:
         assert self.selector is not None
         if not path.exists():
             _log.warning(
-                "%s does not exist: the checkpoint was saved without selection, or not to its end; "
-                "selection begins afresh here",
+                "%s does not exist: the checkpoint was saved without selection, by another number "
+                "of processes, or not to its end; selection begins afresh here",
                 path,
             )
             return
@@ -247,6 +256,6 @@ class _SelectorCallback(TrainerCallback):
         self._trainer.start_selecting()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not args.save_only_model and args.should_save:
+        if not args.save_only_model and (args.should_save or args.world_size > 1):
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             self._trainer.save_selector(folder)

@@ -112,6 +112,7 @@ def check_loss(trainer: Trainer, pool: Batch, loss_fn: LossFn, is_default: bool)
     model = trainer.model
     assert isinstance(model, nn.Module)
     objective = Objective(model, loss_fn)
+    losses = []
     for at in range(min(_NUM_COMPARED, num_examples(pool))):
         index = torch.tensor([at])
         with objective.scoring():
@@ -131,6 +132,8 @@ def check_loss(trainer: Trainer, pool: Batch, loss_fn: LossFn, is_default: bool)
                     error,
                 )
                 return
+        losses.append((ours, theirs))
+    for at, (ours, theirs) in enumerate(losses):  # after all passes, which sharded models share
         if not _is_same(ours, theirs, next(model.parameters()).dtype):
             text = _difference(trainer, model, at, ours, theirs)
             if is_default:
