@@ -1,11 +1,14 @@
 """Selection in several processes on the models and settings that people shard."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from processes import Processes
-from test_distributed import KEEP, POOL, TARGET, Net, data, losses, make, whole
+from test_distributed import KEEP, POOL, TARGET, Net, data, in_parallel, losses, make, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -321,3 +324,35 @@ def test_what_would_go_apart_is_refused_by_all(two, case, message):
     for found in two.run(refused, case):
         assert found is not None
         assert message in found
+
+
+# --- accelerate -----------------------------------------------------------------------------------
+
+
+def by_accelerate(port, num_steps):
+    rank = dist.get_rank()
+    environ = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in environ.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = make(None)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    target = data(rank, 3, TARGET, seed=1, noise=0)
+    selector = Selector(
+        model, optimizer, losses, target, keep=KEEP, horizon=1, derivative="central"
+    )
+    keys = []
+    for batch in selector.stream(data(rank, num_steps, POOL)):
+        keys.append(batch["key"])
+        optimizer.zero_grad()
+        accelerator.backward(losses(model, batch).mean())
+        optimizer.step()
+    return keys, whole(model)
+
+
+def test_prepared_by_accelerate(two):
+    found = two.run(by_accelerate, 29500, 8)
+    expected = two.run(in_parallel, "ddp", 1, 8)
+    for (keys, weights), (steps, others) in zip(found, expected, strict=True):
+        assert keys == [kept for _, kept in steps]
+        assert torch.equal(weights, others)
