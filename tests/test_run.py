@@ -21,6 +21,7 @@ from selectflow.data import (
     read_batches,
     read_metadata,
 )
+from selectflow.report.runs import load_run
 from selectflow.run import ledger as ledger_module
 from selectflow.run.build import build_horizon, build_schedule
 from selectflow.run.config import RunConfig
@@ -149,7 +150,8 @@ def test_a_nan_names_step_and_samples_and_keeps_the_weights_before(digits, tmp_p
     with pytest.raises(FloatingPointError, match=r"must be finite.*step 4.*digit-|step 4.*digit-"):
         train(config(tmp_path, select={"strategy": strategy}), made)
     summary = json.loads((tmp_path / "trial" / "summary.json").read_text())
-    assert (summary["status"], summary["steps"]) == ("failed", 4)
+    assert (summary["status"], summary["steps"], summary["diverged_at"]) == ("failed", 4, 5)
+    assert load_run(tmp_path / "trial").status == "diverged"
     saved = torch.load(tmp_path / "trial" / "checkpoints" / "step-00000004.pt")
     assert all(value.isfinite().all() for value in saved["model"].values())
     assert len(read_ledger(tmp_path / "trial")) == 4 * 8

@@ -15,7 +15,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -99,9 +99,11 @@ def _train(run: _Run) -> None:
             run.finish(status)
         except BaseException as error:
             with contextlib.suppress(OSError):  # it would hide why the run ends
+                diverged = {}
                 if isinstance(error, FloatingPointError):
                     run.save()
-                run.finish("failed")
+                    diverged = {metrics.DIVERGED_AT: run.step + 1}
+                run.finish("failed", diverged)
             raise
         finally:
             # the run directory stays locked until all is written; an error was raised above
@@ -205,8 +207,8 @@ class _Run:
             self.checkpoints.save(self.step, self.state_dict())
             self.saved_at = self.step
 
-    def finish(self, status: str) -> None:
-        """Write the rest of the log, and how the run ended."""
+    def finish(self, status: str, facts: Mapping[str, int] | None = None) -> None:
+        """Write the rest of the log, how the run ended, and other facts of its end."""
         self.ledger.flush()
         if status == "finished":
             if self.task.save:
@@ -214,7 +216,8 @@ class _Run:
             self.samples.show_all()
         upfront = {metrics.UPFRONT_S: self.upfront_s} if self.config.select.is_offline else {}
         errors = {"errors_by_shard": errors} if (errors := self.pools.errors) else {}
-        self.tracker.finish({"status": status, "steps": self.step} | upfront | errors)
+        ended = {"status": status, "steps": self.step} | dict(facts or {})
+        self.tracker.finish(ended | upfront | errors)
 
     def state_dict(self) -> dict[str, Any]:
         return {
