@@ -370,7 +370,7 @@ def tune(
     from selectflow.tune.space import load_sweep
 
     loaded = load_sweep(sweep)
-    folder = out or Path("runs", loaded.name)
+    folder = out or Path("runs", loaded.plain_name)
     if wandb:
         found = server.serve(loaded, count)
     else:

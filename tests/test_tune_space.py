@@ -1,6 +1,7 @@
 """Sweep files: what W&B's format becomes, and what is refused and why."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from selectflow.cli import main
 from selectflow.run.config import ConfigError, load
-from selectflow.run.yaml import dump_yaml
+from selectflow.run.yaml import as_override, dump_yaml, set_key
+from selectflow.tune.domains import encode
 from selectflow.tune.space import Choice, Range, load_sweep
 from selectflow.tune.wandb import wandb_spec
 
@@ -110,6 +112,88 @@ def test_every_run_has_a_directory_of_its_own():
     found = sweep({"optimizer.lr": {"values": [1e-3, 1e-2]}, "select.keep": {"values": [1, 1.0]}})
     overrides = found.local_overrides(Path("out"), None)
     assert len({found.load(each, overrides).run_dir for each in found.grid()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "kept"),
+    [
+        ("select.keep", [1, 1.0], [1, 1.0]),
+        ("select.horizon", [0, 1, math.inf, 1, math.inf], [0, 1, math.inf]),
+        ("optimizer.lr", [1e-3, 0.001, 1, 1.0], [1e-3, 1]),  # a rate of 1 is one of 1.0
+        ("model.hidden", [[8], [8], [8, 8]], [[8], [8, 8]]),
+        ("optimizer.max_grad_norm", [None, 1.0, None], [None, 1.0]),
+        ("seed", [0, 1, 0], None),
+    ],
+)
+def test_a_value_is_a_cell_once_and_values_that_python_calls_equal_are_two(key, values, kept):
+    found = sweep({key: {"values": values}, "steps": {"value": 5}}, method="random", run_cap=9)
+    if kept is None:
+        assert found.seeds == (0, 1)
+        return
+    assert [(type(x), x) for x in found.domains[key].values] == [(type(x), x) for x in kept]
+
+
+def test_optuna_tells_values_apart():
+    assert encode([1, 1.0, True, "1", None]) == ["1", "1.0", "true", '"1"', "null"]
+    assert encode([[1], "[1]"]) == ["[1]", '"[1]"']
+    assert encode([1, 2.5, "a", None, False, [3]]) == [1, 2.5, "a", None, False, "[3]"]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"select.params": {"values": [["!*bias*"], ["*bias*"], None]}},
+        {"select.horizon_schedule.milestones": {"values": [[[1, 2]], [[1, 2], [3, 2]]]}},
+        {"schedule.milestones": {"values": [[1, 2], [12], [1], []]}},
+        {"model.pretrained": {"values": [None, "None", "none", "a/b", "a-b", "a b", "1", "1.0"]}},
+        # the end of one value and the name of the next parameter
+        {
+            "model.pretrained": {"values": ["a-project1", "a"]},
+            "track.project": {"values": ["b", "1-projectb", "2"]},
+        },
+        {"model.pretrained": {"values": ["x" * 300 + "a", "x" * 300 + "b"]}},
+        {"data.text.mixture": {"values": [{"code": 0.5, "prose": 0.5}, {"code": 0.5}]}},
+    ],
+)
+def test_two_cells_never_share_a_directory(parameters):
+    Path("base.yaml").write_text("name: base\ndata: {text: {num_train: 100}}\n")
+    found = sweep(parameters)
+    cells = found.grid()
+    dirs = [found.load(each, found.local_overrides(Path("out"), None)).run_dir for each in cells]
+    assert len({str(path) for path in dirs}) == len(cells)
+    assert all(len(path.name) < 220 for path in dirs)
+
+
+@pytest.mark.parametrize(
+    "name", ["Test Wandb", "Sweep: lr", "{lr}", "été", "..", "a/b", "- x", "a\nsteps: 3", "'\"#"]
+)
+def test_a_sweep_may_have_any_name(name):
+    found = sweep({"steps": {"values": [5, 6]}}, name=name)
+    assert found.name == name
+    spec = wandb_spec(found)
+    assert spec["name"] == name
+    config = load("base.yaml", [*spec["command"][4:-1], "steps=5"])
+    assert re.fullmatch(r"[A-Za-z0-9][\w.-]*-steps5-s0", config.run_name, re.ASCII)
+    assert found.plain_name != sweep({"steps": {"value": 5}}, name=f"{name}?").plain_name
+
+
+def test_a_plain_name_stays_as_it_is():
+    assert sweep({"steps": {"value": 5}}, name="lr_sweep-2.b").plain_name == "lr_sweep-2.b"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a: b", "- a", "#x", "a #b", "yes", "010", "1e3", "null", "~", "", " a", "été 😀", "a\nb",
+        "\t\x85\u2028", "'\"", "[a, b]", "2024-01-31", "1:30", "<<", "=", 1, 1.0, True, None,
+        math.inf, -math.inf, 1e-5, [1, [2.0, None]], {"a": [1, "b: c"]}, [math.inf],
+    ],
+)  # fmt: skip
+def test_an_override_says_the_value_whatever_it_is(value):
+    values = {}
+    assert set_key(values, as_override("a", value), ["a"], "a=1") is None
+    assert values == {"a": value}
+    assert type(values["a"]) is type(value)
 
 
 def test_the_shipped_sweep_is_one(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -35,6 +36,49 @@ RunName = Annotated[
         _matches(r"[A-Za-z0-9](\{[a-z_.]+\}|[A-Za-z0-9._-])*"),
     ),
 ]
+_LONGEST = 180  # of a run's name: files of it have a little more
+
+
+def plain_name(text: str) -> str:
+    """A text as a directory name: '-' for what it may not hold, and then a digest of the text.
+
+    So two texts have two names, and one that is such a name keeps it.
+    """
+    return text if _cleaned(text) == text else f"{_cleaned(text)}-{_digest(text)}".lstrip("-")
+
+
+def name_of(value: object) -> str:
+    """A value of a configuration as a part of a name, another one for another value.
+
+    A number, a flat list of numbers and a word are told from its text; anything else has a digest.
+    """
+    text = str(value)
+    if isinstance(value, int | float) or value is None:
+        return text
+    if isinstance(value, tuple) and all(isinstance(each, int | float) for each in value):
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
+    if isinstance(value, str) and not _is_like_another(value):
+        return plain_name(value)
+    return f"{_cleaned(text)}-{_digest(repr(value))}"
+
+
+def _cleaned(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-").lstrip("._-")[:_LONGEST]
+
+
+def _is_like_another(text: str) -> bool:
+    """Whether a string reads as a number, or as what is no string."""
+    try:
+        float(text)
+    except ValueError:
+        return text in ("None", "True", "False")
+    return True
+
+
+def _digest(text: str) -> str:
+    return f"{zlib.crc32(text.encode(errors='surrogatepass')):08x}"
+
+
 Device = Annotated[
     str,
     must_be("auto, cpu, cuda, cuda:N, mps or xpu", _matches(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")),
@@ -102,9 +146,9 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
 
     @property
     def run_name(self) -> str:
-        """The name with its {keys} filled in, '-' for what a directory name may not hold."""
-        filled = re.sub(r"\{([a-z_.]+)\}", lambda key: str(attrgetter(key[1])(self)), self.name)
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", filled)
+        """The name with its {keys} filled in, each value as `name_of` has it."""
+        filled = re.sub(r"\{([a-z_.]+)\}", lambda key: name_of(attrgetter(key[1])(self)), self.name)
+        return filled if len(filled) <= _LONGEST else f"{filled[:_LONGEST]}-{_digest(filled)}"
 
     @property
     def run_dir(self) -> Path:

@@ -4,6 +4,7 @@ YAML is read as people write it: `1e-3` is a number, a key given twice is an err
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -66,6 +67,14 @@ def parse_yaml(text: str) -> Any:
 def dump_yaml(values: Mapping[str, Any]) -> str:
     """The YAML of plain values, which `parse_yaml` reads back to equal ones; lists on one line."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def as_override(key: str, value: Any) -> str:
+    """`key=value` with a plain value as YAML, which `set_key` reads back to an equal one."""
+    text = yaml.dump(
+        [value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf
+    )
+    return f"{key}={text.strip()[1:-1]}"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from operator import attrgetter
@@ -11,8 +10,10 @@ from typing import Any
 
 from selectflow.report.runs import Run
 from selectflow.run.config import ConfigError, RunConfig, load
-from selectflow.tune.cells import Cells, State, cell_of_runs, cells_of, load_logged
-from selectflow.tune.space import Sweep, TuneError, as_override
+from selectflow.run.yaml import as_override
+from selectflow.tune.domains import identity
+from selectflow.tune.results import Cells, State, cell_of_runs, cells_of, load_logged
+from selectflow.tune.space import Sweep, TuneError
 
 
 def wandb_spec(sweep: Sweep) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def cells_of_runs(sweep: Sweep, run_dirs: Iterable[Path]) -> Cells:
     groups: dict[str, list[tuple[RunConfig, Run]]] = {}
     for run in load_logged(run_dirs):
         config = load(Path(run.where) / "config.yaml")
-        groups.setdefault(json.dumps(_setting_in(sweep, config)), []).append((config, run))
+        groups.setdefault(identity(_setting_in(sweep, config)), []).append((config, run))
     num = len(sweep.seeds) if sweep.keys.method == "grid" else 1
     cells = []
     for members in groups.values():
@@ -104,7 +105,7 @@ def _run_dirs(sweep: Sweep) -> list[Path]:
 
 
 def _name(sweep: Sweep) -> str:
-    return f"{sweep.name}-{sweep.run_name()}"
+    return f"{sweep.plain_name}-{sweep.run_name()}"
 
 
 def _without_infinities(value: Any) -> Any:
