@@ -302,7 +302,7 @@ def compare(
     reach: float | None = _option("LOSS", "Value of it (default: baseline's last, same seed)."),
     partial: bool = _option(None, "Unfinished runs too, as far as they got.", False, "--partial"),
     wandb: Literal["online", "offline"] | None = _option("[MODE]", _WANDB_HELP),
-    project: str = _option("NAME", "W&B project.", "selectflow"),
+    project: str | None = _option("NAME", "W&B project (default WANDB_PROJECT, or selectflow)."),
 ) -> None:
     """Tables, pictures and a page of several runs."""
     from selectflow.report.compare import summarize

@@ -86,18 +86,23 @@ Device = Annotated[
 
 
 class TrackConfig(Section, use_attribute_docstrings=True):
-    """Where the metrics go besides metrics.jsonl."""
+    """Where the metrics go besides metrics.jsonl.
 
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases; offline needs no login"""
-    project: str = Field(default="selectflow", min_length=1)
-    """W&B project"""
+    What is said here goes before W&B's environment variables, and they before what null stands for.
+    But WANDB_MODE=disabled switches W&B off whatever is said here, and offline keeps it offline.
+    Where WANDB_DIR is set, W&B's own files go there, else into the run directory.
+    """
+
+    wandb: Literal["disabled", "offline", "online"] | None = None
+    """Weights & Biases; offline needs no login; null: WANDB_MODE, or disabled"""
+    project: str | None = Field(default=None, min_length=1)
+    """W&B project; null: WANDB_PROJECT, or selectflow"""
     group: str | None = None
-    """W&B group: runs that are compared"""
+    """W&B group: runs that are compared; null: WANDB_RUN_GROUP, or none"""
     job_type: str | None = None
-    """W&B job type; null: the strategy, or replay"""
+    """W&B job type; null: WANDB_JOB_TYPE, or the strategy, or replay"""
     tags: tuple[str, ...] = Field(default=(), strict=False)
-    """W&B tags"""
+    """W&B tags; none: those of WANDB_TAGS"""
     kinds: bool = True
     """shares among the kept of what the data say of their samples (altered, where from), for which
     all that they say is read before the first step"""

@@ -52,11 +52,13 @@ class Tracker:
         run_dir: directory of the run; made if it does not exist.
         config: the resolved configuration in plain values.
         name: name of the run in W&B.
-        mode: disabled, offline (no login needed) or online (offline if W&B cannot be reached).
-        project: W&B project.
-        group: W&B group, the runs that are compared.
-        job_type: W&B job type.
-        tags: W&B tags.
+        mode: disabled, offline (no login needed) or online (offline if W&B cannot be reached);
+            None: WANDB_MODE, or disabled. WANDB_MODE=disabled goes before any, offline before
+            online.
+        project: W&B project; None: WANDB_PROJECT, or selectflow.
+        group: W&B group, the runs that are compared; None: WANDB_RUN_GROUP, or none.
+        job_type: W&B job type; None: WANDB_JOB_TYPE, or none.
+        tags: W&B tags; none: those of WANDB_TAGS.
         run_id: id of an earlier W&B run that this one continues; None starts a new one.
         timeout_s: seconds that W&B may take to start, and again to upload the rest at the end.
 
@@ -70,8 +72,8 @@ class Tracker:
         config: Mapping[str, Any],
         *,
         name: str,
-        mode: Literal["disabled", "offline", "online"] = "disabled",
-        project: str = "selectflow",
+        mode: Literal["disabled", "offline", "online"] | None = None,
+        project: str | None = None,
         group: str | None = None,
         job_type: str | None = None,
         tags: Sequence[str] = (),
@@ -84,12 +86,12 @@ class Tracker:
         self._resumed_at: list[int] = []  # steps of the last evaluation before each resumption
         _cut_torn_line(self._metrics)
         self._wandb = None
-        if mode != "disabled":
+        if (used := wandb.mode_of(mode)) != "disabled":
             options = {
                 "dir": str(run_dir), "config": dict(config), "name": name, "project": project,
-                "group": group, "job_type": job_type, "tags": list(tags), "id": run_id,
+                "group": group, "job_type": job_type, "tags": list(tags) or None, "id": run_id,
             }  # fmt: skip
-            self._wandb = wandb.start(options, mode, timeout_s)
+            self._wandb = wandb.start(options, used, timeout_s)
         self.run_id: str | None = self._wandb.id if self._wandb else None
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import io
 import logging
 import math
+import os
 import signal
 import sys
 import threading
@@ -302,6 +303,7 @@ def stop_request() -> Iterator[StopRequest]:
 
 def _tracker(config: RunConfig, run_id: str | None) -> Tracker:
     track, select = config.track, config.select
+    strategy = "replay" if select.replay else select.strategy
     return Tracker(
         config.run_dir,
         config.model_dump(mode="json"),
@@ -309,7 +311,7 @@ def _tracker(config: RunConfig, run_id: str | None) -> Tracker:
         mode=track.wandb,
         project=track.project,
         group=track.group,
-        job_type=track.job_type or ("replay" if select.replay else select.strategy),
+        job_type=track.job_type or os.environ.get("WANDB_JOB_TYPE") or strategy,
         tags=track.tags,
         run_id=run_id,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from operator import attrgetter
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from selectflow.report.runs import Run
 from selectflow.run.config import ConfigError, RunConfig, load
+from selectflow.run.wandb import mode_of
 from selectflow.run.yaml import as_override
 from selectflow.tune.domains import identity
 from selectflow.tune.results import Cells, State, cell_of_runs, cells_of, load_logged
@@ -42,12 +44,17 @@ def serve(sweep: Sweep, count: int | None = None) -> Cells:
         The cells of the runs that agents made of this sweep on this machine.
 
     Raises:
-        TuneError: there is no key, or no network.
+        TuneError: there is no key, no network, or W&B is off or offline by WANDB_MODE.
     """
     # Imported here alone: a sweep on this machine does not pay for it.
     import wandb  # noqa: PLC0415
 
-    project = sweep.keys.project or "selectflow"
+    if mode_of("online") != "online":
+        raise TuneError(
+            f"a sweep on W&B must be online, got WANDB_MODE={os.environ['WANDB_MODE']}; unset it, "
+            "or use --local, which needs no server"
+        )
+    project = sweep.keys.project or os.environ.get("WANDB_PROJECT") or "selectflow"
     try:
         sweep_id = wandb.sweep(wandb_spec(sweep), entity=sweep.keys.entity, project=project)
     except wandb.errors.Error as error:
