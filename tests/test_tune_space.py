@@ -177,6 +177,19 @@ def test_a_sweep_may_have_any_name(name):
     assert found.plain_name != sweep({"steps": {"value": 5}}, name=f"{name}?").plain_name
 
 
+def test_the_paths_of_a_sweep_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = [*COMMAND[:3], "~/base.yaml", COMMAND[4]]
+    found = sweep({"steps": {"value": 5}}, program="$HOME/trainer.py", command=command)
+    assert (found.keys.program, found.config) == (f"{tmp_path}/trainer.py", tmp_path / "base.yaml")
+    assert wandb_spec(found)["command"][3:5] == ["~/base.yaml", "name='sweep-s{seed}'"]
+    monkeypatch.delenv("NOWHERE", raising=False)
+    command[3] = "$NOWHERE/base.yaml"
+    assert "command must be a path whose variables are set, got '$NOWHERE/base.yaml'" in refused(
+        {"steps": {"value": 5}}, command=command
+    )
+
+
 def test_a_plain_name_stays_as_it_is():
     assert sweep({"steps": {"value": 5}}, name="lr_sweep-2.b").plain_name == "lr_sweep-2.b"
 

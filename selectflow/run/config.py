@@ -9,7 +9,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticKnownError
 
 from selectflow.options import ConfigError, Count, Directory, Section, must_be, nearest_key
 from selectflow.run.sections import (
@@ -29,12 +30,19 @@ def _matches(pattern: str) -> Callable[[object], object]:
     return lambda value: isinstance(value, str) and re.fullmatch(pattern, value)
 
 
+def _text(value: object) -> object:
+    if not isinstance(value, str):
+        raise PydanticKnownError("string_type")
+    return value
+
+
 RunName = Annotated[
     str,
     must_be(
         "a directory name of letters, digits, '.', '_' and '-'; {seed} stands for the seed",
         _matches(r"[A-Za-z0-9](\{[a-z_.]+\}|[A-Za-z0-9._-])*"),
     ),
+    BeforeValidator(_text),  # the last is the first to run
 ]
 _LONGEST = 180  # of a run's name: files of it have a little more
 

@@ -20,10 +20,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from selectflow.options import ConfigError, Count, Section, describe
+from selectflow.options import ConfigError, Count, Section, describe, expanded
 from selectflow.run.config import RunConfig, load, plain_name
 from selectflow.run.yaml import as_override, read_yaml
 from selectflow.tune.domains import (
@@ -82,7 +82,9 @@ class Hyperband(Section):
 class SweepFile(Section):
     """The keys of a sweep file."""
 
-    program: str = Field(description="the trainer, a Python file")
+    program: Annotated[str, BeforeValidator(expanded)] = Field(
+        description="the trainer, a Python file"
+    )
     method: Literal["grid", "random", "bayes"] = Field(description="how settings are chosen")
     metric: Metric = Field(description="what is optimized")
     parameters: dict[str, Any] = Field(min_length=1, description="what varies")
@@ -262,7 +264,7 @@ def _disagreements(keys: SweepFile, domains: Mapping[str, Domain]) -> Iterator[s
 def _configuration(keys: SweepFile, problems: list[str]) -> tuple[Path, tuple[str, ...]]:
     """The YAML and the overrides in a sweep's command."""
     rest = [word for word in keys.command if word not in _MACROS and word != "python"]
-    configs = [word for word in rest if "=" not in word and word.endswith((".yaml", ".yml"))]
+    configs = [word for word in rest if is_config(word)]
     others = [word for word in rest if word not in configs and "=" not in word]
     if others or len(configs) != 1 or _MACROS[2] not in keys.command:
         at = f"{others[0]!r} in it" if others else list(keys.command)
@@ -270,7 +272,17 @@ def _configuration(keys: SweepFile, problems: list[str]) -> tuple[Path, tuple[st
         return Path(), ()
     if _MACROS[3] not in keys.command:
         problems.append(f"command must hold {_MACROS[3]}, where the parameters go")
-    return Path(configs[0]), tuple(word for word in rest if "=" in word)
+    try:
+        config = Path(str(expanded(configs[0])))
+    except PydanticCustomError as error:
+        problems.append(f"command {error.message()}, got {configs[0]!r} in it")
+        return Path(), ()
+    return config, tuple(word for word in rest if "=" in word)
+
+
+def is_config(word: str) -> bool:
+    """Whether a word of a sweep's command is the YAML of the runs."""
+    return "=" not in word and word.endswith((".yaml", ".yml"))
 
 
 def _samples(sweep: Sweep) -> list[dict[str, Any]]:

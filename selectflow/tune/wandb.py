@@ -15,7 +15,7 @@ from selectflow.run.wandb import mode_of
 from selectflow.run.yaml import as_override
 from selectflow.tune.domains import identity
 from selectflow.tune.results import Cells, State, cell_of_runs, cells_of, load_logged
-from selectflow.tune.space import Sweep, TuneError
+from selectflow.tune.space import Sweep, TuneError, is_config
 
 
 def wandb_spec(sweep: Sweep) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def wandb_spec(sweep: Sweep) -> dict[str, Any]:
     text, which the run's configuration reads as a number again.
     """
     command = list(sweep.keys.command)
-    after = command.index(str(sweep.config)) + 1
+    after = next(place for place, word in enumerate(command, 1) if is_config(word))
     name = as_override("name", _name(sweep))
     spec: dict[str, Any] = _without_infinities(sweep.raw)
     spec["command"] = [*command[:after], name, "track.wandb=online", *command[after:]]
