@@ -29,6 +29,7 @@ _LOOK_AHEAD = (
 )  # fmt: skip
 _INFINITE = (math.inf, "Infinity", "inf", ".inf")  # as YAML and as W&B return it
 
+_ENDED = ("finished", "diverged")
 _STATES = {"running": "still running", "stopped": "stopped by a signal"}
 
 Groups = dict[str, list[Run]]
@@ -144,8 +145,8 @@ def finished(runs: Sequence[Run], partial: bool) -> tuple[list[Run], list[Run], 
     diverged has come to its end: what is left of its group is not all of it.
     """
     # One crashed run would otherwise pull the common last step of all the others down to its own.
-    done = [run for run in runs if run.status in ("finished", "diverged")]
-    others = [run for run in runs if run not in done]
+    done = [run for run in runs if run.status in _ENDED]
+    others = [run for run in runs if run.status not in _ENDED]
     none_finished = all(run.status != "finished" for run in runs)
     if partial or none_finished:
         notes = [f"as far as it got, {_state(run)}" for run in others]
