@@ -4,20 +4,10 @@ import os
 
 # The models are tiny: threads would cost more than they gain, here and in subprocesses.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Whoever runs the suite may have W&B switched off, or elsewhere.
-for _name in (
-    "MODE",
-    "DIR",
-    "PROJECT",
-    "ENTITY",
-    "RUN_GROUP",
-    "JOB_TYPE",
-    "TAGS",
-    "NAME",
-    "RUN_ID",
-):
-    os.environ.pop(f"WANDB_{_name}", None)
 
 import torch
 
 torch.set_num_threads(1)
+# Whoever runs the suite may have W&B switched off, or elsewhere.
+for name in ("MODE", "DIR", "PROJECT", "ENTITY", "RUN_GROUP", "JOB_TYPE", "TAGS", "NAME", "RUN_ID"):
+    os.environ.pop(f"WANDB_{name}", None)

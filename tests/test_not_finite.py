@@ -12,7 +12,7 @@ from synthetic_runs import make_run
 from selectflow.cli import main
 from selectflow.report import figures, runs
 from selectflow.report.compare import holm, paired, stat, summarize
-from selectflow.report.page import to_report
+from selectflow.report.page import to_report, write_outputs
 from selectflow.report.runs import (
     ReportError,
     broken_at,
@@ -23,7 +23,7 @@ from selectflow.report.runs import (
     value_at,
 )
 from selectflow.report.tables import grids, sentences, to_records
-from selectflow.run.wandb import RemoteRun
+from selectflow.run.wandb import RemoteRun, log_report
 
 NAN = float("nan")
 
@@ -189,6 +189,15 @@ def test_a_line_ends_where_the_run_diverged(tmp_path):
     assert cross.get_xydata().tolist() == [[20, 0.4]]
     (chart, *_) = to_report(summarize([run]), []).charts.values()
     assert list(chart.lines.values()) == [([10, 20], [50.0, 60.0])]
+
+
+def test_runs_that_never_had_a_number_are_drawn_as_nothing(tmp_path):
+    comparison = summarize([make_run(tmp_path / "a", [NAN, NAN])])
+    written = write_outputs(comparison, [], tmp_path / "out")
+    report = to_report(comparison, written)
+    assert report.charts == {}
+    assert math.isnan(report.summary["online H=1 K=1/quality_mean"])
+    assert log_report(report, tmp_path, mode="offline")
 
 
 def test_the_command_says_it_everywhere(tmp_path, capsys):

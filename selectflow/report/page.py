@@ -156,10 +156,11 @@ def to_report(comparison: Comparison, written: list[Path]) -> Report:
         f"over_{axis.metric.rpartition('/')[2]}/{panel.title.replace(' ', '_')}": Chart(
             panel.y_label,
             panel.x_label,
-            {line.label: _finite(line.curve) for line in panel.lines},
+            lines,
         )
         for axis in figures.axes_of(comparison)
         for panel in figures.curves(comparison, axis)
+        if (lines := {line.label: p for line in panel.lines if (p := _finite(line.curve))[0]})
     }
     return Report(
         config={
