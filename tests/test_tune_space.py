@@ -230,6 +230,8 @@ def test_the_shipped_sweep_is_one(monkeypatch):
         ({"steps": {"values": []}}, "parameters.steps.values must be a list that is not empty"),
         ({"steps": {"min": 1}}, "parameters.steps must have min and max (uniform), got ['min']"),
         ({"optimizer.lr": {"min": 0.1, "max": 0.2}}, "optimizer.lr must have values in a grid"),
+        ({"num_threads": {"values": [1, 2]}}, "parameters.num_threads must have one value"),
+        ({"name": {"values": ["a", "b"]}}, "parameters.name must have one value: each run of a"),
         ({"seed": {"values": [0.5]}, "steps": {"value": 1}}, "seed must have integer values"),
         (
             {"optimizer.lr": {"distribution": "log_uniform_value", "min": 1, "max": 2}},

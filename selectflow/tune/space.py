@@ -37,6 +37,8 @@ from selectflow.tune.domains import (
 )
 
 _MACROS = ("${env}", "${interpreter}", "${program}", "${args_no_hyphens}")
+# set for every run here, so that cells which differ in them alone would be one run
+_OWN = {"name", "root", "resume", "overwrite", "num_threads"}
 _COMMAND = f"[{', '.join(_MACROS[:3])}, CONFIG.yaml, {_MACROS[3]}]"
 
 
@@ -256,6 +258,9 @@ def _disagreements(keys: SweepFile, domains: Mapping[str, Domain]) -> Iterator[s
                 yield f"parameters.{key} must have values in a grid, got a range"
     elif keys.run_cap is None:
         yield f"run_cap must be given when method is {keys.method}, got None; how many cells?"
+    for key in sorted(domains.keys() & _OWN):
+        if len(_ends(domains[key])) > 1:
+            yield f"parameters.{key} must have one value: each run of a sweep is given its own"
     seeds = domains.get("seed", Choice((0,)))
     if not isinstance(seeds, Choice) or not all(isinstance(seed, int) for seed in seeds.values):
         yield "parameters.seed must have integer values, each of which every cell is run with"
