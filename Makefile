@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 SEEDS ?= 0 1 2 3 4
 
-.PHONY: demo test test-slow test-gpu lint format docs results bench study-proxy study-adaptive clean
+.PHONY: demo test test-slow package test-gpu lint format docs results bench study-proxy study-adaptive clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,10 @@ test: $(READY)
 # What takes minutes: the slow tests, among them the demo's claims over five seeds.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# The package, built and installed into an empty environment, runs there.
+package: $(READY)
+	$(BIN)/python -m pytest -m slow tests/test_package.py
 
 # Precision, memory and cost on a CUDA device, some minutes; skips itself without one.
 test-gpu: $(READY)

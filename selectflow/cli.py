@@ -1,4 +1,7 @@
-"""The command line: `selectflow shards | select | compare | audit | tune | schema`."""
+"""The command line: `selectflow init | shards | select | compare | audit | tune | doctor | ...`.
+
+`--install-completion` makes the shell complete them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 # A command imports what it alone needs when it runs, so that the others start quickly.
 _tell = partial(print, flush=True)
-_group = partial(typer.Typer, rich_markup_mode=None, add_completion=False)
+_group = partial(typer.Typer, rich_markup_mode=None)
 app = _group(
     help="Online data selection for PyTorch.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -122,6 +125,29 @@ def _mixture(text: str) -> dict[str, float]:
         raise typer.BadParameter(
             f"must be NAME=SHARE,..., as code=0.2,prose=0.5,shuffled=0.3, got {text!r}"
         ) from None
+
+
+@app.command()
+def init(
+    kind: Literal["vision", "language"] = _argument("KIND", "vision or language."),
+    folder: Path = _argument("DIR", "Where to (default: here).", Path(".")),
+) -> None:
+    """Write a trainer and commented configurations to begin with."""
+    from selectflow.run.starters import write_starter
+
+    written = write_starter(kind, folder)
+    trainer, config = (path.relative_to(folder) for path in written[:2])
+    print(f"wrote {', '.join(map(str, written))}")
+    print(f"to run it{'' if folder == Path() else f' in {folder}'}: python {trainer} {config}")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, precision, and what is missing for which extra."""
+    from selectflow.run.doctor import examine
+
+    for line in examine():
+        print(line)
 
 
 @shards.command()
@@ -302,7 +328,7 @@ def compare(
     reach: float | None = _option("LOSS", "Value of it (default: baseline's last, same seed)."),
     partial: bool = _option(None, "Unfinished runs too, as far as they got.", False, "--partial"),
     wandb: Literal["online", "offline"] | None = _option("[MODE]", _WANDB_HELP),
-    project: str = _option("NAME", "W&B project.", "selectflow"),
+    project: str | None = _option("NAME", "W&B project (default WANDB_PROJECT, or selectflow)."),
 ) -> None:
     """Tables, pictures and a page of several runs."""
     from selectflow.report.compare import summarize
@@ -370,7 +396,7 @@ def tune(
     from selectflow.tune.space import load_sweep
 
     loaded = load_sweep(sweep)
-    folder = out or Path("runs", loaded.name)
+    folder = out or Path("runs", loaded.plain_name)
     if wandb:
         found = server.serve(loaded, count)
     else:

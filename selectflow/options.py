@@ -6,6 +6,7 @@ of its errors, are here as well.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
@@ -72,6 +73,9 @@ def describe(error: Mapping[str, Any], known: Sequence[str]) -> str:
     path = ".".join(str(part) for part in error["loc"] if part not in ("int", "float"))
     kind, message, value = error["type"], error["msg"], error["input"]
     if kind in ("extra_forbidden", "invalid_key"):
+        section, _, leaf = path.partition(".")
+        if path in known and len(error["loc"]) == 1:  # dotted, as only an override is
+            return f"{path} must be nested, got {value!r}; write {section}: {{{leaf}: ...}}"
         return f"{path} must be a known key, got {value!r}{nearest_key(path, known)}"
     if kind == "missing":
         return f"{path} must be given"
@@ -79,6 +83,9 @@ def describe(error: Mapping[str, Any], known: Sequence[str]) -> str:
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         near = nearest(str(value), choices)
         return f"{path} must be one of {', '.join(choices)}, got {value!r}{near}"
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        fix = f"put it in quotes, on a command line as '{path}=\"{value}\"'"
+        return f"{path} must be a string, got {value!r}; {fix}"
     rule = _RULES.get(kind, message.removeprefix("Input should be ").removeprefix("must be "))
     return f"{path} must be {rule}, got {value!r}{error.get('ctx', {}).get('fix', '')}"
 
@@ -139,7 +146,26 @@ def _known_strategy(value: object) -> object:
 
 Count = Annotated[int, Field(ge=1), must_be("an integer >= 1", is_count)]
 # YAML has lists and strings where Python has tuples and paths; only the container is lax.
-Directory = Annotated[Path, Field(strict=False)]
+
+
+def expanded(value: object) -> object:
+    """A path or URL of a configuration with `~` and `$NAME` filled in, which no shell has done.
+
+    Raises:
+        PydanticCustomError: a variable of a path is not set, or a user not known.
+    """
+    if not isinstance(value, str | Path):
+        return value
+    filled = os.path.expandvars(os.path.expanduser(value))
+    if "://" in filled:
+        return filled  # "$" may be a part of it
+    if left := re.search(r"\$(\w+|\{\w+\})", filled) or re.match(r"~\w*", filled):
+        rule, fix = "a path whose variables are set", f"; {left[0]} is not, set it or write it out"
+        raise PydanticCustomError("rule", "must be {rule}", {"rule": rule, "fix": fix})
+    return type(value)(filled)
+
+
+Directory = Annotated[Path, BeforeValidator(expanded), Field(strict=False)]
 
 
 class SelectOptions(Section):

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from selectflow.cli import main
 from selectflow.run.config import ConfigError, RunConfig, json_schema, load, to_yaml
+from selectflow.run.yaml import dump_yaml, parse_yaml
 
 CONFIGS = sorted(
     path
@@ -169,6 +171,108 @@ def test_an_override_mends_a_wrong_value_of_the_file(tmp_path):
 def test_files_that_are_no_configuration(tmp_path, text, rule):
     with pytest.raises(ConfigError, match=re.escape(rule)):
         load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10), ("08", 8), ("-007", -7), ("0o10", 8), ("0x1F", 31), ("0b11", 3),
+        ("1_000", 1000), ("1e3", 1000.0), ("1e-3", 0.001), ("-.5e+1", -5.0),
+        (".inf", math.inf), ("1.", 1.0),
+        ("2024-01-31", "2024-01-31"), ("1:30", "1:30"), ("12:30:45.5", "12:30:45.5"), ("=", "="),
+        ("0o8", "0o8"), ("1e", "1e"), ("yes", True), ("~", None),
+    ],
+)  # fmt: skip
+def test_scalars_are_those_of_yaml_1_2(text, value):
+    found = parse_yaml(text)
+    assert (found, type(found)) == (value, type(value))
+    if isinstance(value, str):
+        assert parse_yaml(dump_yaml({"a": value})) == {"a": value}
+
+
+def test_what_any_version_of_yaml_takes_for_another_type_is_quoted():
+    """config.yaml is read by others, too: PyYAML reads 1.1."""
+    texts = ["010", "08", "0o10", "1:30", "2024-01-31", "yes", "1e3", "1_000", "=", "<<", "null"]
+    assert yaml.safe_load(dump_yaml({"a": texts})) == {"a": texts}
+
+
+def test_merged_keys_are_not_keys_given_twice():
+    text = """
+base: &b {lr: 1, eps: 2}
+x: {inner: &i {<<: *b, lr: 3}}
+z: {<<: *i, wd: 4}
+first: {<<: [*b, *i], wd: 4}
+second: {wd: 4, <<: [*i, *b], eps: 5}
+again: {<<: *i}
+"""
+    found = parse_yaml(text)
+    assert found["x"] == {"inner": {"lr": 3, "eps": 2}}
+    assert found["z"] == {"lr": 3, "eps": 2, "wd": 4}
+    # of several that are merged the first wins, and the mapping's own key before them all
+    assert found["first"] == {"lr": 1, "eps": 2, "wd": 4}
+    assert found["second"] == {"lr": 3, "eps": 5, "wd": 4}
+    assert found["again"] == {"lr": 3, "eps": 2}
+    assert parse_yaml("{1: a, '1': b}") == {1: "a", "1": "b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("x: &b {a: 1}\ny: {<<: *b, a: 1, a: 2}", "key 'a' given twice in line 2, column 19"),
+        ("x: &b {a: 1}\ny: {<<: *b, <<: *b}", "key '<<' given twice; merge several by <<: [*a"),
+        ("{a: {b: 1, 'b': 2}}", "key 'b' given twice"),
+        ("{1: a, 0x1: b}", "key '0x1' given twice"),
+        ("{<<: 3}", "<< must be a mapping, or a list of mappings in line 1"),
+        ("!!int a", "must be YAML: invalid literal for int"),
+    ],
+)
+def test_keys_that_are_given_twice(text, rule):
+    with pytest.raises(ConfigError, match=re.escape(rule)):
+        parse_yaml(text)
+
+
+@pytest.mark.parametrize("name", ["123", "007", "1e3", "yes"])
+def test_a_name_that_reads_as_a_number_is_to_be_quoted(tmp_path, name):
+    (problem,) = problems(write(tmp_path, f"name: {name}"))
+    assert problem.startswith("name must be a string, got ")
+    assert "; put it in quotes, on a command line as 'name=" in problem
+    assert load(write(tmp_path, f"name: '{name}'")).run_name == name
+    assert load(write(tmp_path, "name: a"), [f'name="{name}"']).run_name == name
+
+
+def test_a_date_is_a_name_and_a_number_with_zeros_a_seed(tmp_path):
+    config = load(write(tmp_path, "name: 2024-01-31\nseed: 010"), ["data.seed=009"])
+    assert (config.run_name, config.seed, config.data.seed) == ("2024-01-31", 10, 9)
+
+
+def test_a_dotted_key_in_a_file_is_to_be_nested(tmp_path):
+    assert problems(write(tmp_path, "name: a\nselect.horizon: 2\nselect.horizn: 2")) == [
+        "select.horizon must be nested, got 2; write select: {horizon: ...}",
+        "select.horizn must be a known key, got 2; did you mean select.horizon?",
+    ]
+
+
+def test_paths_are_expanded_as_by_a_shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    path = write(tmp_path, "name: a\nroot: ~/runs\ndata: {root: '${SCRATCH}/d'}")
+    config = load(path, ["select.replay=$SCRATCH/other", "model.pretrained=~/weights"])
+    assert config.run_dir == tmp_path / "runs" / "a"
+    assert config.data.directory == Path("/scratch/me/d")
+    assert config.select.replay == Path("/scratch/me/other")
+    assert config.model.pretrained == f"{tmp_path}/weights"
+    assert load(write(tmp_path, to_yaml(config))) == config
+    text = load(path, ["data.text.source=files:~/t", "data.text.tokenizer=$SCRATCH/tok"]).data.text
+    assert (text.source, text.tokenizer) == (f"files:{tmp_path}/t", "/scratch/me/tok")
+    assert load(path, ["data.root=s3://$SCRATCH/a$b"]).data.root == "s3:///scratch/me/a$b"
+    assert load(path, ["root=a~b"]).root == Path("a~b")
+    assert problems(path, "root=$NOWHERE/runs", "data.root=~nobody-here/x") == [
+        "root must be a path whose variables are set, got '$NOWHERE/runs'; $NOWHERE is not, set it "
+        "or write it out",
+        "data.root must be a path whose variables are set, got '~nobody-here/x'; ~nobody is not, "
+        "set it or write it out",
+    ]
 
 
 def test_a_missing_file_names_its_nearest_neighbour(tmp_path):

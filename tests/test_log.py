@@ -1,6 +1,7 @@
 """The run directory and W&B: what is written, what fails loudly and what must not."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from wandb_log import offline_records
 
-from selectflow.run.log import Tracker
+from selectflow.control.rules import Decision
+from selectflow.run.log import DecisionLog, Tracker, read_decisions
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -32,12 +34,32 @@ def test_each_line_is_on_disk_when_log_returns(tmp_path):
     assert tracker.run_id is None
 
 
-def test_values_that_are_not_finite_are_null(tmp_path):
+def test_values_that_are_not_finite_are_named_as_json_can(tmp_path):
     tracker = Tracker(tmp_path, {}, name="a")
     tracker.log(1, {"a": float("nan"), "b": float("inf"), "c": 1e-300})
     tracker.finish({"d": float("-inf"), "status": "finished"})
-    assert lines(tmp_path) == [{"train/step": 1, "a": None, "b": None, "c": 1e-300}]
-    assert json.loads((tmp_path / "summary.json").read_text())["d"] is None
+    assert lines(tmp_path) == [{"train/step": 1, "a": "NaN", "b": "Infinity", "c": 1e-300}]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["a"], summary["d"]) == ("NaN", "-Infinity")
+
+
+def test_a_checkpoint_of_an_earlier_version_has_null_for_them(tmp_path):
+    tracker = Tracker(tmp_path, {}, name="a")
+    tracker.log(1, {"a": 1.0})
+    tracker.load_state_dict(tracker.state_dict() | {"last": {"train/step": 1, "a": None}})
+    tracker.finish({"status": "finished"})
+    assert json.loads((tmp_path / "summary.json").read_text())["a"] == "NaN"
+
+
+def test_a_decision_keeps_measures_that_are_not_finite(tmp_path):
+    log = DecisionLog(tmp_path)
+    log.add(Decision("horizon", 1, 2, "why", {"relative_error": math.inf, "loss": 0.5}, 3))
+    log.add(Decision("horizon", 2, 2, "why", {"trust_ratio": math.nan}, 4))
+    first, second = read_decisions(tmp_path)
+    assert first.measures == {"relative_error": math.inf, "loss": 0.5}
+    assert math.isnan(second.measures["trust_ratio"])
+    assert "relative_error" not in second.measures  # not measured
+    assert log.measured["select/relative_error"] == math.inf
 
 
 def test_a_metric_that_is_no_number_is_named(tmp_path):
@@ -109,7 +131,7 @@ def test_wandb_offline_holds_what_was_logged(tmp_path, capfd):
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
     logged = [{key: row[key] for key in row if not key.startswith("_")} for row in history]
     assert logged == [
-        {"train/step": 50, "test/accuracy": 0.5},
+        {"train/step": 50, "test/accuracy": 0.5, "train/loss": "NaN"},
         {"train/step": 100, "test/accuracy": 0.75},
     ]
     summary = [record["summary"]["update"] for record in records if record["type"] == "summary"]

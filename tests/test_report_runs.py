@@ -56,11 +56,6 @@ def test_a_loss_is_reached_at_the_first_evaluation_at_or_below_it(tmp_path):
     assert first_reach(run, "test/loss", 0.1) is None
 
 
-def test_null_values_are_not_known_values(tmp_path):
-    run = make_run(tmp_path / "a", [0.5, float("nan")])
-    assert end(run, "test/accuracy") == 0.5
-
-
 def test_counts_begin_at_0_and_offline_scoring_is_counted():
     lines = [
         {"train/step": 0, "test/loss": 2.0},

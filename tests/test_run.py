@@ -1,5 +1,6 @@
 """Configuration in, run directory out: what is in it, that it repeats, and what it refuses."""
 
+import dataclasses
 import json
 import math
 import resource
@@ -21,6 +22,7 @@ from selectflow.data import (
     read_batches,
     read_metadata,
 )
+from selectflow.report.runs import end, load_run
 from selectflow.run import ledger as ledger_module
 from selectflow.run.build import build_horizon, build_schedule
 from selectflow.run.config import RunConfig
@@ -149,10 +151,21 @@ def test_a_nan_names_step_and_samples_and_keeps_the_weights_before(digits, tmp_p
     with pytest.raises(FloatingPointError, match=r"must be finite.*step 4.*digit-|step 4.*digit-"):
         train(config(tmp_path, select={"strategy": strategy}), made)
     summary = json.loads((tmp_path / "trial" / "summary.json").read_text())
-    assert (summary["status"], summary["steps"]) == ("failed", 4)
+    assert (summary["status"], summary["steps"], summary["diverged_at"]) == ("failed", 4, 5)
+    assert load_run(tmp_path / "trial").status == "diverged"
     saved = torch.load(tmp_path / "trial" / "checkpoints" / "step-00000004.pt")
     assert all(value.isfinite().all() for value in saved["model"].values())
     assert len(read_ledger(tmp_path / "trial")) == 4 * 8
+
+
+def test_a_model_whose_outputs_are_no_numbers_has_no_accuracy(digits, tmp_path):
+    """An argmax of NaN is class 0, which a tenth of the digits are."""
+    means = {"loss": math.nan, "accuracy": 0.1}
+    made = dataclasses.replace(task(digits), evaluate=lambda model, batches: means)
+    run_dir = train(config(tmp_path, steps=1), made)
+    last = read_lines(run_dir / "metrics.jsonl")[-1]
+    assert last["test/loss"] == last["test/accuracy"] == "NaN"
+    assert math.isnan(end(load_run(run_dir), "test/accuracy"))
 
 
 def test_unreadable_samples_are_logged_and_counted_by_shard(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from selectflow.cli import main
 from selectflow.data import make_digits
 from selectflow.run.config import load
 from selectflow.run.yaml import dump_yaml
+from selectflow.tune.cells import write_outputs
 from selectflow.tune.search import open_study, read_cells, tune
 from selectflow.tune.space import TuneError, load_sweep
 from selectflow.tune.wandb import cells_of_runs
@@ -235,6 +237,51 @@ def test_the_command_writes_table_map_and_a_configuration_that_runs(write, tmp_p
     best = load(out / "best.yaml", ["seed=1"])
     assert (best.optimizer.lr, best.run_name) == (1e-2, "toy-best-s1")
     assert (best.steps, best.select.keep, best.data.pool) == (12, 8, 32)  # the base's
+
+
+def test_the_best_configuration_runs_whatever_the_sweep_is_called(write, tmp_path):
+    """Values that Python calls equal are run each; the name is text in the file's head alone."""
+    parameters = {"select.keep": {"values": [1, 1.0]}, "steps": {"value": 3}}
+    path, out = write(parameters, name="Sweep: lr\nsteps: 99"), tmp_path / "out"
+    found, lines = run(path, out)
+    assert sorted(str(cell.setting["select.keep"]) for cell in found.cells) == ["1", "1.0"]
+    assert len({cell.mean for cell in found.cells}) == 2  # one example is not the whole pool
+    assert len(list((out / "runs").glob("*/summary.json"))) == len(lines) == 2
+    write_outputs(load_sweep(path), found, out)
+    best = load(out / "best.yaml", ["seed=0"])
+    assert (best.steps, type(best.select.keep)) == (3, type(found.best.setting["select.keep"]))
+    assert re.fullmatch(r"Sweep-lr-steps-99-[0-9a-f]{8}-best-s0", best.run_name)
+
+
+def test_a_setting_that_diverges_is_no_defect_of_the_sweep(write, tmp_path):
+    """The first three cells diverge, the sweep goes on, and their cells have no number."""
+    parameters = {"optimizer.lr": {"values": [1e36, 1e37, 1e38, 1e-3]}, "steps": {"value": 6}}
+    parameters["select.horizon"] = {"value": 0}
+    found, lines = run(write(parameters), tmp_path / "out", jobs=1)
+    assert len(lines) == 4
+    assert found.best.lr == 1e-3
+    for cell in found.cells[1:]:
+        assert (cell.state, cell.values, cell.mean, cell.last) == ("failed", (), None, None)
+        assert "finite" in cell.note
+    study = open_study(load_sweep(tmp_path / "sweep.yaml"), tmp_path / "out")
+    assert {trial.state for trial in study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+def test_a_metric_that_ends_not_finite_has_no_number(full, tmp_path):
+    """Of runs of W&B's agents too, which are finished."""
+    folder, _, _ = full
+    sweep, dirs = load_sweep(folder / "sweep.yaml"), []
+    for path in sorted((folder / "out" / "runs").glob("lr*-s[01]")):
+        dirs.append(tmp_path / path.name)
+        shutil.copytree(path, dirs[-1])
+    broken = tmp_path / dirs[0].name
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"train/step": 12, "target/loss": "NaN"}\n')
+    found = cells_of_runs(sweep, dirs)
+    last = found.cells[-1]
+    assert [cell.state for cell in found.cells].count("failed") == 1
+    assert (last.state, last.note, last.mean) == ("failed", "target/loss is not finite", None)
+    write_outputs(sweep, found, tmp_path / "shown")
 
 
 def test_the_cells_of_runs_that_others_made_are_those_of_the_sweep(full, tmp_path):

@@ -1,6 +1,7 @@
 """Sweep files: what W&B's format becomes, and what is refused and why."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from selectflow.cli import main
 from selectflow.run.config import ConfigError, load
-from selectflow.run.yaml import dump_yaml
+from selectflow.run.yaml import as_override, dump_yaml, set_key
+from selectflow.tune.domains import encode
 from selectflow.tune.space import Choice, Range, load_sweep
 from selectflow.tune.wandb import wandb_spec
 
@@ -112,6 +114,101 @@ def test_every_run_has_a_directory_of_its_own():
     assert len({found.load(each, overrides).run_dir for each in found.grid()}) == 4
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "kept"),
+    [
+        ("select.keep", [1, 1.0], [1, 1.0]),
+        ("select.horizon", [0, 1, math.inf, 1, math.inf], [0, 1, math.inf]),
+        ("optimizer.lr", [1e-3, 0.001, 1, 1.0], [1e-3, 1]),  # a rate of 1 is one of 1.0
+        ("model.hidden", [[8], [8], [8, 8]], [[8], [8, 8]]),
+        ("optimizer.max_grad_norm", [None, 1.0, None], [None, 1.0]),
+        ("seed", [0, 1, 0], None),
+    ],
+)
+def test_a_value_is_a_cell_once_and_values_that_python_calls_equal_are_two(key, values, kept):
+    found = sweep({key: {"values": values}, "steps": {"value": 5}}, method="random", run_cap=9)
+    if kept is None:
+        assert found.seeds == (0, 1)
+        return
+    assert [(type(x), x) for x in found.domains[key].values] == [(type(x), x) for x in kept]
+
+
+def test_optuna_tells_values_apart():
+    assert encode([1, 1.0, True, "1", None]) == ["1", "1.0", "true", '"1"', "null"]
+    assert encode([[1], "[1]"]) == ["[1]", '"[1]"']
+    assert encode([1, 2.5, "a", None, False, [3]]) == [1, 2.5, "a", None, False, "[3]"]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"select.params": {"values": [["!*bias*"], ["*bias*"], None]}},
+        {"select.horizon_schedule.milestones": {"values": [[[1, 2]], [[1, 2], [3, 2]]]}},
+        {"schedule.milestones": {"values": [[1, 2], [12], [1], []]}},
+        {"model.pretrained": {"values": [None, "None", "none", "a/b", "a-b", "a b", "1", "1.0"]}},
+        # the end of one value and the name of the next parameter
+        {
+            "model.pretrained": {"values": ["a-project1", "a"]},
+            "track.project": {"values": ["b", "1-projectb", "2"]},
+        },
+        {"model.pretrained": {"values": ["x" * 300 + "a", "x" * 300 + "b"]}},
+        {"data.text.mixture": {"values": [{"code": 0.5, "prose": 0.5}, {"code": 0.5}]}},
+    ],
+)
+def test_two_cells_never_share_a_directory(parameters):
+    Path("base.yaml").write_text("name: base\ndata: {text: {num_train: 100}}\n")
+    found = sweep(parameters)
+    cells = found.grid()
+    dirs = [found.load(each, found.local_overrides(Path("out"), None)).run_dir for each in cells]
+    assert len({str(path) for path in dirs}) == len(cells)
+    assert all(len(path.name) < 220 for path in dirs)
+
+
+@pytest.mark.parametrize(
+    "name", ["Test Wandb", "Sweep: lr", "{lr}", "été", "..", "a/b", "- x", "a\nsteps: 3", "'\"#"]
+)
+def test_a_sweep_may_have_any_name(name):
+    found = sweep({"steps": {"values": [5, 6]}}, name=name)
+    assert found.name == name
+    spec = wandb_spec(found)
+    assert spec["name"] == name
+    config = load("base.yaml", [*spec["command"][4:-1], "steps=5"])
+    assert re.fullmatch(r"[A-Za-z0-9][\w.-]*-steps5-s0", config.run_name, re.ASCII)
+    assert found.plain_name != sweep({"steps": {"value": 5}}, name=f"{name}?").plain_name
+
+
+def test_the_paths_of_a_sweep_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = [*COMMAND[:3], "~/base.yaml", COMMAND[4]]
+    found = sweep({"steps": {"value": 5}}, program="$HOME/trainer.py", command=command)
+    assert (found.keys.program, found.config) == (f"{tmp_path}/trainer.py", tmp_path / "base.yaml")
+    assert wandb_spec(found)["command"][3:5] == ["~/base.yaml", "name='sweep-s{seed}'"]
+    monkeypatch.delenv("NOWHERE", raising=False)
+    command[3] = "$NOWHERE/base.yaml"
+    assert "command must be a path whose variables are set, got '$NOWHERE/base.yaml'" in refused(
+        {"steps": {"value": 5}}, command=command
+    )
+
+
+def test_a_plain_name_stays_as_it_is():
+    assert sweep({"steps": {"value": 5}}, name="lr_sweep-2.b").plain_name == "lr_sweep-2.b"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a: b", "- a", "#x", "a #b", "yes", "010", "1e3", "null", "~", "", " a", "été 😀", "a\nb",
+        "\t\x85\u2028", "'\"", "[a, b]", "2024-01-31", "1:30", "<<", "=", 1, 1.0, True, None,
+        math.inf, -math.inf, 1e-5, [1, [2.0, None]], {"a": [1, "b: c"]}, [math.inf],
+    ],
+)  # fmt: skip
+def test_an_override_says_the_value_whatever_it_is(value):
+    values = {}
+    assert set_key(values, as_override("a", value), ["a"], "a=1") is None
+    assert values == {"a": value}
+    assert type(values["a"]) is type(value)
+
+
 def test_the_shipped_sweep_is_one(monkeypatch):
     monkeypatch.chdir(ROOT)
     found = load_sweep("configs/sweep_digits.yaml")
@@ -133,6 +230,8 @@ def test_the_shipped_sweep_is_one(monkeypatch):
         ({"steps": {"values": []}}, "parameters.steps.values must be a list that is not empty"),
         ({"steps": {"min": 1}}, "parameters.steps must have min and max (uniform), got ['min']"),
         ({"optimizer.lr": {"min": 0.1, "max": 0.2}}, "optimizer.lr must have values in a grid"),
+        ({"num_threads": {"values": [1, 2]}}, "parameters.num_threads must have one value"),
+        ({"name": {"values": ["a", "b"]}}, "parameters.name must have one value: each run of a"),
         ({"seed": {"values": [0.5]}, "steps": {"value": 1}}, "seed must have integer values"),
         (
             {"optimizer.lr": {"distribution": "log_uniform_value", "min": 1, "max": 2}},

@@ -4,10 +4,14 @@ Every value is a mean over seeds. Differences are tested by Student's paired t o
 same seed. An exact test of signs could not answer with three to five seeds: its smallest two-sided
 p is 2 / 2^n, 0.25 for three seeds and 0.06 for five, whatever the data. The price of the t test is
 the assumption that differences are about normal.
+
+A run that diverged has no number. A mean or a test that it is part of has none either, and its
+group comes after those that have one.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +23,7 @@ import numpy as np
 
 from selectflow.report.groups import (
     Groups,
+    broken,
     differences,
     finished,
     groups,
@@ -31,6 +36,7 @@ from selectflow.report.runs import (
     KEPT_ALTERED,
     ReportError,
     Run,
+    broken_at,
     common_end,
     end,
     first_reach,
@@ -62,23 +68,28 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean and sample standard deviation over seeds; `sd` is None for a single one."""
+    """Mean and sample standard deviation over seeds; `sd` is None for a single one.
+
+    Where `num_broken` > 0 of the values are not finite, the mean is NaN and `sd` None.
+    """
 
     mean: float
     sd: float | None
     num: int
+    num_broken: int = 0
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences to a baseline over seeds.
+    """Differences to a baseline over seeds; all numbers are NaN where one is not finite.
 
     Attributes:
         mean: mean difference, group minus baseline.
         low, high: ends of its 95% interval, by Student's t.
         p: two-sided p value of this comparison by itself.
         corrected_p: the same, corrected for the number of groups compared; see `holm`.
-        num: pairs, >= 2.
+        num: pairs, >= 2 unless one is not finite.
+        num_broken: pairs of which the group, and of which the baseline, is not finite.
     """
 
     mean: float
@@ -87,6 +98,12 @@ class Paired:
     p: float
     corrected_p: float
     num: int
+    num_broken: tuple[int, int] = (0, 0)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there are numbers."""
+        return self.num_broken == (0, 0)
 
     @property
     def is_seen(self) -> bool:
@@ -99,6 +116,8 @@ def stat(values: Sequence[float | None]) -> Stat | None:
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return None
+    if broken := sum(not math.isfinite(value) for value in known):
+        return Stat(math.nan, None, len(known), broken)
     sd = statistics.stdev(known) if len(known) > 1 else None
     return Stat(statistics.fmean(known), sd, len(known))
 
@@ -125,11 +144,14 @@ def holm(tests: Sequence[Paired | None]) -> list[Paired | None]:
     The more groups are compared, the more of them differ by chance: of 14 without any effect one
     has p < 0.05 more often than not.
     """
-    known = sorted((test.p, place) for place, test in enumerate(tests) if test is not None)
+    tested = ((place, test) for place, test in enumerate(tests) if test and test.is_finite)
+    known = sorted((test.p, place) for place, test in tested)
     factors = range(len(known), 0, -1)
     raised = accumulate((min(1.0, p * n) for (p, _), n in zip(known, factors, strict=True)), max)
-    by_place = {place: p for (_, place), p in zip(known, raised, strict=True)}
-    return [test and replace(test, corrected_p=by_place[i]) for i, test in enumerate(tests)]
+    found = list(tests)
+    for (_, place), p in zip(known, raised, strict=True):
+        found[place] = replace(tests[place], corrected_p=p)  # type: ignore[type-var]
+    return found
 
 
 # --- groups against the baseline ----------------------------------------------------------------
@@ -144,7 +166,8 @@ class Row:
         num_runs: seeds compared.
         num_left_out: runs of this label that did not finish and are left out.
         stats: the values of `_measure` over seeds; None where one of the runs lacks it.
-        num_reached: runs that reach the loss to reach; None where it is not known.
+        num_reached: runs that reach the loss to reach, and end with a number; None where it is not
+            known.
         tests: the quality against the baseline's, "at_equal_steps" and "in_same_time", and the
             loss, "loss_at_equal_steps" and "loss_in_same_time"; None for fewer than two pairs.
     """
@@ -163,7 +186,7 @@ class Comparison:
 
     Attributes:
         rows: one for each group, in order of appearance.
-        runs: the runs compared, by group.
+        runs: the runs compared, by group; those that end with no number last.
         task: the options that all runs share.
         baseline: label of the group that the others are tested against.
         quality: metric by which they are judged.
@@ -171,7 +194,7 @@ class Comparison:
         reach: the loss to reach; None: what the baseline with the same seed ends with.
         step: the last step that all runs have reached; None where it is not known.
         time_s: the last second that all runs have reached.
-        notes: for the reader: runs left out, of different lengths, resumed.
+        notes: for the reader: runs left out, that diverged, of different lengths, resumed.
     """
 
     rows: list[Row]
@@ -225,7 +248,9 @@ def summarize(
     if quality is None:
         everywhere = (m for m in _QUALITIES if all(end(run, m) is not None for run in kept))
         quality = next(everywhere, TEST_ACCURACY)
-    notes += [*lengths(found), *resumed(kept), *differences(found)]
+    found = dict(sorted(found.items(), key=lambda item: _is_broken(item[1], quality)))
+    judged = (quality, loss, *_QUALITIES)
+    notes += [*broken(kept, judged), *lengths(found), *resumed(kept), *differences(found)]
     comparison = Comparison(
         rows=[],
         runs=found,
@@ -261,14 +286,20 @@ def _row(name: str, left_out: int, of: Comparison) -> Row:
     members, baselines = of.runs[name], {run.seed: run for run in of.runs[of.baseline]}
     measured = [_measure(run, baselines, of) for run in members]
     stats = {key: stat([values[key] for values in measured]) for key in measured[0]}
-    has_loss = any(end(run, of.loss) is not None for run in members)
+    is_known = any(values["loss"] is not None for values in measured)
+    is_known &= all(_loss_to_reach(run, baselines, of) is not None for run in members)
     num_reached = sum(values["reach_step"] is not None for values in measured)
     pairs = [(run, baselines[run.seed]) for run in members if run.seed in baselines]
     if name == of.baseline:
         pairs = []
     tests = _tests(pairs, of.quality, of.step)
     tests |= {f"loss_{key}": test for key, test in _tests(pairs, of.loss, of.step).items()}
-    return Row(name, len(members), left_out, stats, num_reached if has_loss else None, tests)
+    return Row(name, len(members), left_out, stats, num_reached if is_known else None, tests)
+
+
+def _is_broken(runs: Sequence[Run], metric: str) -> bool:
+    """Whether one of a group's runs ends with a value of a metric that is not finite."""
+    return any(broken_at(run, metric) is not None for run in runs)
 
 
 def _measure(
@@ -277,7 +308,7 @@ def _measure(
     """All values of a run by name; None where it does not have one."""
     baseline, upfront_s = baselines.get(run.seed), run.summary.get(UPFRONT_S)
     wall_s, select_s, altered = end(run, WALL_S), end(run, SELECT_S), series(run, KEPT_ALTERED)
-    reach = _reached_loss(run, baselines, of)
+    reach = None if _is_broken([run], of.loss) else _loss_to_reach(run, baselines, of)
     return {
         "steps": total(run, STEP),
         "samples_seen": total(run, SAMPLES_SEEN),  # trained on
@@ -287,7 +318,7 @@ def _measure(
         "upfront_s": run.offline.get("upfront_s", upfront_s),  # of it, before the first step
         "select_share": select_s / wall_s if select_s is not None and wall_s else None,  # of wall_s
         "overhead": _overhead(run, baselines),  # seconds a step over those of the baseline
-        "kept_altered": statistics.fmean(y for _, y in altered) if altered else None,
+        "kept_altered": found.mean if (found := stat([y for _, y in altered])) else None,
         "quality": end(run, of.quality),
         "quality_at_step": value_at(run, of.quality, of.step),
         "quality_at_time": value_at(run, of.quality, of.time_s, WALL_S),
@@ -309,9 +340,18 @@ def _tests(
         "in_same_time": [(end(run, metric), _in_same_time(run, of, metric)) for run, of in pairs],
     }
     return {
-        key: paired([one - other for one, other in both if one is not None and other is not None])
+        key: _paired([(a, b) for a, b in both if a is not None and b is not None])
         for key, both in compared.items()
     }
+
+
+def _paired(pairs: Sequence[tuple[float, float]]) -> Paired | None:
+    """The test on pairs of a group and the baseline."""
+    ours, theirs = (sum(not math.isfinite(pair[side]) for pair in pairs) for side in (0, 1))
+    if ours or theirs:
+        none = math.nan
+        return Paired(none, none, none, none, none, len(pairs), (ours, theirs))
+    return paired([one - other for one, other in pairs])
 
 
 def _in_same_time(run: Run, baseline: Run | None, metric: str) -> float | None:
@@ -324,16 +364,17 @@ def _in_same_time(run: Run, baseline: Run | None, metric: str) -> float | None:
     return value_at(baseline, metric, ended, WALL_S)
 
 
-def _reached_loss(
+def _loss_to_reach(
     run: Run, baselines: Mapping[tuple[Any, Any], Run], of: Comparison
 ) -> float | None:
-    """The loss that a run is to reach: by default what the baseline with its seed ends with."""
+    """By default what the baseline with its seed ends with; None where that is not finite."""
     if of.reach is not None:
         return of.reach
     ends = {seed: end(baseline, of.loss) for seed, baseline in baselines.items()}
     known = [value for value in ends.values() if value is not None]
-    mean = statistics.fmean(known) if known else None
-    return mean if ends.get(run.seed) is None else ends[run.seed]
+    own = ends.get(run.seed)
+    found = stat(known if own is None else [own])
+    return None if found is None or found.num_broken else found.mean
 
 
 def _overhead(run: Run, baselines: Mapping[tuple[Any, Any], Run]) -> float | None:

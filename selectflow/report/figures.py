@@ -46,7 +46,10 @@ EDGES: Floats = np.linspace(-4, 4, 41)
 
 @dataclass(frozen=True)
 class Curve:
-    """The mean of several runs as a line, with its standard deviation (0 for a single run)."""
+    """The mean of several runs as a line, with its standard deviation (0 for a single run).
+
+    NaN where the value of one of them is not finite.
+    """
 
     x: Floats
     mean: Floats
@@ -249,12 +252,20 @@ def draw(panels: Sequence[Panel], columns: int = 3, legend: bool = True) -> Figu
     """Panels side by side: the mean of each group, and a band of one standard deviation.
 
     Args:
-        panels: at least one.
+        panels: at least one. A line that ends before its group does, as a value is not finite, ends
+            in a cross.
         columns: panels in a row, at most.
         legend: whether one legend below names the groups; histograms have their own.
     """
-    # Imported here, so that training without a chart does not pay for it. A Figure of one's own
-    # draws with Agg and leaves pyplot's global state alone.
+    # Imported here, so that training without a chart does not pay for it.
+    from matplotlib import rc_context  # noqa: PLC0415
+
+    with rc_context({"text.parse_math": False}):  # a label is text, and may have two dollar signs
+        return _draw(panels, columns, legend)
+
+
+def _draw(panels: Sequence[Panel], columns: int, legend: bool) -> Figure:
+    # A Figure of one's own draws with Agg and leaves pyplot's global state alone.
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     columns = min(columns, len(panels))
@@ -290,6 +301,9 @@ def _draw_lines(axes: Axes, panel: Panel) -> dict[str, Any]:
             axes.stairs(mean, panel.edges, color=colour, ls=style, label=line.label)
             continue
         (handles[line.label],) = axes.plot(x, mean, ls=style, color=colour, lw=1.8)
+        breaks = np.flatnonzero(np.isfinite(mean[:-1]) & np.isnan(mean[1:]))
+        if breaks.size:
+            axes.plot(x[breaks], mean[breaks], "x", color=colour, ms=8, mew=2)
         if sd.any():
             axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.18, linewidth=0)
     for y, name in panel.levels:

@@ -8,7 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from selectflow.report.runs import ReportError, Run
+from selectflow.report.runs import ReportError, Run, broken_at, series
+from selectflow.run.metrics import DIVERGED_AT
 
 # Runs whose data or model differ are of different tasks; how data are read and stored may differ.
 _TASK = ("data.", "model.", "target.")
@@ -28,6 +29,7 @@ _LOOK_AHEAD = (
 )  # fmt: skip
 _INFINITE = (math.inf, "Infinity", "inf", ".inf")  # as YAML and as W&B return it
 
+_ENDED = ("finished", "diverged")
 _STATES = {"running": "still running", "stopped": "stopped by a signal"}
 
 Groups = dict[str, list[Run]]
@@ -139,14 +141,16 @@ def _check_task(runs: Sequence[Run]) -> None:
 def finished(runs: Sequence[Run], partial: bool) -> tuple[list[Run], list[Run], list[str]]:
     """The runs to compare, the runs left out, and notes on both.
 
-    Runs that have not finished are compared where `partial`, and where none has finished.
+    Runs that have not finished are compared where `partial`, and where none has finished. One that
+    diverged has come to its end: what is left of its group is not all of it.
     """
     # One crashed run would otherwise pull the common last step of all the others down to its own.
-    done = [run for run in runs if run.status == "finished"]
-    others = [run for run in runs if run.status != "finished"]
-    if partial or not done:
+    done = [run for run in runs if run.status in _ENDED]
+    others = [run for run in runs if run.status not in _ENDED]
+    none_finished = all(run.status != "finished" for run in runs)
+    if partial or none_finished:
         notes = [f"as far as it got, {_state(run)}" for run in others]
-        if others and not done:
+        if others and none_finished:
             notes.insert(0, "no run has finished yet: all are compared as far as they got")
         return list(runs), [], notes
     return done, others, [f"left out, {_state(run)}" for run in others]
@@ -157,11 +161,28 @@ def _state(run: Run) -> str:
     return f"{state} at step {run.last_step} of {run.config.get('steps', '?')}: {run.where}"
 
 
+def broken(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:
+    """A line for each run that diverged, or of which a metric is not finite at some step."""
+    lines = []
+    for run in runs:
+        if run.status == "diverged":
+            at = run.summary[DIVERGED_AT]
+            lines.append(f"diverged at step {at}, no values from there on: {run.where}")
+            continue
+        for metric in dict.fromkeys(metrics):
+            steps = [step for step, value in series(run, metric) if math.isnan(value)]
+            if steps:
+                since, listed = broken_at(run, metric), ", ".join(f"{step:.0f}" for step in steps)
+                when = f"at step {listed}" if since is None else f"from step {since:.0f} on"
+                lines.append(f"{metric} is not finite {when}: {run.where}")
+    return lines
+
+
 def lengths(found: Groups) -> list[str]:
     """A line for each group whose runs are of different lengths."""
     lines = []
     for name, members in found.items():
-        steps = sorted({run.last_step for run in members})
+        steps = sorted({run.last_step for run in members if run.status != "diverged"})
         if len(steps) > 1:
             lines.append(
                 f"runs of {name} are of different lengths, {steps[0]} to {steps[-1]} steps: the "

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from selectflow.report import figures
 from selectflow.report.compare import Comparison
-from selectflow.report.figures import EDGES, Panel
+from selectflow.report.figures import EDGES, Curve, Panel
 from selectflow.report.groups import Groups, flat, strategy
 from selectflow.report.runs import KEPT_ALTERED, Points, Run
 from selectflow.report.tables import grids, quantity, sentences, to_records, write_csv
@@ -156,10 +156,11 @@ def to_report(comparison: Comparison, written: list[Path]) -> Report:
         f"over_{axis.metric.rpartition('/')[2]}/{panel.title.replace(' ', '_')}": Chart(
             panel.y_label,
             panel.x_label,
-            {line.label: (line.curve.x.tolist(), line.curve.mean.tolist()) for line in panel.lines},
+            lines,
         )
         for axis in figures.axes_of(comparison)
         for panel in figures.curves(comparison, axis)
+        if (lines := {line.label: p for line in panel.lines if (p := _finite(line.curve))[0]})
     }
     return Report(
         config={
@@ -179,6 +180,12 @@ def to_report(comparison: Comparison, written: list[Path]) -> Report:
         charts=charts,
         files=written,
     )
+
+
+def _finite(curve: Curve) -> tuple[list[float], list[float]]:
+    """The points of a line that are numbers."""
+    known = np.isfinite(curve.mean)
+    return curve.x[known].tolist(), curve.mean[known].tolist()
 
 
 # --- what runs selected -----------------------------------------------------------------------

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from selectflow.run.directory import is_locked
-from selectflow.run.metrics import SAMPLES_SCORED, SAMPLES_SEEN, STEP, TOKENS_SEEN, kept_share
+from selectflow.run.metrics import (
+    DIVERGED_AT,
+    LEARNING_RATE,
+    SAMPLES_SCORED,
+    SAMPLES_SEEN,
+    STEP,
+    TOKENS_SEEN,
+    from_json,
+    kept_share,
+)
 from selectflow.run.wandb import download_run
 from selectflow.run.yaml import read_yaml
 
@@ -19,7 +29,10 @@ KEPT = kept_share("")
 KEPT_ALTERED = kept_share("altered")
 _COUNTS = (SAMPLES_SEEN, SAMPLES_SCORED, TOKENS_SEEN)  # not logged before the first step: 0 there
 
-Status = Literal["finished", "stopped", "failed", "running", "crashed"]
+# Not what a run is judged by, and not unknown when it diverges.
+_NOT_JUDGED = ("perf/", "data/", "select/", STEP, LEARNING_RATE)
+
+Status = Literal["finished", "diverged", "stopped", "failed", "running", "crashed"]
 Points = list[tuple[float, float]]
 
 
@@ -34,10 +47,12 @@ class Run:
     Attributes:
         where: its directory, or its path at W&B.
         config: the resolved configuration, in plain values.
-        metrics: one dict per train/step, in rising order.
+        metrics: one dict per train/step, in rising order; a value that is not finite is NaN or
+            infinite, one that was not measured is not there.
         summary: written at the end of a run; empty for a run that crashed or is running.
-        status: finished; stopped by a signal, to be resumed; failed with an error; running: a
-            process holds its directory; crashed: it ended without writing a summary.
+        status: finished; diverged: ended by a loss, gradient or score that is not finite; stopped
+            by a signal, to be resumed; failed with an error; running: a process holds its
+            directory; crashed: it ended without writing a summary.
         offline: the cost of offline selection before the first step; empty without it.
         folder: its directory; None at W&B.
         replayed: configuration of the run whose choices it replays; empty where it is not known.
@@ -106,7 +121,7 @@ def load_run(path: str | Path) -> Run:
         hint = f"; it holds runs, compare '{path}/*'" if inside else "; is it a run directory?"
         raise ReportError(f"{path} has no metrics.jsonl{hint}")
     metrics = _read_metrics(path / "metrics.jsonl")
-    summary = _read_object(path / "summary.json")
+    summary = from_json(_read_object(path / "summary.json"))
     config = read_yaml(path / "config.yaml")
     source = config.get("select", {}).get("replay")
     replayed = Path(str(source), "config.yaml")
@@ -116,16 +131,19 @@ def load_run(path: str | Path) -> Run:
         metrics=metrics,
         summary=summary,
         # A process holds the lock of its directory, even where an earlier stop left a summary.
-        status="running" if is_locked(path) else _status(summary.get("status")),
+        status="running" if is_locked(path) else _status(summary),
         offline=_read_object(path / "offline.json"),
         folder=path,
         replayed=read_yaml(replayed) if source and replayed.is_file() else {},
     )
 
 
-def _status(text: object, otherwise: Status = "crashed") -> Status:
+def _status(summary: Mapping[str, Any], otherwise: Status = "crashed") -> Status:
+    text = str(summary.get("status"))
+    if DIVERGED_AT in summary and text == "failed":
+        return "diverged"
     known: tuple[Status, ...] = ("finished", "stopped", "failed")
-    return next((status for status in known if str(text).startswith(status)), otherwise)
+    return next((status for status in known if text.startswith(status)), otherwise)
 
 
 _WANDB_PATH = re.compile(r"(wandb:)?([\w.-]+/[\w.-]+/[\w-]+)")
@@ -164,13 +182,15 @@ def fetch_run(path: str) -> Run:
         TrackingError: W&B cannot be asked, or knows no such run.
     """
     found = download_run(path)
-    rows = [row for row in found.history if row.get(STEP) is not None]
+    # W&B fills what a row lacks with None
+    history = ({key: x for key, x in row.items() if x is not None} for row in found.history)
+    rows = [from_json(row) for row in history if STEP in row]
     if not rows:
         raise ReportError(f"{path} has no train/step at W&B yet; wait for its first evaluation")
     # a run without a summary has only the state that W&B gives it
-    state: Status = "running" if found.state == "running" else _status(found.state)
-    status = _status(found.summary.get("status"), state)
-    return Run(path, found.config, _merged(rows), found.summary, status)
+    state: Status = "running" if found.state == "running" else _status({"status": found.state})
+    status = _status(found.summary, state)
+    return Run(path, found.config, _merged(rows), from_json(found.summary), status)
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -179,9 +199,9 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         if not line.endswith("\n"):
             break  # the run is writing it now, or was killed while it did
         try:
-            rows.append(json.loads(line))
+            rows.append(from_json(json.loads(line)))
             int(rows[-1][STEP])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             message = f"{path}, line {number} must be a JSON object with train/step"
             raise ReportError(f"{message}, got {line.strip()[:80]!r}") from error
     if not rows:
@@ -220,24 +240,58 @@ def _read_object(path: Path) -> dict[str, Any]:
 def series(run: Run, metric: str, over: str = STEP) -> Points:
     """A metric of a run over another one: (x, value) for each line that has both.
 
-    On the x axis, counts are 0 before the first step, and samples that offline selection scored
-    before it count.
+    A value that is not finite is NaN. A run that diverged has one more, NaN, after its last step,
+    of what it is judged by. On the x axis, counts are 0 before the first step, and samples that
+    offline selection scored before it count.
+
+    Raises:
+        ReportError: a value is not a number.
     """
     upfront = run.offline.get("samples_scored", 0) if over == SAMPLES_SCORED else 0
-    found = []
+    found, last = [], -math.inf
     for line in run.metrics:
-        x, y = line.get(over), line.get(metric)
+        x = _value(run, line, over)
         if x is None and over in _COUNTS and line.get(STEP) == 0:
-            x = 0
-        if x is not None and y is not None:
-            found.append((float(x) + upfront, float(y)))
+            x = 0.0
+        if x is None or math.isnan(x):
+            continue
+        last = x + upfront
+        if (y := _value(run, line, metric)) is not None:
+            found.append((last, y))
+    if found and run.status == "diverged" and not metric.startswith(_NOT_JUDGED):
+        after = run.summary[DIVERGED_AT] if over == STEP else math.nextafter(last, math.inf)
+        found.append((float(after), math.nan))
     return found
 
 
+def _value(run: Run, line: Mapping[str, Any], metric: str) -> float | None:
+    """A value, NaN if it is not finite, None if it is not there."""
+    if metric not in line:
+        return None
+    try:
+        value = math.nan if line[metric] is None else float(line[metric])
+    except (TypeError, ValueError) as error:
+        raise ReportError(
+            f"{metric} must be a number, got {line[metric]!r} at step {line.get(STEP)} of "
+            f"{run.where}"
+        ) from error
+    return value if math.isfinite(value) else math.nan
+
+
 def end(run: Run, metric: str) -> float | None:
-    """The last value of a metric, None if it was never logged."""
+    """The last value of a metric: NaN if it is not finite, None if it was never logged."""
     points = series(run, metric)
     return points[-1][1] if points else None
+
+
+def broken_at(run: Run, metric: str) -> float | None:
+    """The first step from which on a metric is not finite; None: it ends with a number."""
+    found = None
+    for step, value in reversed(series(run, metric)):
+        if math.isfinite(value):
+            break
+        found = step
+    return found
 
 
 def total(run: Run, axis: str) -> float | None:
@@ -247,7 +301,7 @@ def total(run: Run, axis: str) -> float | None:
 
 
 def value_at(run: Run, metric: str, at: float | None, over: str = STEP) -> float | None:
-    """The last value of a metric where `over` is at most `at`; None if there is none."""
+    """The last value of a metric where `over` is at most `at`: as `end`; None if there is none."""
     known = [] if at is None else [y for x, y in series(run, metric, over) if x <= at]
     return known[-1] if known else None
 
@@ -260,9 +314,11 @@ def first_reach(run: Run, metric: str, at_most: float, over: str = STEP) -> floa
 def common_end(runs: Sequence[Run], axis: str) -> float | None:
     """The largest step or second that all runs have reached; None where one does not log it.
 
-    Runs that stay at 0, as those that score nothing on the axis of samples scored, do not count.
+    Runs that diverged do not count: from there on they have no values. Nor do runs that stay at 0,
+    as those that score nothing on the axis of samples scored.
     """
-    ends = [total(run, axis) for run in runs]
+    going = [run for run in runs if run.status != "diverged"]
+    ends = [total(run, axis) for run in going or runs]
     if any(found is None for found in ends):
         return None
     return min((found for found in ends if found), default=None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from selectflow.report.compare import SIGNIFICANT, Comparison, Paired, Row, Stat
@@ -26,6 +28,7 @@ from selectflow.run.metrics import (
 )
 
 NONE = "-"
+NOT_FINITE = "not finite"
 
 
 # --- quantities -----------------------------------------------------------------------------
@@ -107,15 +110,24 @@ def is_higher_better(metric: str) -> bool:
 
 
 def spread(found: Stat | None, digits: int, scale: float = 1.0) -> str:
-    """Mean ± standard deviation; the mean alone for one seed."""
+    """Mean ± standard deviation; the mean alone for one seed; "not finite" if it is not."""
     if found is None:
         return NONE
+    if found.num_broken:
+        return NOT_FINITE + _of(found.num_broken, found.num)
     mean = f"{scale * found.mean:.{digits}f}"
     return mean if found.sd is None else f"{mean} ± {scale * found.sd:.{digits}f}"
 
 
+def _of(num: int, all_of: int) -> str:
+    """Which part of the seeds it is true of; nothing where of all."""
+    return "" if num == all_of else f" in {num} of {all_of}"
+
+
 def short(value: float) -> str:
-    """A number in about three digits: 0.0123, 4.56, 789, 12.3k, 4.5M."""
+    """A number in about three digits: 0.0123, 4.56, 789, 12.3k, 4.5M; "not finite" if it is not."""
+    if not math.isfinite(value):
+        return NOT_FINITE
     for limit, divisor, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= limit:
             return f"{value / divisor:.3g}{suffix}"
@@ -123,16 +135,23 @@ def short(value: float) -> str:
 
 
 def verdict(test: Paired | None, metric: str) -> str:
-    """better, worse or "no difference seen"; "-" without a test."""
+    """better, worse, "no difference seen", or "not finite"; "-" without a test."""
     if test is None:
         return NONE
+    if not test.is_finite:
+        return NOT_FINITE
     if not test.is_seen:
         return "no difference seen"
     return "better" if (test.mean > 0) == is_higher_better(metric) else "worse"
 
 
 def reached(row: Row, key: str) -> str:
-    """Steps or seconds to the loss; how many of the runs reach it, where not all do."""
+    """Steps or seconds to the loss; how many of the runs reach it, where not all do.
+
+    A loss that ends not finite is not called reached, wherever it has been before.
+    """
+    if (loss := row.stats["loss"]) and loss.num_broken:
+        return spread(loss, 3)
     if row.num_reached is None:
         return NONE
     if row.num_reached < row.num_runs:
@@ -146,7 +165,7 @@ def runs_of(row: Row) -> str:
 
 
 def _number(found: Stat | None) -> str:
-    return NONE if found is None else short(found.mean)
+    return NONE if found is None else spread(found, 0) if found.num_broken else short(found.mean)
 
 
 def _p(p: float) -> str:
@@ -171,11 +190,12 @@ def sentences(comparison: Comparison) -> list[str]:
         for question, condition in conditions.items():
             tests = {comparison.loss: row.tests[f"loss_{question}"]}
             tests |= {comparison.quality: row.tests[question]}
-            if judged := [_judged(test, metric) for metric, test in tests.items() if test]:
+            known = {metric: test for metric, test in tests.items() if test}
+            if judged := [_judged(test, metric, baseline) for metric, test in known.items()]:
                 found.append(f"{condition}, {row.label} against {baseline}: {', '.join(judged)}.")
         if not any(row.tests.values()):
             found.append(f"{row.label} against {baseline}: not tested, as fewer than 2 seeds pair.")
-    if any(test for row in others for test in row.tests.values()):
+    if any(test and test.is_finite for row in others for test in row.tests.values()):
         found.append(
             "p: paired t test over seeds, corrected by Holm's method for the number of groups "
             f"({len(others)}); below {SIGNIFICANT} is called better or worse. Values are those of "
@@ -184,7 +204,14 @@ def sentences(comparison: Comparison) -> list[str]:
     return found
 
 
-def _judged(test: Paired, metric: str) -> str:
+def _judged(test: Paired, metric: str, baseline: str) -> str:
+    if not test.is_finite:
+        parts = [
+            f"{quantity(metric).title}{of} is not finite with {num} of {test.num} seeds"
+            for of, num in zip(("", f" of {baseline}"), test.num_broken, strict=True)
+            if num
+        ]
+        return " and ".join(parts)
     shown, p, seeds = quantity(metric), _p(test.corrected_p), f"{test.num} seeds"
     p = f"p {p}" if p.startswith("<") else f"p = {p}"
     size, unit = shown.scale * test.mean, shown.difference_unit
@@ -237,7 +264,11 @@ def _differences(comparison: Comparison) -> Grid:
     for row in comparison.rows:
         questions = {"at equal steps": "at_equal_steps", "in the same time": "in_same_time"}
         for question, key in questions.items():
-            if test := row.tests[key]:
+            test = row.tests[key]
+            if test and not test.is_finite:
+                blank = [NONE] * 4
+                cells.append([row.label, question, NOT_FINITE, *blank, str(test.num)])
+            elif test:
                 values = (shown.scale * x for x in (test.mean, test.low, test.high))
                 mean, low, high = (f"{value:+.{shown.digits}f}" for value in values)
                 cells.append([
@@ -263,7 +294,7 @@ def _cost(comparison: Comparison) -> Grid:
         cells.append([
             row.label, *(_number(stats[key]) for key in counts), spread(stats["wall_s"], 1),
             _number(stats["upfront_s"]), spread(stats["select_share"], 0, 100),
-            NONE if overhead is None else f"x {overhead.mean:.2f}",
+            NONE if overhead is None else f"x {spread(replace(overhead, sd=None), 2)}",
         ])  # fmt: skip
     title = (
         f"what it cost, evaluation not counted; time per step over that of {comparison.baseline}"
@@ -307,13 +338,13 @@ def print_tables(comparison: Comparison) -> None:
         console.print(f"note: {note}", highlight=False, markup=False)
     for grid in grids(comparison):
         table = Table(
-            title=grid.title, title_justify="left", title_style="", box=box.SIMPLE_HEAD,
+            title=escape(grid.title), title_justify="left", title_style="", box=box.SIMPLE_HEAD,
             pad_edge=False, collapse_padding=True,
         )  # fmt: skip
         for place, head in enumerate(grid.head):
-            table.add_column(head, justify="right" if place else "left", no_wrap=not place)
+            table.add_column(escape(head), justify="right" if place else "left", no_wrap=not place)
         for cells in grid.cells:
-            table.add_row(*cells)
+            table.add_row(*map(escape, cells))  # a label is text, not markup
         console.print(table)
     for sentence in sentences(comparison):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)

@@ -3,12 +3,14 @@
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticKnownError
 
 from selectflow.options import ConfigError, Count, Directory, Section, must_be, nearest_key
 from selectflow.run.sections import (
@@ -28,13 +30,63 @@ def _matches(pattern: str) -> Callable[[object], object]:
     return lambda value: isinstance(value, str) and re.fullmatch(pattern, value)
 
 
+def _text(value: object) -> object:
+    if not isinstance(value, str):
+        raise PydanticKnownError("string_type")
+    return value
+
+
 RunName = Annotated[
     str,
     must_be(
         "a directory name of letters, digits, '.', '_' and '-'; {seed} stands for the seed",
         _matches(r"[A-Za-z0-9](\{[a-z_.]+\}|[A-Za-z0-9._-])*"),
     ),
+    BeforeValidator(_text),  # the last is the first to run
 ]
+_LONGEST = 180  # of a run's name: files of it have a little more
+
+
+def plain_name(text: str) -> str:
+    """A text as a directory name: '-' for what it may not hold, and then a digest of the text.
+
+    So two texts have two names, and one that is such a name keeps it.
+    """
+    return text if _cleaned(text) == text else f"{_cleaned(text)}-{_digest(text)}".lstrip("-")
+
+
+def name_of(value: object) -> str:
+    """A value of a configuration as a part of a name, another one for another value.
+
+    A number, a flat list of numbers and a word are told from its text; anything else has a digest.
+    """
+    text = str(value)
+    if isinstance(value, int | float) or value is None:
+        return text
+    if isinstance(value, tuple) and all(isinstance(each, int | float) for each in value):
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
+    if isinstance(value, str) and not _is_like_another(value):
+        return plain_name(value)
+    return f"{_cleaned(text)}-{_digest(repr(value))}"
+
+
+def _cleaned(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-").lstrip("._-")[:_LONGEST]
+
+
+def _is_like_another(text: str) -> bool:
+    """Whether a string reads as a number, or as what is no string."""
+    try:
+        float(text)
+    except ValueError:
+        return text in ("None", "True", "False")
+    return True
+
+
+def _digest(text: str) -> str:
+    return f"{zlib.crc32(text.encode(errors='surrogatepass')):08x}"
+
+
 Device = Annotated[
     str,
     must_be("auto, cpu, cuda, cuda:N, mps or xpu", _matches(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")),
@@ -42,18 +94,23 @@ Device = Annotated[
 
 
 class TrackConfig(Section, use_attribute_docstrings=True):
-    """Where the metrics go besides metrics.jsonl."""
+    """Where the metrics go besides metrics.jsonl.
 
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases; offline needs no login"""
-    project: str = Field(default="selectflow", min_length=1)
-    """W&B project"""
+    What is said here goes before W&B's environment variables, and they before what null stands for.
+    But WANDB_MODE=disabled switches W&B off whatever is said here, and offline keeps it offline.
+    Where WANDB_DIR is set, W&B's own files go there, else into the run directory.
+    """
+
+    wandb: Literal["disabled", "offline", "online"] | None = None
+    """Weights & Biases; offline needs no login; null: WANDB_MODE, or disabled"""
+    project: str | None = Field(default=None, min_length=1)
+    """W&B project; null: WANDB_PROJECT, or selectflow"""
     group: str | None = None
-    """W&B group: runs that are compared"""
+    """W&B group: runs that are compared; null: WANDB_RUN_GROUP, or none"""
     job_type: str | None = None
-    """W&B job type; null: the strategy, or replay"""
+    """W&B job type; null: WANDB_JOB_TYPE, or the strategy, or replay"""
     tags: tuple[str, ...] = Field(default=(), strict=False)
-    """W&B tags"""
+    """W&B tags; none: those of WANDB_TAGS"""
     kinds: bool = True
     """shares among the kept of what the data say of their samples (altered, where from), for which
     all that they say is read before the first step"""
@@ -102,9 +159,9 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
 
     @property
     def run_name(self) -> str:
-        """The name with its {keys} filled in, '-' for what a directory name may not hold."""
-        filled = re.sub(r"\{([a-z_.]+)\}", lambda key: str(attrgetter(key[1])(self)), self.name)
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", filled)
+        """The name with its {keys} filled in, each value as `name_of` has it."""
+        filled = re.sub(r"\{([a-z_.]+)\}", lambda key: name_of(attrgetter(key[1])(self)), self.name)
+        return filled if len(filled) <= _LONGEST else f"{filled[:_LONGEST]}-{_digest(filled)}"
 
     @property
     def run_dir(self) -> Path:

@@ -6,7 +6,6 @@ metrics.jsonl is the source of truth; W&B is a sink of it.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections import Counter
@@ -53,11 +52,13 @@ class Tracker:
         run_dir: directory of the run; made if it does not exist.
         config: the resolved configuration in plain values.
         name: name of the run in W&B.
-        mode: disabled, offline (no login needed) or online (offline if W&B cannot be reached).
-        project: W&B project.
-        group: W&B group, the runs that are compared.
-        job_type: W&B job type.
-        tags: W&B tags.
+        mode: disabled, offline (no login needed) or online (offline if W&B cannot be reached);
+            None: WANDB_MODE, or disabled. WANDB_MODE=disabled goes before any, offline before
+            online.
+        project: W&B project; None: WANDB_PROJECT, or selectflow.
+        group: W&B group, the runs that are compared; None: WANDB_RUN_GROUP, or none.
+        job_type: W&B job type; None: WANDB_JOB_TYPE, or none.
+        tags: W&B tags; none: those of WANDB_TAGS.
         run_id: id of an earlier W&B run that this one continues; None starts a new one.
         timeout_s: seconds that W&B may take to start, and again to upload the rest at the end.
 
@@ -71,8 +72,8 @@ class Tracker:
         config: Mapping[str, Any],
         *,
         name: str,
-        mode: Literal["disabled", "offline", "online"] = "disabled",
-        project: str = "selectflow",
+        mode: Literal["disabled", "offline", "online"] | None = None,
+        project: str | None = None,
         group: str | None = None,
         job_type: str | None = None,
         tags: Sequence[str] = (),
@@ -85,12 +86,12 @@ class Tracker:
         self._resumed_at: list[int] = []  # steps of the last evaluation before each resumption
         _cut_torn_line(self._metrics)
         self._wandb = None
-        if mode != "disabled":
+        if (used := wandb.mode_of(mode)) != "disabled":
             options = {
                 "dir": str(run_dir), "config": dict(config), "name": name, "project": project,
-                "group": group, "job_type": job_type, "tags": list(tags), "id": run_id,
+                "group": group, "job_type": job_type, "tags": list(tags) or None, "id": run_id,
             }  # fmt: skip
-            self._wandb = wandb.start(options, mode, timeout_s)
+            self._wandb = wandb.start(options, used, timeout_s)
         self.run_id: str | None = self._wandb.id if self._wandb else None
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
@@ -98,17 +99,18 @@ class Tracker:
 
         Args:
             step: optimizer steps done.
-            values: by metric name; one that is not finite is written as null.
+            values: by metric name; one that is not finite is written as "NaN", "Infinity" or
+                "-Infinity", so that it is told from one that was not measured.
 
         Raises:
             OSError: the line cannot be written; it names the file.
             TypeError: a value is not a number.
         """
-        line = {metrics.STEP: step} | {name: _number(name, x) for name, x in values.items()}
-        _append_line(self._metrics, line)
+        found = {name: metrics.number(name, value) for name, value in values.items()}
+        line: dict[str, float | int] = {metrics.STEP: step} | found
+        _append_line(self._metrics, metrics.to_json(line))
         self._last |= line
-        finite = {name: value for name, value in line.items() if value is not None}
-        self._to_wandb(lambda run: wandb.log(run, finite))
+        self._to_wandb(lambda run: wandb.log(run, line))
 
     def state_dict(self) -> dict[str, Any]:
         """The W&B run and how long metrics.jsonl is, all of it on the disk."""
@@ -122,7 +124,7 @@ class Tracker:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after `state_dict`; later lines of metrics.jsonl are cut off."""
         os.truncate(self._metrics, state["metrics_bytes"])
-        self._last = dict(state["last"])
+        self._last = metrics.from_json(state["last"])
         self._resumed_at = [*state.get("resumed_at", ()), self._last.get(metrics.STEP, 0)]
 
     def show(
@@ -145,14 +147,12 @@ class Tracker:
         Raises:
             OSError: the file cannot be written; it names the file.
         """
-        values = self._last | {
-            name: _number(name, value) if isinstance(value, float) else value
-            for name, value in summary.items()
-        }
+        values = self._last | dict(summary)
         if self._resumed_at:
             values["resumed_at"] = self._resumed_at
         with atomic_file(self._run_dir / "summary.json") as file:
-            file.write((json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
+            text = json.dumps(metrics.to_json(values), indent=2, allow_nan=False)
+            file.write(f"{text}\n".encode())
         self._to_wandb(lambda run: wandb.finish(run, values, self._run_dir))
         self._wandb = None
 
@@ -171,8 +171,8 @@ class Tracker:
 class DecisionLog:
     """Appends the controller's decisions to `decisions.jsonl`.
 
-    A line is `{"step", "what", "before", "after", "reason", "measures"}`; a measure that is not
-    finite is null.
+    A line is `{"step", "what", "before", "after", "reason", "measures"}`, its numbers as in
+    metrics.jsonl.
 
     Args:
         run_dir: directory of the run.
@@ -191,9 +191,9 @@ class DecisionLog:
         Raises:
             OSError: it cannot be written; names the file.
         """
-        measures = {name: _number(name, value) for name, value in decision.measures.items()}
-        line = {"step": decision.step} | vars(decision) | {"measures": measures}
-        _append_line(self._path, line)
+        measures = {name: metrics.number(name, x) for name, x in decision.measures.items()}
+        line = {"step": decision.step} | vars(decision) | {"measures": metrics.to_json(measures)}
+        _append_line(self._path, metrics.to_json(line))
         for name, metric in metrics.CONTROLLED.items():
             if (value := measures.get(name)) is not None:
                 self.measured[metric] = value
@@ -220,8 +220,8 @@ def read_decisions(run_dir: str | Path) -> Iterator[Decision]:
     for line in path.read_text("utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
             values = json.loads(line)
-            known = {key: x for key, x in values["measures"].items() if x is not None}
-            yield Decision(**values | {"measures": known})
+            measures = metrics.from_json(values["measures"])
+            yield Decision(**metrics.from_json(values) | {"measures": measures})
 
 
 class RunLog:
@@ -337,22 +337,11 @@ class RunLog:
         return "  ".join(f"{k} {self._last[n]:.3f}" for k, n in shown.items() if n in self._last)
 
 
-def _number(name: str, value: Any) -> float | int | None:
-    """A plain number of a metric, None if it is not finite."""
-    if isinstance(value, int):
-        return value
-    try:
-        value = float(value)  # also 0-d tensors and numpy scalars
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"metric {name} must be a number, got {value!r}") from error
-    return value if math.isfinite(value) else None
-
-
 def _append_line(path: Path, values: Mapping[str, Any]) -> None:
     """Append a line of JSON; an OSError names the file."""
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(values, allow_nan=False) + "\n")
     except OSError as error:
         # A full disk is only noticed on closing, and then the error does not say where.
         raise OSError(error.errno, error.strerror, str(path)) from error

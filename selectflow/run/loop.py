@@ -12,10 +12,11 @@ import contextlib
 import io
 import logging
 import math
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -99,9 +100,11 @@ def _train(run: _Run) -> None:
             run.finish(status)
         except BaseException as error:
             with contextlib.suppress(OSError):  # it would hide why the run ends
+                diverged = {}
                 if isinstance(error, FloatingPointError):
                     run.save()
-                run.finish("failed")
+                    diverged = {metrics.DIVERGED_AT: run.step + 1}
+                run.finish("failed", diverged)
             raise
         finally:
             # the run directory stays locked until all is written; an error was raised above
@@ -193,6 +196,8 @@ class _Run:
             with torch.no_grad():
                 for split, batches in (("target", self.target), ("test", self.test)):
                     means = self.task.evaluate(self.model, batches)
+                    if any(map(math.isnan, means.values())):
+                        means = dict.fromkeys(means, math.nan)  # an argmax of NaN is class 0
                     found |= {metrics.evaluated(split, name): x for name, x in means.items()}
         finally:
             self.model.train(training)
@@ -205,8 +210,8 @@ class _Run:
             self.checkpoints.save(self.step, self.state_dict())
             self.saved_at = self.step
 
-    def finish(self, status: str) -> None:
-        """Write the rest of the log, and how the run ended."""
+    def finish(self, status: str, facts: Mapping[str, int] | None = None) -> None:
+        """Write the rest of the log, how the run ended, and other facts of its end."""
         self.ledger.flush()
         if status == "finished":
             if self.task.save:
@@ -214,7 +219,8 @@ class _Run:
             self.samples.show_all()
         upfront = {metrics.UPFRONT_S: self.upfront_s} if self.config.select.is_offline else {}
         errors = {"errors_by_shard": errors} if (errors := self.pools.errors) else {}
-        self.tracker.finish({"status": status, "steps": self.step} | upfront | errors)
+        ended = {"status": status, "steps": self.step} | dict(facts or {})
+        self.tracker.finish(ended | upfront | errors)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -299,6 +305,7 @@ def stop_request() -> Iterator[StopRequest]:
 
 def _tracker(config: RunConfig, run_id: str | None) -> Tracker:
     track, select = config.track, config.select
+    strategy = "replay" if select.replay else select.strategy
     return Tracker(
         config.run_dir,
         config.model_dump(mode="json"),
@@ -306,7 +313,7 @@ def _tracker(config: RunConfig, run_id: str | None) -> Tracker:
         mode=track.wandb,
         project=track.project,
         group=track.group,
-        job_type=track.job_type or ("replay" if select.replay else select.strategy),
+        job_type=track.job_type or os.environ.get("WANDB_JOB_TYPE") or strategy,
         tags=track.tags,
         run_id=run_id,
     )

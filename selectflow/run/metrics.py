@@ -1,7 +1,8 @@
-"""The metrics of a run: their names, and means of them over a stretch of steps."""
+"""The metrics of a run: their names, their numbers as JSON, and means over a stretch of steps."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +33,8 @@ SELECT_S = "perf/select_s"
 STEP_S = "perf/step_s"
 UPFRONT_S = "perf/upfront_s"
 """Seconds of offline selection before the first step."""
+DIVERGED_AT = "diverged_at"
+"""In summary.json: the step that ended the run, by a loss, gradient or score that is not finite."""
 
 CONTROLLED = {
     name: f"select/{name}"
@@ -48,6 +51,48 @@ def kept_share(kind: str) -> str:
 def evaluated(split: str, name: str) -> str:
     """The metric for a mean over a split, as over "test" the "accuracy"."""
     return f"{split}/{name}"
+
+
+# --- numbers as JSON ------------------------------------------------------------------------------
+
+# JSON has no number for them. A metric that was not measured has no entry at all.
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def number(name: str, value: Any) -> float | int:
+    """A metric as a plain number of Python, from a number of torch or numpy too.
+
+    Raises:
+        TypeError: it is not a number; names the metric.
+    """
+    if isinstance(value, int):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metric {name} must be a number, got {value!r}") from error
+
+
+def to_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them: a number that is not finite as "NaN", "Infinity" or "-Infinity"."""
+    return {name: _to_json(value) for name, value in values.items()}
+
+
+def _to_json(value: Any) -> Any:
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def from_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `to_json` was given; null, which earlier versions wrote for all three, is NaN."""
+    return {
+        name: _NOT_FINITE.get(x, x) if isinstance(x, str) else math.nan if x is None else x
+        for name, x in values.items()
+    }
+
+
+# --- means ----------------------------------------------------------------------------------------
 
 
 class Means:

@@ -12,10 +12,18 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from selectflow.core.counts import is_count
-from selectflow.options import Count, Directory, Section, SelectOptions, must_be
+from selectflow.options import Count, Directory, Section, SelectOptions, expanded, must_be
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+
+
+def _expanded_source(value: object) -> object:
+    """A source of text with its path expanded: `files:~/texts`."""
+    if not isinstance(value, str) or not value.startswith(("files:", "jsonl:")):
+        return value
+    kind, _, path = value.partition(":")
+    return f"{kind}:{expanded(path)}"
 
 
 def _path_or_url(value: object) -> object:
@@ -28,6 +36,7 @@ def _holds_splits(value: object) -> bool:
 
 
 # a path would lose one of the slashes of "s3://"
+Expanded = Annotated[str, BeforeValidator(expanded)]  # a path or a name
 Location = Directory | Annotated[str, Field(pattern="^[a-z0-9+]+://")]
 
 
@@ -38,9 +47,9 @@ class _Section(Section, use_attribute_docstrings=True):
 class TextConfig(_Section):
     """What blocks of text are made of, as `selectflow shards make text` makes them."""
 
-    source: str = "python"
+    source: Annotated[str, BeforeValidator(_expanded_source)] = "python"
     """python: what comes with it; files:FOLDER; jsonl:FILE; hf:NAME"""
-    tokenizer: str = "bytes"
+    tokenizer: Expanded = "bytes"
     """bytes; bpe:SIZE, trained on the text; or an existing one"""
     block: Annotated[int, Field(ge=2)] = 128
     """tokens of an example"""
@@ -70,6 +79,7 @@ class DataConfig(_Section):
         Location | None,
         BeforeValidator(_path_or_url),
         must_be("a directory with the splits train, target and test, or its URL", _holds_splits),
+        BeforeValidator(expanded),  # the last is the first to run
     ] = None
     """directory of the shards, or its URL (s3, gs, hf, https: extra `remote`); null: data/<name and
     options> for digits and text"""
@@ -132,7 +142,7 @@ class ModelConfig(_Section):
     """attention heads of a block (gpt2, llama)"""
     positions: Count | None = None
     """longest sequence, in tokens; null: that of the data (gpt2, llama)"""
-    pretrained: str | None = None
+    pretrained: Expanded | None = None
     """weights to begin with: a folder of save_pretrained or a Hugging Face name, whose sizes then
     hold (gpt2, llama)"""
     lora_rank: int = Field(default=0, ge=0)

@@ -2,11 +2,15 @@
 
 The only file of a run that imports wandb, and only where W&B is used: a run without it does not
 pay for the import. W&B raises anything. An error of its own costs a warning and never a run.
+
+What the caller names goes before W&B's environment variables and settings files, and these before
+our defaults, as in `wandb.init`. Only "disabled" goes before all, and "offline" before "online".
 """
 
 from __future__ import annotations
 
 import io
+import os
 import socket
 import urllib.parse
 import urllib.request
@@ -25,13 +29,43 @@ _EVALUATIONS = ("test/", "target/")
 
 
 Mode = Literal["offline", "online"]
+_PROJECT = "selectflow"
+# WANDB_MODE -> mode; "run" and "dryrun" are W&B's earlier names, "shared" is one run of many nodes
+_MODES: dict[str, Literal["disabled", "offline", "online"]] = {
+    "disabled": "disabled", "offline": "offline", "online": "online",
+    "dryrun": "offline", "run": "online", "shared": "online",
+}  # fmt: skip
+
+
+def mode_of(
+    asked: Literal["disabled", "offline", "online"] | None,
+) -> Literal["disabled", "offline", "online"]:
+    """The mode that is used where the caller asks for one, or for none, and WANDB_MODE says its."""
+    text = os.environ.get("WANDB_MODE", "").strip().lower()
+    said = _MODES.get(text)
+    if text and said is None:
+        warnings.warn(
+            f"WANDB_MODE must be one of {', '.join(_MODES)}, got {text!r}; W&B is switched off",
+            stacklevel=2,
+        )
+        return "disabled"
+    return _settled(asked or said or "disabled", said)
+
+
+def _settled(
+    asked: Literal["disabled", "offline", "online"], said: str | None
+) -> Literal["disabled", "offline", "online"]:
+    if "disabled" in (asked, said):
+        return "disabled"
+    return "offline" if "offline" in (asked, said) else "online"
 
 
 def start(options: dict[str, Any], mode: Mode, timeout_s: float) -> Any:
-    """A W&B run; offline where W&B cannot be reached, None where it cannot start.
+    """A W&B run; offline where W&B cannot be reached, None where it cannot start or is off.
 
     Args:
-        options: of `wandb.init`; "id" None starts a new run.
+        options: of `wandb.init`; "id" None starts a new run, None elsewhere is W&B's own setting.
+            "dir" gives way to WANDB_DIR.
         mode: online or offline.
         timeout_s: of `Tracker`.
     """
@@ -50,7 +84,14 @@ def start(options: dict[str, Any], mode: Mode, timeout_s: float) -> Any:
 def _open(options: dict[str, Any], mode: Mode, timeout_s: float) -> Any:
     import wandb  # noqa: PLC0415
 
-    wandb.setup(wandb.Settings(silent=True))  # else the login below asks the server who we are
+    # silent: else the login below asks the server who we are
+    known = wandb.setup(wandb.Settings(silent=True)).settings
+    settled = _settled(mode, known.mode)  # `wandb offline` and `wandb disabled` count
+    if settled == "disabled":
+        return None
+    mode, env = settled, os.environ
+    project = options["project"] or env.get("WANDB_PROJECT") or known.project or _PROJECT
+    options = options | {"project": project, "dir": env.get("WANDB_DIR") or options["dir"]}
     # At a terminal, wandb.init would stop the run to ask for a key.
     if mode == "online" and not wandb.run and not wandb.login(prompt=False, verify=False):
         raise RuntimeError("no login found; set WANDB_API_KEY or run `wandb login`")
@@ -180,7 +221,7 @@ def log_report(
     folder: Path,
     *,
     mode: Literal["online", "offline"],
-    project: str = "selectflow",
+    project: str | None = None,
     group: str | None = None,
     timeout_s: float = 30.0,
 ) -> str | None:
@@ -190,18 +231,22 @@ def log_report(
         report: what to log.
         folder: takes W&B's own files, under wandb/.
         mode: online (offline if W&B cannot be reached) or offline, for `wandb sync`.
-        project: W&B project.
+        project: W&B project; None: WANDB_PROJECT, or selectflow.
         group: W&B group, that of the runs.
         timeout_s: seconds that W&B may take to start, and again to upload the rest at the end.
 
     Returns:
-        The id of the run; None where W&B failed, which is warned of.
+        The id of the run; None where W&B failed or is off, which is warned of.
     """
+    used = mode_of(mode)
+    if used == "disabled":
+        warnings.warn("W&B is off by WANDB_MODE, the comparison is in its files", stacklevel=2)
+        return None
     options = {
         "dir": str(folder), "config": dict(report.config), "name": "compare", "project": project,
         "group": group, "job_type": "compare", "tags": ["compare"], "id": None,
     }  # fmt: skip
-    run = start(options, mode, timeout_s)
+    run = start(options, used, timeout_s)
     if run is None:
         return None
     try:

@@ -1,9 +1,10 @@
 """Configurations from YAML and `key=value` overrides, with errors that name all that is wrong.
 
-YAML is read as people write it: `1e-3` is a number, a key given twice is an error.
+YAML is read as people write it: `1e-3` is a number, `010` is ten, a key given twice is an error.
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,31 +18,74 @@ from selectflow.options import ConfigError, Section, describe, nearest, nearest_
 # --- reading and writing --------------------------------------------------------------------------
 
 
+# Scalars as in YAML 1.2, which people expect: 1e-3 is a number, 010 is ten, 2024-01-31 and 1:30 are
+# text. YAML 1.1 reads them as text, as eight, as a date and as ninety. Its yes and no stay.
+_INT = re.compile(r"[-+]?(0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$")
+_FLOAT = re.compile(
+    r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))$"
+    r"|\.(nan|NaN|NAN)$"
+)
+_TAG = "tag:yaml.org,2002:"
+_NUMBERS = {f"{_TAG}int": _INT, f"{_TAG}float": _FLOAT}
+_OURS = {*_NUMBERS, f"{_TAG}timestamp", f"{_TAG}value"}  # "=" is text, too
+
+
 class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping of which no key is given twice, as it is written: before merges are put in."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} given twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+            is_merge = key.tag == f"{_TAG}merge"
+            value = key.value if is_merge else self.construct_object(key)  # 1 and "1" are two
+            if (is_merge, value) in seen:
+                several = "; merge several by <<: [*a, *b]" if is_merge else ""
+                problem = f"key {key.value!r} given twice{several}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add((is_merge, value))
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put in what is merged: own keys go before it, and of several the first."""
+        merged, own = [], []
+        for key, value in node.value:
+            if key.tag != f"{_TAG}merge":
+                own.append((key, value))
+                continue
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    problem = "<< must be a mapping, or a list of mappings"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                self.flatten_mapping(source)
+                merged.append(source.value)
+        node.value = [pair for pairs in reversed(merged) for pair in pairs] + own
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A number with leading zeros is decimal."""
+        text = str(self.construct_scalar(node)).replace("_", "")
+        return int(text, 0 if text.lstrip("+-")[:2] in ("0b", "0o", "0x") else 10)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        """A number, or .inf or .nan."""
+        text = str(self.construct_scalar(node)).replace("_", "")
+        return float(re.sub(r"^([-+]?)\.(?=inf|nan)", r"\1", text, flags=re.IGNORECASE))
 
 
 class _Dumper(yaml.SafeDumper): ...
 
 
-# YAML 1.1 reads 1e-3 as a string, because it asks for a point and a signed exponent. The dumper
-# gets the rule too, so that it quotes a string which would be read back as a number.
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag not in _OURS]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
+    # besides YAML 1.1's own rules: what either version would read as a number is quoted
+    _Dumper.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
+_Loader.add_constructor(f"{_TAG}int", _Loader.construct_yaml_int)
+_Loader.add_constructor(f"{_TAG}float", _Loader.construct_yaml_float)
 _Dumper.add_representer(
     list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True)
 )
@@ -59,13 +103,21 @@ def parse_yaml(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"must be YAML: {error.problem}{where}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # !!int and !!float of what is none
         raise ConfigError(f"must be YAML: {error}") from error
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
     """The YAML of plain values, which `parse_yaml` reads back to equal ones; lists on one line."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def as_override(key: str, value: Any) -> str:
+    """`key=value` with a plain value as YAML, which `set_key` reads back to an equal one."""
+    text = yaml.dump(
+        [value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf
+    )
+    return f"{key}={text.strip()[1:-1]}"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

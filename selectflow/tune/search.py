@@ -4,34 +4,27 @@ A cell is one setting of the parameters; its seeds are run one after the other. 
 evaluation, counted over its seeds, its value is the mean of the metric over the seeds that have
 ended and the present one. Optuna keeps the record of the cells, proposes settings (`random`,
 `bayes`) and decides, at equal i, which cells are stopped; this module runs them.
-
-Importing torch takes longer than a run on little data. So the imports are made once, in
-multiprocessing's fork server, of which each run begins as a copy.
 """
 
 from __future__ import annotations
 
-import ast
 import json
-import multiprocessing
-import os
+import math
 import random
-import runpy
-import signal
 import statistics
-import sys
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from multiprocessing import connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selectflow.run.directory import lock, wait_until_free
+from selectflow.run.directory import lock
+from selectflow.run.metrics import STEP, number
 from selectflow.run.yaml import dump_yaml, read_yaml
-from selectflow.tune.cells import Cells, State, cell_of_runs, cells_of, load_logged
-from selectflow.tune.space import Choice, Domain, Hyperband, Sweep, TuneError
+from selectflow.tune.domains import Choice, Domain, encode, identity
+from selectflow.tune.process import RunDiverged, RunFailed, RunProcess, run_server
+from selectflow.tune.results import Cells, State, cell_of_runs, cells_of, load_logged
+from selectflow.tune.space import Hyperband, Sweep, TuneError
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -43,9 +36,6 @@ _POLL_S = 0.2
 _NOTE = "note"  # on a trial that failed: why. One that failed without was interrupted.
 _NUM_FAILURES = 3  # that many first cells, all failed, end the sweep: the rest would fail too
 _FREE_ON_RESUME = {"run_cap", "description", "project", "entity"}
-# Imports that torch and pyarrow put off to their first use: most of the start of a short run.
-_IMPORTED_LATE = ("torch._dynamo", "torch._decomp.decompositions_for_jvp", "pandas")
-_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def tune(sweep: Sweep, out: Path, jobs: int, tell: Callable[[str], None]) -> Study:
@@ -65,9 +55,9 @@ def tune(sweep: Sweep, out: Path, jobs: int, tell: Callable[[str], None]) -> Stu
         TuneError: `out` holds another sweep, the first cells all failed, or optuna is missing.
         RunError: another process is at work in `out`.
     """
-    with lock(out), _run_server(Path(sweep.keys.program)) as context:
+    with lock(out), run_server(Path(sweep.keys.program)) as context:
         study = open_study(sweep, out)
-        active: dict[Generator[_RunProcess, None, str], _RunProcess] = {}
+        active: dict[Generator[RunProcess, None, str], RunProcess] = {}
         try:
             while True:
                 while len(active) < jobs and _has_more(sweep, study, len(active)):
@@ -90,13 +80,9 @@ def tune(sweep: Sweep, out: Path, jobs: int, tell: Callable[[str], None]) -> Stu
                 run.process.join()
 
 
-class _RunFailed(Exception):
-    """Why a run did not finish, or why its metric cannot be used."""
-
-
 def _run_cell(
     sweep: Sweep, study: Study, out: Path, context: ForkServerContext
-) -> Generator[_RunProcess, None, str]:
+) -> Generator[RunProcess, None, str]:
     """Run a new cell of a study: yield its present run while it waits, return how it ended."""
     from optuna import TrialPruned  # noqa: PLC0415
     from optuna.trial import TrialState  # noqa: PLC0415
@@ -109,9 +95,11 @@ def _run_cell(
     except TrialPruned as error:
         study.tell(trial, state=TrialState.PRUNED)
         return f"{name}: {error}"
-    except _RunFailed as error:
+    except RunFailed as error:
         trial.set_user_attr(_NOTE, str(error))
-        study.tell(trial, state=TrialState.FAIL)
+        # Of a setting that failed the search learns nothing, of one that was pruned that it is bad.
+        state = TrialState.PRUNED if isinstance(error, RunDiverged) else TrialState.FAIL
+        study.tell(trial, state=state)
         return f"{name}: failed, {error}"
     study.tell(trial, mean)
     return f"{name}: {sweep.keys.metric.name} {mean:.4g}"
@@ -119,7 +107,7 @@ def _run_cell(
 
 def _run_seeds(
     sweep: Sweep, trial: Trial, setting: dict[str, Any], out: Path, context: ForkServerContext
-) -> Generator[_RunProcess, None, float]:
+) -> Generator[RunProcess, None, float]:
     """Run the seeds of a cell one after the other; returns the mean of the metric at their ends."""
     from optuna import TrialPruned  # noqa: PLC0415
 
@@ -129,35 +117,35 @@ def _run_seeds(
     for seed in seeds:
         overrides = sweep.local_overrides(out, seed)
         config, value = sweep.load(setting, overrides), None
-        run = _RunProcess(context, sweep, sweep.arguments(setting, overrides), config.run_dir)
+        run = RunProcess(context, sweep, sweep.arguments(setting, overrides), config.run_dir)
         yield run
         for row in run.rows():
             if row is None:
                 yield run
             elif metric in row:
-                value = row[metric]
-                if value is None:
-                    yield from run.stopped()
-                    raise _RunFailed(f"{metric} is not finite at step {row['train/step']}")
+                value = number(metric, row[metric])
                 num_evaluations += 1
+                if not math.isfinite(value):
+                    trial.report(math.nan, num_evaluations)
+                    yield from run.stopped()
+                    raise RunDiverged(f"{metric} is not finite at step {row[STEP]}")
                 trial.report(statistics.fmean([*finals, value]), num_evaluations)
                 is_last_seed = len(finals) + 1 == len(seeds)
-                is_end = is_last_seed and row["train/step"] >= config.steps  # nothing left to stop
+                is_end = is_last_seed and row[STEP] >= config.steps  # nothing left to stop
                 if not is_end and trial.should_prune():
                     yield from run.stopped()
                     raise TrialPruned(f"stopped after {num_evaluations} evaluations")
-        if failure := run.failure():
-            raise _RunFailed(failure)
+        run.check()
         if value is None:
-            raise _RunFailed(f"it logged no {metric}")
+            raise RunFailed(f"it logged no {metric}")
         finals.append(value)
     return statistics.fmean(finals)
 
 
 def _check_failures(study: Study) -> None:
     ended = [trial for trial in study.trials if trial.state.is_finished()]
-    notes = [trial.user_attrs.get(_NOTE) for trial in ended]
-    if len(notes) >= _NUM_FAILURES and all(notes):
+    notes = [trial.user_attrs.get(_NOTE) for trial in ended if trial.state.name == "FAIL"]
+    if len(ended) == len(notes) >= _NUM_FAILURES and all(notes):
         raise TuneError(f"a sweep's cells must run, got {len(notes)} that failed; {notes[-1]}")
 
 
@@ -207,7 +195,7 @@ def _enqueue_due(sweep: Sweep, study: Study) -> None:
             trial.user_attrs.get("key") for trial in study.trials if not _is_interrupted(trial)
         ]
         for setting in settings[: sweep.keys.run_cap]:
-            params = {key: _encode(value) for key, value in setting.items()}
+            params = {key: _encoded(sweep.domains[key], value) for key, value in setting.items()}
             if json.dumps(params) not in known:
                 study.enqueue_trial(params, user_attrs={"key": json.dumps(params)})
 
@@ -252,7 +240,7 @@ def _distribution(domain: Domain) -> BaseDistribution:
     from optuna import distributions  # noqa: PLC0415
 
     if isinstance(domain, Choice):
-        return distributions.CategoricalDistribution([_encode(value) for value in domain.values])
+        return distributions.CategoricalDistribution(encode(domain.values))
     low, high, step = domain.low, domain.high, domain.step
     if all(isinstance(number, int) for number in (low, high, step)):
         return distributions.IntDistribution(int(low), int(high), step=int(step or 1))
@@ -267,7 +255,8 @@ def read_cells(sweep: Sweep, study: Study, out: Path) -> Cells:
         setting = _setting_of(sweep, trial)
         overrides = [sweep.local_overrides(out, seed) for seed in sweep.seeds or (None,)]
         runs = load_logged(sweep.load(setting, each).run_dir for each in overrides)
-        state, note = states.get(trial.state.name, "failed"), trial.user_attrs.get(_NOTE, "")
+        note = trial.user_attrs.get(_NOTE, "")
+        state = "failed" if note else states.get(trial.state.name, "failed")
         cells.append(cell_of_runs(sweep, setting, runs, state, note))
     return cells_of(sweep, cells)
 
@@ -285,116 +274,12 @@ def _setting_of(sweep: Sweep, trial: BaseTrial) -> dict[str, Any]:
     setting = dict(trial.params)
     for key, domain in sweep.domains.items():
         if isinstance(domain, Choice):
-            setting[key] = next(each for each in domain.values if _encode(each) == setting[key])
+            setting[key] = domain.values[encode(domain.values).index(setting[key])]
     return {key: setting[key] for key in sweep.domains}
 
 
-def _encode(value: Any) -> Any:
-    """A value as optuna takes it: a list or mapping as JSON text."""
-    is_plain = value is None or isinstance(value, bool | int | float | str)
-    return value if is_plain else json.dumps(value)
-
-
-@contextmanager
-def _run_server(program: Path) -> Iterator[ForkServerContext]:
-    """Where runs are forked from: one thread each, the imports of `program` made."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_imports(program), *_IMPORTED_LATE, __name__])
-    before = {name: os.environ.get(name) for name in _ONE_THREAD}
-    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))  # read when the server imports torch
-    try:
-        yield context
-    finally:
-        for name, value in before.items():
-            del os.environ[name]
-            if value is not None:
-                os.environ[name] = value
-
-
-def _imports(program: Path) -> list[str]:
-    names: list[str] = []
-    for node in ast.parse(program.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.append(node.module)
-    return names
-
-
-class _RunProcess:
-    """One run of a sweep's trainer in a process of its own; its output goes into `<name>.log`."""
-
-    def __init__(
-        self, context: ForkServerContext, sweep: Sweep, arguments: Sequence[str], run_dir: Path
-    ) -> None:
-        self._run_dir = run_dir
-        self._log = run_dir.with_name(f"{run_dir.name}.log")
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        self.process = context.Process(
-            target=_run_trainer, args=(sweep.keys.program, [*arguments], run_dir, self._log)
-        )
-        self.process.start()
-
-    def stop(self) -> None:
-        """Ask it to end its step, save and stop; does not wait."""
-        if self.process.is_alive():
-            self.process.terminate()
-
-    def stopped(self) -> Iterator[_RunProcess]:
-        """Stop it, and yield it until it has ended."""
-        self.stop()
-        while self.process.is_alive():
-            yield self
-
-    def rows(self) -> Iterator[dict[str, Any] | None]:
-        """The lines of its metrics.jsonl while it runs; None where there is no new one yet."""
-        path, size_read, last_step = self._run_dir / "metrics.jsonl", 0, -1
-        while True:
-            is_running = self.process.is_alive()  # before reading, so that no last line is missed
-            text = b""
-            if path.exists():
-                if path.stat().st_size < size_read:
-                    size_read = 0  # cut back to the checkpoint that the run resumed from
-                with path.open("rb") as file:
-                    file.seek(size_read)
-                    text = file.read()
-            whole = text[: text.rfind(b"\n") + 1]
-            size_read += len(whole)
-            for row in map(json.loads, whole.splitlines()):
-                # a resumed run does steps again that were read before it cut the file back
-                if row["train/step"] > last_step:
-                    last_step = row["train/step"]
-                    yield row
-            if not is_running:
-                return
-            yield None
-
-    def failure(self) -> str | None:
-        """Why an ended run did not finish; None if it did."""
-        summary = self._run_dir / "summary.json"
-        if self.process.exitcode == 0 and summary.exists():
-            status = json.loads(summary.read_text("utf-8"))["status"]
-            return None if status == "finished" else str(status)
-        lines = self._log.read_text("utf-8", "replace").splitlines() if self._log.exists() else []
-        last = next((line for line in reversed(lines) if line.strip()), "no output")
-        return f"{last.removeprefix('error: ')} (see {self._log})"
-
-
-def _run_trainer(program: str, arguments: list[str], run_dir: Path, log: Path) -> None:
-    """In the new process: run the trainer as from the command line, its output in a file."""
-    with log.open("a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # A sweep that was killed leaves runs that are still saving when it is started again.
-    wait_until_free(run_dir)
-    sys.argv = [program, *arguments]
-    sys.path.insert(0, str(Path(program).resolve().parent))  # as Python does for a script
-    runpy.run_path(program, run_name="__main__")
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
+def _encoded(domain: Domain, value: Any) -> Any:
+    """A value of a choice as `encode` has it."""
+    assert isinstance(domain, Choice)
+    places = {identity(each): place for place, each in enumerate(domain.values)}
+    return encode(domain.values)[places[identity(value)]]

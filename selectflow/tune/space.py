@@ -13,60 +13,33 @@ cell, one setting of the other parameters, is run with each of its values.
 from __future__ import annotations
 
 import itertools
-import json
-import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from selectflow.options import ConfigError, Count, Section, describe, nearest
-from selectflow.run.config import RunConfig, load
-from selectflow.run.yaml import read_yaml
+from selectflow.options import ConfigError, Count, Section, describe, expanded
+from selectflow.run.config import RunConfig, load, plain_name
+from selectflow.run.yaml import as_override, read_yaml
+from selectflow.tune.domains import (
+    ONLY_ON_WANDB,
+    Choice,
+    Domain,
+    Range,
+    counted,
+    distinct,
+    read_domains,
+)
 
 _MACROS = ("${env}", "${interpreter}", "${program}", "${args_no_hyphens}")
+# set for every run here, so that cells which differ in them alone would be one run
+_OWN = {"name", "root", "resume", "overwrite", "num_threads"}
 _COMMAND = f"[{', '.join(_MACROS[:3])}, CONFIG.yaml, {_MACROS[3]}]"
-
-# distribution -> the keys that it needs
-_DISTRIBUTIONS = {
-    "constant": ("value",),
-    "categorical": ("values",),
-    "int_uniform": ("min", "max"),
-    "uniform": ("min", "max"),
-    "q_uniform": ("min", "max", "q"),
-    "log_uniform": ("min", "max"),  # of the exponents of e
-    "log_uniform_values": ("min", "max"),
-}
-# Words that only W&B's server supports: an error must not call them misspelled.
-_ONLY_ON_WANDB = {
-    "categorical_w_probabilities", "inv_log_uniform", "inv_log_uniform_values", "normal",
-    "q_normal", "log_normal", "q_log_normal", "q_log_uniform", "q_log_uniform_values", "beta",
-    "q_beta", "probabilities", "mu", "sigma", "custom", "envelope", "target", "impute",
-    "impute_while_running", "controller", "job", "image_uri", "scheduler", "strict",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A parameter with one of several values; a constant has one."""
-
-    values: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Range:
-    """A parameter between two numbers, both included; `step` None: any number between."""
-
-    low: float
-    high: float
-    is_log: bool = False
-    step: float | None = None
-
-
-Domain = Choice | Range
 
 
 class TuneError(ValueError):
@@ -111,7 +84,9 @@ class Hyperband(Section):
 class SweepFile(Section):
     """The keys of a sweep file."""
 
-    program: str = Field(description="the trainer, a Python file")
+    program: Annotated[str, BeforeValidator(expanded)] = Field(
+        description="the trainer, a Python file"
+    )
     method: Literal["grid", "random", "bayes"] = Field(description="how settings are chosen")
     metric: Metric = Field(description="what is optimized")
     parameters: dict[str, Any] = Field(min_length=1, description="what varies")
@@ -129,7 +104,7 @@ class Sweep:
     """A sweep that can be run.
 
     Attributes:
-        name: of the sweep, and of its directory.
+        name: of the sweep, any text.
         keys: the file's other keys.
         domains: of every parameter but the seed, by dotted key.
         seeds: every cell is run with each; empty: with the configuration's own.
@@ -145,6 +120,11 @@ class Sweep:
     config: Path
     overrides: tuple[str, ...]
     raw: dict[str, Any]
+
+    @property
+    def plain_name(self) -> str:
+        """The name as a part of directory names."""
+        return plain_name(self.name)
 
     def grid(self) -> list[dict[str, Any]]:
         """Every setting of a grid, the last parameter changing fastest."""
@@ -167,12 +147,18 @@ class Sweep:
 
     def run_name(self) -> str:
         """A name that differs for every run of the sweep, as `RunConfig.name` has it."""
-        parts = [
-            f"{key.rpartition('.')[2].replace('_', '-')}{{{key}}}"
+        varied = {
+            key: () if isinstance(domain, Range) else domain.values
             for key, domain in self.domains.items()
             if isinstance(domain, Range) or len(domain.values) > 1
-        ]
-        return "-".join([*parts, "s{seed}"])
+        }
+        # no word may hold what is between two values: "a-b1" and "c" are not "a" and "b1-c"
+        words = " ".join(
+            word for values in varied.values() for word in values if isinstance(word, str)
+        )
+        between = "-" * (1 + max(map(len, re.findall("-+", words)), default=0))
+        parts = [f"{key.rpartition('.')[2].replace('_', '-')}{{{key}}}" for key in varied]
+        return between.join([*parts, "s{seed}"])
 
     def load(self, setting: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
         """The configuration of a run.
@@ -186,11 +172,6 @@ class Sweep:
         """The trainer's arguments: the YAML, the command's overrides, the setting, and others."""
         given = [as_override(key, value) for key, value in setting.items()]
         return [str(self.config), *self.overrides, *given, *overrides]
-
-
-def as_override(key: str, value: Any) -> str:
-    """`key=value` with the value as YAML."""
-    return f"{key}={'.inf' if value == math.inf else json.dumps(value)}"
 
 
 def load_sweep(path: str | Path) -> Sweep:
@@ -214,9 +195,9 @@ def load_sweep(path: str | Path) -> Sweep:
         known += [f"early_terminate.{key}" for key in Hyperband.model_fields]
         _fail(path, [_of_wandb(dict(item), known) for item in error.errors()])
     problems: list[str] = []
-    domains = dict(_read_domains(keys.parameters, problems))
+    domains = dict(read_domains(keys.parameters, problems))
     if keys.method == "grid":
-        domains = {key: _counted(domain) for key, domain in domains.items()}
+        domains = {key: counted(domain) for key, domain in domains.items()}
     config, overrides = _configuration(keys, problems)
     problems += _disagreements(keys, domains)
     if problems:
@@ -225,9 +206,28 @@ def load_sweep(path: str | Path) -> Sweep:
     assert isinstance(seeds, Choice)
     name = keys.name or Path(path).stem
     sweep = Sweep(name, keys, domains, seeds.values, config, overrides, raw)
+    fixed = [f"seed={seeds.values[0]}"] if seeds.values else []
     for setting in _samples(sweep):
-        sweep.load(setting, [f"seed={seeds.values[0]}"] if seeds.values else [])
-    return sweep
+        sweep.load(setting, fixed)
+    return replace(
+        sweep,
+        domains={key: _distinct(sweep, key, domain, fixed) for key, domain in domains.items()},
+        seeds=distinct(seeds.values, seeds.values),
+    )
+
+
+def _distinct(sweep: Sweep, key: str, domain: Domain, fixed: Sequence[str]) -> Domain:
+    """A choice with each value once, as the configuration has it: 1 and 1.0 are one rate."""
+    if isinstance(domain, Range):
+        return domain
+    first = {other: _ends(of)[0] for other, of in sweep.domains.items()}
+    configs = [sweep.load(first | {key: value}, fixed) for value in domain.values]
+    return Choice(distinct(domain.values, [attrgetter(key)(config) for config in configs]))
+
+
+def _ends(domain: Domain) -> Sequence[Any]:
+    """All values of a choice, both ends of a range."""
+    return domain.values if isinstance(domain, Choice) else (domain.low, domain.high)
 
 
 def _fail(path: str | Path, problems: list[str]) -> None:
@@ -238,7 +238,7 @@ def _fail(path: str | Path, problems: list[str]) -> None:
 def _of_wandb(error: Mapping[str, Any], known: Sequence[str]) -> str:
     key, value = str(error["loc"][-1]), error["input"]
     for name in (key, value):
-        if isinstance(name, str) and name in _ONLY_ON_WANDB:
+        if isinstance(name, str) and name in ONLY_ON_WANDB:
             path = ".".join(str(part) for part in error["loc"])
             return f"{path} must be left to W&B's server: {name!r} is not supported here"
     return describe(error, known)
@@ -258,6 +258,9 @@ def _disagreements(keys: SweepFile, domains: Mapping[str, Domain]) -> Iterator[s
                 yield f"parameters.{key} must have values in a grid, got a range"
     elif keys.run_cap is None:
         yield f"run_cap must be given when method is {keys.method}, got None; how many cells?"
+    for key in sorted(domains.keys() & _OWN):
+        if len(_ends(domains[key])) > 1:
+            yield f"parameters.{key} must have one value: each run of a sweep is given its own"
     seeds = domains.get("seed", Choice((0,)))
     if not isinstance(seeds, Choice) or not all(isinstance(seed, int) for seed in seeds.values):
         yield "parameters.seed must have integer values, each of which every cell is run with"
@@ -266,7 +269,7 @@ def _disagreements(keys: SweepFile, domains: Mapping[str, Domain]) -> Iterator[s
 def _configuration(keys: SweepFile, problems: list[str]) -> tuple[Path, tuple[str, ...]]:
     """The YAML and the overrides in a sweep's command."""
     rest = [word for word in keys.command if word not in _MACROS and word != "python"]
-    configs = [word for word in rest if "=" not in word and word.endswith((".yaml", ".yml"))]
+    configs = [word for word in rest if is_config(word)]
     others = [word for word in rest if word not in configs and "=" not in word]
     if others or len(configs) != 1 or _MACROS[2] not in keys.command:
         at = f"{others[0]!r} in it" if others else list(keys.command)
@@ -274,90 +277,23 @@ def _configuration(keys: SweepFile, problems: list[str]) -> tuple[Path, tuple[st
         return Path(), ()
     if _MACROS[3] not in keys.command:
         problems.append(f"command must hold {_MACROS[3]}, where the parameters go")
-    return Path(configs[0]), tuple(word for word in rest if "=" in word)
+    try:
+        config = Path(str(expanded(configs[0])))
+    except PydanticCustomError as error:
+        problems.append(f"command {error.message()}, got {configs[0]!r} in it")
+        return Path(), ()
+    return config, tuple(word for word in rest if "=" in word)
 
 
-def _counted(domain: Domain) -> Domain:
-    """A range with a step as the choice of its values."""
-    if isinstance(domain, Choice) or domain.step is None:
-        return domain
-    num = math.floor((domain.high - domain.low) / domain.step + 1e-9) + 1
-    return Choice(tuple(domain.low + index * domain.step for index in range(num)))
+def is_config(word: str) -> bool:
+    """Whether a word of a sweep's command is the YAML of the runs."""
+    return "=" not in word and word.endswith((".yaml", ".yml"))
 
 
 def _samples(sweep: Sweep) -> list[dict[str, Any]]:
     """Settings to check: a whole grid, else every value, and both ends of a range, once."""
     if sweep.keys.method == "grid":
         return sweep.grid()
-    ends = {
-        key: domain.values if isinstance(domain, Choice) else (domain.low, domain.high)
-        for key, domain in sweep.domains.items()
-    }
+    ends = {key: _ends(domain) for key, domain in sweep.domains.items()}
     first = {key: values[0] for key, values in ends.items()}
     return [first | {key: value} for key, values in ends.items() for value in values]
-
-
-def _read_domains(
-    parameters: Mapping[str, Any], problems: list[str], prefix: str = ""
-) -> Iterator[tuple[str, Domain]]:
-    """The domains in W&B's `parameters` by dotted key; adds a problem for each unusable one."""
-    for name, spec in parameters.items():
-        key = f"{prefix}{name}"
-        if isinstance(spec, dict) and isinstance(spec.get("parameters"), dict):
-            yield from _read_domains(spec["parameters"], problems, f"{key}.")
-            continue
-        try:
-            yield key, _domain(spec)
-        except ValueError as error:
-            problems.append(f"parameters.{key}{error}")
-
-
-def _domain(spec: Any) -> Domain:
-    """The values of one parameter; a ValueError's text follows the parameter's name."""
-    if not isinstance(spec, dict):
-        raise ValueError(f" must be a mapping with value, values, or min and max, got {spec!r}")
-    name = spec.get("distribution") or _inferred(spec)
-    for word in (name, *spec):
-        if word in _ONLY_ON_WANDB:
-            raise ValueError(f" must be left to W&B's server: {word!r} is not supported here")
-    if name not in _DISTRIBUTIONS:
-        near = nearest(str(name), list(_DISTRIBUTIONS))
-        raise ValueError(
-            f".distribution must be one of {', '.join(_DISTRIBUTIONS)}, got {name!r}{near}"
-        )
-    needed, given = _DISTRIBUTIONS[name], spec.keys() - {"distribution"}
-    if given != set(needed):
-        raise ValueError(f" must have {' and '.join(needed)} ({name}), got {sorted(given)}")
-    if name == "constant":
-        return Choice((spec["value"],))
-    if name == "categorical":
-        if not isinstance(spec["values"], list) or not spec["values"]:
-            raise ValueError(f".values must be a list that is not empty, got {spec['values']!r}")
-        return Choice(tuple(spec["values"]))
-    return _range(name, *(spec[key] for key in needed))
-
-
-def _inferred(spec: Mapping[str, Any]) -> str:
-    if "value" in spec or "values" in spec:
-        return "constant" if "value" in spec else "categorical"
-    # as W&B does: two integers are a range of integers
-    return "int_uniform" if all(isinstance(spec.get(e), int) for e in ("min", "max")) else "uniform"
-
-
-def _range(name: str, low: Any, high: Any, step: Any = None) -> Range:
-    given = [low, high, *([] if step is None else [step])]
-    kind, text = (int, "integers") if name == "int_uniform" else (int | float, "numbers")
-    for value in given:
-        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
-            needed = ", ".join(_DISTRIBUTIONS[name])
-            raise ValueError(f" must have {text} for {needed}, got {given}")
-    if name == "log_uniform":
-        low, high = math.exp(low), math.exp(high)
-    if not low < high:
-        raise ValueError(f" must have min < max, got {low} and {high}")
-    is_log = name.startswith("log")
-    if is_log and not low > 0:
-        raise ValueError(f".min must be > 0 on a logarithmic scale, got {low}")
-    if step is not None and not step > 0:
-        raise ValueError(f".q must be > 0, got {step}")
-    return Range(low, high, is_log, 1 if name == "int_uniform" else step)

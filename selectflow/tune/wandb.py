@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Iterable
 from operator import attrgetter
 from pathlib import Path
@@ -11,8 +11,11 @@ from typing import Any
 
 from selectflow.report.runs import Run
 from selectflow.run.config import ConfigError, RunConfig, load
-from selectflow.tune.cells import Cells, State, cell_of_runs, cells_of, load_logged
-from selectflow.tune.space import Sweep, TuneError, as_override
+from selectflow.run.wandb import mode_of
+from selectflow.run.yaml import as_override
+from selectflow.tune.domains import identity
+from selectflow.tune.results import Cells, State, cell_of_runs, cells_of, load_logged
+from selectflow.tune.space import Sweep, TuneError, is_config
 
 
 def wandb_spec(sweep: Sweep) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def wandb_spec(sweep: Sweep) -> dict[str, Any]:
     text, which the run's configuration reads as a number again.
     """
     command = list(sweep.keys.command)
-    after = command.index(str(sweep.config)) + 1
+    after = next(place for place, word in enumerate(command, 1) if is_config(word))
     name = as_override("name", _name(sweep))
     spec: dict[str, Any] = _without_infinities(sweep.raw)
     spec["command"] = [*command[:after], name, "track.wandb=online", *command[after:]]
@@ -41,12 +44,17 @@ def serve(sweep: Sweep, count: int | None = None) -> Cells:
         The cells of the runs that agents made of this sweep on this machine.
 
     Raises:
-        TuneError: there is no key, or no network.
+        TuneError: there is no key, no network, or W&B is off or offline by WANDB_MODE.
     """
     # Imported here alone: a sweep on this machine does not pay for it.
     import wandb  # noqa: PLC0415
 
-    project = sweep.keys.project or "selectflow"
+    if mode_of("online") != "online":
+        raise TuneError(
+            f"a sweep on W&B must be online, got WANDB_MODE={os.environ['WANDB_MODE']}; unset it, "
+            "or use --local, which needs no server"
+        )
+    project = sweep.keys.project or os.environ.get("WANDB_PROJECT") or "selectflow"
     try:
         sweep_id = wandb.sweep(wandb_spec(sweep), entity=sweep.keys.entity, project=project)
     except wandb.errors.Error as error:
@@ -69,7 +77,7 @@ def cells_of_runs(sweep: Sweep, run_dirs: Iterable[Path]) -> Cells:
     groups: dict[str, list[tuple[RunConfig, Run]]] = {}
     for run in load_logged(run_dirs):
         config = load(Path(run.where) / "config.yaml")
-        groups.setdefault(json.dumps(_setting_in(sweep, config)), []).append((config, run))
+        groups.setdefault(identity(_setting_in(sweep, config)), []).append((config, run))
     num = len(sweep.seeds) if sweep.keys.method == "grid" else 1
     cells = []
     for members in groups.values():
@@ -104,7 +112,7 @@ def _run_dirs(sweep: Sweep) -> list[Path]:
 
 
 def _name(sweep: Sweep) -> str:
-    return f"{sweep.name}-{sweep.run_name()}"
+    return f"{sweep.plain_name}-{sweep.run_name()}"
 
 
 def _without_infinities(value: Any) -> Any:
