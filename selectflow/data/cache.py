@@ -69,6 +69,7 @@ class Cache:
     allow_pipe: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "directory", Path(self.directory))
         is_right = self.max_gib > 0 and self.attempts >= 1 and self.backoff_s >= 0
         if not (is_right and self.timeout_s > 0):
             raise DataError(
@@ -260,7 +261,8 @@ def _file_system(url: str, timeout_s: float) -> tuple[Any, str]:
         # for a slow one
         timeout = ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
         options["client_kwargs"] = {"timeout": timeout}
-    files, path = url_to_fs(url, **options)
+    scheme, mark, rest = url.partition("://")
+    files, path = url_to_fs(scheme.lower() + mark + rest, **options)
     return files, str(path)
 
 
