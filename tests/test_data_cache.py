@@ -275,6 +275,7 @@ def share(server, tmp_path, directory, pools, num_workers):
         assert process.returncode == 0, problem.decode()
         expected = PoolStream(tmp_path / "web", pool=4, seed=seed, buffer=4)
         assert json.loads(out) == keys_of(islice(expected, pools))
+    assert len(server.gets) > pools / 2  # eight shards, again and again
 
 
 def test_processes_share_a_cache_at_its_limit(server, tmp_path, directory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from selectflow.data.urls import is_remote, member, root_of
 
 _END = "<|endoftext|>"
 _ENDS = (_END, "</s>", "<|end_of_text|>", "[SEP]", "<eos>")  # as GPT-2, Llama and others name it
+_RARE = "\U00012000"  # a letter of cuneiform, in no usual vocabulary
+
+_log = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -65,6 +69,11 @@ class SubwordTokenizer:
         # not the size of the vocabulary, whose ids may have gaps
         self.num_tokens: int = 1 + max(tokenizer.get_vocab().values())
         self._dtype = np.min_scalar_type(self.num_tokens - 1)
+        if not tokenizer.encode(_RARE, add_special_tokens=False).ids:
+            _log.warning(
+                "the tokenizer leaves out characters that it does not know: text may be lost; one "
+                "of bytes, or with a token for the unknown, keeps their places"
+            )
 
     def encode(self, text: str) -> Tokens:
         """Ids of the text, without special tokens, in the smallest type that holds them all.
