@@ -95,6 +95,11 @@ def replace(path, first, later_s=10, count=10, per_shard=4):
         os.utime(shard, (date, date))
 
 
+def index_of(directory):
+    (path,) = directory.glob("*.json")
+    return path
+
+
 # versions
 
 
@@ -181,6 +186,17 @@ def test_without_a_connection_the_newest_copy_is_used_and_said(server, tmp_path,
     assert stored(url) == ["s50", "s51", "s52", "s53"]
     (said,) = caplog.messages
     assert said.startswith(f"shard {url} cannot be asked whether it has changed (FileNotFoundError")
+
+
+def test_a_damaged_copy_of_a_shard_without_a_manifest_is_fetched_again(server, directory):
+    url = f"{server.url}/train-000000.tar"
+    for is_remembered in (True, False):
+        assert stored(url) == KEYS[:4]
+        (copy,) = directory.glob("*.shard")
+        copy.write_bytes(copy.read_bytes()[:700])
+        if not is_remembered:
+            index_of(directory).unlink()
+        assert stored(url) == KEYS[:4]
 
 
 # one directory, several processes
@@ -351,11 +367,6 @@ def test_the_tokenizer_is_found_by_every_address(server, tmp_path):
 # what is remembered, and where nothing can be
 
 
-def index_of(directory):
-    (path,) = directory.glob("*.json")
-    return path
-
-
 @pytest.mark.parametrize("left", [b"", b"{", b"[]", b"null", b'{"shard": {"name": 3}}', b"\xff"])
 def test_an_index_that_cannot_be_read_is_made_anew(tmp_path, directory, left):
     make_small(tmp_path, count=3)
@@ -396,7 +407,8 @@ def test_local_shards_need_no_cache(tmp_path, monkeypatch, caplog, error):
     fail_to_write(monkeypatch, error)
     pattern = f"{tmp_path}/train-{{000000..000002}}.tar"
     assert stored(pattern) == KEYS
-    assert f"({os.strerror(error)}): they are read again" in caplog.messages[0]
+    (said,) = caplog.messages
+    assert f"({os.strerror(error)}): they are read again" in said
 
 
 @pytest.mark.parametrize("place", ["/proc/1/none", "{}/a file/in it"])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,10 +140,7 @@ class Cache:
             with atomic_file(path) as file:
                 file.write(json.dumps(value).encode())
         except OSError as error:
-            _log.warning(
-                "what shards hold cannot be remembered in %s (%s): they are read again at each "
-                "start; name a directory by SELECTFLOW_CACHE", self.directory, error.strerror,
-            )  # fmt: skip
+            _tell_once(self.directory, error.strerror or str(error))
 
     def recall(self, name: object) -> Any:
         """The value that was kept; None if there is none that can be read."""
@@ -165,7 +163,7 @@ class Cache:
             )
 
         def fetch() -> FileIO:
-            with atomic_file(path) as file:
+            with atomic_file(path, durable=True) as file:  # a part may look like a whole shard
                 _copy(url, Path(file.name), self.timeout_s)
                 # opened before it has its name, by which another process can remove it
                 return FileIO(file.name)
@@ -223,6 +221,14 @@ class Cache:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+@cache
+def _tell_once(directory: Path, reason: str) -> None:  # and not for every shard
+    _log.warning(
+        "what shards hold cannot be remembered in %s (%s): they are read again at each start; "
+        "name a directory by SELECTFLOW_CACHE", directory, reason,
+    )  # fmt: skip
 
 
 def _reopened(path: Path) -> FileIO | None:

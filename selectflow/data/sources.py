@@ -188,12 +188,15 @@ def _versions(urls: Sequence[str], cache: Cache) -> list[str]:
         return list(pool.map(lambda url: cache.version(url) if is_remote(url) else "", urls))
 
 
-def _describe(url: str, version: str, cache: Cache) -> tuple[Shard | None, tuple[str, ...]]:
+def _describe(
+    url: str, version: str, cache: Cache, *, anew: bool = False
+) -> tuple[Shard | None, tuple[str, ...]]:
     """The shard and the known fields of its first record, which the cache remembers."""
+    anew = anew or not version  # of no version, a copy may be of any age
     name = None if is_remote(url) and not version else [_FORMAT, sorted(CODECS), url, version]
     if is_remote(url) and (known := _recalled(name, cache)):
         return known
-    with _open(url, url, cache, version, anew=not version) as file:
+    with _open(url, url, cache, version, anew) as file:
         stat = os.fstat(file.fileno())
         if name and not is_remote(url):
             # the time of change (ctime) tells a file that was replaced with its date kept
@@ -203,6 +206,8 @@ def _describe(url: str, version: str, cache: Cache) -> tuple[Shard | None, tuple
         try:
             records, digest = scan(file)
         except ValueError as error:
+            if is_remote(url) and not anew:  # the local copy is damaged
+                return _describe(url, version, cache, anew=True)
             raise damaged(url, "be a whole tar file", f"{error}") from error
     if not records:
         return None, ()
