@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from selectflow.data import DataError, contact_sheet, make_folder, read_split
+from selectflow.data.pixels import pixels_of
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(256, size=(4, 6, 3), dtype=np.uint8)
@@ -164,6 +165,17 @@ def test_pixels_of_unknown_range_are_refused(tmp_path, mode):
     data = encoded(Image.fromarray(COLOURS[..., 0]).convert(mode), "TIFF")
     with pytest.raises(DataError, match=rf"a/1\.jpg' .* of mode {mode}, of unknown range"):
         from_folder(tmp_path, data, 4, "jpg")
+
+
+def test_images_that_others_open_are_converted_alike():
+    """As torchvision's datasets give them."""
+    grey = Image.fromarray(LEVELS)
+    np.testing.assert_array_equal(pixels_of(grey), BY_257[None])
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([10, 20, 30])
+    assert pixels_of(palette).tolist() == [[[10]], [[20]], [[30]]]
+    with pytest.raises(ValueError, match="mode F, of unknown range"):
+        pixels_of(Image.new("F", (1, 1)))
 
 
 def test_every_field_of_images_is_shown(tmp_path):

@@ -1,6 +1,7 @@
 """What a user may name as data: folders, patterns, lists, and shards that come over a network."""
 
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -112,6 +113,7 @@ def test_every_way_to_name_the_shards_gives_the_same_samples(tmp_path):
 
 def test_shards_without_a_manifest_are_described_once(tmp_path, monkeypatch):
     make_small(tmp_path)
+    time.sleep(0.1)  # what has just been written is not remembered
     pattern = f"{tmp_path}/train-{{000000..000002}}.tar"
     state = PoolStream(pattern, pool=4, seed=0).state_dict()
     described = []

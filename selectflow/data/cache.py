@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from email.utils import mktime_tz, parsedate_tz
 from functools import cache
 from io import FileIO
 from pathlib import Path
@@ -25,6 +26,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _MARKS = ("ETag", "Last-Modified", "Content-MD5", "Digest")  # by which a web server tells versions
+_SETTLED_S = 60.0  # as RFC 9110, 8.8.2.2, advises
 _NUM_LOCKS = 64  # files that share one wait for each other
 _STALE_S = 24 * 3600.0  # a file in the making that old was left by a process that died
 
@@ -89,19 +91,23 @@ class Cache:
             files, path = _file_system(url, self.timeout_s)
             if not is_http(url):
                 return _digest(str(files.ukey(path)))
-            told = files.info(path)  # fsspec holds that files on the web never change
-            marks = [told.get(name) for name in _MARKS]
-            return _digest(json.dumps([told.get("size"), *marks])) if any(marks) else ""
+            return _version_on_the_web(files.info(path))
         except Exception as error:  # each file system has errors of its own
-            copies = list(self.directory.glob(f"{_digest(url)}-?*.shard"))
-            if not copies:
-                return ""  # fetching it says what is wrong
-            _log.warning(
-                "shard %s cannot be asked whether it has changed (%s: %s): the copy in %s is used",
-                url, type(error).__name__, error, self.directory,
-            )  # fmt: skip
-            newest = max(copies, key=lambda path: path.stat().st_mtime)
-            return newest.stem.partition("-")[2]
+            kept = self._newest_version(url)
+            if kept:  # else fetching it says what is wrong
+                _log.warning(
+                    "shard %s cannot be asked whether it has changed (%s: %s): the copy in %s is "
+                    "used", url, type(error).__name__, error, self.directory,
+                )  # fmt: skip
+            return kept
+
+    def _newest_version(self, url: str) -> str:
+        """The version of the copy that was fetched last; "": there is none of a version."""
+        found = [(0.0, "")]
+        for path in self.directory.glob(f"{_digest(url)}-?*.shard"):
+            with suppress(FileNotFoundError):  # removed by another process
+                found.append((path.stat().st_mtime, path.stem.partition("-")[2]))
+        return max(found)[1]
 
     def open(self, url: str, version: str = "", *, anew: bool = False) -> FileIO:
         """A remote file, fetched if there is no copy of this version, or if `anew` is true.
@@ -221,6 +227,18 @@ class Cache:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def _version_on_the_web(told: dict[str, Any]) -> str:
+    """What a web server tells of a version, which fsspec leaves to its callers; "": nothing."""
+    marks = [told.get(name) for name in _MARKS]
+    if date := told.get("Last-Modified"):
+        # dates are in whole seconds, and many an ETag is made of date and size: those of a file
+        # that has just changed may be those of its next change, too
+        changed = parsedate_tz(date)
+        if changed is None or time.time() < mktime_tz(changed) + _SETTLED_S:
+            return ""
+    return _digest(json.dumps([told.get("size"), *marks])) if any(marks) else ""
 
 
 @cache

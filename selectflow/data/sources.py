@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from selectflow.data.urls import expand, is_listed, is_remote, member, name_of, 
 
 _AT_ONCE = 8  # shards that are asked for their version
 _FORMAT = 2  # of what is remembered of a shard
+_SETTLED_NS = 50_000_000  # a file that changed so lately may change again at an equal time
 
 Source = str | Path | Sequence[str | Path]
 Sources = Source | Mapping[str, Source]
@@ -213,7 +215,7 @@ def _describe(
         return None, ()
     fields = tuple(sorted(CODECS.keys() & records[0].members.keys()))
     shard = Shard(name_of(url) or "shard", len(records), stat.st_size, digest)
-    if name:
+    if name and (is_remote(url) or time.time_ns() > stat.st_ctime_ns + _SETTLED_NS):
         cache.remember(name, {"shard": asdict(shard), "fields": fields})
     return shard, fields
 
