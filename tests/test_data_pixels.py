@@ -141,6 +141,14 @@ def test_inks_become_light(tmp_path):
     assert np.abs(pixels[:, 8, 8] - np.array([0, 255, 255.0])).max() <= 2
 
 
+def test_of_a_cameras_jpeg_the_first_image_is_taken(tmp_path):
+    """The further ones, such as a preview, are no frames."""
+    grey = Image.new("RGB", (16, 16), (128, 128, 128))
+    data = encoded(grey, "MPO", save_all=True, append_images=[Image.new("RGB", (4, 4))])
+    for made in (from_shard(tmp_path, data, "jpg"), from_folder(tmp_path, data, 16, "jpg")):
+        assert made.tolist() == np.full((3, 16, 16), 128).tolist()
+
+
 REFUSED = {
     "several images": encoded(
         Image.fromarray(COLOURS), save_all=True, append_images=[Image.fromarray(255 - COLOURS)]
