@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import time
 from itertools import islice
@@ -163,6 +164,18 @@ def test_an_index_that_cannot_be_read_is_made_anew(tmp_path, directory, left):
     index_of(directory).write_bytes(left)
     assert stored([shard]) == KEYS[:3]
     assert index_of(directory).read_bytes() == kept
+
+
+def test_an_index_that_does_not_fit_its_shard_is_forgotten(tmp_path, directory):
+    make_small(tmp_path, count=3)
+    time.sleep(0.1)
+    shard = tmp_path / NAMES[0]
+    assert stored([shard]) == KEYS[:3]
+    index = index_of(directory)
+    index.write_bytes(re.sub(rb'"[0-9a-f]{64}"', b'"%s"' % (b"0" * 64), index.read_bytes()))
+    with pytest.raises(DataError, match=r"have .* sha256 0000.*; or start again, since what was"):
+        stored([shard])
+    assert stored([shard]) == KEYS[:3]
 
 
 def test_a_shard_of_equal_size_and_date_is_scanned_again(tmp_path):

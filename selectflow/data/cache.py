@@ -155,6 +155,14 @@ class Cache:
         except (OSError, ValueError):  # missing, or left empty by a machine that went down
             return None
 
+    def forget(self, name: object) -> bool:
+        """Drop the value of that name; whether there was one."""
+        try:
+            self._note(name).unlink()
+        except OSError:
+            return False
+        return True
+
     def _path(self, url: str, version: str) -> Path:
         return self.directory / f"{_digest(url)}-{version[:40]}.shard"
 

@@ -109,8 +109,11 @@ def _open_checked(entry: Entry, fields: frozenset[str] | None) -> "tuple[_Checke
         try:
             return _CheckedShard(entry, fields, file), file
         except DataError as error:
-            file.close()
             problem = error
+            with file:
+                if entry.forget(file):
+                    fix = "or start again, since what was remembered of the shard is forgotten now"
+                    problem = DataError(f"{error}; {fix}")
     raise problem
 
 

@@ -60,6 +60,10 @@ class Entry:
         """
         return _open(self.url, self.name, self.cache, self.version, anew)
 
+    def forget(self, file: FileIO) -> bool:
+        """Whether anything was remembered of the open file, which must be wrong; it is dropped."""
+        return self.cache.forget(_note(self.url, self.version, os.fstat(file.fileno())))
+
 
 def _open(url: str, name: str, cache: Cache, version: str, anew: bool) -> FileIO:
     if is_remote(url):
@@ -195,16 +199,12 @@ def _describe(
 ) -> tuple[Shard | None, tuple[str, ...]]:
     """The shard and the known fields of its first record, which the cache remembers."""
     anew = anew or not version  # of no version, a copy may be of any age
-    name = None if is_remote(url) and not version else [_FORMAT, sorted(CODECS), url, version]
-    if is_remote(url) and (known := _recalled(name, cache)):
+    if is_remote(url) and version and (known := _recalled(_note(url, version), cache)):
         return known
     with _open(url, url, cache, version, anew) as file:
         stat = os.fstat(file.fileno())
-        if name and not is_remote(url):
-            # the time of change (ctime) tells a file that was replaced with its date kept
-            name += [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-            if known := _recalled(name, cache):
-                return known
+        if not is_remote(url) and (known := _recalled(_note(url, version, stat), cache)):
+            return known
         try:
             records, digest = scan(file)
         except ValueError as error:
@@ -215,13 +215,23 @@ def _describe(
         return None, ()
     fields = tuple(sorted(CODECS.keys() & records[0].members.keys()))
     shard = Shard(name_of(url) or "shard", len(records), stat.st_size, digest)
-    if name and (is_remote(url) or time.time_ns() > stat.st_ctime_ns + _SETTLED_NS):
-        cache.remember(name, {"shard": asdict(shard), "fields": fields})
+    is_settled = version if is_remote(url) else time.time_ns() > stat.st_ctime_ns + _SETTLED_NS
+    if is_settled:
+        cache.remember(_note(url, version, stat), {"shard": asdict(shard), "fields": fields})
     return shard, fields
 
 
+def _note(url: str, version: str, stat: os.stat_result | None = None) -> list[object]:
+    """The name of what is remembered of a shard: all that changes when the shard does."""
+    name = [_FORMAT, sorted(CODECS), url, version]
+    if stat is None or is_remote(url):
+        return name
+    # the time of change (ctime) tells a file that was replaced with its date kept
+    return [*name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
 def _recalled(name: object, cache: Cache) -> tuple[Shard, tuple[str, ...]] | None:
-    known = cache.recall(name) if name else None
+    known = cache.recall(name)
     try:
         return (Shard(**known["shard"]), tuple(known["fields"])) if known else None
     except (DataError, KeyError, TypeError):  # not written by this version of the program
