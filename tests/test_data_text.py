@@ -321,7 +321,7 @@ def test_options_out_of_range_are_refused(options, message):
     ("options", "message"),
     [
         ({"source": "web"}, "source must be python, files:FOLDER, jsonl:FILE or hf:NAME"),
-        ({"source": "files:nowhere"}, "folder must hold text as <domain>/<name>.txt"),
+        ({"source": "files:nowhere"}, "folder must be one that can be read, got 'nowhere'"),
         ({"source": "jsonl:nowhere"}, "nowhere must be readable UTF-8"),
         ({"tokenizer": "bpe:12"}, "tokenizer must be bpe:SIZE with a size >= 257"),
         ({"tokenizer": "nowhere.json"}, "tokenizer must be bytes, bpe:SIZE, .* without a network"),

@@ -3,9 +3,10 @@
 Reading needs `os.pread`, which only POSIX systems have.
 """
 
+from selectflow.data.cache import Cache
 from selectflow.data.images import make_digits, make_folder, make_torchvision
 from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, write_manifest
-from selectflow.data.sources import Cache, Sources, find_manifest, find_splits, open_catalog
+from selectflow.data.sources import Sources, find_manifest, find_splits, open_catalog
 from selectflow.data.splits import (
     contact_sheet,
     head,

@@ -6,15 +6,18 @@ import ast
 import json
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from selectflow.data.folders import find_files
 from selectflow.data.manifest import DataError
 
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "pydoc_data"}
 _LEFT_OUT |= {"__pycache__", "ensurepip", "turtledemo"}
+_SUFFIXES = (".txt", ".md")
 _TABLES = "encodings"  # its modules are lists of characters, made by a program
 
 
@@ -114,26 +117,29 @@ def split_docstrings(source: str) -> tuple[str, str]:
 
 
 def text_files(folder: str | Path) -> list[DocumentGroup]:
-    """The files `<folder>/<domain>/**/*.txt` and `.md`.
+    """The files `<folder>/<domain>/**/*.txt` and `.md`, in any case, as they are.
+
+    Hidden files and those of other endings are left out, which a warning counts.
 
     Raises:
-        DataError: There are none, or one is not UTF-8.
+        DataError: There are none, also in one domain alone, or one is not UTF-8.
     """
     root = Path(folder)
-    files = sorted(p for p in root.glob("*/**/*") if p.suffix in (".txt", ".md") and p.is_file())
+    files = find_files(root, _SUFFIXES, deep=True)
     if not files:
         raise DataError(
             f"folder must hold text as <domain>/<name>.txt, got none in {str(folder)!r}; "
             "correct the path"
         )
-    groups = []
+    groups, stems = [], Counter(path.with_suffix("") for path in files)
     for path in files:
         try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
+            text = _read_utf8(path)
+        except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} must be UTF-8, got {error}; convert or remove it") from error
-        name = path.relative_to(root)
-        groups.append(_alone(Document(str(name.with_suffix("")), name.parts[0], text)))
+        name, stem = path.relative_to(root), path.relative_to(root).with_suffix("")
+        key = name if stems[path.with_suffix("")] > 1 else stem
+        groups.append(_alone(Document(str(key), name.parts[0], text)))
     return groups
 
 
@@ -144,7 +150,7 @@ def json_lines(path: str | Path) -> list[DocumentGroup]:
         DataError: The file cannot be read, or a line is not like this; names it.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = _read_utf8(Path(path)).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} must be readable UTF-8, got {error}; correct it") from error
     groups = []
@@ -200,6 +206,11 @@ def _load_rows(name: str) -> Any:
     return rows["train"] if isinstance(rows, datasets.DatasetDict) else rows
 
 
+def _read_utf8(path: Path) -> str:
+    """The text of a file, its line ends as they are, without a byte order mark."""
+    return path.read_bytes().decode("utf-8-sig")
+
+
 def _of_row(name: str, row: Any) -> Document:
     text = row.get("text") if isinstance(row, Mapping) else None
     if not isinstance(text, str):
@@ -208,7 +219,8 @@ def _of_row(name: str, row: Any) -> Document:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can hold halves of surrogate pairs
         raise DataError(f"{name} must have a text of whole characters, got {error}") from error
-    return Document(name, str(row.get("domain") or "text"), text)
+    domain = row.get("domain")
+    return Document(name, "text" if domain in (None, "") else str(domain), text)
 
 
 def _alone(document: Document, identity: str = "") -> DocumentGroup:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from selectflow.data.manifest import DataError
+from selectflow.data.pixels import image_of, pixels_of, read_image
 
 Ints = npt.NDArray[np.int64]
 
@@ -26,17 +26,6 @@ FIELDS = (*_ARRAYS, "cls", "txt")
 """The extensions that a batch is made of; the others are for reports."""
 
 _PIPED = 1 << 20  # bytes up to which an array goes to another process through a pipe
-
-
-def pixels_of(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """The pixels of an image in grey or RGB, shape (1 or 3, height, width)."""
-    pixels = np.asarray(image, dtype=np.uint8)
-    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
-
-
-def image_of(pixels: npt.NDArray[np.uint8]) -> Image.Image:
-    """The image with these pixels, shape (1 or 3, height, width)."""
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
 def _encode_npy(value: Any) -> bytes:
@@ -86,8 +75,7 @@ def _encode_png(value: Any) -> bytes:
 
 
 def _decode_image(data: bytes) -> Any:
-    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-        return pixels_of(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    return pixels_of(read_image(data, ("PNG", "JPEG")))
 
 
 def _encoded(value: Any) -> bytes:

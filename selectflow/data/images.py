@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from selectflow.data.fields import Ints, Sample, pixels_of
+from selectflow.data.fields import Ints, Sample
+from selectflow.data.folders import find_files
 from selectflow.data.manifest import DataError, Manifest, check_seed
+from selectflow.data.pixels import pixels_of, read_image
 from selectflow.data.write import Layout, build
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -157,8 +159,10 @@ def make_folder(
     """Write images from `<folder>/<class>/<name>.png|jpg|jpeg` as train, target and test.
 
     The classes are numbered in alphabetical order and named in the manifest's options. Images are
-    RGB, their shorter side resized to `size` and the middle square taken; PNG, or arrays of bytes
-    where they are packed.
+    RGB and upright, whatever the file has (16 bits are scaled to 8, what is transparent is laid on
+    white), their shorter side resized to `size` and the middle square taken; PNG, or arrays of
+    bytes where they are packed. Endings may be of any case. Hidden files, those of other endings
+    and those that lie deeper are left out, which a warning counts.
 
     Args:
         root: Dataset directory, made if missing.
@@ -173,11 +177,12 @@ def make_folder(
         The manifest of the directory.
 
     Raises:
-        DataError: As in `make_digits`, or there are no images, or one cannot be decoded.
+        DataError: As in `make_digits`, or there are no images, also in one class alone, or one
+            cannot be decoded.
     """
     _check_noise(label_noise, seed)
     layout = layout or Layout()
-    files = sorted(path for path in Path(folder).glob("*/*") if path.suffix.lower() in _SUFFIXES)
+    files = find_files(folder, _SUFFIXES)
     classes = sorted({path.parent.name for path in files})
     if len(classes) < 2 or size < 1:
         raise DataError(
@@ -200,14 +205,16 @@ def make_folder(
 
 def _square(path: Path, size: int) -> npt.NDArray[np.uint8]:
     try:
-        with Image.open(path) as image:
-            shorter = min(image.size)
-            left, top = ((side - shorter) // 2 for side in image.size)
-            box = (left, top, left + shorter, top + shorter)
-            square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box)
+        image = read_image(path).convert("RGB")
     except Exception as error:  # PIL documents no closed list of errors
-        raise DataError(f"image {str(path)!r} must be readable, got {error}; remove it") from error
-    return pixels_of(square)
+        raise DataError(
+            f"image {str(path)!r} must be readable, got {type(error).__name__}: {error}; "
+            "convert or remove it"
+        ) from error
+    shorter = min(image.size)
+    left, top = ((side - shorter) // 2 for side in image.size)
+    box = (left, top, left + shorter, top + shorter)
+    return pixels_of(image.resize((size, size), Image.Resampling.BICUBIC, box))
 
 
 def _check_noise(label_noise: float, seed: int) -> None:

@@ -77,51 +77,59 @@ class ShardReader(Dataset[_Read]):
                     yield error
 
     def _open(self, index: int) -> "tuple[_CheckedShard, FileIO]":
-        if index not in self._checked:
-            self._check(index)
+        # the file that was checked, since another process may remove it at any time
+        file = None if index in self._checked else self._check(index)
         self._checked.move_to_end(index)
         shard = self._checked[index]
         if isinstance(shard, DataError):
             raise shard
-        file = shard.file()
+        file = file or shard.file()
         if file is None:  # fetched again since it was checked: check the new copy
             del self._checked[index]
             return self._open(index)
         return shard, file
 
-    def _check(self, index: int) -> None:
+    def _check(self, index: int) -> FileIO | None:
         entry, counts = self._catalog.entries[index], self._catalog.counts
+        file = None
         try:
-            self._checked[index] = _CheckedShard(entry, self._fields)
+            self._checked[index], file = _open_checked(entry, self._fields)
         except DataError as error:
             self._checked[index] = error
         most = self._capacity + entry.shard.count
         while len(self._checked) > 1 and counts[list(self._checked)].sum() > most:
             self._checked.popitem(last=False)
+        return file
+
+
+def _open_checked(entry: Entry, fields: frozenset[str] | None) -> "tuple[_CheckedShard, FileIO]":
+    """A shard and its open file; a local copy that is damaged is fetched once more."""
+    for anew in (False, True) if entry.is_remote else (False,):
+        file = entry.open(anew=anew)
+        try:
+            return _CheckedShard(entry, fields, file), file
+        except DataError as error:
+            problem = error
+            with file:
+                if entry.forget(file):
+                    fix = "or start again, since what was remembered of the shard is forgotten now"
+                    problem = DataError(f"{error}; {fix}")
+    raise problem
 
 
 class _CheckedShard:
     """A shard that agrees with the manifest, and where its samples lie."""
 
-    def __init__(self, entry: Entry, fields: frozenset[str] | None) -> None:
+    def __init__(self, entry: Entry, fields: frozenset[str] | None, file: FileIO) -> None:
         self._entry = entry
         self._stem = entry.shard.name.removesuffix(".tar")
         self._fields = [f for f in entry.fields if fields is None or f in fields]
         self._columns: dict[tuple[int, str], Sequence[Any]] = {}  # decoded fields of packed records
-        with _open_file(entry) as file:
-            try:
-                self._signature, self._records = _signature(file), _index(entry, file)
-                return
-            except DataError:
-                if not entry.is_remote:
-                    raise
-        entry.cache.fetch(entry.url, anew=True)  # the local copy is damaged
-        with _open_file(entry) as file:
-            self._signature, self._records = _signature(file), _index(entry, file)
+        self._signature, self._records = _signature(file), _index(entry, file)
 
     def file(self) -> FileIO | None:
         """The file, opened; None if it is a remote one that was fetched again since its check."""
-        file = _open_file(self._entry)
+        file = self._entry.open()
         if _signature(file) == self._signature:
             return file
         file.close()
@@ -166,15 +174,6 @@ class _CheckedShard:
             rule = f"hold a field {field!r} of key {record.key!r} that can be decoded"
             got = f"{type(error).__name__}: {error}"
             raise damaged(self._entry.name, rule, got) from error
-
-
-def _open_file(entry: Entry) -> FileIO:
-    try:
-        return entry.path().open("rb", buffering=0)
-    except FileNotFoundError:
-        raise damaged(entry.name, "be present", "no such file") from None
-    except OSError as error:
-        raise damaged(entry.name, "be readable", f"{error.strerror}") from error
 
 
 def _signature(file: FileIO) -> tuple[int, ...]:

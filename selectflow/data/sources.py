@@ -1,24 +1,18 @@
-"""From what a user names as data to local shards: found in folders, manifests, lists and patterns.
-
-Remote shards are fetched whole, and kept on the local disk up to a size.
-"""
+"""From what a user names as data to shards: found in folders, manifests, lists and patterns."""
 
 import hashlib
 import json
 import os
-import shutil
-import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
-from braceexpand import braceexpand
 
-from selectflow.core.files import atomic_file
+from selectflow.data.cache import Cache
 from selectflow.data.fields import CODECS, Ints
 from selectflow.data.manifest import (
     MANIFEST_NAME,
@@ -30,133 +24,14 @@ from selectflow.data.manifest import (
     read_manifest,
 )
 from selectflow.data.tar_index import scan
+from selectflow.data.urls import expand, is_listed, is_remote, member, name_of, root_of
+
+_AT_ONCE = 8  # shards that are asked for their version
+_FORMAT = 2  # of what is remembered of a shard
+_SETTLED_NS = 50_000_000  # a file that changed so lately may change again at an equal time
 
 Source = str | Path | Sequence[str | Path]
 Sources = Source | Mapping[str, Source]
-
-_PIPE = "pipe:"
-
-
-def is_remote(url: str) -> bool:
-    """Whether a shard has to be fetched before it can be read."""
-    return "://" in url or url.startswith(_PIPE)
-
-
-def _default_directory() -> Path:
-    return Path(os.environ.get("SELECTFLOW_CACHE", "~/.cache/selectflow")).expanduser()
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Where fetched shards are kept, and how they are fetched.
-
-    Several processes may share a directory: a file appears only once it is whole. The files used
-    longest ago are removed first.
-
-    Args:
-        directory: made if missing; by default $SELECTFLOW_CACHE, else ~/.cache/selectflow.
-        max_gib: size above which shards are removed, in GiB, > 0; let it hold twice the shards
-            that are shuffled together.
-        attempts: times a shard is tried, >= 1.
-        backoff_s: seconds before the second attempt, doubled before each further one, >= 0.
-        timeout_s: an attempt over http or https ends once no byte has come for this many seconds,
-            > 0; other file systems have limits of their own.
-        allow_pipe: True runs the shell command of a `pipe:` source.
-
-    Raises:
-        DataError: an argument out of its range.
-    """
-
-    directory: Path = field(default_factory=_default_directory)
-    max_gib: float = 20.0
-    attempts: int = 4
-    backoff_s: float = 0.5
-    timeout_s: float = 60.0
-    allow_pipe: bool = False
-
-    def __post_init__(self) -> None:
-        is_right = self.max_gib > 0 and self.attempts >= 1 and self.backoff_s >= 0
-        if not (is_right and self.timeout_s > 0):
-            raise DataError(
-                "max_gib must be > 0, attempts >= 1, backoff_s >= 0 and timeout_s > 0, got "
-                f"{self.max_gib}, {self.attempts}, {self.backoff_s} and {self.timeout_s}; see Cache"
-            )
-
-    def fetch(self, url: str, *, anew: bool = False) -> Path:
-        """The local copy of a shard, fetched if there is none, or if `anew` is true.
-
-        Raises:
-            DataError: it cannot be fetched in all attempts, or it is a `pipe:` that is not
-                allowed. Names the shard.
-        """
-        path = self.directory / f"{hashlib.sha256(url.encode()).hexdigest()[:40]}.shard"
-        if is_new := anew or not path.exists():
-            self._fetch(url, path)
-        # the time of access is now; a reader tells by the time of change what it has checked
-        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-        if is_new:
-            self._shrink()
-        return path
-
-    def _fetch(self, url: str, path: Path) -> None:
-        if url.startswith(_PIPE) and not self.allow_pipe:
-            raise DataError(
-                f"source must not run commands, got {url!r}; allow them by Cache(allow_pipe=True)"
-            )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1, self.attempts + 1):
-            try:
-                with atomic_file(path) as file, _open(url, self.timeout_s) as stream:
-                    shutil.copyfileobj(stream, file, 1 << 20)
-                return
-            except ImportError as error:
-                raise DataError(
-                    f"shard {url} must be of a file system that is installed, got {error}; "
-                    "pip install 'selectflow[remote]'"
-                ) from error
-            except Exception as error:  # each file system has errors of its own
-                if attempt == self.attempts or isinstance(error, FileNotFoundError):
-                    raise DataError(
-                        f"shard {url} must be readable, got {type(error).__name__}: {error} in "
-                        f"attempt {attempt}; check the address and the connection"
-                    ) from error
-                time.sleep(self.backoff_s * 2 ** (attempt - 1))
-
-    def _shrink(self) -> None:
-        shards = []
-        for path in self.directory.glob("*.shard"):
-            with suppress(FileNotFoundError):  # removed by another process
-                stat = path.stat()
-                shards.append((stat.st_atime, stat.st_size, path))
-        (_, used, _), *others = sorted(shards, reverse=True)
-        for _, size, path in others:
-            used += size
-            if used > self.max_gib * 2**30:
-                path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _open(url: str, timeout_s: float) -> Iterator[IO[bytes]]:
-    if not url.startswith(_PIPE):
-        import fsspec  # noqa: PLC0415 - only remote data need it
-
-        options: dict[str, Any] = {}
-        if url.startswith(("http://", "https://")):
-            from aiohttp import ClientTimeout  # noqa: PLC0415
-
-            # aiohttp's default is five minutes in all: too long for a server that hangs, too short
-            # for a slow one
-            timeout = ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-            options["client_kwargs"] = {"timeout": timeout}
-        with fsspec.open(url, "rb", **options) as stream:
-            yield stream
-        return
-    command = url.removeprefix(_PIPE)
-    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        yield process.stdout
-    if process.returncode:
-        raise OSError(f"exit status {process.returncode}")
 
 
 @dataclass(frozen=True)
@@ -170,15 +45,35 @@ class Entry:
     pack: int  # samples of a record
     prefix: str  # put before each key, to tell sources apart
     cache: Cache  # where a remote shard is kept
+    version: str  # of a remote shard, as the cache knows it
 
     @property
     def is_remote(self) -> bool:
         """Whether the shard has to be fetched."""
         return is_remote(self.url)
 
-    def path(self) -> Path:
-        """The local file, fetched if need be; the errors of `Cache.fetch`."""
-        return self.cache.fetch(self.url) if self.is_remote else Path(self.url)
+    def open(self, *, anew: bool = False) -> FileIO:
+        """The file, to be closed; a remote one is fetched if need be, or if `anew` is true.
+
+        Raises:
+            DataError: it is missing or cannot be read or fetched.
+        """
+        return _open(self.url, self.name, self.cache, self.version, anew)
+
+    def forget(self, file: FileIO) -> bool:
+        """Whether anything was remembered of the open file, which must be wrong; it is dropped."""
+        return self.cache.forget(_note(self.url, self.version, os.fstat(file.fileno())))
+
+
+def _open(url: str, name: str, cache: Cache, version: str, anew: bool) -> FileIO:
+    if is_remote(url):
+        return cache.open(url, version, anew=anew)
+    try:
+        return FileIO(url)
+    except FileNotFoundError:
+        raise damaged(name, "be present", "no such file") from None
+    except OSError as error:
+        raise damaged(name, "be readable", f"{error.strerror}") from error
 
 
 class Catalog:
@@ -233,11 +128,11 @@ def find_manifest(source: str | Path, cache: Cache | None = None) -> Manifest:
     Raises:
         DataError: there is none, or it is malformed.
     """
-    root = _root_of(source)
+    root = root_of(source)
     if not is_remote(root):
         return read_manifest(root)
-    url = f"{root}/{MANIFEST_NAME}"
-    return parse_manifest((cache or Cache()).fetch(url, anew=True).read_bytes(), url)
+    url = member(root, MANIFEST_NAME)
+    return parse_manifest((cache or Cache()).read(url), url)
 
 
 def find_splits(source: str | Path, cache: Cache | None = None) -> list[str]:
@@ -246,50 +141,41 @@ def find_splits(source: str | Path, cache: Cache | None = None) -> list[str]:
     Raises:
         DataError: there is neither a manifest nor a local shard, or the manifest is malformed.
     """
-    root = Path(_root_of(source))
-    if not is_remote(str(source)) and not (root / MANIFEST_NAME).exists():
-        names = {path.name.rpartition("-")[0] for path in root.glob("[!.]*-*.tar")}
+    root = root_of(source)
+    if not is_remote(root) and not Path(root, MANIFEST_NAME).exists():
+        names = {path.name.rpartition("-")[0] for path in Path(root).glob("[!.]*-*.tar")}
         if names:
             return sorted(names)
-    return list(find_manifest(source, cache).splits)
+    return list(find_manifest(root, cache).splits)
 
 
 def _entries(source: Source, split: str, prefix: str, cache: Cache) -> tuple[list[Entry], str]:
     if not isinstance(source, str | Path):
-        return _listed([url for each in source for url in _expand(str(each))], prefix, cache)
-    text = str(source).removeprefix("file://")
-    if "{" in text or text.endswith(".tar") or text.startswith(_PIPE):
-        return _listed(list(_expand(text)), prefix, cache)
-    root = _root_of(text)
+        return _listed([url for each in source for url in expand(str(each))], prefix, cache)
+    if is_listed(str(source)):
+        return _listed(list(expand(str(source))), prefix, cache)
+    root = root_of(source)
     shards = [] if is_remote(root) else sorted(Path(root).glob(f"{split}-*.tar"))
     if shards and not Path(root, MANIFEST_NAME).exists():
         return _listed([str(path) for path in shards], prefix, cache)
     manifest, entries = find_manifest(root, cache), []
     for shard in manifest.shards(split):
-        url = f"{root}/{shard.name}"
+        url = member(root, shard.name)
         name = url if is_remote(root) else shard.name
-        entries.append(Entry(url, name, shard, manifest.fields, manifest.pack, prefix, cache))
+        about = (manifest.fields, manifest.pack, prefix, cache)
+        entries.append(Entry(url, name, shard, *about, version=shard.sha256))
     return entries, manifest.fingerprint()
-
-
-def _root_of(source: str | Path) -> str:
-    """The dataset directory of a directory or manifest."""
-    return str(source).removesuffix(MANIFEST_NAME).rstrip("/") or "."
-
-
-def _expand(text: str) -> Iterator[str]:
-    return (url.removeprefix("file://") for url in braceexpand(text))
 
 
 def _listed(urls: Sequence[str], prefix: str, cache: Cache) -> tuple[list[Entry], str]:
     """Entries of shards without a manifest; those without samples are left out."""
     entries = []
     fields: tuple[str, ...] = ()
-    for url in urls:
-        shard, found = _describe(url, cache)
+    for url, version in zip(urls, _versions(urls, cache), strict=True):
+        shard, found = _describe(url, version, cache)
         fields = fields or found
         if shard:
-            entries.append(Entry(url, url, shard, fields, 1, prefix, cache))
+            entries.append(Entry(url, url, shard, fields, 1, prefix, cache, version))
     if not entries or not fields:
         known = ", ".join(CODECS)
         raise DataError(
@@ -300,35 +186,56 @@ def _listed(urls: Sequence[str], prefix: str, cache: Cache) -> tuple[list[Entry]
     return entries, _digest_of([contents, fields])
 
 
-def _describe(url: str, cache: Cache) -> tuple[Shard | None, tuple[str, ...]]:
-    """The shard and the known fields of its first record; of local ones, the cache remembers."""
-    memory = None
-    try:
-        path = cache.fetch(url) if is_remote(url) else Path(url)
-        with path.open("rb", buffering=0) as file:
-            stat = os.fstat(file.fileno())
-            if not is_remote(url):
-                digest = _digest_of([url, stat.st_size, stat.st_mtime_ns])
-                memory = cache.directory / f"{digest[:40]}.json"
-                if memory.exists():
-                    known = json.loads(memory.read_bytes())
-                    return Shard(**known["shard"]), tuple(known["fields"])
+def _versions(urls: Sequence[str], cache: Cache) -> list[str]:
+    """The version of each remote shard, "" for local ones."""
+    if not any(map(is_remote, urls)):
+        return [""] * len(urls)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(lambda url: cache.version(url) if is_remote(url) else "", urls))
+
+
+def _describe(
+    url: str, version: str, cache: Cache, *, anew: bool = False
+) -> tuple[Shard | None, tuple[str, ...]]:
+    """The shard and the known fields of its first record, which the cache remembers."""
+    anew = anew or not version  # of no version, a copy may be of any age
+    if is_remote(url) and version and (known := _recalled(_note(url, version), cache)):
+        return known
+    with _open(url, url, cache, version, anew) as file:
+        stat = os.fstat(file.fileno())
+        if not is_remote(url) and (known := _recalled(_note(url, version, stat), cache)):
+            return known
+        try:
             records, digest = scan(file)
-    except DataError:
-        raise
-    except OSError as error:
-        raise damaged(url, "be present and readable", f"{error.strerror}") from error
-    except ValueError as error:
-        raise damaged(url, "be a whole tar file", f"{error}") from error
+        except ValueError as error:
+            if is_remote(url) and not anew:  # the local copy is damaged
+                return _describe(url, version, cache, anew=True)
+            raise damaged(url, "be a whole tar file", f"{error}") from error
     if not records:
         return None, ()
     fields = tuple(sorted(CODECS.keys() & records[0].members.keys()))
-    shard = Shard(Path(url).name or "shard", len(records), stat.st_size, digest)
-    if memory:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(memory) as out:
-            out.write(json.dumps({"shard": asdict(shard), "fields": fields}).encode())
+    shard = Shard(name_of(url) or "shard", len(records), stat.st_size, digest)
+    is_settled = version if is_remote(url) else time.time_ns() > stat.st_ctime_ns + _SETTLED_NS
+    if is_settled:
+        cache.remember(_note(url, version, stat), {"shard": asdict(shard), "fields": fields})
     return shard, fields
+
+
+def _note(url: str, version: str, stat: os.stat_result | None = None) -> list[object]:
+    """The name of what is remembered of a shard: all that changes when the shard does."""
+    name = [_FORMAT, sorted(CODECS), url, version]
+    if stat is None or is_remote(url):
+        return name
+    # the time of change (ctime) tells a file that was replaced with its date kept
+    return [*name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _recalled(name: object, cache: Cache) -> tuple[Shard, tuple[str, ...]] | None:
+    known = cache.recall(name)
+    try:
+        return (Shard(**known["shard"]), tuple(known["fields"])) if known else None
+    except (DataError, KeyError, TypeError):  # not written by this version of the program
+        return None
 
 
 def _digest_of(value: object) -> str:

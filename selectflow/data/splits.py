@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from selectflow.data.fields import FIELDS, Batch, Ints, Sample, collate, finish, image_of
+from selectflow.data.cache import Cache
+from selectflow.data.fields import FIELDS, Batch, Ints, Sample, collate, finish
 from selectflow.data.manifest import DataError, check_least
+from selectflow.data.pixels import image_of
 from selectflow.data.reader import Fault, ShardReader
-from selectflow.data.sources import Cache, Catalog, Sources, find_splits, open_catalog
+from selectflow.data.sources import Catalog, Sources, find_splits, open_catalog
 
 _CHUNK = 256  # samples decoded at once
 
@@ -184,8 +186,8 @@ def contact_sheet(samples: list[Sample], path: str | Path, *, side: int = 96) ->
     """Save the images of samples as one PNG, a square grid in reading order.
 
     Args:
-        samples: With a field "npy" or "png" or "jpg" of shape (1 or 3, height, width): bytes, or
-            floats in [0, 1].
+        samples: With a field "npy", "png", "jpg" or "jpeg" of shape (1 or 3, height, width):
+            bytes, floats in [0, 1], or other integers, which are shown relative to their maximum.
         path: Where to write.
         side: Height and width of each image in pixels, enlarged or reduced to it.
 
@@ -207,7 +209,8 @@ def picture(sample: Sample, side: int) -> Image.Image:
     Raises:
         DataError: It has none.
     """
-    pixels = next((sample[field] for field in ("png", "jpg", "npy") if field in sample), None)
+    fields = ("png", "jpg", "jpeg", "npy")
+    pixels = next((sample[field] for field in fields if field in sample), None)
     if pixels is None or pixels.ndim != 3 or len(pixels) not in (1, 3):
         got = "none" if pixels is None else f"an array of shape {pixels.shape}"
         raise DataError(
@@ -215,5 +218,7 @@ def picture(sample: Sample, side: int) -> Image.Image:
             "look at it without a contact sheet"
         )
     if pixels.dtype != np.uint8:
+        if pixels.dtype.kind != "f":  # in a range of their own, such as 16 bits
+            pixels = pixels / max(1, int(pixels.max()))
         pixels = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
     return image_of(pixels).convert("RGB").resize((side, side), Image.Resampling.NEAREST)

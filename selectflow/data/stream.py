@@ -11,11 +11,12 @@ from typing import Any, Self
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from selectflow.data.cache import Cache
 from selectflow.data.fields import FIELDS, Batch, Ints, Sample, collate, finish, num_bytes, pick
 from selectflow.data.manifest import DataError, check_least
 from selectflow.data.order import Order, Shuffle
 from selectflow.data.reader import Fault, PoolRead, ShardReader, read_pools
-from selectflow.data.sources import Cache, Sources, open_catalog
+from selectflow.data.sources import Sources, open_catalog
 
 _log = logging.getLogger(__name__)
 

@@ -284,7 +284,13 @@ class _Maker:
 
 
 def _documents(groups: Iterable[DocumentGroup]) -> Iterator[Document]:
-    return (document for group in groups for document in group.read())
+    for document in (each for group in groups for each in group.read()):
+        if document.domain in DIRT:
+            raise DataError(
+                f"domain must be none of {list(DIRT)}, which name dirt, got {document.domain!r} of "
+                f"document {document.name!r}; rename it"
+            )
+        yield document
 
 
 def _samples(blocks: Iterable[Block]) -> Iterator[Sample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from selectflow.core.files import atomic_file
+from selectflow.data.cache import Cache
 from selectflow.data.manifest import TOKENIZER_NAME, DataError, Manifest
-from selectflow.data.sources import Cache, find_manifest, is_remote
+from selectflow.data.sources import find_manifest
+from selectflow.data.urls import is_remote, member, root_of
 
 _END = "<|endoftext|>"
 _ENDS = (_END, "</s>", "<|end_of_text|>", "[SEP]", "<eos>")  # as GPT-2, Llama and others name it
+_RARE = "\U00012000"  # a letter of cuneiform, in no usual vocabulary
+
+_log = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -47,6 +53,11 @@ class SubwordTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        # "<|endoftext|>" in a text is its letters, and no text is cut or filled up as the file of
+        # the tokenizer may say: it was written for the inputs of a model
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         ids = [tokenizer.token_to_id(name) for name in _ENDS]
         found = [index for index in ids if index is not None]
         if not found:
@@ -55,12 +66,33 @@ class SubwordTokenizer:
                 "got none; add one to its vocabulary"
             )
         self.end: int = found[0]
-        self.num_tokens: int = tokenizer.get_vocab_size()
+        # not the size of the vocabulary, whose ids may have gaps
+        self.num_tokens: int = 1 + max(tokenizer.get_vocab().values())
         self._dtype = np.min_scalar_type(self.num_tokens - 1)
+        if not tokenizer.encode(_RARE, add_special_tokens=False).ids:
+            _log.warning(
+                "the tokenizer leaves out characters that it does not know: text may be lost; one "
+                "of bytes, or with a token for the unknown, keeps their places"
+            )
 
     def encode(self, text: str) -> Tokens:
-        """Ids of the text, without special tokens, in the smallest type that holds them all."""
+        """Ids of the text, without special tokens, in the smallest type that holds them all.
+
+        What reads like a special token is encoded as the letters that it is.
+
+        Raises:
+            DataError: the text would hold the token that ends a document, as where the tokenizer
+                has it as a word like others.
+        """
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self.end in ids:
+            name = self._tokenizer.id_to_token(self.end)
+            at = text.find(name)
+            raise DataError(
+                f"text must not hold {name!r}, which ends a document and is no special token in "
+                f"this tokenizer, got {text[max(0, at - 20) : at + 40]!r}; mark it as special, or "
+                "replace it in the text"
+            )
         return np.array(ids, dtype=self._dtype)
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -180,16 +212,15 @@ def _write(root: str | Path, data: bytes) -> None:
 
 
 def _read(root: str | Path, manifest: Manifest) -> bytes:
-    name = f"{str(root).rstrip('/')}/{TOKENIZER_NAME}"
-    path = Cache().fetch(name, anew=True) if is_remote(name) else Path(root, TOKENIZER_NAME)
+    name = member(root_of(root), TOKENIZER_NAME)
     fix = "restore the file, or write the dataset again"
     try:
-        data = path.read_bytes()
+        data = Cache().read(name) if is_remote(name) else Path(name).read_bytes()
     except OSError as error:
-        raise DataError(f"{path} must be readable, got {error.strerror}; {fix}") from error
+        raise DataError(f"{name} must be readable, got {error.strerror}; {fix}") from error
     if (digest := hashlib.sha256(data).hexdigest()) != (expected := manifest.tokenizer["sha256"]):
         raise DataError(
-            f"{path} must be the tokenizer of the manifest, sha256 {expected[:12]}..., "
+            f"{name} must be the tokenizer of the manifest, sha256 {expected[:12]}..., "
             f"got {digest[:12]}...: tokens would mean something else; {fix}"
         )
     return data

@@ -32,7 +32,7 @@ def _path_or_url(value: object) -> object:
 
 def _holds_splits(value: object) -> bool:
     """Whether a location may have a target set and a test set besides what is trained on."""
-    return not re.search(r"[{]|\.tar$|^pipe:", str(value))
+    return not re.search(r"[{]|\.tar($|\?)|^pipe:", str(value))
 
 
 # a path would lose one of the slashes of "s3://"
