@@ -21,7 +21,10 @@ Sample = dict[str, Any]
 Batch = dict[str, Any]
 """Samples stacked: arrays or tensors, and lists of strings, by name; see `collate`."""
 
-_ARRAYS = ("npy", "png", "jpg", "jpeg")
+PICTURES = ("png", "jpg", "jpeg")
+"""The extensions of encoded images."""
+
+_ARRAYS = ("npy", *PICTURES)
 FIELDS = (*_ARRAYS, "cls", "txt")
 """The extensions that a batch is made of; the others are for reports."""
 
@@ -141,12 +144,21 @@ PACKED = {
 }
 
 
+def array_field(sample: Sample) -> str | None:
+    """The field that is the array of a sample in a batch; None: it has none."""
+    for field in _ARRAYS:
+        if field in sample:
+            return field
+    return None
+
+
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples.
 
     Args:
-        samples: At least one, all with the same fields. "npy", "png" or "jpg" with "cls" are an
-            image and its label, "npy" alone is a block of tokens, "txt" is text.
+        samples: At least one, all with the same fields; an image may be in any format. "npy",
+            "png" or "jpg" with "cls" are an image and its label, "npy" alone is a block of tokens,
+            "txt" is text.
 
     Returns:
         Arrays: "image" (P, ...) in its stored type and "label" int64 (P,), or "tokens" (P, ...);
@@ -157,15 +169,16 @@ def collate(samples: list[Sample]) -> Batch:
     """
     first = samples[0]
     batch: Batch = {}
-    if field := next((field for field in _ARRAYS if field in first), None):
+    if field := array_field(first):
         name = "tokens" if field == "npy" and "cls" not in first else "image"
+        arrays = [each[field if field in each else str(array_field(each))] for each in samples]
         shape = first[field].shape
-        if other := next((each for each in samples if each[field].shape != shape), None):
+        if other := next((i for i, each in enumerate(arrays) if each.shape != shape), None):
             raise DataError(
-                f"{name} of key {other['__key__']!r} must be of shape {shape} like the first, "
-                f"got {other[field].shape}; write all samples at one size"
+                f"{name} of key {samples[other]['__key__']!r} must be of shape {shape} like the "
+                f"first, got {arrays[other].shape}; write all samples at one size"
             )
-        batch[name] = np.stack([sample[field] for sample in samples])
+        batch[name] = np.stack(arrays)
     elif "txt" not in first:
         got = sorted(first.keys() - {"__key__"})
         raise DataError(f"fields must include one of {[*_ARRAYS, 'txt']}, got {got}; add one")

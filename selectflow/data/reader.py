@@ -14,9 +14,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from selectflow.data.fields import CODECS, PACKED, Batch, Ints, Sample, collate, finish, shared
+from selectflow.data.form import LOOKED_AT, NO_FORM, Form, Rules, check_sample, common_form
 from selectflow.data.manifest import DataError, damaged
 from selectflow.data.sources import Catalog, Entry
-from selectflow.data.tar_index import Record, scan
+from selectflow.data.tar_index import Record, scan, split_name
 
 
 class Fault(NamedTuple):
@@ -26,6 +27,15 @@ class Fault(NamedTuple):
     row: int  # of the catalog
     message: str  # what is wrong, where, and what to do
 
+
+class Stored(NamedTuple):
+    """A sample as it is stored."""
+
+    key: str
+    members: dict[str, bytes]  # by extension, as it is written
+
+
+_SHARDS_TRIED = 8  # for the first readable sample
 
 _Read = tuple[list[Sample], list[Fault]]  # the readable samples, and the others
 
@@ -37,25 +47,38 @@ class ShardReader(Dataset[_Read]):
         catalog: the shards.
         fields: extensions to decode; None: all.
         capacity: samples in the shards whose index is kept, beyond the shard in use.
+        rules: what the values of a sample must be; None: anything.
     """
 
     def __init__(
-        self, catalog: Catalog, fields: Iterable[str] | None = None, capacity: int = 0
+        self,
+        catalog: Catalog,
+        fields: Iterable[str] | None = None,
+        capacity: int = 0,
+        rules: Rules | None = None,
     ) -> None:
-        self._catalog, self._capacity = catalog, capacity
+        self._catalog, self._capacity, self._rules = catalog, capacity, rules
         self._fields = None if fields is None else frozenset(fields)
+        self._form: Form | None = None
         self._checked: OrderedDict[int, _CheckedShard | DataError] = OrderedDict()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all shards."""
+        return self._catalog.num_samples
 
     def read(self, rows: Ints) -> _Read:
         """The samples at `rows`, in that order, without those that cannot be read."""
         shards, places = self._catalog.locate(rows)
         found: dict[int, Sample] = {}
         faults: list[Fault] = []
+        form = self.form() if self._rules else None
         for shard in dict.fromkeys(shards.tolist()):  # each file is opened once
             at = np.flatnonzero(shards == shard)
-            for position, item in zip(at.tolist(), self._read(shard, places[at]), strict=True):
+            items = self._read(shard, places[at], form)
+            for position, item in zip(at.tolist(), items, strict=True):
+                name = self._catalog.entries[shard].name
                 if isinstance(item, DataError):
-                    name = self._catalog.entries[shard].name
                     faults.append(Fault(name, int(rows[position]), str(item)))
                 else:
                     found[position] = item
@@ -63,7 +86,33 @@ class ShardReader(Dataset[_Read]):
 
     __getitem__ = read  # how a DataLoader asks
 
-    def _read(self, index: int, places: Ints) -> Iterator[Sample | DataError]:
+    def form(self) -> Form:
+        """Shape and type of most arrays among the first samples of the first readable shard."""
+        if self._form is None:
+            self._form = NO_FORM
+            for index, count in enumerate(self._catalog.counts[:_SHARDS_TRIED].tolist()):
+                items = self._read(index, np.arange(min(count, LOOKED_AT)))
+                samples = [item for item in items if not isinstance(item, DataError)]
+                if samples:
+                    self._form = common_form(samples)
+                    break
+        return self._form
+
+    def stored(self, rows: Ints) -> Iterator[Stored]:
+        """The samples at `rows` as they are stored, in that order.
+
+        Raises:
+            DataError: a record that differs from the others, or is of several samples.
+        """
+        shards, places = self._catalog.locate(rows)
+        for index, place in zip(shards.tolist(), places.tolist(), strict=True):
+            shard, file = self._open(index)
+            with file:
+                yield shard.stored(file, place)
+
+    def _read(
+        self, index: int, places: Ints, form: Form | None = None
+    ) -> Iterator[Sample | DataError]:
         try:
             shard, file = self._open(index)
         except DataError as error:
@@ -72,7 +121,11 @@ class ShardReader(Dataset[_Read]):
         with file:
             for place in places.tolist():
                 try:
-                    yield shard.sample(file, place)
+                    sample = shard.sample(file, place)
+                    if form is not None and self._rules is not None:
+                        name = self._catalog.entries[index].name
+                        check_sample(sample, form, self._rules, name)
+                    yield sample
                 except DataError as error:
                     yield error
 
@@ -106,18 +159,22 @@ class _CheckedShard:
     def __init__(self, entry: Entry, fields: frozenset[str] | None) -> None:
         self._entry = entry
         self._stem = entry.shard.name.removesuffix(".tar")
-        self._fields = [f for f in entry.fields if fields is None or f in fields]
+        self._fields = [f for f in entry.schema.names if fields is None or f in fields]
         self._columns: dict[tuple[int, str], Sequence[Any]] = {}  # decoded fields of packed records
+        self._signature, self._records = self._indexed()
+        self._odd = _find_odd(entry, self._records)
+
+    def _indexed(self) -> tuple[tuple[int, ...], list[Record]]:
+        entry = self._entry
         with _open_file(entry) as file:
             try:
-                self._signature, self._records = _signature(file), _index(entry, file)
-                return
+                return _signature(file), _index(entry, file)
             except DataError:
                 if not entry.is_remote:
                     raise
         entry.cache.fetch(entry.url, anew=True)  # the local copy is damaged
         with _open_file(entry) as file:
-            self._signature, self._records = _signature(file), _index(entry, file)
+            return _signature(file), _index(entry, file)
 
     def file(self) -> FileIO | None:
         """The file, opened; None if it is a remote one that was fetched again since its check."""
@@ -132,17 +189,30 @@ class _CheckedShard:
     def sample(self, file: FileIO, place: int) -> Sample:
         """The sample at `place`, or the DataError that says what it lacks."""
         pack, prefix = self._entry.pack, self._entry.prefix
+        index, row = divmod(place, pack)
+        if index in self._odd:
+            raise self._odd[index]
         if pack == 1:
             record = self._records[place]
             sample: Sample = {"__key__": prefix + record.key}
             for field in self._fields:
-                sample[field] = self._decode(file, record, field, CODECS[field][1])
+                if field in record.members:  # else it is optional
+                    sample[field] = self._decode(file, record, field, CODECS[field][1])
             return sample
-        index, row = divmod(place, pack)
         sample = {"__key__": f"{prefix}{self._stem}/{self._records[index].key}/{row}"}
         for field in self._fields:
             sample[field] = self._column(file, index, field)[row]
         return sample
+
+    def stored(self, file: FileIO, place: int) -> Stored:
+        """The sample at `place` as it is stored, without links of unknown extensions."""
+        if place in self._odd:
+            raise self._odd[place]
+        record, members = self._records[place], {}
+        for member in record.members.values():
+            if member.is_file and (named := split_name(member.name)):
+                members[named[1]] = os.pread(file.fileno(), member.size, member.offset)
+        return Stored(self._entry.prefix + record.key, members)
 
     def _column(self, file: FileIO, index: int, field: str) -> Sequence[Any]:
         if (index, field) not in self._columns:
@@ -157,9 +227,7 @@ class _CheckedShard:
     def _decode(
         self, file: FileIO, record: Record, field: str, decode: Callable[[bytes], Any]
     ) -> Any:
-        member = record.members.get(_extension(self._entry, field))
-        if member is None:
-            raise _missing(self._entry, record)
+        member = record.members[_extension(self._entry, field)]
         try:
             return decode(os.pread(file.fileno(), member.size, member.offset))
         except Exception as error:  # decoders document no closed list of errors
@@ -189,10 +257,8 @@ def _index(entry: Entry, file: FileIO) -> list[Record]:
         records, digest = scan(file)
     except ValueError as error:
         raise damaged(entry.name, f"be a tar file of {shard.bytes} bytes", f"{error}") from error
-    if digest != shard.sha256:
-        for record in records:
-            if any(_extension(entry, field) not in record.members for field in entry.fields):
-                raise _missing(entry, record)
+    if digest != shard.sha256 and (odd := _find_odd(entry, records)):
+        raise next(iter(odd.values()))
     if len(records) != (count := -(-shard.count // entry.pack)):
         kind = "samples" if entry.pack == 1 else "records"
         raise damaged(entry.name, f"hold {count} {kind}", f"{len(records)}")
@@ -202,10 +268,30 @@ def _index(entry: Entry, file: FileIO) -> list[Record]:
     return records
 
 
-def _missing(entry: Entry, record: Record) -> DataError:
-    wanted = [_extension(entry, field) for field in entry.fields]
-    rule = f"hold the fields {wanted} of key {record.key!r}"
-    return damaged(entry.name, rule, f"none of {[e for e in wanted if e not in record.members]}")
+def _find_odd(entry: Entry, records: Sequence[Record]) -> dict[int, DataError]:
+    """What is wrong with each record that the schema does not allow, by its place."""
+    known: dict[tuple[str, ...], str | None] = {}  # most records have the same extensions
+    odd = {}
+    for place, record in enumerate(records):
+        names = tuple(record.members)
+        if names not in known:
+            known[names] = _fault(entry, names)
+        if got := known[names]:
+            wanted = [_extension(entry, field) for field in entry.schema.fields]
+            odd[place] = damaged(entry.name, f"hold the fields {wanted} of key {record.key!r}", got)
+        for extension, member in record.members.items():
+            if not member.is_file and (extension in CODECS or entry.pack > 1):
+                rule = f"hold a file as member {member.name!r} of key {record.key!r}"
+                odd[place] = damaged(entry.name, rule, "a link or device; pack with --dereference")
+    return odd
+
+
+def _fault(entry: Entry, extensions: Sequence[str]) -> str | None:
+    if entry.pack == 1:
+        return entry.schema.fault(extensions)
+    wanted = [_extension(entry, field) for field in entry.schema.fields]
+    missing = [extension for extension in wanted if extension not in extensions]
+    return f"none of {missing}" if missing else None
 
 
 def _extension(entry: Entry, field: str) -> str:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -26,15 +27,18 @@ from selectflow.data.manifest import (
     Manifest,
     Shard,
     damaged,
+    find_shards,
     parse_manifest,
     read_manifest,
 )
+from selectflow.data.schema import Census, Schema, check_alike, find_schema, has_equal_keys
 from selectflow.data.tar_index import scan
 
 Source = str | Path | Sequence[str | Path]
 Sources = Source | Mapping[str, Source]
 
 _PIPE = "pipe:"
+_DESCRIPTION = 2  # version of what the cache remembers of a local shard
 
 
 def is_remote(url: str) -> bool:
@@ -166,7 +170,7 @@ class Entry:
     url: str  # a local path, a URL, or "pipe:" and a command
     name: str  # in messages
     shard: Shard
-    fields: tuple[str, ...]  # of every sample
+    schema: Schema  # of its samples
     pack: int  # samples of a record
     prefix: str  # put before each key, to tell sources apart
     cache: Cache  # where a remote shard is kept
@@ -206,15 +210,17 @@ def open_catalog(source: Sources, split: str, cache: Cache | None = None) -> Cat
 
     Args:
         source: a dataset directory or its manifest, local or remote; a folder of shards
-            `<split>-*.tar`; a shard, a brace pattern like "part-{000..099}.tar", or a list of
-            them, whose split is not asked for; or several of these by name, whose keys then start
-            with "<name>/". Shards without a manifest are read once for their contents, which the
-            cache remembers.
+            `<split>-<digits>.tar`; a shard, a brace pattern like "part-{000..099}.tar", or a list
+            of them, whose split is not asked for; or several of these by name, whose keys then
+            start with "<name>/". Shards without a manifest are read once for their contents, which
+            the cache remembers: their fields are those of most samples, and where a key is in
+            several of them, all keys start with the name of their shard.
         split: name of the split in each of them.
         cache: for remote shards; None: the default one.
 
     Raises:
-        DataError: no source, nothing there, no such split, or a damaged shard without a manifest.
+        DataError: no source, nothing there, no such split, a shard named twice, sources of
+            different fields, or a damaged shard without a manifest.
     """
     cache = cache or Cache()
     if not isinstance(source, Mapping):
@@ -223,6 +229,7 @@ def open_catalog(source: Sources, split: str, cache: Cache | None = None) -> Cat
     if not source:
         raise DataError("source must name at least one dataset, got {}; add one")
     found = {name: _entries(each, split, f"{name}/", cache) for name, each in source.items()}
+    check_alike({name: entries[0].schema for name, (entries, _) in found.items()})
     prints = {name: fingerprint for name, (_, fingerprint) in found.items()}
     return Catalog([entries for entries, _ in found.values()], _digest_of(prints))
 
@@ -246,11 +253,13 @@ def find_splits(source: str | Path, cache: Cache | None = None) -> list[str]:
     Raises:
         DataError: there is neither a manifest nor a local shard, or the manifest is malformed.
     """
-    root = Path(_root_of(source))
-    if not is_remote(str(source)) and not (root / MANIFEST_NAME).exists():
-        names = {path.name.rpartition("-")[0] for path in root.glob("[!.]*-*.tar")}
-        if names:
-            return sorted(names)
+    root = _root_of(source)
+    if (
+        not is_remote(root)
+        and not Path(root, MANIFEST_NAME).exists()
+        and (found := find_shards(root))
+    ):
+        return list(found)
     return list(find_manifest(source, cache).splits)
 
 
@@ -261,14 +270,15 @@ def _entries(source: Source, split: str, prefix: str, cache: Cache) -> tuple[lis
     if "{" in text or text.endswith(".tar") or text.startswith(_PIPE):
         return _listed(list(_expand(text)), prefix, cache)
     root = _root_of(text)
-    shards = [] if is_remote(root) else sorted(Path(root).glob(f"{split}-*.tar"))
-    if shards and not Path(root, MANIFEST_NAME).exists():
+    is_plain = not is_remote(root) and not Path(root, MANIFEST_NAME).exists()
+    if is_plain and (shards := find_shards(root).get(split)):
         return _listed([str(path) for path in shards], prefix, cache)
     manifest, entries = find_manifest(root, cache), []
+    schema = Schema(manifest.fields, manifest.optional)
     for shard in manifest.shards(split):
         url = f"{root}/{shard.name}"
         name = url if is_remote(root) else shard.name
-        entries.append(Entry(url, name, shard, manifest.fields, manifest.pack, prefix, cache))
+        entries.append(Entry(url, name, shard, schema, manifest.pack, prefix, cache))
     return entries, manifest.fingerprint()
 
 
@@ -283,36 +293,49 @@ def _expand(text: str) -> Iterator[str]:
 
 def _listed(urls: Sequence[str], prefix: str, cache: Cache) -> tuple[list[Entry], str]:
     """Entries of shards without a manifest; those without samples are left out."""
-    entries = []
-    fields: tuple[str, ...] = ()
-    for url in urls:
-        shard, found = _describe(url, cache)
-        fields = fields or found
-        if shard:
-            entries.append(Entry(url, url, shard, fields, 1, prefix, cache))
-    if not entries or not fields:
+    if twice := next((url for url, count in Counter(urls).items() if count > 1), None):
+        raise DataError(f"source must list each shard once, got {twice} twice; leave one out")
+    described = [(url, *_describe(url, cache)) for url in urls]
+    schema = find_schema(census for _, _, census in described)
+    if not schema.names:
         known = ", ".join(CODECS)
         raise DataError(
             f"source must hold samples with fields out of {known}, got none in {list(urls)[:3]}; "
             "correct the path or the pattern"
         )
+    apart = _apart(urls) if has_equal_keys([census for _, _, census in described]) else {}
+    entries = [
+        Entry(url, url, shard, schema, 1, prefix + apart.get(url, ""), cache)
+        for url, shard, _ in described
+        if shard
+    ]
     contents = [[entry.shard.count, entry.shard.sha256] for entry in entries]
-    return entries, _digest_of([contents, fields])
+    return entries, _digest_of([contents, schema.names])
 
 
-def _describe(url: str, cache: Cache) -> tuple[Shard | None, tuple[str, ...]]:
-    """The shard and the known fields of its first record; of local ones, the cache remembers."""
+def _apart(urls: Sequence[str]) -> dict[str, str]:
+    """What tells equal keys of several shards apart: the name of the shard, and a slash."""
+    # without what a URL asks, such as a signature
+    plain = [url.partition("?")[0] if "://" in url else url for url in urls]
+    names = [Path(url).name.removesuffix(".tar") for url in plain]
+    if len(set(names)) < len(names):  # of several folders
+        names = [str(index) for index in range(len(names))]
+    return {url: f"{name}/" for url, name in zip(urls, names, strict=True)}
+
+
+def _describe(url: str, cache: Cache) -> tuple[Shard | None, Census]:
+    """The shard and what its records hold; of local ones, the cache remembers."""
     memory = None
     try:
         path = cache.fetch(url) if is_remote(url) else Path(url)
         with path.open("rb", buffering=0) as file:
             stat = os.fstat(file.fileno())
             if not is_remote(url):
-                digest = _digest_of([url, stat.st_size, stat.st_mtime_ns])
+                digest = _digest_of([_DESCRIPTION, url, stat.st_size, stat.st_mtime_ns])
                 memory = cache.directory / f"{digest[:40]}.json"
                 if memory.exists():
                     known = json.loads(memory.read_bytes())
-                    return Shard(**known["shard"]), tuple(known["fields"])
+                    return Shard(**known["shard"]), Census(**known["census"])
             records, digest = scan(file)
     except DataError:
         raise
@@ -320,15 +343,15 @@ def _describe(url: str, cache: Cache) -> tuple[Shard | None, tuple[str, ...]]:
         raise damaged(url, "be present and readable", f"{error.strerror}") from error
     except ValueError as error:
         raise damaged(url, "be a whole tar file", f"{error}") from error
+    census = Census.of(records)
     if not records:
-        return None, ()
-    fields = tuple(sorted(CODECS.keys() & records[0].members.keys()))
+        return None, census
     shard = Shard(Path(url).name or "shard", len(records), stat.st_size, digest)
     if memory:
         memory.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(memory) as out:
-            out.write(json.dumps({"shard": asdict(shard), "fields": fields}).encode())
-    return shard, fields
+            out.write(json.dumps({"shard": asdict(shard), "census": asdict(census)}).encode())
+    return shard, census
 
 
 def _digest_of(value: object) -> str:
