@@ -98,8 +98,8 @@ class Manifest:
 
     Args:
         splits: Shards of each split, in stored order.
-        fields: Extensions that every sample has, such as "npy" and "cls".
-        optional: Further ones, that only some samples have.
+        fields: Extensions of the samples, such as "npy" and "cls".
+        optional: By split, those that not all of its samples have.
         options: The builder's options, its own name under "name".
         seed: Seed of the builder.
         pack: Samples in each record of a shard but the last, >= 1; above 1 a sample's key is
@@ -115,7 +115,7 @@ class Manifest:
     seed: int
     pack: int = 1
     tokenizer: dict[str, Any] = field(default_factory=dict)
-    optional: tuple[str, ...] = ()
+    optional: dict[str, tuple[str, ...]] = field(default_factory=dict)
     version: int = MANIFEST_VERSION
 
     def __post_init__(self) -> None:
@@ -181,7 +181,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
             seed=int(raw["seed"]),
             pack=raw.get("pack", 1),
             tokenizer=dict(raw.get("tokenizer", {})),
-            optional=tuple(raw.get("optional", ())),
+            optional={name: tuple(some) for name, some in raw.get("optional", {}).items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(

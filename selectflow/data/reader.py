@@ -17,7 +17,7 @@ from selectflow.data.fields import CODECS, PACKED, Batch, Ints, Sample, collate,
 from selectflow.data.form import LOOKED_AT, NO_FORM, Form, Rules, check_sample, common_form
 from selectflow.data.manifest import DataError, damaged
 from selectflow.data.sources import Catalog, Entry
-from selectflow.data.tar_index import Record, scan, split_name
+from selectflow.data.tar_index import Record, scan
 
 
 class Fault(NamedTuple):
@@ -28,13 +28,7 @@ class Fault(NamedTuple):
     message: str  # what is wrong, where, and what to do
 
 
-class Stored(NamedTuple):
-    """A sample as it is stored."""
-
-    key: str
-    members: dict[str, bytes]  # by extension, as it is written
-
-
+_UNWRITABLE = ("", "__key__")  # extensions that webdataset's writer does not take
 _SHARDS_TRIED = 8  # for the first readable sample
 
 _Read = tuple[list[Sample], list[Fault]]  # the readable samples, and the others
@@ -98,8 +92,8 @@ class ShardReader(Dataset[_Read]):
                     break
         return self._form
 
-    def stored(self, rows: Ints) -> Iterator[Stored]:
-        """The samples at `rows` as they are stored, in that order.
+    def stored(self, rows: Ints) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Key and members, by extension as it is written, of the samples at `rows`, in that order.
 
         Raises:
             DataError: a record that differs from the others, or is of several samples.
@@ -204,15 +198,16 @@ class _CheckedShard:
             sample[field] = self._column(file, index, field)[row]
         return sample
 
-    def stored(self, file: FileIO, place: int) -> Stored:
-        """The sample at `place` as it is stored, without links of unknown extensions."""
+    def stored(self, file: FileIO, place: int) -> tuple[str, dict[str, bytes]]:
+        """Key and members of the sample at `place`, without what is no file and is never read."""
         if place in self._odd:
             raise self._odd[place]
         record, members = self._records[place], {}
         for member in record.members.values():
-            if member.is_file and (named := split_name(member.name)):
-                members[named[1]] = os.pread(file.fileno(), member.size, member.offset)
-        return Stored(self._entry.prefix + record.key, members)
+            extension = member.name[len(record.key) + 1 :]
+            if member.is_file and extension not in _UNWRITABLE:
+                members[extension] = os.pread(file.fileno(), member.size, member.offset)
+        return self._entry.prefix + record.key, members
 
     def _column(self, file: FileIO, index: int, field: str) -> Sequence[Any]:
         if (index, field) not in self._columns:

@@ -34,7 +34,7 @@ class Schema:
     Attributes:
         fields: extensions that every sample has.
         optional: that some have: what is for reports, and images, each of one of several formats.
-        kind: what batches take of each; None: as `fields` says, and nothing is odd besides.
+        kind: what batches take of each, and others are odd; None: whatever is there.
     """
 
     fields: tuple[str, ...]
@@ -49,14 +49,15 @@ class Schema:
     @property
     def batch_names(self) -> frozenset[str]:
         """The names in a batch: of "image", "tokens", "label" and "text"."""
-        held = {*self.fields, *(name for name in self.optional if name in PICTURES)}
-        found = {"cls": {"label"}, "txt": {"text"}}
-        names = set[str]().union(*(found.get(field, ()) for field in self.fields))
+        formats = [name for name in PICTURES if name in self.optional]
+        images = formats if len(formats) > 1 else []  # one alone is lacking somewhere
+        held, names = {*self.fields, *images}, set[str]()
         if "npy" in held:
             names.add(_IMAGE if "cls" in held else "tokens")
         elif held.intersection(PICTURES):
             names.add(_IMAGE)
-        return frozenset(names)
+        stored = {"cls": "label", "txt": "text"}
+        return frozenset(names | {stored[name] for name in held & stored.keys()})
 
     def fault(self, names: Iterable[str]) -> str | None:
         """How a sample with these extensions differs from what it must be; None: it does not."""

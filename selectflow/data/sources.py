@@ -274,7 +274,8 @@ def _entries(source: Source, split: str, prefix: str, cache: Cache) -> tuple[lis
     if is_plain and (shards := find_shards(root).get(split)):
         return _listed([str(path) for path in shards], prefix, cache)
     manifest, entries = find_manifest(root, cache), []
-    schema = Schema(manifest.fields, manifest.optional)
+    optional = manifest.optional.get(split, ())
+    schema = Schema(tuple(f for f in manifest.fields if f not in optional), optional)
     for shard in manifest.shards(split):
         url = f"{root}/{shard.name}"
         name = url if is_remote(root) else shard.name
