@@ -75,6 +75,12 @@ def _encode_cls(value: Any) -> bytes:
     return str(int(value)).encode()
 
 
+def _decode_cls(data: bytes) -> int:
+    if b"_" in data:  # which `int` takes
+        raise ValueError(f"{data!r} is no integer")
+    return int(data)
+
+
 def _encode_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, allow_nan=False).encode()
 
@@ -102,7 +108,7 @@ def _encoded(value: Any) -> bytes:
 # extension -> (value to bytes, bytes to value); a new kind of field is one line here
 CODECS: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
     "npy": (_encode_npy, _decode_npy),
-    "cls": (_encode_cls, int),
+    "cls": (_encode_cls, _decode_cls),
     "json": (_encode_json, json.loads),
     "png": (_encode_png, _decode_image),
     "jpg": (_encoded, _decode_image),

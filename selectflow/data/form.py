@@ -50,9 +50,9 @@ def check_sample(sample: Sample, form: Form, rules: Rules, shard: str) -> None:
     Raises:
         DataError: names its key, the field and the shard.
     """
-    label, most = sample.get("cls", 0), rules.num_classes
-    if not 0 <= label < (_MOST if most is None else most):
-        rule = "at least 0" if most is None else f"in [0, {most}), the classes"
+    label, end = sample.get("cls", 0), rules.num_classes or _MOST
+    if not 0 <= label < end:
+        rule = "at least 0" if label < 0 else f"below {end}, the number of classes"
         raise _error("label", sample, rule, label, "cls", shard)
     if not isinstance(made := sample.get("json", _NOTHING), dict):
         raise _error("json", sample, "an object", type(made).__name__, "json", shard)

@@ -14,7 +14,7 @@ TOKENIZER_NAME = "tokenizer.json"
 MANIFEST_VERSION = 1
 
 _SHARD = re.compile(r"(?P<split>[^.].*?)-\d+(-of-\d+)?\.tar")
-_ARCHIVE = re.compile(r"(?P<split>[^.].*)-[^-]*\.(tar|tar\.gz|tgz)", re.IGNORECASE)
+_ARCHIVE = re.compile(r"(?P<split>[^.].*?)(-[^-]*)?\.(tar|tar\.gz|tgz)", re.IGNORECASE)
 
 
 class DataError(ValueError):

@@ -101,7 +101,8 @@ def find_schema(censuses: Iterable[Census]) -> Schema:
         kinds[_kind(names)] += count
     if not kinds:
         return Schema(())
-    kind = max(kinds, key=lambda each: (kinds[each], len(each), sorted(each)))
+    # what has nothing of a batch is no sample, however often it comes
+    kind = max(kinds, key=lambda each: (bool(each), kinds[each], len(each), sorted(each)))
     alike = [set(names) for names in total if _kind(names) == kind]
     everywhere = set.intersection(*alike)
     rest = set.union(*alike) - everywhere

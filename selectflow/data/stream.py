@@ -92,6 +92,8 @@ class PoolStream(IterableDataset[Batch]):
         check_least("num_workers", num_workers, 0, "0 reads in this process")
         check_least("memory_gib", memory_gib, 0, "0 holds nothing in memory")
         check_least("max_errors", max_errors, 0, "0 stops at the first")
+        if num_classes is not None:
+            check_least("num_classes", num_classes, 1, "leave it out for any")
         check_least("pool", pool, 1, "it is the number of candidates")
         if not 0 <= rank < world_size:
             rule = f"rank must be in [0, {world_size}), got {rank}"
