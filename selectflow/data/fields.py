@@ -162,28 +162,25 @@ def collate(samples: list[Sample]) -> Batch:
     """Stack samples.
 
     Args:
-        samples: At least one, all with the same fields; an image may be in any format. "npy",
-            "png" or "jpg" with "cls" are an image and its label, "npy" alone is a block of tokens,
-            "txt" is text.
+        samples: At least one, all of one form and with the same fields; an image may be in any
+            format. "npy", "png" or "jpg" with "cls" are an image and its label, "npy" alone is a
+            block of tokens, "txt" is text.
 
     Returns:
         Arrays: "image" (P, ...) in its stored type and "label" int64 (P,), or "tokens" (P, ...);
         "text" and "key" lists of P strings. See `finish`.
 
     Raises:
-        DataError: A sample without an array, or with one of another shape than the first.
+        DataError: A sample without an array or text.
     """
     first = samples[0]
     batch: Batch = {}
     if field := array_field(first):
         name = "tokens" if field == "npy" and "cls" not in first else "image"
-        arrays = [each[field if field in each else str(array_field(each))] for each in samples]
-        shape = first[field].shape
-        if other := next((i for i, each in enumerate(arrays) if each.shape != shape), None):
-            raise DataError(
-                f"{name} of key {samples[other]['__key__']!r} must be of shape {shape} like the "
-                f"first, got {arrays[other].shape}; write all samples at one size"
-            )
+        try:
+            arrays = [sample[field] for sample in samples]
+        except KeyError:  # images of several formats
+            arrays = [sample[str(array_field(sample))] for sample in samples]
         batch[name] = np.stack(arrays)
     elif "txt" not in first:
         got = sorted(first.keys() - {"__key__"})

@@ -14,10 +14,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from selectflow.data.fields import CODECS, PACKED, Batch, Ints, Sample, collate, finish, shared
-from selectflow.data.form import LOOKED_AT, NO_FORM, Form, Rules, check_sample, common_form
+from selectflow.data.form import (
+    LOOKED_AT,
+    NO_FORM,
+    Form,
+    Rules,
+    check_sample,
+    common_form,
+    fit_quickly,
+)
 from selectflow.data.manifest import DataError, damaged
 from selectflow.data.sources import Catalog, Entry
-from selectflow.data.tar_index import Record, scan
+from selectflow.data.tar_index import Member, Record, scan
 
 
 class Fault(NamedTuple):
@@ -66,17 +74,40 @@ class ShardReader(Dataset[_Read]):
         shards, places = self._catalog.locate(rows)
         found: dict[int, Sample] = {}
         faults: list[Fault] = []
-        form = self.form() if self._rules else None
         for shard in dict.fromkeys(shards.tolist()):  # each file is opened once
             at = np.flatnonzero(shards == shard)
-            items = self._read(shard, places[at], form)
-            for position, item in zip(at.tolist(), items, strict=True):
-                name = self._catalog.entries[shard].name
+            for position, item in zip(at.tolist(), self._read(shard, places[at]), strict=True):
                 if isinstance(item, DataError):
+                    name = self._catalog.entries[shard].name
                     faults.append(Fault(name, int(rows[position]), str(item)))
                 else:
                     found[position] = item
-        return [found[position] for position in sorted(found)], faults
+        samples = [found[position] for position in sorted(found)]
+        if self._rules is None or not samples:
+            return samples, faults
+        has_json = self._fields is None or "json" in self._fields
+        if not has_json and fit_quickly(samples, self.form(), self._rules):
+            return samples, faults
+        return self._fitting(found, rows, shards, faults, self._rules)
+
+    def _fitting(
+        self,
+        found: dict[int, Sample],
+        rows: Ints,
+        shards: Ints,
+        faults: list[Fault],
+        rules: Rules,
+    ) -> _Read:
+        """The samples that can be in one batch; the others are faults, too."""
+        samples = []
+        for position in sorted(found):
+            name = self._catalog.entries[shards[position]].name
+            try:
+                check_sample(found[position], self.form(), rules, name)
+                samples.append(found[position])
+            except DataError as error:
+                faults.append(Fault(name, int(rows[position]), str(error)))
+        return samples, faults
 
     __getitem__ = read  # how a DataLoader asks
 
@@ -104,9 +135,7 @@ class ShardReader(Dataset[_Read]):
             with file:
                 yield shard.stored(file, place)
 
-    def _read(
-        self, index: int, places: Ints, form: Form | None = None
-    ) -> Iterator[Sample | DataError]:
+    def _read(self, index: int, places: Ints) -> Iterator[Sample | DataError]:
         try:
             shard, file = self._open(index)
         except DataError as error:
@@ -115,11 +144,7 @@ class ShardReader(Dataset[_Read]):
         with file:
             for place in places.tolist():
                 try:
-                    sample = shard.sample(file, place)
-                    if form is not None and self._rules is not None:
-                        name = self._catalog.entries[index].name
-                        check_sample(sample, form, self._rules, name)
-                    yield sample
+                    yield shard.sample(file, place)
                 except DataError as error:
                     yield error
 
@@ -154,6 +179,7 @@ class _CheckedShard:
         self._entry = entry
         self._stem = entry.shard.name.removesuffix(".tar")
         self._fields = [f for f in entry.schema.names if fields is None or f in fields]
+        self._plain = [(field, CODECS[field][1]) for field in self._fields]
         self._columns: dict[tuple[int, str], Sequence[Any]] = {}  # decoded fields of packed records
         self._signature, self._records = self._indexed()
         self._odd = _find_odd(entry, self._records)
@@ -183,16 +209,16 @@ class _CheckedShard:
     def sample(self, file: FileIO, place: int) -> Sample:
         """The sample at `place`, or the DataError that says what it lacks."""
         pack, prefix = self._entry.pack, self._entry.prefix
-        index, row = divmod(place, pack)
-        if index in self._odd:
-            raise self._odd[index]
+        if self._odd and place // pack in self._odd:
+            raise self._odd[place // pack]
         if pack == 1:
             record = self._records[place]
             sample: Sample = {"__key__": prefix + record.key}
-            for field in self._fields:
-                if field in record.members:  # else it is optional
-                    sample[field] = self._decode(file, record, field, CODECS[field][1])
+            for field, decode in self._plain:
+                if member := record.members.get(field):  # else it is optional
+                    sample[field] = self._decode(file, record, field, member, decode)
             return sample
+        index, row = divmod(place, pack)
         sample = {"__key__": f"{prefix}{self._stem}/{self._records[index].key}/{row}"}
         for field in self._fields:
             sample[field] = self._column(file, index, field)[row]
@@ -212,7 +238,8 @@ class _CheckedShard:
     def _column(self, file: FileIO, index: int, field: str) -> Sequence[Any]:
         if (index, field) not in self._columns:
             record, pack = self._records[index], self._entry.pack
-            column = self._decode(file, record, field, PACKED[field].decode)
+            member = record.members[PACKED[field].extension]
+            column = self._decode(file, record, field, member, PACKED[field].decode)
             if len(column) != (size := min(pack, self._entry.shard.count - index * pack)):
                 rule = f"hold {size} samples in field {field!r} of key {record.key!r}"
                 raise damaged(self._entry.name, rule, f"{len(column)}")
@@ -220,9 +247,13 @@ class _CheckedShard:
         return self._columns[index, field]
 
     def _decode(
-        self, file: FileIO, record: Record, field: str, decode: Callable[[bytes], Any]
+        self,
+        file: FileIO,
+        record: Record,
+        field: str,
+        member: Member,
+        decode: Callable[[bytes], Any],
     ) -> Any:
-        member = record.members[_extension(self._entry, field)]
         try:
             return decode(os.pread(file.fileno(), member.size, member.offset))
         except Exception as error:  # decoders document no closed list of errors
