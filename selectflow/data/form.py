@@ -74,8 +74,10 @@ def check_sample(sample: Sample, form: Form, rules: Rules, shard: str) -> None:
     if not isinstance(made := sample.get("json", _NOTHING), dict):
         raise _error("json", sample, "an object", type(made).__name__, "json", shard)
     field = array_field(sample)
-    if form.shape is None or field is None:
+    if form.shape is None:
         return
+    if field is None:
+        raise _error("sample", sample, "with an array", "none", str(form.field), shard)
     array = sample[field]
     if array.shape != form.shape or array.dtype != form.dtype:
         name = "tokens" if field == "npy" and "cls" not in sample else "image"
