@@ -229,7 +229,7 @@ def ls(root: str = _ROOT) -> None:
         size = held.num_bytes / 2**20
         print(f"{split:12} {len(held.entries):8} {held.num_samples:10} {size:10.2f}")
     first = held.entries[0]
-    print(f"fields: {', '.join(first.fields)}; samples of a record: {first.pack}")
+    print(f"fields: {', '.join(first.schema.names)}; samples of a record: {first.pack}")
     try:
         manifest = find_manifest(root)
     except DataError:

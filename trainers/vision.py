@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from selectflow.data import PoolStream, make_digits, read_batches, read_labels, read_metadata
+from selectflow.data import (
+    DataError,
+    PoolStream,
+    check_fields,
+    make_digits,
+    read_batches,
+    read_labels,
+    read_metadata,
+)
 from selectflow.models.vision import cnn, evaluate, image_losses, mlp, resnet18
 from selectflow.options import ConfigError
 from selectflow.run.config import RunConfig, check_choice
@@ -36,23 +44,56 @@ def build_model(config: ModelConfig, shape: torch.Size, num_classes: int) -> nn.
     return resnet18(shape, num_classes)
 
 
-def count_classes(config: RunConfig, held_out: Sequence[Batch]) -> int:
-    """The classes that are configured, or else those of all splits.
+def check_shapes(model: str, shape: Sequence[int], others: dict[str, Any]) -> None:
+    """Refuse images that the model cannot take, or not in every split.
+
+    Args:
+        model: its name.
+        shape: of an image of the target.
+        others: shape of an image, by the name of the split.
 
     Raises:
-        ConfigError: the held-out batches have further ones.
+        DataError: names the split.
     """
-    data, given = config.data, config.model.num_classes
-    there = 1 + max(int(batch["label"].max()) for batch in held_out)
-    if given is None:  # the target may be of some of the classes alone
-        labels = read_labels(data.directory, "train", max_errors=data.max_errors)
-        return max(there, 1 + int(labels.max()))
-    if given < there:
-        raise ConfigError(
-            f"model.num_classes must be at least {there}, as target and test labels go up to "
-            f"{there - 1}, got {given}; null counts them"
+    if len(shape) != 3:
+        raise DataError(
+            "images of split 'target' must be of shape (channels, height, width), got "
+            f"{tuple(shape)}; store them so, in field 'npy'"
         )
-    return given
+    same = 3 if model == "mlp" else 1  # the others take any size, and the first axis is channels
+    for split, other in others.items():
+        if other is None or len(other) != 3 or tuple(other[:same]) != tuple(shape[:same]):
+            raise DataError(
+                f"images of split {split!r} must be of shape {tuple(shape)} as those of 'target', "
+                f"got {None if other is None else tuple(other)}; write all splits alike"
+            )
+
+
+def check_classes(given: int | None, held_out: Sequence[Batch]) -> None:
+    """Refuse fewer classes than those of the held-out batches.
+
+    Raises:
+        ConfigError: names a label and its key.
+    """
+    for batch in held_out:
+        label = int(batch["label"].max())
+        if given is not None and label >= given:
+            key = batch["key"][int(batch["label"].argmax())]
+            raise ConfigError(
+                f"model.num_classes must be at least {label + 1}, as target and test labels go up "
+                f"to {label}, of key {key!r}, got {given}; null counts them"
+            )
+
+
+def count_classes(config: RunConfig, held_out: Sequence[Batch]) -> int:
+    """The classes that are configured, or else those of all splits."""
+    data, given = config.data, config.model.num_classes
+    if given is not None:
+        return given
+    there = 1 + max(int(batch["label"].max()) for batch in held_out)
+    # the target may be of some of the classes alone
+    labels = read_labels(data.directory, "train", max_errors=data.max_errors)
+    return max(there, 1 + int(labels.max()))
 
 
 def build_task(config: RunConfig) -> Task:
@@ -62,16 +103,22 @@ def build_task(config: RunConfig) -> Task:
     check_choice("data.name", data.name, ("digits", "shards"))
     if data.name == "digits":
         make_digits(data.directory, label_noise=data.label_noise, seed=data.seed)
-    reading = {"pool": data.pool, "seed": config.seed} | data.reading
-    pools = PoolStream(data.directory, "train", **reading)
+    for split in ("train", "target", "test"):
+        check_fields(data.directory, split, ("image", "label"))
     target = read_batches(data.directory, "target", data.target_batch)
     test = read_batches(data.directory, "test", EVAL_BATCH)
+    check_classes(config.model.num_classes, [*target, *test])
+    reading = {"pool": data.pool, "seed": config.seed} | data.reading
+    pools = PoolStream(data.directory, "train", num_classes=config.model.num_classes, **reading)
+    shape = target[0]["image"].shape[1:]
+    splits = {"train": pools.shape, "test": test[0]["image"].shape[1:]}
+    check_shapes(config.model.name, shape, splits)
     metadata = {}
     if config.track.kinds:
         metadata = read_metadata(data.directory, "train", max_errors=data.max_errors)
     num_classes = count_classes(config, [*target, *test])
     torch.manual_seed(config.seed)
-    model = build_model(config.model, target[0]["image"][0].shape, num_classes)
+    model = build_model(config.model, shape, num_classes)
     return Task(
         model=model,
         loss_fn=image_losses,

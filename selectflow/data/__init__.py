@@ -8,6 +8,7 @@ from selectflow.data.images import make_digits, make_folder, make_torchvision
 from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, write_manifest
 from selectflow.data.sources import Sources, find_manifest, find_splits, open_catalog
 from selectflow.data.splits import (
+    check_fields,
     contact_sheet,
     head,
     picture,
@@ -19,9 +20,10 @@ from selectflow.data.splits import (
     verify,
 )
 from selectflow.data.stream import PoolStream
+from selectflow.data.subset import write_subset
 from selectflow.data.text import TextOptions, make_text
 from selectflow.data.tokenizers import Tokenizer, open_tokenizer
-from selectflow.data.write import Layout, write_split, write_subset
+from selectflow.data.write import Layout, write_split
 
 __all__ = [
     "Cache",
@@ -33,6 +35,7 @@ __all__ = [
     "Sources",
     "TextOptions",
     "Tokenizer",
+    "check_fields",
     "contact_sheet",
     "find_manifest",
     "find_splits",

@@ -21,7 +21,10 @@ Sample = dict[str, Any]
 Batch = dict[str, Any]
 """Samples stacked: arrays or tensors, and lists of strings, by name; see `collate`."""
 
-_ARRAYS = ("npy", "png", "jpg", "jpeg")
+PICTURES = ("png", "jpg", "jpeg")
+"""The extensions of encoded images."""
+
+_ARRAYS = ("npy", *PICTURES)
 FIELDS = (*_ARRAYS, "cls", "txt")
 """The extensions that a batch is made of; the others are for reports."""
 
@@ -61,6 +64,12 @@ def _encode_cls(value: Any) -> bytes:
     return str(int(value)).encode()
 
 
+def _decode_cls(data: bytes) -> int:
+    if b"_" in data:  # which `int` takes
+        raise ValueError(f"{data!r} is no integer")
+    return int(data)
+
+
 def _encode_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, allow_nan=False).encode()
 
@@ -87,7 +96,7 @@ def _encoded(value: Any) -> bytes:
 # extension -> (value to bytes, bytes to value); a new kind of field is one line here
 CODECS: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
     "npy": (_encode_npy, _decode_npy),
-    "cls": (_encode_cls, int),
+    "cls": (_encode_cls, _decode_cls),
     "json": (_encode_json, json.loads),
     "png": (_encode_png, _decode_image),
     "jpg": (_encoded, _decode_image),
@@ -129,31 +138,38 @@ PACKED = {
 }
 
 
+def array_field(sample: Sample) -> str | None:
+    """The field that is the array of a sample in a batch; None: it has none."""
+    for field in _ARRAYS:
+        if field in sample:
+            return field
+    return None
+
+
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples.
 
     Args:
-        samples: At least one, all with the same fields. "npy", "png" or "jpg" with "cls" are an
-            image and its label, "npy" alone is a block of tokens, "txt" is text.
+        samples: At least one, all of one form and with the same fields; an image may be in any
+            format. "npy", "png" or "jpg" with "cls" are an image and its label, "npy" alone is a
+            block of tokens, "txt" is text.
 
     Returns:
         Arrays: "image" (P, ...) in its stored type and "label" int64 (P,), or "tokens" (P, ...);
         "text" and "key" lists of P strings. See `finish`.
 
     Raises:
-        DataError: A sample without an array, or with one of another shape than the first.
+        DataError: A sample without an array or text.
     """
     first = samples[0]
     batch: Batch = {}
-    if field := next((field for field in _ARRAYS if field in first), None):
+    if field := array_field(first):
         name = "tokens" if field == "npy" and "cls" not in first else "image"
-        shape = first[field].shape
-        if other := next((each for each in samples if each[field].shape != shape), None):
-            raise DataError(
-                f"{name} of key {other['__key__']!r} must be of shape {shape} like the first, "
-                f"got {other[field].shape}; write all samples at one size"
-            )
-        batch[name] = np.stack([sample[field] for sample in samples])
+        try:
+            arrays = [sample[field] for sample in samples]
+        except KeyError:  # images of several formats
+            arrays = [sample[str(array_field(sample))] for sample in samples]
+        batch[name] = np.stack(arrays)
     elif "txt" not in first:
         got = sorted(first.keys() - {"__key__"})
         raise DataError(f"fields must include one of {[*_ARRAYS, 'txt']}, got {got}; add one")

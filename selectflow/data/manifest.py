@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 MANIFEST_VERSION = 1
 
+_SHARD = re.compile(r"(?P<split>[^.].*?)-\d+(-of-\d+)?\.tar")
+_ARCHIVE = re.compile(r"(?P<split>[^.].*?)(-[^-]*)?\.(tar|tar\.gz|tgz)", re.IGNORECASE)
+
 
 class DataError(ValueError):
     """A dataset that cannot be written or read as asked; the message says where and the fix."""
@@ -21,6 +25,36 @@ def damaged(shard: str, rule: str, got: str) -> DataError:
     """The error for a shard that breaks a rule."""
     fix = "restore the file, or write the dataset again"
     return DataError(f"shard {shard} must {rule}, got {got}; {fix}")
+
+
+def split_of(name: str) -> str | None:
+    """The split that a shard belongs to by its file name, `<split>-<digits>.tar`; None: to none.
+
+    After the digits there may be "-of-" and digits, as many tools write.
+    """
+    match = _SHARD.fullmatch(name)
+    return match["split"] if match else None
+
+
+def find_shards(root: str | Path) -> dict[str, list[Path]]:
+    """The shards of each split in a local folder, both in the order of their names.
+
+    Raises:
+        DataError: a tar file is named almost like a shard of those splits.
+    """
+    found: dict[str, list[Path]] = {}
+    others = []
+    for path in sorted(Path(root).glob("*")):
+        if split := split_of(path.name):
+            found.setdefault(split, []).append(path)
+        elif match := _ARCHIVE.fullmatch(path.name):
+            others.append((match["split"], path.name))
+    if doubtful := next((name for split, name in others if split in found or not found), None):
+        raise DataError(
+            f"shards in {str(root)!r} must be named <split>-<digits>.tar, got {doubtful!r}; "
+            "rename or unpack it, move it away, or list the shards by a pattern"
+        )
+    return {split: found[split] for split in sorted(found)}
 
 
 def check_least(name: str, value: float, least: int, hint: str) -> None:
@@ -64,7 +98,8 @@ class Manifest:
 
     Args:
         splits: Shards of each split, in stored order.
-        fields: Extensions that every sample has, such as "npy" and "cls".
+        fields: Extensions of the samples, such as "npy" and "cls".
+        optional: By split, those that not all of its samples have.
         options: The builder's options, its own name under "name".
         seed: Seed of the builder.
         pack: Samples in each record of a shard but the last, >= 1; above 1 a sample's key is
@@ -80,6 +115,7 @@ class Manifest:
     seed: int
     pack: int = 1
     tokenizer: dict[str, Any] = field(default_factory=dict)
+    optional: dict[str, tuple[str, ...]] = field(default_factory=dict)
     version: int = MANIFEST_VERSION
 
     def __post_init__(self) -> None:
@@ -145,6 +181,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
             seed=int(raw["seed"]),
             pack=raw.get("pack", 1),
             tokenizer=dict(raw.get("tokenizer", {})),
+            optional={name: tuple(some) for name, some in raw.get("optional", {}).items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -155,6 +192,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 
 def _to_json(manifest: Manifest) -> str:
     values = asdict(manifest)
-    if not manifest.tokenizer:
-        del values["tokenizer"]  # of datasets without tokens, as it has always been
+    for name in ("tokenizer", "optional"):
+        if not values[name]:
+            del values[name]  # of datasets without, as it has always been
     return json.dumps(values, indent=2, sort_keys=True) + "\n"

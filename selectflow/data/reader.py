@@ -14,9 +14,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from selectflow.data.fields import CODECS, PACKED, Batch, Ints, Sample, collate, finish, shared
+from selectflow.data.form import (
+    LOOKED_AT,
+    NO_FORM,
+    Form,
+    Rules,
+    check_sample,
+    common_form,
+    fit_quickly,
+)
 from selectflow.data.manifest import DataError, damaged
 from selectflow.data.sources import Catalog, Entry
-from selectflow.data.tar_index import Record, scan
+from selectflow.data.tar_index import Member, Record, scan
 
 
 class Fault(NamedTuple):
@@ -26,6 +35,9 @@ class Fault(NamedTuple):
     row: int  # of the catalog
     message: str  # what is wrong, where, and what to do
 
+
+_UNWRITABLE = ("", "__key__")  # extensions that webdataset's writer does not take
+_SHARDS_TRIED = 8  # for the first readable sample
 
 _Read = tuple[list[Sample], list[Fault]]  # the readable samples, and the others
 
@@ -37,14 +49,25 @@ class ShardReader(Dataset[_Read]):
         catalog: the shards.
         fields: extensions to decode; None: all.
         capacity: samples in the shards whose index is kept, beyond the shard in use.
+        rules: what the values of a sample must be; None: anything.
     """
 
     def __init__(
-        self, catalog: Catalog, fields: Iterable[str] | None = None, capacity: int = 0
+        self,
+        catalog: Catalog,
+        fields: Iterable[str] | None = None,
+        capacity: int = 0,
+        rules: Rules | None = None,
     ) -> None:
-        self._catalog, self._capacity = catalog, capacity
+        self._catalog, self._capacity, self._rules = catalog, capacity, rules
         self._fields = None if fields is None else frozenset(fields)
+        self._form: Form | None = None
         self._checked: OrderedDict[int, _CheckedShard | DataError] = OrderedDict()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all shards."""
+        return self._catalog.num_samples
 
     def read(self, rows: Ints) -> _Read:
         """The samples at `rows`, in that order, without those that cannot be read."""
@@ -59,9 +82,58 @@ class ShardReader(Dataset[_Read]):
                     faults.append(Fault(name, int(rows[position]), str(item)))
                 else:
                     found[position] = item
-        return [found[position] for position in sorted(found)], faults
+        samples = [found[position] for position in sorted(found)]
+        if self._rules is None or not samples:
+            return samples, faults
+        has_json = self._fields is None or "json" in self._fields
+        if not has_json and fit_quickly(samples, self.form(), self._rules):
+            return samples, faults
+        return self._fitting(found, rows, shards, faults, self._rules)
+
+    def _fitting(
+        self,
+        found: dict[int, Sample],
+        rows: Ints,
+        shards: Ints,
+        faults: list[Fault],
+        rules: Rules,
+    ) -> _Read:
+        """The samples that can be in one batch; the others are faults, too."""
+        samples = []
+        for position in sorted(found):
+            name = self._catalog.entries[shards[position]].name
+            try:
+                check_sample(found[position], self.form(), rules, name)
+                samples.append(found[position])
+            except DataError as error:
+                faults.append(Fault(name, int(rows[position]), str(error)))
+        return samples, faults
 
     __getitem__ = read  # how a DataLoader asks
+
+    def form(self) -> Form:
+        """Shape and type of most arrays among the first samples of the first readable shard."""
+        if self._form is None:
+            self._form = NO_FORM
+            for index, count in enumerate(self._catalog.counts[:_SHARDS_TRIED].tolist()):
+                items = self._read(index, np.arange(min(count, LOOKED_AT)))
+                samples = [item for item in items if not isinstance(item, DataError)]
+                if samples:
+                    self._form = common_form(samples)
+                    break
+        return self._form
+
+    def stored(self, rows: Ints) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Key and members, by extension as it is written, of the samples at `rows`, in that order.
+
+        Raises:
+            DataError: a record that differs from the others, or is of several samples.
+        """
+        shards, places = self._catalog.locate(rows)
+        for index, place in zip(shards.tolist(), places.tolist(), strict=True):
+            shard, file = self._open(index)
+            with file:
+                yield shard.stored(file, place)
 
     def _read(self, index: int, places: Ints) -> Iterator[Sample | DataError]:
         try:
@@ -123,9 +195,11 @@ class _CheckedShard:
     def __init__(self, entry: Entry, fields: frozenset[str] | None, file: FileIO) -> None:
         self._entry = entry
         self._stem = entry.shard.name.removesuffix(".tar")
-        self._fields = [f for f in entry.fields if fields is None or f in fields]
+        self._fields = [f for f in entry.schema.names if fields is None or f in fields]
+        self._plain = [(field, CODECS[field][1]) for field in self._fields]
         self._columns: dict[tuple[int, str], Sequence[Any]] = {}  # decoded fields of packed records
         self._signature, self._records = _signature(file), _index(entry, file)
+        self._odd = _find_odd(entry, self._records)
 
     def file(self) -> FileIO | None:
         """The file, opened; None if it is a remote one that was fetched again since its check."""
@@ -140,11 +214,14 @@ class _CheckedShard:
     def sample(self, file: FileIO, place: int) -> Sample:
         """The sample at `place`, or the DataError that says what it lacks."""
         pack, prefix = self._entry.pack, self._entry.prefix
+        if self._odd and place // pack in self._odd:
+            raise self._odd[place // pack]
         if pack == 1:
             record = self._records[place]
             sample: Sample = {"__key__": prefix + record.key}
-            for field in self._fields:
-                sample[field] = self._decode(file, record, field, CODECS[field][1])
+            for field, decode in self._plain:
+                if member := record.members.get(field):  # else it is optional
+                    sample[field] = self._decode(file, record, field, member, decode)
             return sample
         index, row = divmod(place, pack)
         sample = {"__key__": f"{prefix}{self._stem}/{self._records[index].key}/{row}"}
@@ -152,10 +229,22 @@ class _CheckedShard:
             sample[field] = self._column(file, index, field)[row]
         return sample
 
+    def stored(self, file: FileIO, place: int) -> tuple[str, dict[str, bytes]]:
+        """Key and members of the sample at `place`, without what is no file and is never read."""
+        if place in self._odd:
+            raise self._odd[place]
+        record, members = self._records[place], {}
+        for member in record.members.values():
+            extension = member.name[len(record.key) + 1 :]
+            if member.is_file and extension not in _UNWRITABLE:
+                members[extension] = os.pread(file.fileno(), member.size, member.offset)
+        return self._entry.prefix + record.key, members
+
     def _column(self, file: FileIO, index: int, field: str) -> Sequence[Any]:
         if (index, field) not in self._columns:
             record, pack = self._records[index], self._entry.pack
-            column = self._decode(file, record, field, PACKED[field].decode)
+            member = record.members[PACKED[field].extension]
+            column = self._decode(file, record, field, member, PACKED[field].decode)
             if len(column) != (size := min(pack, self._entry.shard.count - index * pack)):
                 rule = f"hold {size} samples in field {field!r} of key {record.key!r}"
                 raise damaged(self._entry.name, rule, f"{len(column)}")
@@ -163,11 +252,13 @@ class _CheckedShard:
         return self._columns[index, field]
 
     def _decode(
-        self, file: FileIO, record: Record, field: str, decode: Callable[[bytes], Any]
+        self,
+        file: FileIO,
+        record: Record,
+        field: str,
+        member: Member,
+        decode: Callable[[bytes], Any],
     ) -> Any:
-        member = record.members.get(_extension(self._entry, field))
-        if member is None:
-            raise _missing(self._entry, record)
         try:
             return decode(os.pread(file.fileno(), member.size, member.offset))
         except Exception as error:  # decoders document no closed list of errors
@@ -188,10 +279,8 @@ def _index(entry: Entry, file: FileIO) -> list[Record]:
         records, digest = scan(file)
     except ValueError as error:
         raise damaged(entry.name, f"be a tar file of {shard.bytes} bytes", f"{error}") from error
-    if digest != shard.sha256:
-        for record in records:
-            if any(_extension(entry, field) not in record.members for field in entry.fields):
-                raise _missing(entry, record)
+    if digest != shard.sha256 and (odd := _find_odd(entry, records)):
+        raise next(iter(odd.values()))
     if len(records) != (count := -(-shard.count // entry.pack)):
         kind = "samples" if entry.pack == 1 else "records"
         raise damaged(entry.name, f"hold {count} {kind}", f"{len(records)}")
@@ -201,10 +290,30 @@ def _index(entry: Entry, file: FileIO) -> list[Record]:
     return records
 
 
-def _missing(entry: Entry, record: Record) -> DataError:
-    wanted = [_extension(entry, field) for field in entry.fields]
-    rule = f"hold the fields {wanted} of key {record.key!r}"
-    return damaged(entry.name, rule, f"none of {[e for e in wanted if e not in record.members]}")
+def _find_odd(entry: Entry, records: Sequence[Record]) -> dict[int, DataError]:
+    """What is wrong with each record that the schema does not allow, by its place."""
+    known: dict[tuple[str, ...], str | None] = {}  # most records have the same extensions
+    odd = {}
+    for place, record in enumerate(records):
+        names = tuple(record.members)
+        if names not in known:
+            known[names] = _fault(entry, names)
+        if got := known[names]:
+            wanted = [_extension(entry, field) for field in entry.schema.fields]
+            odd[place] = damaged(entry.name, f"hold the fields {wanted} of key {record.key!r}", got)
+        for extension, member in record.members.items():
+            if not member.is_file and (extension in CODECS or entry.pack > 1):
+                rule = f"hold a file as member {member.name!r} of key {record.key!r}"
+                odd[place] = damaged(entry.name, rule, "a link or device; pack with --dereference")
+    return odd
+
+
+def _fault(entry: Entry, extensions: Sequence[str]) -> str | None:
+    if entry.pack == 1:
+        return entry.schema.fault(extensions)
+    wanted = [_extension(entry, field) for field in entry.schema.fields]
+    missing = [extension for extension in wanted if extension not in extensions]
+    return f"none of {missing}" if missing else None
 
 
 def _extension(entry: Entry, field: str) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,14 +21,16 @@ from selectflow.data.manifest import (
     Manifest,
     Shard,
     damaged,
+    find_shards,
     parse_manifest,
     read_manifest,
 )
+from selectflow.data.schema import Census, Schema, check_alike, find_schema, has_equal_keys
 from selectflow.data.tar_index import scan
 from selectflow.data.urls import expand, is_listed, is_remote, member, name_of, root_of
 
 _AT_ONCE = 8  # shards that are asked for their version
-_FORMAT = 2  # of what is remembered of a shard
+_FORMAT = 3  # of what is remembered of a shard
 _SETTLED_NS = 50_000_000  # a file that changed so lately may change again at an equal time
 
 Source = str | Path | Sequence[str | Path]
@@ -41,7 +44,7 @@ class Entry:
     url: str  # a local path, a URL, or "pipe:" and a command
     name: str  # in messages
     shard: Shard
-    fields: tuple[str, ...]  # of every sample
+    schema: Schema  # of its samples
     pack: int  # samples of a record
     prefix: str  # put before each key, to tell sources apart
     cache: Cache  # where a remote shard is kept
@@ -101,15 +104,17 @@ def open_catalog(source: Sources, split: str, cache: Cache | None = None) -> Cat
 
     Args:
         source: a dataset directory or its manifest, local or remote; a folder of shards
-            `<split>-*.tar`; a shard, a brace pattern like "part-{000..099}.tar", or a list of
-            them, whose split is not asked for; or several of these by name, whose keys then start
-            with "<name>/". Shards without a manifest are read once for their contents, which the
-            cache remembers.
+            `<split>-<digits>.tar`; a shard, a brace pattern like "part-{000..099}.tar", or a list
+            of them, whose split is not asked for; or several of these by name, whose keys then
+            start with "<name>/". Shards without a manifest are read once for their contents, which
+            the cache remembers: their fields are those of most samples, and where a key is in
+            several of them, all keys start with the name of their shard.
         split: name of the split in each of them.
         cache: for remote shards; None: the default one.
 
     Raises:
-        DataError: no source, nothing there, no such split, or a damaged shard without a manifest.
+        DataError: no source, nothing there, no such split, a shard named twice, sources of
+            different fields, or a damaged shard without a manifest.
     """
     cache = cache or Cache()
     if not isinstance(source, Mapping):
@@ -118,6 +123,7 @@ def open_catalog(source: Sources, split: str, cache: Cache | None = None) -> Cat
     if not source:
         raise DataError("source must name at least one dataset, got {}; add one")
     found = {name: _entries(each, split, f"{name}/", cache) for name, each in source.items()}
+    check_alike({name: entries[0].schema for name, (entries, _) in found.items()})
     prints = {name: fingerprint for name, (_, fingerprint) in found.items()}
     return Catalog([entries for entries, _ in found.values()], _digest_of(prints))
 
@@ -142,10 +148,9 @@ def find_splits(source: str | Path, cache: Cache | None = None) -> list[str]:
         DataError: there is neither a manifest nor a local shard, or the manifest is malformed.
     """
     root = root_of(source)
-    if not is_remote(root) and not Path(root, MANIFEST_NAME).exists():
-        names = {path.name.rpartition("-")[0] for path in Path(root).glob("[!.]*-*.tar")}
-        if names:
-            return sorted(names)
+    is_plain = not is_remote(root) and not Path(root, MANIFEST_NAME).exists()
+    if is_plain and (found := find_shards(root)):
+        return list(found)
     return list(find_manifest(root, cache).splits)
 
 
@@ -155,35 +160,45 @@ def _entries(source: Source, split: str, prefix: str, cache: Cache) -> tuple[lis
     if is_listed(str(source)):
         return _listed(list(expand(str(source))), prefix, cache)
     root = root_of(source)
-    shards = [] if is_remote(root) else sorted(Path(root).glob(f"{split}-*.tar"))
-    if shards and not Path(root, MANIFEST_NAME).exists():
+    is_plain = not is_remote(root) and not Path(root, MANIFEST_NAME).exists()
+    if is_plain and (shards := find_shards(root).get(split)):
         return _listed([str(path) for path in shards], prefix, cache)
     manifest, entries = find_manifest(root, cache), []
+    optional = manifest.optional.get(split, ())
+    schema = Schema(tuple(f for f in manifest.fields if f not in optional), optional)
     for shard in manifest.shards(split):
         url = member(root, shard.name)
         name = url if is_remote(root) else shard.name
-        about = (manifest.fields, manifest.pack, prefix, cache)
+        about = (schema, manifest.pack, prefix, cache)
         entries.append(Entry(url, name, shard, *about, version=shard.sha256))
     return entries, manifest.fingerprint()
 
 
 def _listed(urls: Sequence[str], prefix: str, cache: Cache) -> tuple[list[Entry], str]:
     """Entries of shards without a manifest; those without samples are left out."""
-    entries = []
-    fields: tuple[str, ...] = ()
-    for url, version in zip(urls, _versions(urls, cache), strict=True):
-        shard, found = _describe(url, version, cache)
-        fields = fields or found
-        if shard:
-            entries.append(Entry(url, url, shard, fields, 1, prefix, cache, version))
-    if not entries or not fields:
+    if twice := next((url for url, count in Counter(urls).items() if count > 1), None):
+        raise DataError(f"source must list each shard once, got {twice} twice; leave one out")
+    versions = _versions(urls, cache)
+    described = [
+        (url, version, *_describe(url, version, cache))
+        for url, version in zip(urls, versions, strict=True)
+    ]
+    censuses = [census for *_, census in described]
+    schema = find_schema(censuses)
+    if not schema.names:
         known = ", ".join(CODECS)
         raise DataError(
             f"source must hold samples with fields out of {known}, got none in {list(urls)[:3]}; "
             "correct the path or the pattern"
         )
+    apart = _apart(urls) if has_equal_keys(censuses) else {}
+    entries = [
+        Entry(url, url, shard, schema, 1, prefix + apart.get(url, ""), cache, version)
+        for url, version, shard, _ in described
+        if shard
+    ]
     contents = [[entry.shard.count, entry.shard.sha256] for entry in entries]
-    return entries, _digest_of([contents, fields])
+    return entries, _digest_of([contents, schema.names])
 
 
 def _versions(urls: Sequence[str], cache: Cache) -> list[str]:
@@ -194,10 +209,18 @@ def _versions(urls: Sequence[str], cache: Cache) -> list[str]:
         return list(pool.map(lambda url: cache.version(url) if is_remote(url) else "", urls))
 
 
+def _apart(urls: Sequence[str]) -> dict[str, str]:
+    """What tells equal keys of several shards apart: the name of the shard, and a slash."""
+    names = [name_of(url).removesuffix(".tar") for url in urls]
+    if len(set(names)) < len(names):  # of several folders
+        names = [str(index) for index in range(len(names))]
+    return {url: f"{name}/" for url, name in zip(urls, names, strict=True)}
+
+
 def _describe(
     url: str, version: str, cache: Cache, *, anew: bool = False
-) -> tuple[Shard | None, tuple[str, ...]]:
-    """The shard and the known fields of its first record, which the cache remembers."""
+) -> tuple[Shard | None, Census]:
+    """The shard and what its records hold, which the cache remembers."""
     anew = anew or not version  # of no version, a copy may be of any age
     if is_remote(url) and version and (known := _recalled(_note(url, version), cache)):
         return known
@@ -211,14 +234,15 @@ def _describe(
             if is_remote(url) and not anew:  # the local copy is damaged
                 return _describe(url, version, cache, anew=True)
             raise damaged(url, "be a whole tar file", f"{error}") from error
+    census = Census.of(records)
     if not records:
-        return None, ()
-    fields = tuple(sorted(CODECS.keys() & records[0].members.keys()))
+        return None, census
     shard = Shard(name_of(url) or "shard", len(records), stat.st_size, digest)
     is_settled = version if is_remote(url) else time.time_ns() > stat.st_ctime_ns + _SETTLED_NS
     if is_settled:
-        cache.remember(_note(url, version, stat), {"shard": asdict(shard), "fields": fields})
-    return shard, fields
+        found = {"shard": asdict(shard), "census": asdict(census)}
+        cache.remember(_note(url, version, stat), found)
+    return shard, census
 
 
 def _note(url: str, version: str, stat: os.stat_result | None = None) -> list[object]:
@@ -230,10 +254,10 @@ def _note(url: str, version: str, stat: os.stat_result | None = None) -> list[ob
     return [*name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _recalled(name: object, cache: Cache) -> tuple[Shard, tuple[str, ...]] | None:
+def _recalled(name: object, cache: Cache) -> tuple[Shard, Census] | None:
     known = cache.recall(name)
     try:
-        return (Shard(**known["shard"]), tuple(known["fields"])) if known else None
+        return (Shard(**known["shard"]), Census(**known["census"])) if known else None
     except (DataError, KeyError, TypeError):  # not written by this version of the program
         return None
 

@@ -9,11 +9,12 @@ import numpy as np
 from PIL import Image
 
 from selectflow.data.cache import Cache
-from selectflow.data.fields import FIELDS, Batch, Ints, Sample, collate, finish
+from selectflow.data.fields import FIELDS, PICTURES, Batch, Ints, Sample, collate, finish
+from selectflow.data.form import Rules
 from selectflow.data.manifest import DataError, check_least
 from selectflow.data.pixels import image_of
 from selectflow.data.reader import Fault, ShardReader
-from selectflow.data.sources import Catalog, Sources, find_splits, open_catalog
+from selectflow.data.sources import Sources, find_splits, open_catalog
 
 _CHUNK = 256  # samples decoded at once
 
@@ -39,32 +40,32 @@ def read_split(
             truncated or altered, a sample without a field, or with one that cannot be decoded.
             Names shard and key.
     """
-    yield from _read(open_catalog(root, split, cache), max_errors=max_errors)
+    yield from _read(ShardReader(open_catalog(root, split, cache)), max_errors)
 
 
-def _read(
-    catalog: Catalog, fields: Iterable[str] | None = None, max_errors: float = 0
-) -> Iterator[Sample]:
+def _read(reader: ShardReader, max_errors: float = 0) -> Iterator[Sample]:
     num_errors = 0
-    for _, samples, faults in _read_chunks(catalog, fields):
+    for _, samples, faults in read_chunks(reader):
         num_errors += len(faults)
         if num_errors > max_errors:
             raise DataError(faults[0].message)
         yield from samples
 
 
-def _read_chunks(
-    catalog: Catalog, fields: Iterable[str] | None = None
-) -> Iterator[tuple[Ints, list[Sample], list[Fault]]]:
+def read_chunks(reader: ShardReader) -> Iterator[tuple[Ints, list[Sample], list[Fault]]]:
     """Rows in stored order, some at a time: with their samples, and faults for unreadable ones."""
-    reader = ShardReader(catalog, fields)
-    for start in range(0, catalog.num_samples, _CHUNK):
-        rows = np.arange(start, min(start + _CHUNK, catalog.num_samples))
+    for start in range(0, reader.num_samples, _CHUNK):
+        rows = np.arange(start, min(start + _CHUNK, reader.num_samples))
         yield rows, *reader.read(rows)
 
 
 def read_batches(
-    root: Sources, split: str, batch_size: int, *, cache: Cache | None = None
+    root: Sources,
+    split: str,
+    batch_size: int,
+    *,
+    num_classes: int | None = None,
+    cache: Cache | None = None,
 ) -> list[Batch]:
     """A split in stored order, such as the target or the test set.
 
@@ -72,12 +73,17 @@ def read_batches(
 
     Args:
         batch_size: Examples in each batch but the last, >= 1.
+        num_classes: Labels are below it; None: any from 0.
 
     Returns:
         Batches in the format of `PoolStream`, on the CPU.
+
+    Raises:
+        DataError: Besides, a label out of range, or an array of another shape or type than most.
     """
     check_least("batch_size", batch_size, 1, "256 suits small samples")
-    samples = _read(open_catalog(root, split, cache), FIELDS)
+    catalog = open_catalog(root, split, cache)
+    samples = _read(ShardReader(catalog, FIELDS, rules=Rules(num_classes)))
     batches = []
     while batch := list(islice(samples, batch_size)):
         batches.append(finish(collate(batch)))
@@ -92,13 +98,45 @@ def read_metadata(
     Arguments and errors are those of `read_split`.
 
     Returns:
-        Sample key -> its json; empty, and nothing is read, if no shard has the field.
+        Sample key -> its json, of those that have one; empty, and nothing is read, if no shard has
+        the field.
+
+    Raises:
+        DataError: As `read_split`, or a json that is no object.
     """
     catalog = open_catalog(root, split, cache)
-    if not any("json" in entry.fields for entry in catalog.entries):
+    if not any("json" in entry.schema.names for entry in catalog.entries):
         return {}
-    samples = _read(catalog, ("json",), max_errors)
-    return {sample["__key__"]: sample.get("json", {}) for sample in samples}
+    reader = ShardReader(catalog, ("json",), rules=Rules())
+    samples = _read(reader, max_errors)
+    return {sample["__key__"]: sample["json"] for sample in samples if "json" in sample}
+
+
+def check_fields(
+    root: Sources, split: str, wanted: Iterable[str], *, cache: Cache | None = None
+) -> None:
+    """Refuse a split whose batches would lack something, without reading a sample.
+
+    Args:
+        root: Dataset directory, or any other source of `PoolStream`.
+        split: Name of the split.
+        wanted: Of "image", "label", "tokens" and "text".
+        cache: Where remote shards are kept.
+
+    Raises:
+        DataError: It lacks one; names the shard.
+    """
+    stored = {
+        "image": f"an image ({', '.join(PICTURES)}, or npy with cls)",
+        "label": "a label (cls)",
+    }
+    for entry in open_catalog(root, split, cache).entries:
+        if missing := [name for name in wanted if name not in entry.schema.batch_names]:
+            needs = " and ".join(stored.get(name, name) for name in missing)
+            raise DataError(
+                f"samples of split {split!r} must have {needs}, got the fields "
+                f"{list(entry.schema.names)} in shard {entry.name}; add what is missing"
+            )
 
 
 def read_labels(
@@ -106,10 +144,12 @@ def read_labels(
 ) -> Ints:
     """The label of each sample of a split, in stored order, shape (N,), int64.
 
-    Arguments and errors are those of `read_split`; a sample without a label is an error, too.
+    Arguments and errors are those of `read_split`; a sample without a label is an error, too, and a
+    label below 0.
     """
     labels = []
-    for sample in _read(open_catalog(root, split, cache), ("cls",), max_errors):
+    reader = ShardReader(open_catalog(root, split, cache), ("cls",), rules=Rules())
+    for sample in _read(reader, max_errors):
         if "cls" not in sample:
             raise DataError(
                 f"samples of split {split!r} must have a label, got key {sample['__key__']!r} "
@@ -135,7 +175,7 @@ def read_samples(
     """
     catalog, missing = open_catalog(root, split, cache), set(keys)
     found: list[int] = []
-    for rows, samples, faults in _read_chunks(catalog, ()):
+    for rows, samples, faults in read_chunks(ShardReader(catalog, ())):
         readable = np.setdiff1d(rows, [fault.row for fault in faults]).tolist()
         for row, sample in zip(readable, samples, strict=True):
             if sample["__key__"] in missing:
@@ -148,20 +188,24 @@ def read_samples(
 
 
 def verify(root: str | Path) -> list[Fault]:
-    """Read and decode every sample of every split.
+    """Read and decode every sample of every split, by the rules of training.
+
+    Labels are at least 0, and the arrays of a split of one shape and type.
 
     Args:
         root: Dataset directory or its URL, or a folder of shards.
 
     Returns:
-        The samples that cannot be read; the first alone of a shard that is damaged as a whole.
+        The samples that cannot be read, or trained on with the others; the first alone of a shard
+        that is damaged as a whole.
 
     Raises:
         DataError: Nothing there, or a damaged shard without a manifest.
     """
     faults: dict[str, Fault] = {}
     for split in find_splits(root):
-        for _, _, found in _read_chunks(open_catalog(root, split)):
+        reader = ShardReader(open_catalog(root, split), rules=Rules())
+        for _, _, found in read_chunks(reader):
             for fault in found:
                 faults.setdefault(fault.message, fault)
     return list(faults.values())
@@ -209,8 +253,7 @@ def picture(sample: Sample, side: int) -> Image.Image:
     Raises:
         DataError: It has none.
     """
-    fields = ("png", "jpg", "jpeg", "npy")
-    pixels = next((sample[field] for field in fields if field in sample), None)
+    pixels = next((sample[field] for field in (*PICTURES, "npy") if field in sample), None)
     if pixels is None or pixels.ndim != 3 or len(pixels) not in (1, 3):
         got = "none" if pixels is None else f"an array of shape {pixels.shape}"
         raise DataError(

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from selectflow.data.cache import Cache
 from selectflow.data.fields import FIELDS, Batch, Ints, Sample, collate, finish, num_bytes, pick
+from selectflow.data.form import Rules
 from selectflow.data.manifest import DataError, check_least
 from selectflow.data.order import Order, Shuffle
 from selectflow.data.reader import Fault, PoolRead, ShardReader, read_pools
@@ -61,7 +62,9 @@ class PoolStream(IterableDataset[Batch]):
             where decoding takes long; packed records are read faster without.
         memory_gib: Limit for decoded data to be held in memory, in GiB, >= 0.
         max_errors: Unreadable samples that are left out of their pools before the stream raises,
-            >= 0.
+            >= 0. So are those with other fields than most, with an array of another shape or type
+            than most of the first 64 samples of the first shard, and with a label out of range.
+        num_classes: Labels are below it; None: any from 0.
         cache: Where remote shards are kept; None: the default `Cache`.
 
     Raises:
@@ -84,11 +87,14 @@ class PoolStream(IterableDataset[Batch]):
         num_workers: int = 0,
         memory_gib: float = 1.0,
         max_errors: int = 0,
+        num_classes: int | None = None,
         cache: Cache | None = None,
     ) -> None:
         check_least("num_workers", num_workers, 0, "0 reads in this process")
         check_least("memory_gib", memory_gib, 0, "0 holds nothing in memory")
         check_least("max_errors", max_errors, 0, "0 stops at the first")
+        if num_classes is not None:
+            check_least("num_classes", num_classes, 1, "leave it out for any")
         check_least("pool", pool, 1, "it is the number of candidates")
         if not 0 <= rank < world_size:
             rule = f"rank must be in [0, {world_size}), got {rank}"
@@ -108,7 +114,7 @@ class PoolStream(IterableDataset[Batch]):
         }
         # a source uses at most two groups of shards at once: see SourceOrder
         in_use = 2 * (buffer + int(self._catalog.counts.max())) * len(self._weights or [1])
-        self._reader = ShardReader(self._catalog, FIELDS, in_use)
+        self._reader = ShardReader(self._catalog, FIELDS, in_use, Rules(num_classes))
         self._faults: dict[int, str] = {}  # row -> shard
         self._logged: set[str] = set()
         self._position = self._new_order().position()
@@ -124,6 +130,11 @@ class PoolStream(IterableDataset[Batch]):
     def num_samples(self) -> int:
         """Samples in the split, of all sources."""
         return self._catalog.num_samples
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of the array of each sample, for which the first shard is read; None: no array."""
+        return self._reader.form().shape
 
     @property
     def errors(self) -> dict[str, int]:

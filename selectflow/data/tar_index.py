@@ -11,19 +11,30 @@ from typing import NamedTuple
 import numpy as np
 
 _BLOCK = 512
+_WINDOW = 1 << 18  # bytes
 _END = bytes(_BLOCK)
 _FILE, _DIRECTORY, _PAX = (b"0", b"\0"), b"5", b"x"
 _PAX_KEY = re.compile(rb"\d+ ([^=\n]+)=")
 _HARMLESS = {b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"}
+_LONG = 1 << 16  # bytes of an extended header that are looked at
+_BAD_LETTERS = "backslashreplace"  # bytes that are no UTF-8 stay apart, and can be stored as text
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's rule
 
 
+_NO_FILE = -1  # in place of the offset of a link, device or pipe
+
+
 class Member(NamedTuple):
-    """A regular file in a tar file."""
+    """A regular file in a tar file; or a link or device, which has no contents of its own."""
 
     name: str
     offset: int  # of its first byte in the tar file
     size: int  # in bytes
+
+    @property
+    def is_file(self) -> bool:
+        """Whether there are contents."""
+        return self.offset != _NO_FILE
 
 
 class Record(NamedTuple):
@@ -31,6 +42,15 @@ class Record(NamedTuple):
 
     key: str
     members: dict[str, Member]  # by what follows the dot, in lower case
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and extension, as it is written, of a member's name; None: it is no part of a sample."""
+    start = name.rfind("/") + 1
+    dot = name.find(".", start)
+    if dot <= start or (name.startswith("__") and _META.match(name)):
+        return None
+    return name[:dot], name[dot + 1 :]
 
 
 def scan(file: FileIO) -> tuple[list[Record], str]:
@@ -41,12 +61,11 @@ def scan(file: FileIO) -> tuple[list[Record], str]:
     """
     records: dict[str, Record] = {}
     last = None
-    for member in list_members(file):
-        start = member.name.rfind("/") + 1
-        dot = member.name.find(".", start)
-        if dot <= start or (member.name.startswith("__") and _META.match(member.name)):
+    for member in _list(file, _WINDOW):
+        named = split_name(member.name)
+        if named is None:
             continue
-        key, extension = member.name[:dot], member.name[dot + 1 :].lower()
+        key, extension = named[0], named[1].lower()
         if last is None or key != last.key:
             if key in records:
                 raise ValueError(f"member {member.name!r} of a key that came before")
@@ -58,7 +77,7 @@ def scan(file: FileIO) -> tuple[list[Record], str]:
     return list(records.values()), hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def list_members(file: FileIO, window: int = 1 << 18) -> list[Member]:
+def list_members(file: FileIO, window: int = _WINDOW) -> list[Member]:
     """The regular files in an uncompressed tar file, in stored order.
 
     Plain headers are read here, some eight times as fast as by `tarfile`, which reads the rest:
@@ -69,8 +88,13 @@ def list_members(file: FileIO, window: int = 1 << 18) -> list[Member]:
         window: bytes read at once, >= 512.
 
     Raises:
-        ValueError: the file is not a whole, undamaged tar file.
+        ValueError: the file is not a whole, undamaged tar file, or holds more after its end mark.
     """
+    return [member for member in _list(file, window) if member.is_file]
+
+
+def _list(file: FileIO, window: int) -> list[Member]:
+    """As `list_members`, with links and devices."""
     headers, places = [], []  # of regular files: header, offset and size of the contents
     try:
         for block, offset, length in _headers(file, window):
@@ -79,8 +103,8 @@ def list_members(file: FileIO, window: int = 1 << 18) -> list[Member]:
                 places.append((offset, length))
                 headers.append(block)
             elif kind == _PAX:
-                keys = set(_PAX_KEY.findall(os.pread(file.fileno(), min(length, 1 << 16), offset)))
-                if not keys <= _HARMLESS:
+                keys = set(_PAX_KEY.findall(os.pread(file.fileno(), min(length, _LONG), offset)))
+                if length > _LONG or not keys <= _HARMLESS:
                     return _list_by_tarfile(file)
                 _check_sums([block])
             elif kind == _DIRECTORY:
@@ -109,6 +133,7 @@ def _headers(file: FileIO, window: int) -> Iterator[tuple[bytes, int, int]]:
             data, start, at = os.pread(descriptor, window, offset), offset, 0
         block = data[at : at + _BLOCK]
         if block == _END:
+            _check_end(file, offset)
             return
         if len(block) < _BLOCK:
             raise _DamagedError(f"{size} bytes without an end mark")
@@ -125,7 +150,20 @@ def _headers(file: FileIO, window: int) -> Iterator[tuple[bytes, int, int]]:
 def _name(block: bytes) -> str:
     name = block[:100].partition(b"\0")[0]
     prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
-    return (prefix + b"/" + name if prefix else name).decode("utf-8", "replace")
+    return (prefix + b"/" + name if prefix else name).decode("utf-8", _BAD_LETTERS)
+
+
+def _check_end(file: FileIO, offset: int) -> None:
+    """Refuse anything but zeros, at least a block of them, from `offset` on."""
+    at = offset
+    while data := os.pread(file.fileno(), _WINDOW, at):
+        if at == offset and len(data) >= _BLOCK and data[:_BLOCK] != _END:
+            raise _DamagedError("a damaged header")
+        if data != bytes(len(data)):
+            raise ValueError("further bytes after its end mark, as where files are joined by cat")
+        at += len(data)
+    if at - offset < _BLOCK:
+        raise _DamagedError(f"{at} bytes without an end mark")
 
 
 def _octal(digits: bytes) -> int:
@@ -155,10 +193,20 @@ def _check_sums(headers: list[bytes]) -> None:
 def _list_by_tarfile(file: FileIO) -> list[Member]:
     file.seek(0)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            members = [info for info in tar if info.isreg()]
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors=_BAD_LETTERS) as tar:
+            members = [info for info in tar if not info.isdir()]
     except Exception as error:  # damaged bytes: tarfile documents no closed list of errors
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if sparse := [info.name for info in members if info.issparse()]:
         raise ValueError(f"a sparse member {sparse[0]!r}")
-    return [Member(info.name, info.offset_data, info.size) for info in members]
+    try:
+        _check_end(file, tar.offset)  # tarfile takes a damaged header for the end
+    except _DamagedError as error:
+        where = f"after member {members[-1].name!r}" if members else "at its start"
+        raise ValueError(f"{error} {where}") from error
+    return [
+        Member(info.name, info.offset_data, info.size)
+        if info.isreg()
+        else Member(info.name, _NO_FILE, 0)
+        for info in members
+    ]

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -23,9 +22,6 @@ from selectflow.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from selectflow.data.sources import Sources, open_catalog
-from selectflow.data.splits import read_split
-from selectflow.data.tokenizers import copy_tokenizer
 
 # A dot would end the key, a leading "__" marks a member that webdataset skips, and the tar format
 # has room for 100 characters of name and extension.
@@ -33,10 +29,12 @@ _KEY = re.compile(r"(?!__)(?=.{1,90}\Z)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 _SPLIT = re.compile(r"[A-Za-z0-9_-]+")
 
 
-class _Record(NamedTuple):
+class Stored(NamedTuple):
+    """A record as it is stored."""
+
     key: str
-    members: dict[str, bytes]
-    num_samples: int
+    members: dict[str, bytes]  # by extension
+    num_samples: int = 1
 
 
 def write_split(
@@ -75,10 +73,17 @@ def write_split(
     for name, value in {"per_shard": per_shard, "pack": pack, "max_bytes": max_bytes}.items():
         if value is not None:
             check_least(name, value, 1, "leave it out for the default")
+    return write_records(root, split, _records(_checked(samples, pack), pack), per_shard, max_bytes)
+
+
+def write_records(
+    root: str | Path, split: str, records: Iterable[Stored], per_shard: int, max_bytes: int | None
+) -> list[Shard]:
+    """Write one split of records that are checked; otherwise as `write_split`."""
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
-    for chunk in _chunks(_records(_checked(samples, pack), pack), per_shard, max_bytes):
+    for chunk in _chunks(records, per_shard, max_bytes):
         shards.append(_write_shard(root / f"{split}-{len(shards):06d}.tar", chunk))
     if not shards:
         raise DataError(f"samples of split {split!r} must be at least 1, got 0; check the source")
@@ -86,9 +91,9 @@ def write_split(
 
 
 def _chunks(
-    records: Iterable[_Record], per_shard: int, max_bytes: int | None
-) -> Iterator[list[_Record]]:
-    chunk: list[_Record] = []
+    records: Iterable[Stored], per_shard: int, max_bytes: int | None
+) -> Iterator[list[Stored]]:
+    chunk: list[Stored] = []
     count = size = 0
     for record in records:
         chunk.append(record)
@@ -107,7 +112,8 @@ def _checked(samples: Iterable[Sample], pack: int) -> Iterator[Sample]:
     fields: set[str] | None = None
     for sample in samples:
         key = sample.get("__key__")
-        if not isinstance(key, str) or not _KEY.fullmatch(key):
+        # a packed record has a key of its own
+        if not isinstance(key, str) or not (pack > 1 or _KEY.fullmatch(key)):
             raise DataError(
                 "__key__ must be 1 to 90 letters, digits, _ and -, in parts joined by single /, "
                 f"not starting with __, got {key!r}; rename the sample"
@@ -126,20 +132,20 @@ def _checked(samples: Iterable[Sample], pack: int) -> Iterator[Sample]:
         yield sample
 
 
-def _records(samples: Iterator[Sample], pack: int) -> Iterator[_Record]:
+def _records(samples: Iterator[Sample], pack: int) -> Iterator[Stored]:
     for index, chunk in enumerate(iter(lambda: list(islice(samples, pack)), [])):
         first, last = chunk[0]["__key__"], chunk[-1]["__key__"]
         fields = sorted(chunk[0].keys() - {"__key__"})
         if pack == 1:
             members = {f: _encode(first, f, CODECS[f][0], chunk[0][f]) for f in fields}
-            yield _Record(first, members, 1)
+            yield Stored(first, members, 1)
             continue
         keys = first if len(chunk) == 1 else f"{first} to {last}"
         members = {
             PACKED[f].extension: _encode(keys, f, PACKED[f].encode, [s[f] for s in chunk])
             for f in fields
         }
-        yield _Record(f"{index:06d}", members, len(chunk))
+        yield Stored(f"{index:06d}", members, len(chunk))
 
 
 def _encode(key: str, field: str, encode: Callable[[Any], bytes], value: Any) -> bytes:
@@ -152,10 +158,11 @@ def _encode(key: str, field: str, encode: Callable[[Any], bytes], value: Any) ->
         ) from error
 
 
-def _write_shard(path: Path, records: list[_Record]) -> Shard:
+def _write_shard(path: Path, records: list[Stored]) -> Shard:
     tar = io.BytesIO()
     # mtime as an int: a float takes an extended header, two blocks for every member
-    with TarWriter(tar, encoder=False, user="", group="", mtime=0) as writer:
+    plain = {"encoder": False, "user": "", "group": "", "mtime": 0}
+    with TarWriter(tar, keep_meta=True, **plain) as writer:
         for record in records:
             writer.write({"__key__": record.key} | record.members)
     data = tar.getvalue()
@@ -208,15 +215,7 @@ def build(
     """
     layout = layout or Layout()
     options = {**options, **layout.options()}
-    if Path(root, MANIFEST_NAME).exists():
-        manifest = read_manifest(root)
-        held, wanted = manifest.options | {"seed": manifest.seed}, options | {"seed": seed}
-        for option in wanted | held:  # the builder's name first
-            if held.get(option) != wanted.get(option):
-                raise DataError(
-                    f"{option} must be {held.get(option)!r} as in the dataset at {str(root)!r}, "
-                    f"got {wanted.get(option)!r}; choose another root, or delete that directory"
-                )
+    if manifest := find_built(root, options, seed):
         return manifest
     shards, fields = {}, set[str]()
     for split, samples in make_splits().items():
@@ -229,69 +228,27 @@ def build(
     return manifest
 
 
+def find_built(root: str | Path, options: Mapping[str, Any], seed: int) -> Manifest | None:
+    """The manifest of a dataset that was written with these options; None: there is none.
+
+    Raises:
+        DataError: the directory holds another dataset.
+    """
+    if not Path(root, MANIFEST_NAME).exists():
+        return None
+    manifest = read_manifest(root)
+    held, wanted = manifest.options | {"seed": manifest.seed}, {**options, "seed": seed}
+    for option in wanted | held:  # the builder's name first
+        if held.get(option) != wanted.get(option):
+            raise DataError(
+                f"{option} must be {held.get(option)!r} as in the dataset at {str(root)!r}, "
+                f"got {wanted.get(option)!r}; choose another root, or delete that directory"
+            )
+    return manifest
+
+
 def _note_fields(samples: Iterable[Sample], fields: set[str]) -> Iterator[Sample]:
     """The samples; `fields` gets the names of their fields as they pass."""
     for sample in samples:
         fields |= sample.keys() - {"__key__"}
         yield sample
-
-
-def write_subset(
-    root: str | Path,
-    source: Sources,
-    split: str,
-    keys: Iterable[str],
-    made_from: Mapping[str, Any],
-    *,
-    seed: int = 0,
-    copied: Iterable[str] = (),
-    layout: Layout | None = None,
-) -> Manifest:
-    """Write the samples of one split that have certain keys, or reuse those written before.
-
-    Samples keep their fields, metadata and stored order. The options in the manifest say what
-    they were made from: `source`, the fingerprint of the dataset, `split`, the other splits that
-    were `copied`, if any, and `made_from`.
-
-    Args:
-        root: Dataset directory, made if missing.
-        source: Dataset directory, or any other source of `PoolStream`.
-        split: Name of the split, in both.
-        keys: Keys of the samples to write, at least one.
-        made_from: How they were chosen, as JSON can hold it.
-        seed: Seed of that choice.
-        copied: Names of splits of the source that are copied whole.
-        layout: How to lay them out.
-
-    Returns:
-        The manifest of the directory.
-
-    Raises:
-        DataError: The source cannot be read or lacks a key; no keys; the directory holds another
-            dataset.
-    """
-    fingerprint = open_catalog(source, split).fingerprint
-    options = {"name": "subset", "source": fingerprint, "split": split, **made_from}
-    if others := sorted(set(copied)):
-        options["copied"] = others
-    splits = {split: _chosen(source, split, set(keys))}
-    splits |= {other: read_split(source, other) for other in others}
-    tokenizer = {}
-    if isinstance(source, str | Path) and Path(source, MANIFEST_NAME).exists():
-        manifest = read_manifest(source)
-        copy_tokenizer(source, manifest, root)
-        tokenizer = manifest.tokenizer
-    return build(root, lambda: splits, options, seed, layout, tokenizer)
-
-
-def _chosen(source: Sources, split: str, keys: set[str]) -> Iterator[Sample]:
-    missing = set(keys)
-    for sample in read_split(source, split, max_errors=math.inf):
-        if sample["__key__"] in keys:
-            missing.discard(sample["__key__"])
-            yield sample
-    if missing:
-        raise DataError(
-            f"keys must be of readable samples of split {split!r}, got {min(missing)!r} and "
-            f"{len(missing) - 1} others that are not; pass the dataset that was scored"
-        )

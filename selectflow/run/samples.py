@@ -172,7 +172,7 @@ def show(
     known = dict.fromkeys(str(made[name]) for name in ("domain", "origin") if name in made)
     facts[:0] = known
     image = next((fields[f] for f in ("png", "jpg", "jpeg", "npy") if f in fields), None)
-    if image is not None and np.ndim(image) == 3:
+    if image is not None and np.ndim(image) == 3 and len(image) in (1, 3):
         picture(dict(fields), _SIDE).save(file := io.BytesIO(), "PNG")
         return Shown(sample, facts, file.getvalue(), "", altered)
     return Shown(sample, facts, None, _text(fields, tokenizer)[:_LENGTH], altered)
