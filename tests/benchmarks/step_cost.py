@@ -1,11 +1,12 @@
-"""What selection costs: milliseconds and peak memory of its parts, as ratios to a plain step.
+"""What selection costs: processor time and peak memory, as ratios to a plain step.
 
     python tests/benchmarks/step_cost.py [mlp] [gpt2] [--rounds 5] [--threads 1]
 
-A plain step trains on 16 examples. Every variant is timed once in each round, in turn, so that a
-drifting machine slows all alike; the table shows the median and the range over the rounds of the
-ratio to the plain step of the same round. Memory is the growth of the process's peak over what it
-held before, each variant in a process of its own.
+A plain step trains on the 16 examples that are kept, or on all 32 candidates: the two denominators.
+Every variant is timed once in each round, in turn, so that a drifting machine slows all alike; the
+table shows the median and the range over the rounds of the ratio to the plain step on 16 of the
+same round, and the median of the ratio to that on 32. Memory is the growth of the process's peak
+over what it held before, each variant in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -105,9 +105,10 @@ def mlp():
 
 
 MODELS = {"mlp": mlp, "gpt2": gpt2}
-# name -> options of the selector (None: a plain step), steps of one round by model
+# name -> options of the selector (none: a plain step), steps of one round by model
 VARIANTS: dict[str, tuple[dict | None, dict[str, int]]] = {
     "plain step on 16": (None, {"mlp": 200, "gpt2": 4}),
+    "plain step on all 32": ({}, {"mlp": 200, "gpt2": 4}),
     "keep 16 of 32, H=0, every step": ({"horizon": 0}, {"mlp": 100, "gpt2": 4}),
     "keep 16 of 32, H=0, every 8": ({"horizon": 0, "interval": 8}, {"mlp": 160, "gpt2": 8}),
     "keep 16 of 32, H=1, every step": ({"horizon": 1}, {"mlp": 100, "gpt2": 2}),
@@ -117,32 +118,27 @@ VARIANTS: dict[str, tuple[dict | None, dict[str, int]]] = {
 }  # fmt: skip
 
 
-def build(name: str, options: dict | None) -> Callable[[int], dict[str, float]]:
-    """A function that makes so many training steps and returns milliseconds a step, by part."""
+def build(name: str, options: dict | None) -> Callable[[int], float]:
+    """A function that makes so many training steps and returns milliseconds a step."""
     torch.manual_seed(0)
     model, loss_fn, batch, lr = MODELS[name]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     pools = cycle([batch(KEEP if options is None else POOL) for _ in range(8)])
-    batches, selector = pools, None
-    if options is not None:
+    batches = pools
+    if options:
         target = [batch(TARGET) for _ in range(4)]
         options = {"chunk_size": CHUNK[name]} | options
         selector = Selector(model, optimizer, loss_fn, target, KEEP, **options)
         batches = selector.stream(pools)
 
-    def steps(num: int) -> dict[str, float]:
-        spent: dict[str, float] = defaultdict(float)
-        began = time.perf_counter()
+    def steps(num: int) -> float:
+        began = time.process_time()
         for _ in range(num):
             loss = loss_fn(model, next(batches)).mean()
-            if selector is not None:
-                spent["look-ahead"] += selector.last.lookahead_s
-                spent["scoring"] += selector.last.seconds - selector.last.lookahead_s
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        spent["step"] = time.perf_counter() - began
-        return {part: seconds / num * 1e3 for part, seconds in spent.items()}
+        return (time.process_time() - began) / num * 1e3
 
     return steps
 
@@ -165,12 +161,12 @@ def peak_growth_gib(name: str, variant: str, threads: int) -> float:
     return (peak_kib() - before) / 2**20
 
 
-def time_variants(name: str, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Milliseconds a step of each variant and its parts, one figure a round."""
+def time_variants(name: str, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds a step of each variant, one figure a round."""
     steppers = {variant: build(name, options) for variant, (options, _) in VARIANTS.items()}
     for stepper in steppers.values():
         stepper(1)
-    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
         for variant, stepper in steppers.items():
             found[variant].append(stepper(VARIANTS[variant][1][name]))
@@ -187,11 +183,15 @@ def print_memory(name: str, threads: int) -> None:
         print(f"{variant:38}{peak:9.3f}{peak / base:8.2f}", flush=True)
 
 
-def print_row(label: str, times: list[float], plain: list[float]) -> None:
-    ratios = [time / base for time, base in zip(times, plain, strict=True)]
-    spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-    median = statistics.median
-    print(f"{label:38}{median(times):9.2f}{median(ratios):8.2f}{spread:>14}", flush=True)
+def print_row(label: str, times: list[float], kept: list[float], everyone: list[float]) -> None:
+    ratios, others = (
+        [time / base for time, base in zip(times, plain, strict=True)] for plain in (kept, everyone)
+    )
+    spread, median = f"{min(ratios):.2f}-{max(ratios):.2f}", statistics.median
+    print(
+        f"{label:38}{median(times):9.2f}{median(ratios):8.2f}{spread:>14}{median(others):8.2f}",
+        flush=True,
+    )
 
 
 def agreement(name: str) -> None:
@@ -226,14 +226,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for name in args.models:
         found = time_variants(name, args.rounds)
-        plain = [parts["step"] for parts in found["plain step on 16"]]
         print(f"\n{name}, {args.threads} thread(s), {args.rounds} rounds")
-        print(f"{'':38}{'ms/step':>9}{'ratio':>8}{'range':>14}")
-        for variant, rows in found.items():
-            print_row(variant, [parts["step"] for parts in rows], plain)
-            if variant.endswith("every step"):
-                for part in ("look-ahead", "scoring"):
-                    print_row(f"    {part}", [parts[part] for parts in rows], plain)
+        print(f"{'':38}{'ms/step':>9}{'over 16':>8}{'range':>14}{'over 32':>8}")
+        for variant, times in found.items():
+            print_row(variant, times, found["plain step on 16"], found["plain step on all 32"])
         agreement(name)
         print_memory(name, args.threads)
 

@@ -1,0 +1,143 @@
+"""How scores in low precision rank a pool, against exact float32 scores, on a GPT-2 shape of 14M.
+
+    python tests/benchmarks/precision.py [--steps 120] [--width 384 --layers 7] [--pool 16]
+
+The model is trained on real text, and scored on the CPU, whose bfloat16 is emulated: a pool of the
+stream as it comes, and one of its first domain alone; H = 0 under AdamW, whose sensitivity is the
+preconditioned target gradient, and under SGD, where it is the raw one. TF32 is emulated: what goes
+into each matrix product is rounded to 10 bits. Printed are, for `derivative="auto"` and "central",
+Spearman with the exact float32 scores, and the form and step that were chosen at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import runpy
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from selectflow import Selector
+from selectflow.core.batches import join, take
+from selectflow.data import read_metadata
+from selectflow.run.build import build_optimizer, build_schedule
+from selectflow.run.config import load
+
+ROOT = Path(__file__).parents[2]
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+
+
+class TF32(TorchDispatchMode):
+    """Matrix products of operands with 10 bits behind the point, as tensor cores take them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in _PRODUCTS:
+            factors = args[-2:]
+            args = (*args[:-2], *map(_rounded, factors))
+        return func(*args, **(kwargs or {}))
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    bits = tensor.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)  # 13 of 23 bits are dropped
+
+
+def trained(args: argparse.Namespace) -> tuple[Any, Any, list[Any], Any]:
+    """A trained model, its loss, two pools and a batch of the target."""
+    options = [
+        f"model.width={args.width}", f"model.layers={args.layers}", "model.heads=6",
+        "data.text.num_train=4000", f"data.target_batch={args.pool}", "num_threads=1",
+    ]  # fmt: skip
+    run = load(ROOT / "configs/text_online.yaml", options)
+    task = runpy.run_path(str(ROOT / "trainers/language.py"))["build_task"](run)
+    optimizer = build_optimizer(task.model, run.optimizer)
+    schedule = build_schedule(optimizer, run.schedule, run.steps)
+    stream = iter(task.pools)
+    for pool in islice(stream, args.steps):
+        batch = take(pool, torch.arange(16))
+        optimizer.zero_grad()
+        task.loss_fn(task.model, batch).mean().backward()
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    pools = [next(stream) for _ in range(8)]
+    metadata = read_metadata(run.data.directory, "train")
+    mixed = take(pools[0], torch.arange(args.pool))
+    from_code = [
+        take(pool, torch.tensor([at]))
+        for pool in pools
+        for at, key in enumerate(pool["key"])
+        if metadata[key]["origin"] == "code"
+    ]
+    one = join(from_code[: args.pool])
+    return task, optimizer, [mixed, one], next(iter(task.target))
+
+
+def scores(task: Any, optimizer: Any, pool: Any, target: Any, how: dict[str, Any]) -> Any:
+    """Scores of a pool, and the form they were found by."""
+    how = dict(how)
+    model = copy.deepcopy(task.model).to(how.pop("dtype", torch.float32))
+    if how.pop("raw"):
+        twin: Any = torch.optim.SGD(model.parameters(), 1e-3)
+    else:
+        twin = torch.optim.AdamW(model.parameters(), 1e-3)
+        twin.load_state_dict(
+            {
+                **copy.deepcopy(optimizer.state_dict()),
+                "param_groups": twin.state_dict()["param_groups"],
+            }
+        )
+    emulated = how.pop("tf32", False)
+    selector = Selector(model, twin, task.loss_fn, [target], keep=4, horizon=0, **how)
+    if emulated:
+        with TF32():
+            selector.select(pool)
+    else:
+        selector.select(pool)
+    assert selector.last is not None
+    form = selector.forms["losses"]
+    scale = selector.state.forms.scales["losses"]
+    return selector.last.scores, form if form == "exact" else f"central x {scale:.3g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=7)
+    parser.add_argument("--pool", type=int, default=16)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    task, optimizer, pools, target = trained(args)
+    print(f"{sum(p.numel() for p in task.model.parameters()) / 1e6:.1f}M parameters", flush=True)
+    arithmetics: dict[str, dict[str, Any]] = {
+        "float32": {},
+        "TF32, emulated": {"tf32": True},
+        "bf16 autocast": {"autocast": torch.bfloat16},
+        "bf16 parameters": {"dtype": torch.bfloat16},
+    }
+    for raw in (False, True):
+        for kind, pool in zip(("mixed", "one domain"), pools, strict=True):
+            exact, _ = scores(task, optimizer, pool, target, {"raw": raw, "derivative": "exact"})
+            for name, options in arithmetics.items():
+                cells = []
+                for derivative in ("auto", "central"):
+                    how = {"raw": raw, "derivative": derivative, **options}
+                    try:
+                        found, form = scores(task, optimizer, pool, target, how)
+                    except FloatingPointError as error:
+                        cells.append(f"refused ({str(error)[:60]})")
+                        continue
+                    cells.append(f"{spearmanr(found, exact).statistic:.4f} ({form})")
+                gamma = "raw" if raw else "preconditioned"
+                print(f"| {gamma}, {kind} | {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
