@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,7 +31,7 @@ from selectflow.core.batches import (
 from selectflow.core.chunks import ChunkSize
 from selectflow.core.counts import as_count
 from selectflow.core.derivatives import Curvature, Derivatives
-from selectflow.core.exchange import exchange, share_out
+from selectflow.core.exchange import keep_best
 from selectflow.core.forms import Forms, Method
 from selectflow.core.lookahead import NominalChoice, Policy, Upcoming
 from selectflow.core.params import scored_names
@@ -194,11 +194,14 @@ class Selector:
         `state.peeked.clear()` drops them. The optimizer is read when the next batch is asked for.
 
         Args:
-            pools: batches of P >= keep candidates; may be endless.
+            pools: batches of P >= keep candidates; may be endless. Of several processes each gives
+                its own, and as many as the others.
 
         Yields:
             Batches of the pools' type with the kept examples, best first.
         """
+        if isinstance(pools, Sized):  # a process that ran out early would leave the others waiting
+            self._group.check_same("pools of the stream", len(pools))
         source = PeekedPools(pools, self.state.peeked)
         for pool in source:
             yield self.select(pool, source.upcoming())
@@ -277,19 +280,7 @@ class Selector:
         indices = self._best_first(scores, found)[:size]
         if self.options.scope == "local" or self._group.size == 1 or found.is_zero:
             return indices, take(pool, indices)
-        every = self._group.gather((scores.tolist(), size))
-        shares = share_out(*zip(*every, strict=True))
-        ours = sorted(
-            (
-                place.position
-                for share in shares
-                for place in share
-                if place.rank == self._group.rank
-            ),
-            key=lambda position: (-float(scores[position]), position),
-        )
-        indices = torch.tensor(ours, dtype=torch.int64, device="cpu")
-        return indices, exchange(self._group, pool, shares)
+        return keep_best(self._group, pool, scores, size)
 
     def _best_first(self, scores: Tensor, found: _Found) -> Tensor:
         """Positions by falling score; of equal ones the first, or any where all are 0."""

@@ -271,11 +271,15 @@ def refused(case):
     rank = dist.get_rank()
     model, optimizer = make("fsdp2" if case in ("exact", "auto chunks", "chunks") else "ddp")
     target, pool = data(rank, 3, TARGET, seed=1, noise=0), data(rank, 1, POOL)[0]
-    how = {"keep": KEEP, "horizon": 0}
-    if case == "options":
-        how["horizon"] = rank
-    elif case == "keep":
-        how["keep"] = 0.25
+    given = {
+        "options": {"horizon": rank},
+        "keep": {"keep": 0.25},
+        "exact": {"derivative": "exact"},
+        "auto chunks": {"chunk_size": "auto"},
+        "chunks": {"chunk_size": 5},
+    }
+    how = {"keep": KEEP, "horizon": 0} | given.get(case, {})
+    if case in ("keep", "chunks"):
         pool = data(rank, 1, POOL + 8 * rank)[0]
     elif case == "targets":
         target = target[: 3 - rank]
@@ -287,19 +291,15 @@ def refused(case):
     elif case == "model":
         for param in list(model.parameters())[:rank]:
             param.requires_grad_(False)
-    elif case == "exact":
-        how["derivative"] = "exact"
-    elif case == "auto chunks":
-        how["chunk_size"] = "auto"
-    elif case == "chunks":
-        how["chunk_size"] = 5
-        pool = data(rank, 1, POOL + 8 * rank)[0]
     elif case == "accumulating":
         model, optimizer = make("fsdp2")
         model.set_requires_gradient_sync(False)
         losses(model, pool).mean().backward()
     try:
-        Selector(model, optimizer, losses, target, **how).select(pool)
+        selector = Selector(model, optimizer, losses, target, **how)
+        if case == "pools":
+            next(selector.stream([pool] * (3 + rank)))
+        selector.select(pool)
     except (ValueError, RuntimeError) as error:
         return str(error)
     return None
@@ -310,6 +310,7 @@ def refused(case):
     [
         ("options", "selector options must be the same in all 2 processes, got"),
         ("keep", "examples kept of a pool must be the same in all 2 processes, got 5 at rank 1"),
+        ("pools", "pools of the stream must be the same in all 2 processes, got 4 at rank 1 and 3"),
         ("targets", "batches of the target must be the same in all 2 processes, got 2 at rank 1"),
         ("rate", "optimizer updates must be the same in all 2 processes"),
         ("weights", "values of the parameters, by norm, must be the same in all 2 processes"),

@@ -24,6 +24,29 @@ class Place(NamedTuple):
     position: int
 
 
+def keep_best(group: Group, pool: Batch, scores: Tensor, size: int) -> tuple[Tensor, Batch]:
+    """As many of the best candidates of all processes as each keeps of its own.
+
+    Args:
+        group: the processes.
+        pool: this one's candidates.
+        scores: theirs, shape (P,); larger is kept first.
+        size: examples that this process trains on.
+
+    Returns:
+        Positions in this pool that are kept, here or elsewhere, best first, and the batch to train
+        on here.
+
+    Raises:
+        ValueError: examples of two pools do not fit into one batch.
+    """
+    every = group.gather((scores.tolist(), size))
+    shares = share_out(*zip(*every, strict=True))
+    kept = [place.position for share in shares for place in share if place.rank == group.rank]
+    kept.sort(key=lambda position: (-every[group.rank][0][position], position))
+    return _index(kept), exchange(group, pool, shares)
+
+
 def share_out(scores: Sequence[Sequence[float]], sizes: Sequence[int]) -> list[list[Place]]:
     """Which of all candidates each process trains on.
 
