@@ -26,13 +26,14 @@ from selectflow.core.files import atomic_file
 from selectflow.run.config import RunConfig, load, to_yaml
 from selectflow.run.ledger import LEDGER_FOLDER
 from selectflow.run.log import DECISIONS
+from selectflow.run.shared_checkpoints import num_processes_of
 from selectflow.run.task import RunError
 
 _LARGE = 32 << 20  # bytes of tensors
 # What may differ between a run and the one that resumes it.
 _FREE_ON_RESUME = {
     "resume", "overwrite", "root", "num_threads", "max_wall_s", "checkpoint_every",
-    "keep_checkpoints", "track", "data.num_workers", "data.memory_gib",
+    "keep_checkpoints", "track", "data.num_workers", "data.memory_gib", "parallel", "timeout_s",
 }  # fmt: skip
 
 
@@ -222,10 +223,21 @@ class Checkpoints:
             beside.unlink(missing_ok=True)
             raise OSError(f"checkpoint {path} cannot be written: {_cause(error)}") from error
         os.replace(beside, path)
+        self.drop_others(path)
+
+    def folder(self, step: int) -> Path:
+        """Where the processes of a run write theirs after `step` optimizer steps."""
+        return self._directory / f"step-{step:08d}"
+
+    def drop_others(self, path: Path) -> None:
+        """Remove those that are too old beside a new one, and later ones."""
         paths = self.paths()
         num = paths.index(path) + 1
         for other in [*paths[: max(0, num - self._keep)], *paths[num:]]:
-            other.unlink()
+            if other.is_dir():
+                _remove(other)
+            else:
+                other.unlink()
 
     def newest(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, None where there is none.
@@ -234,7 +246,7 @@ class Checkpoints:
         """
         for path in reversed(self.paths()):
             try:
-                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+                state = read_checkpoint(path)
             except Exception as error:  # a damaged file may fail anywhere in torch's reader
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 warnings.warn(
@@ -245,9 +257,22 @@ class Checkpoints:
         return None
 
     def paths(self) -> list[Path]:
-        """The checkpoints there are, oldest first."""
-        found = self._directory.glob("step-*.pt")
-        return sorted(path for path in found if re.fullmatch(r"step-\d+\.pt", path.name))
+        """The checkpoints there are, oldest first: files of one process, folders of several."""
+        found = self._directory.glob("step-*")
+        return sorted(path for path in found if re.fullmatch(r"step-\d+(\.pt)?", path.name))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint, with its "path"; of one of several processes, their number.
+
+    Raises:
+        Exception: the file is damaged, it may fail anywhere in torch's reader.
+        ValueError: a file of the folder is missing, or of another length.
+    """
+    if path.is_dir():
+        return {"path": path, "processes": num_processes_of(path)}
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state | {"path": path}
 
 
 def _num_bytes(state: Any) -> int:

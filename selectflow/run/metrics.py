@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from selectflow.strategies import Selection
@@ -56,6 +56,16 @@ class Means:
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
         self._weights: dict[str, float] = defaultdict(float)
+
+    @classmethod
+    def over(cls, states: Iterable[Mapping[str, Any]]) -> Means:
+        """Means over all that several have added, from their states."""
+        found = cls()
+        for state in states:
+            for name, total in state["sums"].items():
+                found._sums[name] += total
+                found._weights[name] += state["weights"][name]
+        return found
 
     def add(self, values: Mapping[str, float | None], weight: float = 1.0) -> None:
         """Add a value of each metric; None: there is none."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selectflow.core.batches import Batch, take
-from selectflow.run.ledger import last_step, read_parts, read_stream
+from selectflow.run.ledger import last_step, num_writers, read_parts, read_stream
 from selectflow.run.log import read_decisions
 from selectflow.strategies import Selection
 
@@ -38,19 +38,22 @@ class Choice(NamedTuple):
     scores: Tensor
 
 
-def read_choices(run_dir: str | Path, after: int = 0, num_pools: int = 1) -> Iterator[Choice]:
+def read_choices(
+    run_dir: str | Path, after: int = 0, num_pools: int = 1, rank: int | None = None
+) -> Iterator[Choice]:
     """The choices of a run, step by step, pool by pool.
 
     Args:
         run_dir: a run directory with a ledger.
         after: the first one is that of step `after` + 1.
         num_pools: pools of a step, all of one size.
+        rank: of the process that chose; None: all of them.
 
     Raises:
         LedgerError: there is none, or a part cannot be read.
         ReplayError: a step cannot be of that many pools.
     """
-    for part in read_parts(run_dir, ["step", "key", "score", "kept"]):
+    for part in read_parts(run_dir, ["step", "key", "score", "kept"], rank):
         steps = part["step"].to_numpy()
         starts = np.flatnonzero(np.diff(steps, prepend=0))
         for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
@@ -85,10 +88,13 @@ class Replay:
         steps: optimizer steps that are wanted of it.
         stream: what the pools here depend on, as `PoolStream.identity`; {} where it is not known.
         pools_per_update: pools of a step, all of one size; as many as the run had.
+        rank: of this process, which trains on what that of this rank kept.
+        size: processes that train; as many as the run had.
 
     Raises:
         LedgerError: it has no ledger, or a part cannot be read.
-        ReplayError: it was of other pools, or did not come as far.
+        ReplayError: it was of other pools or in another number of processes, or did not come as
+            far.
 
     Warns:
         UserWarning: the controller changed its learning rate, which a replay does not repeat.
@@ -100,9 +106,19 @@ class Replay:
         steps: int,
         stream: Mapping[str, Any],
         pools_per_update: int = 1,
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
         self._run_dir, self._step, self._num_pools = run_dir, 0, pools_per_update
-        _check_same(run_dir, read_stream(run_dir), stream)
+        self._rank = rank
+        sizes = num_writers(run_dir)
+        if sizes and sizes != {size}:
+            there = " and then ".join(map(str, sorted(sizes)))
+            raise ReplayError(
+                f"a replay must be in as many processes as the run in {run_dir}, {there}, got "
+                f"{size}; start as many by torchrun, or replay a run that had one number of them"
+            )
+        _check_same(run_dir, read_stream(run_dir, rank), stream)
         if steps > (recorded := last_step(run_dir)):
             raise ReplayError(
                 f"steps must be <= {recorded}, the steps recorded in {run_dir}, got {steps}; "
@@ -129,7 +145,7 @@ class Replay:
         """
         del upcoming
         if self._choices is None:
-            self._choices = read_choices(self._run_dir, self._step, self._num_pools)
+            self._choices = read_choices(self._run_dir, self._step, self._num_pools, self._rank)
         choice = next(self._choices)
         began = time.perf_counter()
         _check_pool(self._run_dir, choice, pool["key"])
