@@ -175,9 +175,9 @@ def build_task(config: RunConfig) -> Task:
     processes = here()
     processes.on_first(lambda: make_data(data))
     tokenizer = open_tokenizer(data.directory)
-    reading = {"pool": data.pool, "seed": config.seed} | data.reading
     share = {"rank": processes.rank, "world_size": processes.size}
-    pools = PoolStream(data.directory, "train", **reading, **share)
+    reading = {"pool": data.pool, "seed": config.seed} | data.reading | share
+    pools = PoolStream(data.directory, "train", **reading)
     target = read_batches(data.directory, "target", data.target_batch)
     metadata = {}
     if config.track.kinds:

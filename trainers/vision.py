@@ -70,9 +70,9 @@ def build_task(config: RunConfig) -> Task:
     check_choice("data.name", data.name, ("digits", "shards"))
     processes = here()
     processes.on_first(lambda: make_data(data))
-    reading = {"pool": data.pool, "seed": config.seed} | data.reading
     share = {"rank": processes.rank, "world_size": processes.size}
-    pools = PoolStream(data.directory, "train", **reading, **share)
+    reading = {"pool": data.pool, "seed": config.seed} | data.reading | share
+    pools = PoolStream(data.directory, "train", **reading)
     target = read_batches(data.directory, "target", data.target_batch)
     test = read_batches(data.directory, "test", EVAL_BATCH)
     metadata = {}

@@ -37,11 +37,11 @@ _FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-def open_run_dir(config: RunConfig) -> dict[str, Any] | None:
+def open_run_dir(config: RunConfig) -> tuple[Path, dict[str, Any]] | None:
     """Make the run directory, or find where the run in it is to be resumed.
 
     Returns:
-        The newest checkpoint, with metrics.jsonl cut back to it; None for a run from the start.
+        The newest checkpoint, its file and its state; None for a run from the start.
 
     Raises:
         RunError: it holds a run already, and the configuration neither replaces nor resumes it;
@@ -59,7 +59,7 @@ def open_run_dir(config: RunConfig) -> dict[str, Any] | None:
             _remove(run_dir)
         elif config.resume == "auto":
             _check_same(config, load(known))
-            saved = Checkpoints(run_dir / "checkpoints").newest()
+            saved = Checkpoints(run_dir / "checkpoints").read_newest()
         else:
             raise RunError(
                 f"run directory must be new, got {run_dir}, which holds another run; choose "
@@ -240,7 +240,12 @@ class Checkpoints:
                 other.unlink()
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read, None where there is none.
+        """The newest checkpoint that can be read, None where there is none; as `read_newest`."""
+        found = self.read_newest()
+        return found and found[1]
+
+    def read_newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, and where it is; None where there is none.
 
         A damaged one is passed over with a warning that names it.
         """
@@ -253,7 +258,7 @@ class Checkpoints:
                     f"checkpoint {path} is damaged and is passed over ({reason})", stacklevel=2
                 )
             else:
-                return state
+                return path, state
         return None
 
     def paths(self) -> list[Path]:
@@ -263,16 +268,16 @@ class Checkpoints:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint, with its "path"; of one of several processes, their number.
+    """The state in a checkpoint; of one of several processes, how many they are.
 
     Raises:
         Exception: the file is damaged, it may fail anywhere in torch's reader.
         ValueError: a file of the folder is missing, or of another length.
     """
     if path.is_dir():
-        return {"path": path, "processes": num_processes_of(path)}
+        return {"processes": num_processes_of(path)}
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state | {"path": path}
+    return state
 
 
 def _num_bytes(state: Any) -> int:

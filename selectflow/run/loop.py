@@ -55,7 +55,7 @@ from selectflow.run.parallel import (
     target_share,
 )
 from selectflow.run.samples import SampleDisplay
-from selectflow.run.shared_checkpoints import load_together, own_state, save_together
+from selectflow.run.shared_checkpoints import Saved, load_together, own_state, save_together
 from selectflow.run.spread import spread, whole_weights
 from selectflow.run.task import PoolSource, RunError, Task
 from selectflow.run.terminal import (
@@ -110,26 +110,23 @@ def train(config: RunConfig, task: Task) -> Path:
     return config.run_dir
 
 
-def _open(
-    config: RunConfig, group: Group, held: contextlib.ExitStack
-) -> tuple[dict[str, Any] | None, bool]:
+def _open(config: RunConfig, group: Group, held: contextlib.ExitStack) -> tuple[Saved | None, bool]:
     """Take the run directory; the checkpoint to go on from, and whether the run is over.
 
     The first process does, and holds it. What it finds, also an error, holds for all of them.
     """
-    saved: dict[str, Any] | None = None
+    saved: Saved | None = None
 
     def first() -> tuple[Path | None, bool]:
         nonlocal saved
         held.enter_context(lock(config.run_dir))
         check_selected(config, group)
-        saved = open_run_dir(config)
-        is_over = saved is None and is_finished(config.run_dir)
-        return (None if saved is None else saved["path"]), is_over
+        saved = Saved(*found) if (found := open_run_dir(config)) else None
+        return (saved.path if saved else None), saved is None and is_finished(config.run_dir)
 
     path, is_over = group.on_first(first)
     if path is not None and saved is None:
-        saved = read_checkpoint(path)
+        saved = Saved(path, read_checkpoint(path))
     return saved, is_over
 
 
@@ -159,7 +156,7 @@ class _Run:
         self,
         config: RunConfig,
         task: Task,
-        saved: dict[str, Any] | None,
+        saved: Saved | None,
         upfront_s: float,
         group: Group,
     ) -> None:
@@ -322,11 +319,11 @@ class _Run:
             **(several if self.parallel else {}),
         }
 
-    def load_state_dict(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: Saved, own: dict[str, Any]) -> None:
         """Go on from a checkpoint, and from what this process has of it."""
-        if self.parallel is None and "model" in saved:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+        if self.parallel is None and saved.is_of_one:
+            self.model.load_state_dict(saved.state["model"])
+            self.optimizer.load_state_dict(saved.state["optimizer"])
         else:
             load_together(saved, self.model, self.optimizer)
         self.step, self.watch.seconds = own["step"], own["wall_s"]

@@ -12,6 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,25 +98,56 @@ def num_processes_of(folder: Path) -> int:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def load_together(saved: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint to go on from.
+
+    Attributes:
+        path: its file or folder.
+        state: of `read_checkpoint`.
+    """
+
+    path: Path
+    state: Mapping[str, Any]
+
+    @property
+    def is_of_one(self) -> bool:
+        """Whether one process has written it, whole."""
+        return self.path.suffix == ".pt"
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes have written it."""
+        return 1 if self.is_of_one else int(self.state["processes"])
+
+    def part(self, rank: int) -> dict[str, Any]:
+        """What the process of a rank has written besides the model and the optimizer."""
+        if self.is_of_one:
+            return dict(self.state)
+        path = self.path / f"rank-{rank:05d}.pt"
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+
+
+def load_together(saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:
     """Load model and optimizer of a checkpoint of any number of processes into any other.
 
     Args:
-        saved: of `read_checkpoint`.
+        saved: the checkpoint.
         model: spread over the processes that are joined now.
         optimizer: of the model.
     """
-    if "model" in saved:  # of one process
-        load_whole_state(saved, model, optimizer)
+    if saved.is_of_one:
+        load_whole_state(saved.state, model, optimizer)
     else:
-        load_state(saved["path"] / "state", model, optimizer)
+        load_state(saved.path / "state", model, optimizer)
 
 
-def own_state(saved: Mapping[str, Any], group: Group, parallel: Parallel | None) -> dict[str, Any]:
+def own_state(saved: Saved, group: Group, parallel: Parallel | None) -> dict[str, Any]:
     """What this process goes on with, besides the model and the optimizer.
 
     Args:
-        saved: of `read_checkpoint`.
+        saved: the checkpoint.
         group: the processes that go on.
         parallel: how the model is laid out over them.
 
@@ -129,11 +161,11 @@ def own_state(saved: Mapping[str, Any], group: Group, parallel: Parallel | None)
     Warns:
         UserWarning: there were other processes; says what does not go on.
     """
-    if saved.get("processes", 1) == group.size:
-        own = _read_part(saved, group.rank)
+    if saved.num_processes == group.size:
+        own = saved.part(group.rank)
         if own.get("parallel") == parallel:
             return own
-    parts = [_read_part(saved, rank) for rank in range(saved.get("processes", 1))]
+    parts = [saved.part(rank) for rank in range(saved.num_processes)]
     before = parts[0].get("parallel")
     is_whole = "fsdp2" not in (before, parallel)
     if group.rank == 0:
@@ -152,14 +184,6 @@ def own_state(saved: Mapping[str, Any], group: Group, parallel: Parallel | None)
         "selector": first["selector"] if is_whole else None,
         "generators": None,
     }
-
-
-def _read_part(saved: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    if "model" in saved:
-        return dict(saved)
-    path = saved["path"] / f"rank-{rank:05d}.pt"
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
 
 
 def _joined_pools(states: Sequence[Any]) -> Any:
