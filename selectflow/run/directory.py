@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from selectflow.core.files import atomic_file
+from selectflow.distributed import num_processes
 from selectflow.run.config import RunConfig, load, to_yaml
 from selectflow.run.ledger import LEDGER_FOLDER
 from selectflow.run.log import DECISIONS
@@ -230,7 +231,9 @@ class Checkpoints:
         return self._directory / f"step-{step:08d}"
 
     def drop_others(self, path: Path) -> None:
-        """Remove those that are too old beside a new one, and later ones."""
+        """Remove those that are too old beside a new one, later ones, and halves of folders."""
+        for half in self._directory.glob("step-*.tmp/"):
+            shutil.rmtree(half)
         paths = self.paths()
         num = paths.index(path) + 1
         for other in [*paths[: max(0, num - self._keep)], *paths[num:]]:
@@ -310,13 +313,16 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def generator_states() -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's random generators, in plain values."""
+    """The states of Python's, numpy's and torch's random generators, in plain values.
+
+    Of several processes each has the generator of its own device alone.
+    """
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     return {
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device) for device in _cuda_devices()],
     }
 
 
@@ -327,5 +333,12 @@ def restore_generators(states: dict[str, Any]) -> None:
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    for device, state in zip(_cuda_devices(), states["cuda"], strict=False):
+        torch.cuda.set_rng_state(state, device)
+
+
+def _cuda_devices() -> list[int]:
+    if not torch.cuda.is_available():
+        return []
+    is_alone = num_processes() == 1
+    return list(range(torch.cuda.device_count())) if is_alone else [torch.cuda.current_device()]

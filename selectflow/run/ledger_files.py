@@ -111,10 +111,11 @@ def merged(
                 held[writer] = read_part(following.path, wanted)
         if not held:
             return
-        last = min(_last_step(table) for table in held.values())
-        if min(table["step"][0].as_py() for table in held.values()) > upto:
+        tables = [held[writer] for writer in parts if writer in held]
+        if min(table["step"][0].as_py() for table in tables) > upto:
             return
-        found = pa.concat_tables([_rows_to(table, min(last, upto)) for table in held.values()])
+        last = min(map(_last_step, tables))
+        found = pa.concat_tables([_rows_to(table, min(last, upto)) for table in tables])
         found = found.take(np.argsort(_steps(found), kind="stable"))
         yield found if columns is None else found.select(list(columns))
         rest = {writer: table.filter(_steps(table) > last) for writer, table in held.items()}
@@ -127,13 +128,13 @@ def last_whole_step(parts: dict[Writer, list[Part]]) -> float:
     Args:
         parts: of all writers, at least one.
     """
-    size = max(parts, key=lambda writer: parts[writer][-1].first).size
-    if size == 1:
+    if list(parts) == [Writer()]:
         return math.inf
-    newest = {writer: own[-1] for writer, own in parts.items() if writer.size == size}
-    if len(newest) < size:
-        return min(part.first for part in newest.values()) - 1
-    return min(_last_step(read_part(part.path, ["step"])) for part in newest.values())
+    last: dict[int, list[int]] = {}  # steps, by the number of processes
+    for writer, own in parts.items():
+        step = _last_step(read_part(own[-1].path, ["step"]))
+        last.setdefault(writer.size, []).append(step)
+    return max((min(steps) for size, steps in last.items() if len(steps) == size), default=0)
 
 
 def _until(table: Any, part: Part, upto: float) -> Any:

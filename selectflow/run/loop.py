@@ -48,6 +48,7 @@ from selectflow.run.offline import check_selected, select_offline
 from selectflow.run.parallel import (
     agreed,
     check_parallel,
+    check_same,
     evaluate,
     evaluation_share,
     mean_over,
@@ -98,6 +99,7 @@ def train(config: RunConfig, task: Task) -> Path:
             before that step, in the newest checkpoint.
     """
     group, upfront_s = here(), 0.0
+    check_same("configuration", config.model_dump(mode="json"), group)
     with contextlib.ExitStack() as held:
         saved, is_over = _open(config, group, held)
         if is_over:
@@ -105,7 +107,7 @@ def train(config: RunConfig, task: Task) -> Path:
         with group.together(ValueError, OSError):
             if config.select.is_offline:  # a signal ends it at once: there is nothing to save yet
                 task, upfront_s = select_offline(config, task, group)
-            check_parallel(config, task, group)
+        check_parallel(config, task, group)
         _train(_Run(config, task, saved, upfront_s, group))
     return config.run_dir
 

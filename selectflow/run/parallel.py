@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -26,14 +27,47 @@ def parallel_of(config: RunConfig, group: Group) -> Parallel | None:
     return "ddp" if config.parallel == "auto" else config.parallel
 
 
-def check_parallel(config: RunConfig, task: Task, group: Group) -> None:
-    """Refuse what several processes cannot do.
+def check_same(what: str, values: Mapping[str, Any], group: Group) -> None:
+    """Refuse, in all processes, what differs between them.
+
+    Args:
+        what: the values are of.
+        values: by name, sections within sections.
+        group: the processes.
 
     Raises:
-        RunError: an epoch has no pool for each of them; compiled shards.
+        RunError: names a value that differs, and where.
+    """
+    first, *others = (dict(_flat(each)) for each in group.gather(values))
+    for rank, other in enumerate(others, start=1):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise RunError(
+                    f"{what} must be the same in all processes, got {name}: {other.get(name)!r} at "
+                    f"rank {rank} and {first.get(name)!r} at rank 0; start all with the same"
+                )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def check_parallel(config: RunConfig, task: Task, group: Group) -> None:
+    """Refuse what several processes cannot do; all of them call it.
+
+    Raises:
+        RunError: their tasks differ; an epoch has no pool for each of them; compiled shards.
     """
     if group.size == 1:
         return
+    shapes = {name: tuple(param.shape) for name, param in task.model.named_parameters()}
+    check_same("parameters of the model", shapes, group)
+    for split, batches in (("target", task.target), ("test", task.test)):
+        check_same(f"{split} batches", {"sizes": [num_examples(each) for each in batches]}, group)
     samples, pool = getattr(task.pools, "num_samples", None), config.data.pool
     if samples is not None and samples < pool * group.size:
         raise RunError(
