@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -76,6 +77,11 @@ def evaluate(model, batches):
     return {"loss": float(losses.mean())}
 
 
+def save(folder, weights):
+    folder.mkdir()
+    torch.save(dict(weights), folder / "weights.pt")
+
+
 def digits(folder):
     return folder / "digits"
 
@@ -93,6 +99,7 @@ def task_of(folder, *, root=None, pool=POOL, max_errors=0, memory_gib=1.0, **mod
         target=read_batches(digits(folder), "target", TARGET_BATCH),
         test=read_batches(digits(folder), "test", TEST_BATCH),
         source=root,
+        save=save,
     )
 
 
@@ -193,6 +200,22 @@ def replayed(folder, rank):
     """The run `uniform-ddp` again, by what its ledger says."""
     config = config_of(folder, "replayed", {"replay": folder / "uniform-ddp"})
     return trained(folder, config)
+
+
+def unequal(folder, rank):
+    """Processes that were started with other options, models or target sets."""
+    config = config_of(folder, "unequal")
+    found = {"steps": refusal(folder, config.model_copy(update={"steps": 5 + rank}))}
+    made = task_of(folder, norm=rank == 1)
+    for name, task in (
+        ("model", made),
+        ("target", replace(task_of(folder), target=made.target[rank:])),
+    ):
+        try:
+            train(config, task)
+        except ValueError as error:
+            found[name] = type(error).__name__, str(error)
+    return found
 
 
 def refused(folder, rank):
@@ -309,8 +332,8 @@ def at_random(folder, rank):
 
 
 CASES = (
-    whole, resumed, several, replayed, refused, damaged, not_finite, changed, begun, shortened,
-    killed, revived, at_random,
+    whole, resumed, several, replayed, refused, unequal, damaged, not_finite, changed, begun,
+    shortened, killed, revived, at_random,
 )  # fmt: skip
 
 

@@ -66,8 +66,8 @@ def folder(tmp_path_factory):
     assert status != 0
     assert "SIGKILL" in said
     cases = (
-        "whole", "resumed", "several", "replayed", "refused", "damaged", "not_finite", "changed",
-        "shortened", "revived",
+        "whole", "resumed", "several", "replayed", "refused", "unequal", "damaged", "not_finite",
+        "changed", "shortened", "revived",
     )  # fmt: skip
     status, said = torchrun(folder, *cases)
     assert status == 0, said
@@ -149,6 +149,14 @@ def test_evaluation_is_over_all_examples_whoever_has_them(folder, name):
             expected = worker.evaluate(model, batches)["loss"]
         assert last[f"{split}/loss"] == pytest.approx(expected, abs=1e-12)
     assert last["data/samples_seen"] == 2 * worker.STEPS * worker.KEEP
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_trained_model_is_saved_whole(folder, name):
+    saved = torch.load(folder / name / "model/weights.pt")
+    expected = found(folder, "whole")[name]
+    assert saved.keys() == expected.keys()
+    assert difference(saved, expected) == 0
 
 
 def test_shards_train_as_whole_parameters_do(folder):
@@ -271,6 +279,21 @@ def test_what_cannot_start_is_refused_in_all_processes(folder, case, kind, text)
     errors = [found(folder, "refused", rank)[case] for rank in (0, 1)]
     assert [error[0] for error in errors] == [kind, kind]
     assert all(re.search(text, said) for _, said in errors)
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("steps", "configuration must .* got steps: 6 at rank 1 and 5 at rank 0"),
+        ("model", r"parameters of the model .* got norm.bias: \(6,\) at rank 1 and None at rank 0"),
+        ("target", r"target batches must .* sizes: \[67, 66\] at rank 1 and \[67, 67, 66\]"),
+    ],
+)
+def test_processes_that_differ_are_refused_in_all_of_them(folder, case, text):
+    for rank in (0, 1):
+        kind, said = found(folder, "unequal", rank)[case]
+        assert kind == "RunError"
+        assert re.search(text, said)
 
 
 def test_lost_samples_count_once_whoever_meets_them(folder):

@@ -67,6 +67,7 @@ def whole_weights(model: nn.Module) -> dict[str, Any]:
     """
     from torch.distributed.checkpoint import state_dict as states  # noqa: PLC0415
 
+    model = unwrap(model)
     if not any(map(is_sharded, model.parameters())):
         return model.state_dict()
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
