@@ -53,8 +53,9 @@ class Group:
         if self.processes is None:
             return values
         total = values.detach().clone(memory_format=torch.contiguous_format)
+        total = self._reachable(total)
         dist.all_reduce(total, group=self.processes)
-        return total
+        return total.to(values.device)
 
     def mean(self, values: Tensor) -> Tensor:
         """Elementwise mean over the processes, as a new tensor."""
@@ -84,7 +85,7 @@ class Group:
         own = torch.tensor(values, dtype=torch.float64)
         if self.processes is None:
             return own[None]
-        own = own.to(self._device())
+        own = self._reachable(own)
         rows = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(rows, own, group=self.processes)
         return torch.stack(rows).cpu()
@@ -161,28 +162,9 @@ class Group:
         if error is not None:
             raise error
 
-    def _device(self) -> torch.device:
-        """Where tensors have to be for this group's backend."""
-        assert self.processes is not None
-        kinds = [device.type for device in self.processes._device_types]
-        return torch.device("cpu" if "cpu" in kinds or not kinds else kinds[0])
-
-
-@dataclass(frozen=True)
-class _Said:
-    """An error that another process can raise: the attributes of some cannot be sent."""
-
-    kind: type[Exception]
-    text: str
-
-
-class _Elsewhere(Exception):
-    """The cause of an error that was raised in another process, which reports it."""
-
-
-def is_from_elsewhere(error: BaseException) -> bool:
-    """Whether an error was raised in another process first."""
-    return isinstance(error.__cause__, _Elsewhere)
+    def _reachable(self, tensor: Tensor) -> Tensor:
+        """The tensor where this group's backend can send it from."""
+        return tensor.cuda() if dist.get_backend(self.processes) == "nccl" else tensor
 
 
 ALONE = Group()
@@ -377,3 +359,20 @@ def local_rank() -> int | None:
     """The number that torchrun gave this process among those of its machine; None: alone."""
     rank = os.environ.get("LOCAL_RANK")
     return int(rank) if rank and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+@dataclass(frozen=True)
+class _Said:
+    """An error that another process can raise: the attributes of some cannot be sent."""
+
+    kind: type[Exception]
+    text: str
+
+
+class _Elsewhere(Exception):
+    """The cause of an error that was raised in another process, which reports it."""
+
+
+def is_from_elsewhere(error: BaseException) -> bool:
+    """Whether an error was raised in another process first."""
+    return isinstance(error.__cause__, _Elsewhere)

@@ -5,6 +5,7 @@ from test_ledger import COLUMNS, decision, small_parts, written
 
 from selectflow.run.ledger import Ledger, LedgerError, last_step, read_ledger, read_parts
 from selectflow.run.ledger_files import Writer, parts_of
+from selectflow.run.replay import Replay, ReplayError
 
 __all__ = ["small_parts"]  # the fixture
 
@@ -112,3 +113,10 @@ def test_processes_leave_the_halves_of_others_alone(tmp_path):
     Ledger(tmp_path, {}, 1, 2).load_state_dict({"rows": 8}, 1)
     assert [path.name[:24] for path in folder.glob(".*.tmp")] == [".part-00000002-rank0of2."]
     assert list(parts_of(folder)) == [Writer(0, 2), Writer(1, 2)]
+
+
+def test_a_run_of_the_best_of_all_pools_is_not_replayed(tmp_path):
+    of_rank(tmp_path, 0, 2, range(1, 5))
+    of_rank(tmp_path, 1, 2, range(1, 5), pool=4)  # keeps 1 of 4, the other 2 of 8
+    with pytest.raises(ReplayError, match=r"got \[2, 1\] at step 1 .* select.scope=local"):
+        Replay(tmp_path, 4, {}, 1, 1, 2)

@@ -93,8 +93,9 @@ class Means:
 
 def of_selection(selection: Selection) -> dict[str, float | None]:
     """The metrics of one selection that are reported as means over the selections."""
+    kept = selection.scores[selection.indices]
     return {
-        SCORE_MEAN: float(selection.scores[selection.indices].mean()),
+        SCORE_MEAN: float(kept.mean()) if len(kept) else None,  # others may have kept all of theirs
         KEPT_FRACTION: len(selection.indices) / len(selection.scores),
         HORIZON: selection.horizon,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,6 +119,8 @@ class Replay:
                 f"a replay must be in as many processes as the run in {run_dir}, {there}, got "
                 f"{size}; start as many by torchrun, or replay a run that had one number of them"
             )
+        if size > 1:
+            _check_equal(run_dir, size)
         _check_same(run_dir, read_stream(run_dir, rank), stream)
         if steps > (recorded := last_step(run_dir)):
             raise ReplayError(
@@ -173,6 +176,27 @@ class Replay:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after `state_dict`."""
         self._step, self._choices = state["step"], None
+
+
+def _check_equal(run_dir: str | Path, size: int) -> None:
+    """Refuse a run whose processes kept different numbers of their own pools: weights would differ.
+
+    Raises:
+        ReplayError: names the first such step.
+    """
+    lanes = [read_parts(run_dir, ["step", "kept"], rank) for rank in range(size)]
+    counts = [Counter[int]() for _ in lanes]
+    for count, parts in zip(counts, lanes, strict=True):
+        for part in parts:
+            count.update(part.filter(part["kept"])["step"].to_pylist())
+    for step in sorted(set().union(*counts)):
+        kept = [count[step] for count in counts]
+        if len(set(kept)) > 1:
+            raise ReplayError(
+                f"a run must have kept as many examples of each process's pool to be replayed, got "
+                f"{kept} at step {step} of the run in {run_dir} (select.scope: global, or samples "
+                "that were lost); replay one with select.scope=local"
+            )
 
 
 def _check_same(run_dir: str | Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
