@@ -12,6 +12,7 @@ import threading
 import warnings
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -156,33 +157,45 @@ def refusal(folder, config, **options):
 def whole(folder, rank):
     """Runs of each layout and strategy, without an interruption."""
     found = {}
-    for name, strategy, parallel in RUNS:
-        config = config_of(folder, name, {"strategy": strategy}, parallel=parallel)
+    for name, select, parallel in RUNS:
+        config = config_of(folder, name, select, parallel=parallel)
         found[name] = trained(folder, config)
     return found
 
 
+INFLUENCE = {"strategy": "influence"}
+AHEAD = {"strategy": "influence", "horizon": 2, "interval": 2}
+GLOBAL = {"strategy": "influence", "scope": "global"}
+AUTO = {"strategy": "influence", "horizon": "auto", "lr": "auto"}
 RUNS = [
-    ("uniform-ddp", "uniform", "auto"),
-    ("uniform-fsdp2", "uniform", "fsdp2"),
-    ("influence-ddp", "influence", "ddp"),
-    *([("influence-fsdp2", "influence", "fsdp2")] if SCORES_SHARDS else []),
+    ("uniform-ddp", {}, "auto"),
+    ("uniform-fsdp2", {}, "fsdp2"),
+    ("influence-ddp", INFLUENCE, "ddp"),
 ]
+if SCORES_SHARDS:
+    RUNS += [
+        ("influence-fsdp2", INFLUENCE, "fsdp2"),
+        ("global-ddp", GLOBAL, "ddp"),
+        ("global-fsdp2", GLOBAL, "fsdp2"),
+    ]
 
 
 def resumed(folder, rank):
     """Runs with dropout and batch norm: whole, ended in a step and resumed, stopped and resumed."""
     found, model = {}, {"dropout": 0.3, "norm": True}
-    for parallel in ("ddp", "fsdp2"):
+    for strategy, parallel in product(RESUMED, ("ddp", "fsdp2")):
         options = {"parallel": parallel, "resume": "auto", "checkpoint_every": 3}
         for end in ({}, {"die_at": 6}, {"stop_at": 5 if rank else None}):
-            name = f"{parallel}-{next(iter(end), 'whole')}"
-            config = config_of(folder, name, **options)
+            name = f"{strategy}-{parallel}-{next(iter(end), 'whole')}"
+            config = config_of(folder, name, RESUMED[strategy], **options)
             if end:
                 with suppress(Killed):
                     trained(folder, config, **model, **end)
             found[name] = trained(folder, config, **model)
     return found
+
+
+RESUMED = {"plain": {}} | ({"ahead": AHEAD, "auto": AUTO} if SCORES_SHARDS else {})
 
 
 def several(folder, rank):
