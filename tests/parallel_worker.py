@@ -37,8 +37,7 @@ from selectflow.run.task import Task
 
 # until selection itself knows of processes
 SCORES_SHARDS = not hasattr(selectflow.selector, "check_whole")
-if not SCORES_SHARDS:
-    warnings.filterwarnings("ignore", "selection in")
+if not SCORES_SHARDS and "LOCAL_RANK" in os.environ:
     selectflow.selector.check_whole = lambda *args, **kwargs: None
 
 POOL, KEEP, STEPS = 24, 6, 9
