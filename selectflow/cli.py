@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from selectflow.run.loop import print_anything
+from selectflow.run.terminal import print_anything
 
 if TYPE_CHECKING:
     from selectflow.data import Layout

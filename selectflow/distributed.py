@@ -13,10 +13,11 @@ that hold the shards of one copy.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -102,6 +103,25 @@ class Group:
         dist.broadcast_object_list(found, src=source, group=self.processes)
         return found[0]
 
+    def on_first(self, make: Callable[[], _T]) -> _T:
+        """What `make` returns or raises in the process of rank 0, the only one that calls it."""
+        if self.processes is None:
+            return make()
+        made: Any = None
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                made = make()
+            except Exception as found:  # all processes raise it: none waits for this one
+                error = found
+        own = None if error is None else _Said(type(error), str(error))
+        made, said = self.first((made, own))
+        if error is not None:
+            raise error
+        if said is not None:
+            raise said.kind(said.text) from _Elsewhere()
+        return made  # type: ignore[no-any-return]
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.processes is not None:
@@ -137,7 +157,8 @@ class Group:
         if self.processes is not None:
             failed = self.numbers([error is not None]).flatten().nonzero().flatten().tolist()
             if failed and error is None:
-                raise kinds[0](f"the process of rank {failed[0]} failed; its own error says why")
+                text = f"the process of rank {int(failed[0])} failed; its own error says why"
+                raise kinds[0](text) from _Elsewhere()
         if error is not None:
             raise error
 
@@ -262,6 +283,24 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which this process may hold a part; all processes have to ask for it."""
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return found
+
+
+def share_buffers(model: nn.Module, group: Group) -> None:
+    """Let the buffers be those of rank 0, as DistributedDataParallel does before a forward pass.
+
+    Running statistics then are the same wherever examples are scored or evaluated.
+    """
+    if group.processes is not None:
+        source = dist.get_global_rank(group.processes, 0)
+        for buffer in model.buffers():
+            if buffer.dtype is not torch.bool:  # masks
+                dist.broadcast(local(buffer), source, group.processes)
+
+
 def reshard(model: nn.Module) -> None:
     """Let parameters be shards where a forward pass has left them gathered."""
     for module in _sharded_modules(model):
@@ -324,19 +363,54 @@ def over_shards(sums: Tensor) -> Tensor:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Group]:
+def joined(device: torch.device, timeout_s: float = 600.0) -> Iterator[Group]:
     """The processes that torchrun has started, joined for as long as the context lasts.
 
     Alone where torchrun has started none. A group that the caller has joined before is used.
+
+    Args:
+        device: where this process computes; of several with CUDA the current one from here on.
+        timeout_s: a process that waits longer for another in a collective raises.
     """
     if num_processes() > 1:
-        yield Group(dist.group.WORLD)
+        yield here()
         return
     if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
-        yield Group(dist.group.WORLD)
+        yield here()
     finally:
         dist.destroy_process_group()
+
+
+def here() -> Group:
+    """All the processes that are joined here."""
+    return Group(dist.group.WORLD) if num_processes() > 1 else ALONE
+
+
+def local_rank() -> int | None:
+    """The number that torchrun gave this process among those of its machine; None: alone."""
+    rank = os.environ.get("LOCAL_RANK")
+    return int(rank) if rank and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+@dataclass(frozen=True)
+class _Said:
+    """An error that another process can raise: the attributes of some cannot be sent."""
+
+    kind: type[Exception]
+    text: str
+
+
+class _Elsewhere(Exception):
+    """The cause of an error that was raised in another process, which reports it."""
+
+
+def is_from_elsewhere(error: BaseException) -> bool:
+    """Whether an error was raised in another process first."""
+    return isinstance(error.__cause__, _Elsewhere)

@@ -16,7 +16,7 @@ ROOMS = (
     " < audit, report < tune < integrations < cli"
 )
 ONLY_IN = {  # a library -> the only places that may import it
-    "torch.distributed": ("distributed.py",),
+    "torch.distributed": ("distributed.py", "run/spread.py"),
     "webdataset": ("data/",),
     "wandb": ("run/wandb.py", "tune/wandb.py"),
 }

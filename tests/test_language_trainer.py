@@ -154,7 +154,7 @@ def test_pretrained_weights_want_their_own_tokens(tmp_path, data):
     own = data | {"root": tmp_path / "own", "text": made}
     task, folder = TRAINER["build_task"](configured(tmp_path, own, KINDS["gpt2"])), tmp_path / "w"
     model = task.model
-    task.save(folder)
+    task.save(folder, model.state_dict())
     pretrained = {"name": "gpt2", "pretrained": str(folder)}
     loaded = TRAINER["build_task"](configured(tmp_path, own, pretrained)).model
     for param, other in zip(model.parameters(), loaded.parameters(), strict=True):

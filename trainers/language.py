@@ -1,6 +1,7 @@
 """Train a causal language model with data selection.
 
     python trainers/language.py configs/text_online.yaml [key=value ...]
+    torchrun --nproc-per-node 2 trainers/language.py configs/text_online.yaml [parallel=fsdp2 ...]
 
 The configuration says everything; `selectflow schema` lists what it can say.
 """
@@ -33,6 +34,7 @@ from selectflow.data.tokenizers import (
     load_tokenizer,
     same_vocabulary,
 )
+from selectflow.distributed import here
 from selectflow.models.language import (
     IGNORED,
     NO_DROPOUT,
@@ -99,11 +101,11 @@ def has_bytes(pretrained: str, model: Any) -> bool:
     return is_alone and ids == (ByteTokenizer.num_tokens, ByteTokenizer.end)
 
 
-def save(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
+def save(model: Any, tokenizer: Tokenizer, folder: Path, weights: Mapping[str, Any]) -> None:
     """Write the weights as `model.pretrained` reads them, or adapters alone, and the tokenizer."""
     # peft would else look for the base model on Hugging Face, to see whether tokens were added
     options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-    model.save_pretrained(folder, **options)
+    model.save_pretrained(folder, state_dict=weights, **options)
     if isinstance(tokenizer, SubwordTokenizer):
         (folder / TOKENIZER_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
 
@@ -170,9 +172,11 @@ def build_task(config: RunConfig) -> Task:
     data = config.data
     check_choice("model.name", config.model.name, MODELS)
     check_choice("data.name", data.name, ("text", "shards"))
-    make_data(data)
+    processes = here()
+    processes.on_first(lambda: make_data(data))
     tokenizer = open_tokenizer(data.directory)
-    reading = {"pool": data.pool, "seed": config.seed} | data.reading
+    share = {"rank": processes.rank, "world_size": processes.size}
+    reading = {"pool": data.pool, "seed": config.seed} | data.reading | share
     pools = PoolStream(data.directory, "train", **reading)
     target = read_batches(data.directory, "target", data.target_batch)
     metadata = {}

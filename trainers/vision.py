@@ -1,6 +1,7 @@
 """Train an image classifier with data selection.
 
     python trainers/vision.py configs/digits_online.yaml [key=value ...]
+    torchrun --nproc-per-node 2 trainers/vision.py configs/digits_online.yaml [parallel=fsdp2 ...]
 
 The configuration says everything; `selectflow schema` lists what it can say.
 """
@@ -23,11 +24,12 @@ from selectflow.data import (
     read_labels,
     read_metadata,
 )
+from selectflow.distributed import here
 from selectflow.models.vision import cnn, evaluate, image_losses, mlp, resnet18
 from selectflow.options import ConfigError
 from selectflow.run.config import RunConfig, check_choice
 from selectflow.run.loop import trainer_main
-from selectflow.run.sections import ModelConfig
+from selectflow.run.sections import DataConfig, ModelConfig
 from selectflow.run.task import Task
 
 Batch = dict[str, Any]
@@ -96,19 +98,26 @@ def count_classes(config: RunConfig, held_out: Sequence[Batch]) -> int:
     return max(there, 1 + int(labels.max()))
 
 
+def make_data(data: DataConfig) -> None:
+    """Write the shards, where they are ours to write and are not there yet."""
+    if data.name == "digits":
+        make_digits(data.directory, label_noise=data.label_noise, seed=data.seed)
+
+
 def build_task(config: RunConfig) -> Task:
     """The model, its data and how it is judged; the same for the same configuration."""
     data = config.data
     check_choice("model.name", config.model.name, MODELS)
     check_choice("data.name", data.name, ("digits", "shards"))
-    if data.name == "digits":
-        make_digits(data.directory, label_noise=data.label_noise, seed=data.seed)
+    processes = here()
+    processes.on_first(lambda: make_data(data))
     for split in ("train", "target", "test"):
         check_fields(data.directory, split, ("image", "label"))
     target = read_batches(data.directory, "target", data.target_batch)
     test = read_batches(data.directory, "test", EVAL_BATCH)
     check_classes(config.model.num_classes, [*target, *test])
-    reading = {"pool": data.pool, "seed": config.seed} | data.reading
+    share = {"rank": processes.rank, "world_size": processes.size}
+    reading = {"pool": data.pool, "seed": config.seed} | data.reading | share
     pools = PoolStream(data.directory, "train", num_classes=config.model.num_classes, **reading)
     shape = target[0]["image"].shape[1:]
     splits = {"train": pools.shape, "test": test[0]["image"].shape[1:]}

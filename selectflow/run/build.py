@@ -19,9 +19,12 @@ from selectflow.control.horizon import HorizonSchedule
 from selectflow.control.rules import AutoHorizon, AutoRate
 from selectflow.core.batches import Batch, chunks, describe, num_examples
 from selectflow.core.passes import LossFn
+from selectflow.core.wrappers import unwrap
+from selectflow.distributed import ALONE, Group, local_rank, whole
 from selectflow.run.config import RunConfig
 from selectflow.run.replay import Replay
 from selectflow.run.sections import OptimizerConfig, ScheduleConfig, SelectConfig, TrainConfig
+from selectflow.run.spread import unsynced
 from selectflow.run.task import RunError, Task
 from selectflow.selector import Selector
 
@@ -29,13 +32,31 @@ from selectflow.selector import Selector
 def resolve_device(name: str) -> torch.device:
     """The configured device; "auto" is an accelerator where there is one.
 
+    Of several processes of a machine each has the accelerator of its own number.
+
     Raises:
-        RunError: the device is not there.
+        RunError: the device is not there, or is that of another process.
     """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    device = torch.device(name)
+        device = accelerator or torch.device("cpu")
+    else:
+        device = torch.device(name)
+    if (own := local_rank()) is not None and device.type != "cpu":
+        if ":" in name:
+            raise RunError(
+                f"device must have no number in several processes, got {name!r}; with "
+                f"{device.type!r} each takes its own"
+            )
+        device = torch.device(device.type, own)
+        num = torch.accelerator.device_count()
+        if own >= num:
+            raise RunError(
+                f"processes of a machine must be at most as many as its devices, {num}, got one of "
+                f"number {own}; start fewer by --nproc-per-node"
+            )
+    if name == "auto":
+        return device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for it
@@ -79,6 +100,7 @@ def build_selector(
     scheduler: LambdaLR,
     target: Sequence[Batch],
     stream: Mapping[str, Any],
+    group: Group = ALONE,
 ) -> Selector | Replay:
     """What chooses the examples of each step: a selector, or the replay of a recorded run.
 
@@ -89,10 +111,11 @@ def build_selector(
         scheduler: of the optimizer.
         target: the target set on the run's device.
         stream: what the pools depend on, as `PoolStream.identity`; {} where it is not known.
+        group: the processes that train.
     """
     if config.select.replay:
-        pools = config.select.pools_per_update
-        return Replay(config.select.replay, config.steps, stream, pools)
+        pools, rank = config.select.pools_per_update, group.rank
+        return Replay(config.select.replay, config.steps, stream, pools, rank, group.size)
     return Selector(
         task.model,
         optimizer,
@@ -169,7 +192,7 @@ def build_losses(
             there is no compiler.
     """
     if config.checkpointing:
-        _checkpoint(model)
+        _checkpoint(unwrap(model))
     trained = cast(nn.Module, torch.compile(model)) if config.compile else model
 
     def precision() -> AbstractContextManager[object]:
@@ -219,8 +242,11 @@ def update(
     step: int,
     max_grad_norm: float | None = None,
     accumulate: int = 1,
+    group: Group = ALONE,
 ) -> float:
     """One optimizer step on the mean loss of a batch, which it returns.
+
+    In several processes it is the mean over them of the mean loss of each one's batch.
 
     Args:
         model: whose gradients are clipped and checked.
@@ -231,28 +257,48 @@ def update(
         max_grad_norm: clips the whole gradient to this norm; None: no clipping.
         accumulate: micro-batches that the batch is passed in, as equal as they can be. Each is
             weighted by its examples: the gradient is that of the whole.
+        group: the processes over which the model averages its gradients.
 
     Raises:
-        FloatingPointError: the loss or the gradient is not finite; nothing was changed.
+        FloatingPointError: the loss or the gradient is not finite; nothing was changed. It is
+            raised in all processes.
     """
     size = num_examples(batch)
-    parts = list(chunks(batch, math.ceil(size / accumulate)))
+    parts = [(part, num_examples(part) / size) for part in chunks(batch, -(-size // accumulate))]
+    if accumulate > 1:  # as many passes in each process: those of a sharded model wait for another
+        most = int(group.numbers([len(parts)]).max())
+        parts += [(parts[-1][0], 0.0)] * (most - len(parts))
     optimizer.zero_grad()
     total = torch.zeros(())
-    for part in parts:
-        loss = losses(part).mean() * (num_examples(part) / size)
-        loss.backward()  # type: ignore[no-untyped-call]
+    for place, (part, weight) in enumerate(parts, start=1):
+        with unsynced(model) if place < len(parts) else nullcontext():
+            loss = losses(part).mean() * weight
+            loss.backward()  # type: ignore[no-untyped-call]
         total = total.to(loss) + loss.detach()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads)
-    if not (total.isfinite() and norm.isfinite()):
-        named = ", ".join(describe(part, torch.arange(num_examples(part))) for part in parts)
-        raise FloatingPointError(
-            f"loss and gradient must be finite, got {total.item()} and norm {norm.item()} at "
-            f"optimizer step {step} on {named}; lower optimizer.lr or set "
-            "optimizer.max_grad_norm"
-        )
+    norm = whole(nn.utils.get_total_norm(grads))
+    found = group.numbers([total.item()])
+    if not (found.isfinite().all() and norm.isfinite()):
+        _raise_not_finite(found.flatten().tolist(), norm, step, parts, group.rank)
     if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
     optimizer.step()
-    return total.item()
+    return float(found.mean())
+
+
+def _raise_not_finite(
+    totals: Sequence[float],
+    norm: Tensor,
+    step: int,
+    parts: Sequence[tuple[Batch, float]],
+    rank: int,
+) -> None:
+    named = ", ".join(describe(part, torch.arange(num_examples(part))) for part, _ in parts)
+    where = f"at optimizer step {step} on {named}"
+    odd = [other for other, total in enumerate(totals) if not math.isfinite(total)]
+    if odd and rank not in odd:
+        rank, where = odd[0], f"at optimizer step {step} in the process of rank {odd[0]}"
+    raise FloatingPointError(
+        f"loss and gradient must be finite, got {totals[rank]} and norm {norm.item()} {where}; "
+        "lower optimizer.lr or set optimizer.max_grad_norm"
+    )

@@ -139,6 +139,11 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
     """steps between two evaluations"""
     device: Device = "auto"
     """torch device; auto: an accelerator if there is one, else cpu"""
+    parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """how torchrun's processes train together: ddp: each has the whole model; fsdp2: parameters,
+    moments and sensitivities are sharded; auto: ddp. Without torchrun there is one process"""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """seconds that one of several processes waits for another before the run ends"""
     num_threads: Count | None = None
     """torch CPU threads; null: torch's choice"""
     overwrite: bool = False

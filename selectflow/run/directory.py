@@ -23,24 +23,26 @@ import numpy as np
 import torch
 
 from selectflow.core.files import atomic_file
+from selectflow.distributed import num_processes
 from selectflow.run.config import RunConfig, load, to_yaml
 from selectflow.run.ledger import LEDGER_FOLDER
 from selectflow.run.log import DECISIONS
+from selectflow.run.shared_checkpoints import num_processes_of
 from selectflow.run.task import RunError
 
 _LARGE = 32 << 20  # bytes of tensors
 # What may differ between a run and the one that resumes it.
 _FREE_ON_RESUME = {
     "resume", "overwrite", "root", "num_threads", "max_wall_s", "checkpoint_every",
-    "keep_checkpoints", "track", "data.num_workers", "data.memory_gib",
+    "keep_checkpoints", "track", "data.num_workers", "data.memory_gib", "parallel", "timeout_s",
 }  # fmt: skip
 
 
-def open_run_dir(config: RunConfig) -> dict[str, Any] | None:
+def open_run_dir(config: RunConfig) -> tuple[Path, dict[str, Any]] | None:
     """Make the run directory, or find where the run in it is to be resumed.
 
     Returns:
-        The newest checkpoint, with metrics.jsonl cut back to it; None for a run from the start.
+        The newest checkpoint, its file and its state; None for a run from the start.
 
     Raises:
         RunError: it holds a run already, and the configuration neither replaces nor resumes it;
@@ -58,7 +60,7 @@ def open_run_dir(config: RunConfig) -> dict[str, Any] | None:
             _remove(run_dir)
         elif config.resume == "auto":
             _check_same(config, load(known))
-            saved = Checkpoints(run_dir / "checkpoints").newest()
+            saved = Checkpoints(run_dir / "checkpoints").read_newest()
         else:
             raise RunError(
                 f"run directory must be new, got {run_dir}, which holds another run; choose "
@@ -222,32 +224,63 @@ class Checkpoints:
             beside.unlink(missing_ok=True)
             raise OSError(f"checkpoint {path} cannot be written: {_cause(error)}") from error
         os.replace(beside, path)
+        self.drop_others(path)
+
+    def folder(self, step: int) -> Path:
+        """Where the processes of a run write theirs after `step` optimizer steps."""
+        return self._directory / f"step-{step:08d}"
+
+    def drop_others(self, path: Path) -> None:
+        """Remove those that are too old beside a new one, later ones, and halves of folders."""
+        for half in self._directory.glob("step-*.tmp/"):
+            shutil.rmtree(half)
         paths = self.paths()
         num = paths.index(path) + 1
         for other in [*paths[: max(0, num - self._keep)], *paths[num:]]:
-            other.unlink()
+            if other.is_dir():
+                _remove(other)
+            else:
+                other.unlink()
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read, None where there is none.
+        """The newest checkpoint that can be read, None where there is none; as `read_newest`."""
+        found = self.read_newest()
+        return found and found[1]
+
+    def read_newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, and where it is; None where there is none.
 
         A damaged one is passed over with a warning that names it.
         """
         for path in reversed(self.paths()):
             try:
-                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+                state = read_checkpoint(path)
             except Exception as error:  # a damaged file may fail anywhere in torch's reader
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 warnings.warn(
                     f"checkpoint {path} is damaged and is passed over ({reason})", stacklevel=2
                 )
             else:
-                return state
+                return path, state
         return None
 
     def paths(self) -> list[Path]:
-        """The checkpoints there are, oldest first."""
-        found = self._directory.glob("step-*.pt")
-        return sorted(path for path in found if re.fullmatch(r"step-\d+\.pt", path.name))
+        """The checkpoints there are, oldest first: files of one process, folders of several."""
+        found = self._directory.glob("step-*")
+        return sorted(path for path in found if re.fullmatch(r"step-\d+(\.pt)?", path.name))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint; of one of several processes, how many they are.
+
+    Raises:
+        Exception: the file is damaged, it may fail anywhere in torch's reader.
+        ValueError: a file of the folder is missing, or of another length.
+    """
+    if path.is_dir():
+        return {"processes": num_processes_of(path)}
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 def _num_bytes(state: Any) -> int:
@@ -280,13 +313,16 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def generator_states() -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's random generators, in plain values."""
+    """The states of Python's, numpy's and torch's random generators, in plain values.
+
+    Of several processes each has the generator of its own device alone.
+    """
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     return {
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device) for device in _cuda_devices()],
     }
 
 
@@ -297,5 +333,12 @@ def restore_generators(states: dict[str, Any]) -> None:
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    for device, state in zip(_cuda_devices(), states["cuda"], strict=False):
+        torch.cuda.set_rng_state(state, device)
+
+
+def _cuda_devices() -> list[int]:
+    if not torch.cuda.is_available():
+        return []
+    is_alone = num_processes() == 1
+    return list(range(torch.cuda.device_count())) if is_alone else [torch.cuda.current_device()]

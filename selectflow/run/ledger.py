@@ -11,6 +11,9 @@ step stand together, in the order of its pool. The columns:
     kept     bool    whether it was trained on
     horizon  int64   updates that the sensitivity looked ahead; null without a look-ahead
 
+Where several processes train, each writes parts of its own (`ledger_files`); the rows of a step are
+those of rank 0, then those of rank 1, and so on.
+
 Parts can be read while the run goes on, by `read_ledger`, pandas, pyarrow or duckdb: each appears
 whole, and the newest is replaced by a longer one until it is full. Where a part ends depends on
 its rows alone, so that a run that was killed and resumed leaves the same files.
@@ -27,17 +30,28 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from pyarrow.parquet import ParquetFile, read_table, write_table
+from pyarrow.parquet import read_table, write_table
 
 from selectflow.core.files import atomic_file
 from selectflow.offline.score import SampleScores
+from selectflow.run.ledger_files import (
+    LedgerError,
+    Part,
+    Writer,
+    last_whole_step,
+    leftovers,
+    merged,
+    parts_of,
+    read_part,
+)
 from selectflow.strategies import Selection
+
+__all__ = ["Ledger", "LedgerError", "read_ledger"]
 
 LEDGER_FOLDER = "selection"
 """Name of the ledger inside a run directory."""
 
 _PART_ROWS = 1 << 16  # fill a part: some 600 KB, written in 20 ms
-_PARTS = "part-*.parquet"
 _METADATA = b"selectflow"
 _SCHEMA = pa.schema(
     {
@@ -45,10 +59,6 @@ _SCHEMA = pa.schema(
         "loss": pa.float64(), "kept": pa.bool_(), "horizon": pa.int64(),
     }
 )  # fmt: skip
-
-
-class LedgerError(ValueError):
-    """A ledger that is not there, or not whole; the message says where and what to do."""
 
 
 class Ledger:
@@ -59,10 +69,18 @@ class Ledger:
     Args:
         run_dir: the run directory; the ledger is made with its first rows.
         stream: what the pools depend on, as `PoolStream.identity`; kept with the rows.
+        rank: of this process among those that write the ledger.
+        size: how many these are.
     """
 
-    def __init__(self, run_dir: Path, stream: Mapping[str, Any] | None = None) -> None:
-        self._folder = run_dir / LEDGER_FOLDER
+    def __init__(
+        self,
+        run_dir: Path,
+        stream: Mapping[str, Any] | None = None,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
+        self._folder, self._writer = run_dir / LEDGER_FOLDER, Writer(rank, size)
         metadata = {_METADATA: json.dumps({"stream": dict(stream or {})}).encode()}
         self._schema = _SCHEMA.with_metadata(metadata)
         self._first = 0  # step that the open part begins with
@@ -99,7 +117,7 @@ class Ledger:
             return
         table = pa.Table.from_batches(self._batches, self._schema).combine_chunks()
         self._folder.mkdir(parents=True, exist_ok=True)
-        _write(self._folder / f"part-{self._first:08d}.parquet", table)
+        _write(self._folder / self._writer.part(self._first), table)
         self._batches, self._num_written = table.to_batches(), table.num_rows
 
     def state_dict(self) -> dict[str, int]:
@@ -107,36 +125,55 @@ class Ledger:
         self.flush()
         return {"rows": self._num_closed + self._num_open}
 
-    def load_state_dict(self, state: Mapping[str, int], step: int) -> None:
+    def load_state_dict(self, state: Mapping[str, int] | None, step: int) -> None:
         """Go on after `step`, where `state_dict` was taken; rows of later steps are removed.
+
+        Args:
+            state: what it gave; None: of a run in another number of processes.
+            step: optimizer steps done.
 
         Raises:
             LedgerError: the rows up to that step are not all there.
         """
-        for leftover in self._folder.glob(".part-*.tmp"):  # of a process that was killed
-            leftover.unlink()
-        paths = _paths(self._folder)
-        while paths and _first_step(paths[-1]) > step:
-            paths.pop().unlink()
+        for leftover in leftovers(self._folder):
+            if self._is_ours(leftover.writer):
+                leftover.path.unlink(missing_ok=True)
+        parts = parts_of(self._folder)
+        for writer in filter(self._is_ours, parts):
+            while parts[writer] and parts[writer][-1].first > step:
+                parts[writer].pop().path.unlink()
+            if parts[writer] and writer != self._writer:
+                path = parts[writer][-1].path
+                rows = read_part(path, None)
+                if len(kept := rows.filter(rows["step"].to_numpy() <= step)) < len(rows):
+                    _write(path, kept)
+        own = parts.get(self._writer, [])
         self._batches, self._num_open, self._num_written = [], 0, 0
-        self._num_closed = sum(_read(path, []).num_rows for path in paths[:-1])
-        if paths:
-            self._reopen(paths[-1], step)
-        if (found := self._num_closed + self._num_open) != state["rows"]:
+        self._num_closed = sum(read_part(part.path, []).num_rows for part in own[:-1])
+        if own:
+            self._reopen(own[-1], step)
+        found = self._num_closed + self._num_open
+        if state is not None and found != state["rows"]:
             raise LedgerError(
                 f"ledger must hold {state['rows']} rows up to step {step}, got {found} in "
                 f"{self._folder}; put its files back, or replace the run with overwrite=true"
             )
 
-    def _reopen(self, path: Path, step: int) -> None:
+    def _is_ours(self, writer: Writer) -> bool:
+        """Whether this process cuts back what another wrote: its own, or one that is no more."""
+        return writer == self._writer or (
+            writer.size != self._writer.size and not self._writer.rank
+        )
+
+    def _reopen(self, part: Part, step: int) -> None:
         """Cut the last part back to `step`, and go on in it unless it is full."""
-        table = _read(path, None).cast(self._schema)
+        table = read_part(part.path, None).cast(self._schema)
         whole = table.num_rows
         table = table.filter(table["step"].to_numpy() <= step)
         if table.num_rows >= _PART_ROWS:
             self._num_closed += table.num_rows
             return
-        self._first, self._batches = _first_step(path), table.to_batches()
+        self._first, self._batches = part.first, table.to_batches()
         self._num_open = table.num_rows
         self._num_written = whole if whole == self._num_open else 0
         self.flush()
@@ -159,27 +196,45 @@ def read_ledger(run_dir: str | Path, columns: Sequence[str] | None = None) -> An
     return pa.concat_tables(read_parts(run_dir, columns))
 
 
-def read_parts(run_dir: str | Path, columns: Sequence[str] | None = None) -> Iterator[Any]:
-    """The ledger of a run in tables of whole steps, some 65,000 rows each; as `read_ledger`."""
-    paths = _paths(Path(run_dir, LEDGER_FOLDER))
+def read_parts(
+    run_dir: str | Path, columns: Sequence[str] | None = None, rank: int | None = None
+) -> Iterator[Any]:
+    """The ledger of a run in tables of whole steps, some 65,000 rows each; as `read_ledger`.
+
+    Args:
+        run_dir: the run directory.
+        columns: names of those wanted; None: all.
+        rank: of the process whose rows are wanted; None: all.
+    """
+    parts = parts_of(Path(run_dir, LEDGER_FOLDER))
     if unknown := [name for name in columns or () if name not in _SCHEMA.names]:
         raise LedgerError(f"columns must be of {_SCHEMA.names}, got {unknown}; see `read_ledger`")
-    if not paths:
+    if not parts or not (upto := last_whole_step(parts)):
         raise LedgerError(
-            f"run must have a ledger, got {str(run_dir)!r} without {LEDGER_FOLDER}/{_PARTS}; name "
-            "a run directory, and wait for its first evaluation"
+            f"run must have a ledger, got {str(run_dir)!r} without {LEDGER_FOLDER}/part-*.parquet; "
+            "name a run directory, and wait for its first evaluation"
         )
-    for path in paths:
-        yield _read(path, columns)
+    if rank is not None:
+        parts = {writer: own for writer, own in parts.items() if writer.rank == rank}
+    yield from merged(parts, columns, upto)
 
 
-def read_stream(run_dir: str | Path) -> dict[str, Any]:
+def num_writers(run_dir: str | Path) -> set[int]:
+    """In how many processes a run was trained; several numbers where it went on in another."""
+    return {writer.size for writer in parts_of(Path(run_dir, LEDGER_FOLDER))}
+
+
+def read_stream(run_dir: str | Path, rank: int = 0) -> dict[str, Any]:
     """What the pools of a run depend on, as `PoolStream.identity`; empty where it is not known.
+
+    Args:
+        run_dir: the run directory.
+        rank: of the process whose pools they are.
 
     Raises:
         LedgerError: as `read_ledger`.
     """
-    metadata = next(read_parts(run_dir, ["step"])).schema.metadata
+    metadata = next(read_parts(run_dir, ["step"], rank)).schema.metadata
     stream: dict[str, Any] = json.loads(metadata[_METADATA])["stream"]
     return stream
 
@@ -329,24 +384,3 @@ def _write(path: Path, table: Any) -> None:
         write_table(
             table, file, compression="zstd", use_dictionary=others, use_byte_stream_split=floats
         )
-
-
-def _paths(folder: Path) -> list[Path]:
-    return sorted(folder.glob(_PARTS))
-
-
-def _first_step(path: Path) -> int:
-    return int(path.stem.removeprefix("part-"))
-
-
-def _read(path: Path, columns: Sequence[str] | None) -> Any:
-
-    try:
-        with ParquetFile(path) as file:
-            return file.read(columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LedgerError(
-            f"part of the ledger must be a whole Parquet file, got {path} ({reason}); put it back "
-            "from a copy, or run again with overwrite=true"
-        ) from error

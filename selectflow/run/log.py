@@ -16,6 +16,7 @@ from typing import Any, Literal
 from selectflow.control.rules import Decision
 from selectflow.core.batches import num_examples
 from selectflow.core.files import atomic_file, size_on_disk
+from selectflow.distributed import ALONE, Group
 from selectflow.run import metrics, wandb
 from selectflow.run.ledger import Ledger
 from selectflow.strategies import Selection
@@ -227,26 +228,29 @@ def read_decisions(run_dir: str | Path) -> Iterator[Decision]:
 class RunLog:
     """Collects what each step did, and hands means over a stretch of steps to the tracker.
 
-    Every pool and batch of a run is a mapping with a list "key" of sample ids.
+    Every pool and batch of a run is a mapping with a list "key" of sample ids. Of several processes
+    the first one logs, what all of them did.
 
     Args:
         ledger: takes what was kept.
-        decisions: takes what the controller decided.
-        tracker: takes the metrics.
+        decisions: takes what the controller decided; None: another process logs.
+        tracker: takes the metrics; None: another process logs.
         kinds: ids of samples by what they are, to report which share of the kept they make up.
         upfront_s: seconds of selection before the first step.
+        group: the processes that log together.
     """
 
     def __init__(
         self,
         ledger: Ledger,
-        decisions: DecisionLog,
-        tracker: Tracker,
+        decisions: DecisionLog | None,
+        tracker: Tracker | None,
         kinds: Mapping[str, frozenset[str]],
         upfront_s: float = 0.0,
+        group: Group = ALONE,
     ) -> None:
         self._ledger, self._decisions, self._tracker = ledger, decisions, tracker
-        self._kinds = kinds
+        self._kinds, self._group = kinds, group
         self._means = metrics.Means()  # since the last flush
         self._counts = Counter[str]()  # steps since then; samples and tokens since the start
         self._select_s = self._wall_s_before = upfront_s
@@ -273,6 +277,9 @@ class RunLog:
         found = metrics.of_selection(selection) | {metrics.LR_MULTIPLIER: selection.lr_multiplier}
         for kind, keys in self._kinds.items():
             found[metrics.kept_share(kind)] = sum(key in keys for key in batch["key"]) / kept
+        if self._group.size > 1:  # of the best of all pools, some processes had more than others
+            score = {metrics.SCORE_MEAN: found.pop(metrics.SCORE_MEAN)}
+            self._means.add(score, share * len(selection.indices))
         self._means.add(found, share)
         self._counts["seen"] += kept
         if "tokens" in batch:
@@ -280,8 +287,9 @@ class RunLog:
         if selection.losses is not None:
             self._counts["scored"] += num_examples(selection.pool)
         self._select_s += selection.seconds
-        for decision in selection.decisions:
-            self._decisions.add(decision)
+        if self._decisions is not None:  # they are the same in all processes
+            for decision in selection.decisions:
+                self._decisions.add(decision)
 
     def flush(self, step: int, lr: float, wall_s: float, evaluation: Mapping[str, float]) -> None:
         """Send the means since the last flush, and an evaluation, to the tracker; write the ledger.
@@ -292,19 +300,24 @@ class RunLog:
             wall_s: seconds of training so far: data, selection and updates.
             evaluation: metrics by name, as "test/accuracy".
         """
-        counts, found = self._counts, self._means.pop()
-        if num_steps := counts["steps"]:
+        told = self._group.gather((self._means.state_dict(), dict(self._counts), self._select_s))
+        self._means.pop()
+        found = metrics.Means.over(means for means, _, _ in told).pop()
+        counts = sum((Counter(own) for _, own, _ in told), Counter[str]())
+        if num_steps := self._counts["steps"]:
             found |= {
                 metrics.LEARNING_RATE: lr,
                 metrics.SAMPLES_SEEN: counts["seen"],
                 metrics.SAMPLES_SCORED: counts["scored"],
                 **({metrics.TOKENS_SEEN: counts["tokens"]} if counts["tokens"] else {}),
-                metrics.SELECT_S: self._select_s,
+                metrics.SELECT_S: sum(seconds for _, _, seconds in told) / len(told),
                 metrics.STEP_S: (wall_s - self._wall_s_before) / num_steps,
             }
-        found |= self._decisions.measured | {metrics.WALL_S: wall_s} | dict(evaluation)
-        self._tracker.log(step, found)
-        counts["steps"], self._wall_s_before, self._last = 0, wall_s, found
+        measured = self._decisions.measured if self._decisions else {}
+        found |= measured | {metrics.WALL_S: wall_s} | dict(evaluation)
+        if self._tracker is not None:
+            self._tracker.log(step, found)
+        self._counts["steps"], self._wall_s_before, self._last = 0, wall_s, found
         self._ledger.flush()
 
     def state_dict(self) -> dict[str, Any]:
@@ -315,7 +328,7 @@ class RunLog:
             "select_s": self._select_s,
             "wall_s_before": self._wall_s_before,
             "ledger": self._ledger.state_dict(),
-            "decisions": self._decisions.state_dict(),
+            "decisions": self._decisions and self._decisions.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
@@ -325,7 +338,8 @@ class RunLog:
         self._counts = Counter(state["counts"])
         self._select_s, self._wall_s_before = state["select_s"], state["wall_s_before"]
         self._ledger.load_state_dict(state["ledger"], step)
-        self._decisions.load_state_dict(state["decisions"])
+        if self._decisions is not None:
+            self._decisions.load_state_dict(state["decisions"])
 
     def summary(self) -> str:
         """The last flush in a few words, for a progress line."""
@@ -335,6 +349,24 @@ class RunLog:
             "altered": metrics.kept_share("altered"),
         }
         return "  ".join(f"{k} {self._last[n]:.3f}" for k, n in shown.items() if n in self._last)
+
+
+def log_state_of(states: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:
+    """The state of the `RunLog` of one process, from those of another number of processes.
+
+    Args:
+        states: of all processes that there were, by rank.
+        rank: of the process that goes on; the first takes over what was counted.
+    """
+    first, steps = states[0], {"steps": states[0]["counts"]["steps"]}
+    taken_over = states if rank == 0 else []
+    counts = sum((Counter(state["counts"]) for state in taken_over), Counter[str]())
+    return dict(first) | {
+        **metrics.Means.over(taken_over).state_dict(),
+        "counts": dict(counts) | steps,
+        "select_s": sum(state["select_s"] for state in states) / len(states),
+        "ledger": None,
+    }
 
 
 def _append_line(path: Path, values: Mapping[str, Any]) -> None:

@@ -9,25 +9,21 @@ save it, `model/`, at the end; after offline selection also the score file, `sel
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import math
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from selectflow.core.batches import Batch, MicroBatches, to_device
+from selectflow.core.wrappers import unwrap
+from selectflow.distributed import Group, here, is_from_elsewhere, joined, reshard, share_buffers
 from selectflow.run import metrics
 from selectflow.run.build import (
     build_losses,
@@ -44,13 +40,33 @@ from selectflow.run.directory import (
     is_finished,
     lock,
     open_run_dir,
+    read_checkpoint,
     restore_generators,
 )
 from selectflow.run.ledger import Ledger
 from selectflow.run.log import DecisionLog, RunLog, Stopwatch, Tracker
-from selectflow.run.offline import select_offline
+from selectflow.run.offline import check_selected, select_offline
+from selectflow.run.parallel import (
+    agreed,
+    check_parallel,
+    check_same,
+    evaluate,
+    evaluation_share,
+    mean_over,
+    parallel_of,
+    target_share,
+)
 from selectflow.run.samples import SampleDisplay
+from selectflow.run.shared_checkpoints import Saved, load_together, own_state, save_together
+from selectflow.run.spread import spread, whole_weights
 from selectflow.run.task import PoolSource, RunError, Task
+from selectflow.run.terminal import (
+    StopRequest,
+    print_anything,
+    progress_bar,
+    show_progress,
+    stop_request,
+)
 from selectflow.strategies import Selection
 
 __all__ = ["RunError", "Task", "resolve_device", "train"]
@@ -67,6 +83,9 @@ def train(config: RunConfig, task: Task) -> Path:
     samples that helped most are trained on; the clock starts with the seconds that this took.
     With `select.replay` the run trains on the examples that another run kept, without scoring.
 
+    All processes that torch.distributed joins here train one run: call it in each, with pools of
+    its own. They need one file system; the first of them writes logs.
+
     Args:
         config: the run.
         task: the model and its data; moved to the configured device.
@@ -80,15 +99,38 @@ def train(config: RunConfig, task: Task) -> Path:
         FloatingPointError: a loss, gradient or score is not finite; the weights are those
             before that step, in the newest checkpoint.
     """
-    run_dir = config.run_dir
-    with lock(run_dir):
-        saved, upfront_s = open_run_dir(config), 0.0
-        if saved is None and is_finished(run_dir):
-            return run_dir
-        if config.select.is_offline:  # a signal ends it at once: there is nothing to save yet
-            task, upfront_s = select_offline(config, task)
-        _train(_Run(config, task, saved, upfront_s))
-    return run_dir
+    group, upfront_s = here(), 0.0
+    check_same("configuration", config.model_dump(mode="json"), group)
+    with contextlib.ExitStack() as held:
+        saved, is_over = _open(config, group, held)
+        if is_over:
+            return config.run_dir
+        with group.together(ValueError, OSError):
+            if config.select.is_offline:  # a signal ends it at once: there is nothing to save yet
+                task, upfront_s = select_offline(config, task, group)
+        check_parallel(config, task, group)
+        _train(_Run(config, task, saved, upfront_s, group))
+    return config.run_dir
+
+
+def _open(config: RunConfig, group: Group, held: contextlib.ExitStack) -> tuple[Saved | None, bool]:
+    """Take the run directory; the checkpoint to go on from, and whether the run is over.
+
+    The first process does, and holds it. What it finds, also an error, holds for all of them.
+    """
+    saved: Saved | None = None
+
+    def first() -> tuple[Path | None, bool]:
+        nonlocal saved
+        held.enter_context(lock(config.run_dir))
+        check_selected(config, group)
+        saved = Saved(*found) if (found := open_run_dir(config)) else None
+        return (saved.path if saved else None), saved is None and is_finished(config.run_dir)
+
+    path, is_over = group.on_first(first)
+    if path is not None and saved is None:
+        saved = Saved(path, read_checkpoint(path))
+    return saved, is_over
 
 
 def _train(run: _Run) -> None:
@@ -99,7 +141,7 @@ def _train(run: _Run) -> None:
             run.checkpoints.wait()
             run.finish(status)
         except BaseException as error:
-            with contextlib.suppress(OSError):  # it would hide why the run ends
+            with contextlib.suppress(OSError, RuntimeError):  # it would hide why the run ends
                 diverged = {}
                 if isinstance(error, FloatingPointError):
                     run.save()
@@ -116,64 +158,96 @@ class _Run:
     """The parts of a run and its loop; all that changes is in `state_dict`."""
 
     def __init__(
-        self, config: RunConfig, task: Task, saved: dict[str, Any] | None, upfront_s: float
+        self,
+        config: RunConfig,
+        task: Task,
+        saved: Saved | None,
+        upfront_s: float,
+        group: Group,
     ) -> None:
-        self.config, self.task, self.step, self.upfront_s = config, task, 0, upfront_s
+        self.config, self.step, self.upfront_s = config, 0, upfront_s
+        self.group, self.parallel = group, parallel_of(config, group)
         self.device = resolve_device(config.device)
-        self.model = task.model.to(self.device)
-        self.target = [to_device(batch, self.device) for batch in task.target]
-        self.test = [to_device(batch, self.device) for batch in task.test]
+        model = task.model
+        self.model = spread(model, self.parallel, self.device) if self.parallel else model
+        self.model.to(self.device)
+        self.task = task = replace(task, model=self.model)
+        self.target, self.test = (
+            [(to_device(batch, self.device), num) for batch, num in evaluation_share(whole, group)]
+            for whole in (task.target, task.test)
+        )
+        target = target_share(self.target, task.target, group)
         self.losses = build_losses(self.model, task.loss_fn, config.train, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)
-        self.pools = PoolSource(task.pools, self.device)
+        self.pools = PoolSource(task.pools, self.device, group, config.data.max_errors)
         self.selector = build_selector(
-            config, task, self.optimizer, self.scheduler, self.target, self.pools.identity
+            config, task, self.optimizer, self.scheduler, target, self.pools.identity, group
         )
         self.watch = Stopwatch(upfront_s)
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
-        self.tracker = _tracker(config, saved["tracker"]["run_id"] if saved else None)
-        self.ledger = Ledger(config.run_dir, self.pools.identity)
-        decisions = DecisionLog(config.run_dir)
-        self.log = RunLog(self.ledger, decisions, self.tracker, task.kinds, upfront_s)
-        self.samples = SampleDisplay(config, task, self.tracker)
         self.saved_at: int | None = None  # step of the newest checkpoint
-        if saved is not None:
-            self.load_state_dict(saved)
+        own = own_state(saved, group, self.parallel) if saved else None
+        self.ledger = Ledger(config.run_dir, self.pools.identity, group.rank, group.size)
+        self.tracker: Tracker | None = None
+        decisions, self.samples = None, None
+        if group.rank == 0:  # the others are silent
+            self.tracker = _tracker(config, own["tracker"]["run_id"] if own else None)
+            decisions = DecisionLog(config.run_dir)
+            self.samples = SampleDisplay(config, task, self.tracker)
+        self.log = RunLog(self.ledger, decisions, self.tracker, task.kinds, upfront_s, group)
+        if group.rank > 0:  # dropout differs between the processes, initial weights do not
+            torch.manual_seed(config.seed + group.rank)
+        if saved is not None and own is not None:
+            self.load_state_dict(saved, own)
 
     def loop(self, stop: StopRequest) -> str:
         """Train to the end of the run, or until a stop is requested; returns how it ended."""
-        config = self.config
+        config, group = self.config, self.group
         if self.step == 0:
             self.log.flush(0, 0.0, self.upfront_s, self.evaluate())
-        with progress_bar(config.run_name, config.steps) as bar:
+        with progress_bar(config.run_name, config.steps, is_shown=group.rank == 0) as bar:
             self.watch.start()
             for parts in self.kept(config.steps - self.step):
-                batches = [batch for batch, _ in parts]
-                batch = batches[0] if len(batches) == 1 else MicroBatches(batches)
-                clip, accumulate = config.optimizer.max_grad_norm, config.train.accumulate
-                loss = update(
-                    self.model, self.losses, batch, self.optimizer, self.step, clip, accumulate
-                )
-                lr = self.optimizer.param_groups[0]["lr"] * parts[-1][1].lr_multiplier
-                self.scheduler.step()
+                lr, loss = self.train_on(parts)
                 self.step += 1
-
                 wall_s = self.watch.stop()  # evaluation, logging and saving are not counted
+                stopped_by, wall_s = agreed(group, stop.name, wall_s)
                 self.log.step(self.step, parts, loss)
-                self.samples.add(self.step, [selection for _, selection in parts])
+                if self.samples:
+                    self.samples.add(self.step, [selection for _, selection in parts])
                 is_last = self.step == config.steps or wall_s >= (config.max_wall_s or math.inf)
                 is_evaluated = self.step % config.eval_every == 0 or is_last
                 if is_evaluated:
                     self.log.flush(self.step, lr, wall_s, self.evaluate())
-                    self.samples.show_recent(self.step)
-                if self.step % config.checkpoint_every == 0 or is_last or stop.name:
+                    if self.samples:
+                        self.samples.show_recent(self.step)
+                if self.step % config.checkpoint_every == 0 or is_last or stopped_by:
                     self.save()
-                show_progress(bar, self.step, self.log.summary(), with_line=is_evaluated)
-                if is_last or stop.name:
-                    return "finished" if is_last else f"stopped by {stop.name}"
+                if group.rank == 0:
+                    show_progress(bar, self.step, self.log.summary(), with_line=is_evaluated)
+                if is_last or stopped_by:
+                    return "finished" if is_last else f"stopped by {stopped_by}"
                 self.watch.start()
         return "finished"  # the pools have come to their end
+
+    def train_on(self, parts: Sequence[tuple[Batch, Selection]]) -> tuple[float, float]:
+        """One optimizer step on what was kept; its learning rate and its loss."""
+        config, batches = self.config, [batch for batch, _ in parts]
+        loss = update(
+            self.model,
+            self.losses,
+            batches[0] if len(batches) == 1 else MicroBatches(batches),
+            self.optimizer,
+            self.step,
+            config.optimizer.max_grad_norm,
+            config.train.accumulate,
+            self.group,
+        )
+        share_buffers(self.model, self.group)
+        lr = self.optimizer.param_groups[0]["lr"] * parts[-1][1].lr_multiplier
+        self.scheduler.step()
+        return lr, loss
 
     def kept(self, steps: int) -> Iterator[list[tuple[Batch, Selection]]]:
         """The batches of each of so many steps: of each pool the kept part, and its selection."""
@@ -190,117 +264,88 @@ class _Run:
     def evaluate(self) -> dict[str, float]:
         """Means over the target and the test set, by metric name; what the pools cost and lack."""
         found: dict[str, float] = {}
-        training = self.model.training
+        training, model = self.model.training, unwrap(self.model)
         self.model.eval()
         try:
             with torch.no_grad():
-                for split, batches in (("target", self.target), ("test", self.test)):
-                    means = self.task.evaluate(self.model, batches)
+                for split, parts in (("target", self.target), ("test", self.test)):
+                    means = evaluate(self.task.evaluate, model, parts, self.group)
                     if any(map(math.isnan, means.values())):
                         means = dict.fromkeys(means, math.nan)  # an argmax of NaN is class 0
                     found |= {metrics.evaluated(split, name): x for name, x in means.items()}
         finally:
             self.model.train(training)
+            reshard(self.model)
+        seconds = mean_over(self.group, self.pools.seconds)
         errors = sum(self.pools.errors.values())
-        return found | {metrics.DATA_ERRORS: errors, metrics.DATA_S: self.pools.seconds}
+        return found | {metrics.DATA_ERRORS: errors, metrics.DATA_S: seconds}
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless it was written or read already."""
-        if self.step != self.saved_at:
-            self.checkpoints.save(self.step, self.state_dict())
-            self.saved_at = self.step
+        if self.step == self.saved_at:
+            return
+        own = self.state_dict()
+        if self.parallel is None:
+            states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            self.checkpoints.save(self.step, own | states)
+        elif self.step:  # before there is nothing to go on from, nor a state of the optimizer
+            path = self.checkpoints.folder(self.step)
+            save_together(path, own, self.model, self.optimizer, self.group)
+            self.group.on_first(lambda: self.checkpoints.drop_others(path))
+        self.saved_at = self.step
 
     def finish(self, status: str, facts: Mapping[str, int] | None = None) -> None:
         """Write the rest of the log, how the run ended, and other facts of its end."""
         self.ledger.flush()
         if status == "finished":
-            if self.task.save:
-                self.task.save(self.config.run_dir / "model")
-            self.samples.show_all()
+            weights = whole_weights(self.model) if self.task.save else {}
+            self.group.wait()  # the ledger is whole
+            if self.samples:
+                if self.task.save:
+                    self.task.save(self.config.run_dir / "model", weights)
+                self.samples.show_all()
         upfront = {metrics.UPFRONT_S: self.upfront_s} if self.config.select.is_offline else {}
         errors = {"errors_by_shard": errors} if (errors := self.pools.errors) else {}
-        ended = {"status": status, "steps": self.step} | dict(facts or {})
-        self.tracker.finish(ended | upfront | errors)
+        if self.tracker:
+            ended = {"status": status, "steps": self.step} | dict(facts or {})
+            self.tracker.finish(ended | upfront | errors)
 
     def state_dict(self) -> dict[str, Any]:
+        """What the rest of the run depends on in this process, but for model and optimizer."""
+        several = {"parallel": self.parallel, "processes": self.group.size}
         return {
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "selector": self.selector.state_dict(with_peeked=False),  # `pools` draws them again
             "pools": self.pools.state_dict(),
             "log": self.log.state_dict(),
-            "samples": self.samples.state_dict(),
-            "tracker": self.tracker.state_dict(),
+            "samples": self.samples.state_dict() if self.samples else {},
+            "tracker": self.tracker.state_dict() if self.tracker else {},
             "wall_s": self.watch.seconds,
             "data_s": self.pools.seconds,
             "generators": generator_states(),
+            **(several if self.parallel else {}),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.watch.seconds = state["step"], state["wall_s"]
-        self.saved_at, self.pools.seconds = self.step, state.get("data_s", 0.0)
-        for name in ("model", "optimizer", "scheduler", "selector", "pools", "tracker"):
-            getattr(self, name).load_state_dict(state[name])
-        self.log.load_state_dict(state["log"], self.step)
-        self.samples.load_state_dict(state.get("samples", {}))
-        restore_generators(state["generators"])
-
-
-def progress_bar(name: str, steps: int) -> Progress:
-    """A bar on stdout at a terminal, and elsewhere nothing."""
-    console = Console(file=sys.stdout)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    bar.add_task(name, total=steps, text="")
-    return bar
-
-
-def show_progress(bar: Progress, step: int, text: str, *, with_line: bool) -> None:
-    """Move the bar to a step; where none is drawn, print a line if there is to be one."""
-    (task,) = bar.tasks
-    bar.update(task.id, completed=step, text=text)
-    if bar.disable and with_line:
-        print(f"{task.description} {step}/{task.total} {text}".rstrip(), flush=True)
-
-
-@dataclass
-class StopRequest:
-    """The signal by which the process was asked to stop, if it was."""
-
-    name: str | None = None
-
-
-@contextlib.contextmanager
-def stop_request() -> Iterator[StopRequest]:
-    """Let the running step end on SIGTERM or the first Ctrl-C; a second signal ends at once."""
-    request, signals = StopRequest(), (signal.SIGTERM, signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread():
-        yield request  # only the main thread may handle signals
-        return
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        del frame
-        request.name = signal.Signals(number).name
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in signals:
-        signal.signal(number, note)
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def load_state_dict(self, saved: Saved, own: dict[str, Any]) -> None:
+        """Go on from a checkpoint, and from what this process has of it."""
+        if self.parallel is None and saved.is_of_one:
+            self.model.load_state_dict(saved.state["model"])
+            self.optimizer.load_state_dict(saved.state["optimizer"])
+        else:
+            load_together(saved, self.model, self.optimizer)
+        self.step, self.watch.seconds = own["step"], own["wall_s"]
+        self.saved_at, self.pools.seconds = self.step, own.get("data_s", 0.0)
+        self.scheduler.load_state_dict(own["scheduler"])
+        self.pools.load_state_dict(own["pools"])
+        if own["selector"] is not None:
+            self.selector.load_state_dict(own["selector"])
+        self.log.load_state_dict(own["log"], self.step)
+        if self.tracker and self.samples:
+            self.tracker.load_state_dict(own["tracker"])
+            self.samples.load_state_dict(own.get("samples", {}))
+        if own["generators"] is not None:
+            restore_generators(own["generators"])
 
 
 def _tracker(config: RunConfig, run_id: str | None) -> Tracker:
@@ -345,18 +390,17 @@ def trainer_main(
         config = load(arguments[0], arguments[1:])
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        run_dir = train(config, build_task(config))
+        with joined(resolve_device(config.device), config.timeout_s) as group:
+            if group.rank > 0:
+                logging.getLogger("selectflow").setLevel(logging.WARNING)
+            with group.together(ValueError, OSError):
+                task = build_task(config)
+            run_dir = train(config, task)
+            is_first = group.rank == 0
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not is_from_elsewhere(error):
+            print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {run_dir}")
+    if is_first:
+        print(f"wrote {run_dir}")
     return 0
-
-
-def print_anything() -> None:
-    """From here on, print a character that stdout cannot encode as its escape in Python source.
-
-    A run must not end because a terminal, a pipe or a log cannot show a character of its data.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")

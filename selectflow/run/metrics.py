@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from selectflow.strategies import Selection
@@ -102,6 +102,16 @@ class Means:
         self._sums: dict[str, float] = defaultdict(float)
         self._weights: dict[str, float] = defaultdict(float)
 
+    @classmethod
+    def over(cls, states: Iterable[Mapping[str, Any]]) -> Means:
+        """Means over all that several have added, from their states."""
+        found = cls()
+        for state in states:
+            for name, total in state["sums"].items():
+                found._sums[name] += total
+                found._weights[name] += state["weights"][name]
+        return found
+
     def add(self, values: Mapping[str, float | None], weight: float = 1.0) -> None:
         """Add a value of each metric; None: there is none."""
         for name, value in values.items():
@@ -128,8 +138,9 @@ class Means:
 
 def of_selection(selection: Selection) -> dict[str, float | None]:
     """The metrics of one selection that are reported as means over the selections."""
+    kept = selection.scores[selection.indices]
     return {
-        SCORE_MEAN: float(selection.scores[selection.indices].mean()),
+        SCORE_MEAN: float(kept.mean()) if len(kept) else None,  # others may have kept all of theirs
         KEPT_FRACTION: len(selection.indices) / len(selection.scores),
         HORIZON: selection.horizon,
     }

@@ -21,6 +21,7 @@ from selectflow.core.batches import Batch, chunks, num_examples, num_kept, to_de
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.files import atomic_file
 from selectflow.data import Layout, Manifest, PoolStream, Sources, write_subset
+from selectflow.distributed import ALONE, Group
 from selectflow.offline.record import record
 from selectflow.offline.score import SampleScores, score_samples
 from selectflow.offline.trajectory import Trajectory
@@ -31,7 +32,22 @@ from selectflow.run.task import RunError, Task
 _DEFAULT_LAYOUT = Layout()
 
 
-def select_offline(config: RunConfig, task: Task) -> tuple[Task, float]:
+def check_selected(config: RunConfig, group: Group) -> None:
+    """Refuse to select in several processes: the sweep needs the whole recorded run in one.
+
+    Raises:
+        RunError: select.horizon is .inf, and nothing was selected in the run directory yet.
+    """
+    is_there = (config.run_dir / "offline.json").exists() and not config.overwrite
+    if config.select.is_offline and group.size > 1 and not is_there:
+        raise RunError(
+            f"select.horizon must be finite in {group.size} processes until samples are selected, "
+            "got .inf; start the run in one process with steps as they are, stop it when it trains "
+            "(Ctrl-C), and go on by torchrun with resume=auto"
+        )
+
+
+def select_offline(config: RunConfig, task: Task, group: Group = ALONE) -> tuple[Task, float]:
     """The task on the samples that offline selection keeps, and the seconds that finding them took.
 
     What an earlier process selected in this run directory is used again.
@@ -39,6 +55,7 @@ def select_offline(config: RunConfig, task: Task) -> tuple[Task, float]:
     Args:
         config: of a run with `select.horizon: .inf`.
         task: its model stays as it is: a copy is trained for the recording.
+        group: the processes that train on what was selected.
 
     Returns:
         The task with pools of kept samples, each a whole batch, and the seconds of recording,
@@ -64,7 +81,8 @@ def select_offline(config: RunConfig, task: Task) -> tuple[Task, float]:
             file.write((json.dumps(found, indent=2) + "\n").encode())
     found = json.loads(report.read_text("utf-8"))
     root, size = config.run_dir / "selected", int(found["batch_size"])
-    pools = PoolStream(root, pool=size, seed=config.seed, **config.data.reading)
+    reading = config.data.reading | {"rank": group.rank, "world_size": group.size}
+    pools = PoolStream(root, pool=size, seed=config.seed, **reading)
     return replace(task, pools=pools), found["upfront_s"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selectflow.core.batches import Batch, take
-from selectflow.run.ledger import last_step, read_parts, read_stream
+from selectflow.run.ledger import last_step, num_writers, read_parts, read_stream
 from selectflow.run.log import read_decisions
 from selectflow.strategies import Selection
 
@@ -38,19 +39,22 @@ class Choice(NamedTuple):
     scores: Tensor
 
 
-def read_choices(run_dir: str | Path, after: int = 0, num_pools: int = 1) -> Iterator[Choice]:
+def read_choices(
+    run_dir: str | Path, after: int = 0, num_pools: int = 1, rank: int | None = None
+) -> Iterator[Choice]:
     """The choices of a run, step by step, pool by pool.
 
     Args:
         run_dir: a run directory with a ledger.
         after: the first one is that of step `after` + 1.
         num_pools: pools of a step, all of one size.
+        rank: of the process that chose; None: all of them.
 
     Raises:
         LedgerError: there is none, or a part cannot be read.
         ReplayError: a step cannot be of that many pools.
     """
-    for part in read_parts(run_dir, ["step", "key", "score", "kept"]):
+    for part in read_parts(run_dir, ["step", "key", "score", "kept"], rank):
         steps = part["step"].to_numpy()
         starts = np.flatnonzero(np.diff(steps, prepend=0))
         for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
@@ -85,10 +89,13 @@ class Replay:
         steps: optimizer steps that are wanted of it.
         stream: what the pools here depend on, as `PoolStream.identity`; {} where it is not known.
         pools_per_update: pools of a step, all of one size; as many as the run had.
+        rank: of this process, which trains on what that of this rank kept.
+        size: processes that train; as many as the run had.
 
     Raises:
         LedgerError: it has no ledger, or a part cannot be read.
-        ReplayError: it was of other pools, or did not come as far.
+        ReplayError: it was of other pools or in another number of processes, or did not come as
+            far.
 
     Warns:
         UserWarning: the controller changed its learning rate, which a replay does not repeat.
@@ -100,9 +107,21 @@ class Replay:
         steps: int,
         stream: Mapping[str, Any],
         pools_per_update: int = 1,
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
         self._run_dir, self._step, self._num_pools = run_dir, 0, pools_per_update
-        _check_same(run_dir, read_stream(run_dir), stream)
+        self._rank = rank
+        sizes = num_writers(run_dir)
+        if sizes and sizes != {size}:
+            there = " and then ".join(map(str, sorted(sizes)))
+            raise ReplayError(
+                f"a replay must be in as many processes as the run in {run_dir}, {there}, got "
+                f"{size}; start as many by torchrun, or replay a run that had one number of them"
+            )
+        if size > 1:
+            _check_equal(run_dir, size)
+        _check_same(run_dir, read_stream(run_dir, rank), stream)
         if steps > (recorded := last_step(run_dir)):
             raise ReplayError(
                 f"steps must be <= {recorded}, the steps recorded in {run_dir}, got {steps}; "
@@ -129,7 +148,7 @@ class Replay:
         """
         del upcoming
         if self._choices is None:
-            self._choices = read_choices(self._run_dir, self._step, self._num_pools)
+            self._choices = read_choices(self._run_dir, self._step, self._num_pools, self._rank)
         choice = next(self._choices)
         began = time.perf_counter()
         _check_pool(self._run_dir, choice, pool["key"])
@@ -157,6 +176,27 @@ class Replay:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after `state_dict`."""
         self._step, self._choices = state["step"], None
+
+
+def _check_equal(run_dir: str | Path, size: int) -> None:
+    """Refuse a run whose processes kept different numbers of their own pools: weights would differ.
+
+    Raises:
+        ReplayError: names the first such step.
+    """
+    lanes = [read_parts(run_dir, ["step", "kept"], rank) for rank in range(size)]
+    counts = [Counter[int]() for _ in lanes]
+    for count, parts in zip(counts, lanes, strict=True):
+        for part in parts:
+            count.update(part.filter(part["kept"])["step"].to_pylist())
+    for step in sorted(set().union(*counts)):
+        kept = [count[step] for count in counts]
+        if len(set(kept)) > 1:
+            raise ReplayError(
+                f"a run must have kept as many examples of each process's pool to be replayed, got "
+                f"{kept} at step {step} of the run in {run_dir} (select.scope: global, or samples "
+                "that were lost); replay one with select.scope=local"
+            )
 
 
 def _check_same(run_dir: str | Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

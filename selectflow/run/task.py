@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -15,7 +15,11 @@ from torch import nn
 
 from selectflow.core.batches import Batch, to_device
 from selectflow.core.passes import LossFn
-from selectflow.data import Sources
+from selectflow.data import DataError, Sources
+from selectflow.distributed import ALONE, Group
+
+# what the processes of a group tell each other when they draw
+_HAS_POOL, _HAS_ENDED, _HAS_FAILED = range(3)
 
 
 class RunError(ValueError):
@@ -29,7 +33,8 @@ class Task:
     Attributes:
         model: the module, initialised.
         loss_fn: `loss_fn(model, batch)` -> per-example losses, shape (N,).
-        evaluate: `evaluate(model, batches)` -> means by name, such as loss and accuracy.
+        evaluate: `evaluate(model, batches)` -> means over the examples by name, such as loss and
+            accuracy.
         pools: the stream of candidate pools: mappings with a list "key" of sample ids. Where they
             have them, a run also uses `state_dict` and `load_state_dict` to be resumed, `errors`
             and `identity`, as of `PoolStream`.
@@ -42,7 +47,8 @@ class Task:
         show: `show(batch, index)` -> an example as text, for tables of samples.
         score_view: `score_view(num_tokens)` -> the `score_view` of a `Selector`, a window of that
             many tokens of each example; None: the examples have none.
-        save: `save(folder)` writes the trained model in its library's own form.
+        save: `save(folder, weights)` writes the trained model in its library's own form; weights
+            is its `state_dict`, put together where it is sharded. Called in one process alone.
     """
 
     model: nn.Module
@@ -55,7 +61,7 @@ class Task:
     source: Sources | None = None
     show: Callable[[Batch, int], str] | None = None
     score_view: Callable[[int], Callable[[Batch], Batch]] | None = None
-    save: Callable[[Path], None] | None = None
+    save: Callable[[Path, Mapping[str, Any]], None] | None = None
 
 
 class PoolSource:
@@ -69,14 +75,25 @@ class PoolSource:
         pools: any iterable of batches; it can be resumed if it has `state_dict` and
             `load_state_dict`.
         device: where the pools go.
+        group: processes that draw at the same time, each its own pools. They end together, and an
+            error of one is raised in all: none waits for another's next pool.
+        max_errors: samples that they may find unreadable, all together.
 
     Attributes:
         seconds: waited for pools.
     """
 
-    def __init__(self, pools: Iterable[Batch], device: torch.device) -> None:
+    def __init__(
+        self,
+        pools: Iterable[Batch],
+        device: torch.device,
+        group: Group = ALONE,
+        max_errors: int = 0,
+    ) -> None:
         self._pools: Any = pools
-        self._device = device
+        self._device, self._group, self._max_errors = device, group, max_errors
+        self._faults: list[dict[str, str]] = []  # of each process: the shards of unreadable rows
+        self._num_faults = torch.empty(0, dtype=torch.float64)  # of each process
         self._is_resumable = hasattr(pools, "state_dict") and hasattr(pools, "load_state_dict")
         self._iterator: Iterator[Batch] | None = None
         self._peeked: deque[tuple[Batch, Any]] = deque()  # pools, and the position after each
@@ -105,9 +122,43 @@ class PoolSource:
             self._iterator = iter(self._pools)
             self._position = self._present()
         began = time.perf_counter()
-        pool = next(self._iterator)
+        is_alone = self._group.size == 1
+        pool = next(self._iterator) if is_alone else self._next_together(self._iterator)
         self.seconds += time.perf_counter() - began
         return to_device(pool, self._device), self._present()
+
+    def _next_together(self, iterator: Iterator[Batch]) -> Batch:
+        """The next pool of this process, if all processes have one."""
+        pool, error, state = None, None, _HAS_POOL
+        try:
+            pool = next(iterator)
+        except StopIteration:
+            state = _HAS_ENDED
+        except (ValueError, OSError) as found:
+            error, state = found, _HAS_FAILED
+        own = self._own_faults()
+        told = self._group.numbers([state, len(own)])
+        states, counts = told.unbind(1)
+        if (states == _HAS_FAILED).any():
+            with self._group.together(DataError, ValueError, OSError):
+                if error is not None:
+                    raise error
+        if not torch.equal(counts, self._num_faults):  # rows: two may have met the same one
+            self._num_faults, self._faults = counts, self._group.gather(own)
+        if sum(self.errors.values()) > self._max_errors:
+            raise DataError(
+                f"unreadable samples must be at most data.max_errors, {self._max_errors}, in all "
+                f"processes together, got {self.errors}; restore these shards, or raise it to go "
+                "on without such samples"
+            )
+        if (states == _HAS_ENDED).any():
+            raise StopIteration
+        return pool
+
+    def _own_faults(self) -> dict[str, str]:
+        """The shard of each row that this process could not read."""
+        present = self._present()
+        return dict(present.get("errors", {})) if isinstance(present, Mapping) else {}
 
     def _present(self) -> Any:
         return self._pools.state_dict() if self._is_resumable else None
@@ -115,6 +166,9 @@ class PoolSource:
     @property
     def errors(self) -> dict[str, int]:
         """Samples that could not be read so far, by shard; {} where the pools do not count them."""
+        if self._group.size > 1:
+            rows = {row: shard for faults in self._faults for row, shard in faults.items()}
+            return dict(Counter(rows.values()))
         return dict(getattr(self._pools, "errors", {}))
 
     @property

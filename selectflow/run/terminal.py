@@ -1,0 +1,79 @@
+"""What a run shows at a terminal, and the signals by which it is stopped there."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def progress_bar(name: str, steps: int, *, is_shown: bool = True) -> Progress:
+    """A bar on stdout at a terminal, and elsewhere nothing."""
+    console = Console(file=sys.stdout)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+        console=console,
+        disable=not (is_shown and console.is_terminal),
+    )
+    bar.add_task(name, total=steps, text="")
+    return bar
+
+
+def show_progress(bar: Progress, step: int, text: str, *, with_line: bool) -> None:
+    """Move the bar to a step; where none is drawn, print a line if there is to be one."""
+    (task,) = bar.tasks
+    bar.update(task.id, completed=step, text=text)
+    if bar.disable and with_line:
+        print(f"{task.description} {step}/{task.total} {text}".rstrip(), flush=True)
+
+
+@dataclass
+class StopRequest:
+    """The signal by which the process was asked to stop, if it was."""
+
+    name: str | None = None
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Let the running step end on SIGTERM or the first Ctrl-C; a second signal ends at once."""
+    request, signals = StopRequest(), (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # only the main thread may handle signals
+        return
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        request.name = signal.Signals(number).name
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in signals:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def print_anything() -> None:
+    """From here on, print a character that stdout cannot encode as its escape in Python source.
+
+    A run must not end because a terminal, a pipe or a log cannot show a character of its data.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
