@@ -363,5 +363,4 @@ def main(folder, names):
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "selection in")
     main(sys.argv[1], sys.argv[2:])
