@@ -21,6 +21,7 @@ from reference import (
 from torch import nn
 
 from selectflow import Selector
+from selectflow.models.language import causal_lm_losses
 from selectflow.run.config import SelectConfig
 from selectflow.strategies import STRATEGIES, Boltzmann, ReducibleLoss, TargetPath
 
@@ -285,6 +286,15 @@ def test_the_irreducible_loss_model_is_stopped_before_it_fits_noise():
     assert moved(noise) < 0.3 * moved([make(60), make(60)])
 
 
+def test_a_target_set_that_teaches_nothing_is_said(caplog):
+    model, make = MLP.make()
+    optimizer = torch.optim.AdamW(model.parameters())
+    noise = [make(60) | {"label": torch.randint(10, (60,))}]
+    strategy = ReducibleLoss(lr=10.0, patience=1)
+    Selector(model, optimizer, MLP.loss_fn, noise, 8, strategy=strategy).select(make(16))
+    assert ["no epoch on the target set lowered" in r.message for r in caplog.records] == [True]
+
+
 def test_a_rate_far_too_large_is_lowered_until_the_held_out_loss_falls():
     _, _, make, target, selector = rho_selector(ReducibleLoss(lr=30.0, patience=8))
     selector.select(make(16))
@@ -461,7 +471,7 @@ def test_names_are_those_of_a_configuration():
 
 
 class Branching(nn.Module):
-    """Takes another way where the activations say so."""
+    """Looks at its activations before it goes on."""
 
     def __init__(self):
         super().__init__()
@@ -469,34 +479,64 @@ class Branching(nn.Module):
 
     def forward(self, x):
         out = self.layer(x.flatten(1))
-        return out * 2 if out.sum() > 0 else out
+        return out if out.abs().max() < 1e3 else out.clamp(-1e3, 1e3)
 
 
-@pytest.mark.parametrize("strategy", PER_EXAMPLE)
-def test_a_model_that_branches_on_values_is_refused_with_a_way_out(strategy):
-    problem = Problem("branching", Branching, images, image_loss)
+def by_key(model, batch):
+    weights = torch.tensor([float(key.rpartition("-")[2]) + 1 for key in batch["key"]])
+    return weights * image_loss(model, batch)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem("branching", Branching, images, image_loss),
+        Problem("by key", MLP.build, images, by_key),  # vmap would show each example the same key
+    ],
+    ids=lambda problem: problem.name,
+)
+def test_where_vmap_cannot_go_each_example_has_a_pass_and_it_is_said(problem, caplog):
     model, optimizer, pool, target = setting(problem)
-    with pytest.raises(ValueError, match=r"vmap can take single examples.*influence or gradient"):
+    found = scores(problem, model, optimizer, pool, target, "gradient_norm", chunk_size=5)
+    each = per_example_gradients(model, problem.loss_fn, pool)
+    assert close(found, [math.sqrt(inner(g, g)) for g in each])
+    assert [r.message[:50] for r in caplog.records] == [
+        "gradients of single examples take a pass each, as "
+    ]
+    for strategy in PER_EXAMPLE:
         scores(problem, model, optimizer, pool, target, strategy)
-    scores(problem, model, optimizer, pool, target, "gradient")
 
 
-def test_losses_that_use_more_than_tensors_are_refused():
-    """Of entries beside tensors, vmap would show each example the same one."""
+def test_gradients_of_a_language_model_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 50, "n_positions": 16}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    problem = Problem(
+        "gpt2",
+        lambda: transformers.GPT2LMHeadModel(config),
+        lambda num: {"input_ids": torch.randint(50, (num, 12))},
+        causal_lm_losses,
+    )
+    model, optimizer, pool, target = setting(problem)
+    found = scores(problem, model, optimizer, pool, target, "greats")
+    toward = gradient_of_mean(problem, model, target[0])
+    each = per_example_gradients(model, problem.loss_fn, pool)
+    order = greedy_order(
+        [3e-3 * inner(g, toward) for g in each], lambda i, j: 9e-6 * inner(each[i], each[j])
+    )
+    assert order_of(found) == order
 
-    def weighted(model, batch):
-        weights = torch.tensor([float(key.rpartition("-")[2]) + 1 for key in batch["key"]])
-        return weights * image_loss(model, batch)
 
+def test_losses_that_depend_on_the_rest_of_the_batch_are_refused():
     def relative(model, batch):
         losses = image_loss(model, batch)
         return losses / losses.detach().mean()
 
-    for loss_fn in (weighted, relative):
-        problem = Problem("odd", MLP.build, images, loss_fn)
-        model, optimizer, pool, target = setting(problem)
-        with pytest.raises(ValueError, match="an example alone the loss that it has in a batch"):
-            scores(problem, model, optimizer, pool, target, "gradient_norm")
+    problem = Problem("relative", MLP.build, images, relative)
+    model, optimizer, pool, target = setting(problem)
+    with pytest.raises(ValueError, match=r"an example alone the loss.*influence or gradient"):
+        scores(problem, model, optimizer, pool, target, "gradient_norm")
 
 
 def test_el2n_of_another_loss_is_refused():

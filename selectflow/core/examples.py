@@ -1,4 +1,4 @@
-"""Gradients of single examples, by `torch.func.vmap`, so many at a time that they fit.
+"""Gradients of single examples, so many at a time that they fit.
 
 No more than a chunk of them is held at once, two for products of each with each: what is asked of
 them is reduced to a few numbers an example, chunk by chunk.
@@ -6,6 +6,7 @@ them is reduced to a few numbers an example, chunk by chunk.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,11 +22,17 @@ from selectflow.core.passes import Objective, check_finite
 # Of an example's gradient at once: itself, one of a second chunk, and what an optimizer's update
 # makes of it on its way.
 _COPIES = 8
+_TOLERANCE = 1e-2  # of losses alone and in a batch, which low precision rounds differently
 _INSTEAD = "use a strategy that needs no gradient of single examples, as influence or gradient"
+
+_log = logging.getLogger(__name__)
 
 
 class ExampleGradients:
-    """Gradients of the losses of single examples, in the form that `torch.func` can transform.
+    """Gradients of the losses of single examples.
+
+    By `torch.func.vmap`, or by a pass for each example where that cannot go through the model, as
+    where it branches on values: then a warning says so, once.
 
     Args:
         objective: the per-example losses.
@@ -39,7 +46,7 @@ class ExampleGradients:
     ) -> None:
         self._objective, self._memory_gib = objective, memory_gib
         self._chunks = Chunks(objective, chunk_size, memory_gib)
-        self._is_checked = False
+        self._is_checked = self._is_one_by_one = False
 
     def reduced(
         self,
@@ -57,8 +64,8 @@ class ExampleGradients:
             names: parameters to differentiate in; None: all.
 
         Raises:
-            ValueError: `torch.func.vmap` cannot take single examples through the model, as where
-                it is sharded or branches on values, or the memory does not hold one gradient.
+            ValueError: the model is sharded, an example alone has another loss than in a batch, or
+                the memory does not hold one gradient.
             FloatingPointError: a loss is not finite.
         """
         found = [function(grads) for grads in self._each(params, batch, names)]
@@ -132,7 +139,7 @@ class ExampleGradients:
         if self._objective.layout.is_sharded:
             raise ValueError(
                 "parameters must be whole for gradients of single examples, got sharded ones "
-                f"(fully_shard), which torch.func does not go through; {_INSTEAD}"
+                f"(fully_shard); {_INSTEAD}"
             )
 
     def _each(self, params: Params, batch: Batch, names: Sequence[str] | None) -> Iterator[Params]:
@@ -154,6 +161,30 @@ class ExampleGradients:
 
     def _gradients(self, params: Params, part: Batch, names: Sequence[str]) -> Params:
         """Gradient of each example of a chunk, with a leading dimension."""
+        if not self._is_one_by_one:
+            try:
+                losses, grads = self._at_once(params, part, names)
+                if self._is_checked or self._differ(params, part, losses) < _TOLERANCE:
+                    self._is_checked = True
+                    return grads
+                why = "the loss uses entries of a batch that are no tensors, or its other examples"
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                why = f"torch.func.vmap cannot take them through the model ({error})"
+            self._is_one_by_one = True
+            _log.warning("gradients of single examples take a pass each, as %s", why)
+        losses, grads = self._one_by_one(params, part, names)
+        gap = 0.0 if self._is_checked else self._differ(params, part, losses)
+        if gap >= _TOLERANCE:
+            raise ValueError(
+                "loss_fn must give an example alone the loss that it has in a batch, got losses "
+                f"that differ by {gap:.2g} of their norm; {_INSTEAD}"
+            )
+        self._is_checked = True
+        return grads
+
+    def _at_once(self, params: Params, part: Batch, names: Sequence[str]) -> tuple[Tensor, Params]:
         params = self._objective.apart(params)
         single = take(part, slice(0, 1))
         columns: list[Tensor] = []
@@ -171,33 +202,30 @@ class ExampleGradients:
 
         each = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0))
         with plain_attention(), self._objective.restored(), torch.enable_grad():
-            try:
-                grads, losses = each(dict(params.pick(names)), columns)
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise ValueError(
-                    "the model and loss_fn must be such that torch.func.vmap can take single "
-                    f"examples through them, got: {error}; {_INSTEAD}"
-                ) from error
-            check_finite("losses", losses, part)
-            self._check_alone(params, part, losses)
-        return Params(grads).detach()
+            grads, losses = each(dict(params.pick(names)), columns)
+        check_finite("losses", losses, part)
+        return losses.detach(), Params(grads).detach()
 
-    def _check_alone(self, params: Params, part: Batch, losses: Tensor) -> None:
-        """Refuse losses that an example has among others only; once."""
-        if self._is_checked:
-            return
-        with torch.no_grad():
-            among = self._objective.pure(params, part)
-        error = (losses - among).norm() / among.norm().clamp(min=1e-30)
-        if error > 1e-3:
-            raise ValueError(
-                "loss_fn must give an example alone the loss that it has in a batch, got losses "
-                f"that differ by {error:.2g} of their norm; it uses entries of the batch that are "
-                f"no tensors, or the rest of the batch; {_INSTEAD}"
-            )
-        self._is_checked = True
+    def _one_by_one(
+        self, params: Params, part: Batch, names: Sequence[str]
+    ) -> tuple[Tensor, Params]:
+        size = num_examples(part)
+        gradients = params.pick(names).map(lambda x: x.new_zeros(size, *x.shape))
+        losses = []
+        for place in range(size):
+            alone = take(part, slice(place, place + 1))
+            loss, grads = self._objective.gradients(params, alone, torch.ones_like, names)
+            losses.append(loss)
+            for name, grad in grads.items():
+                if grad is not None:
+                    gradients[name][place] = grad.to_dense()
+        check_finite("losses", torch.cat(losses), part)
+        return torch.cat(losses), gradients
+
+    def _differ(self, params: Params, part: Batch, losses: Tensor) -> float:
+        """How far losses of single examples are from those in a batch, relative to their norm."""
+        among = self._objective.losses(params, part)
+        return float((losses - among).norm() / among.norm().clamp(min=1e-30))
 
 
 def inner(gradients: Params, direction: Params) -> Tensor:

@@ -7,6 +7,7 @@ which was trained on the target set alone. The difference is the score.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ from selectflow.strategies.training import Memory, Training
 
 if TYPE_CHECKING:
     from selectflow.strategies.candidates import Candidates
+
+_log = logging.getLogger(__name__)
 
 _NAME = "irreducible"  # in the memory of strategies
 
@@ -89,6 +92,11 @@ class ReducibleLoss:
             lr, num_taken_back = lr / 4, num_taken_back + 1
             if num_taken_back == self.patience:
                 break
+        if not num_steps:
+            _log.warning(
+                "no epoch on the target set lowered the loss of its held-out part: the "
+                "irreducible-loss model is the model as it is now"
+            )
         return {"params": best.params, "buffers": training.buffers()}
 
     def _split(self, batch: Batch, generator: torch.Generator) -> tuple[Batch, Batch]:

@@ -97,7 +97,7 @@ class Training:
             function: gradients of n of them, with a leading dimension -> shape (n,).
 
         Raises:
-            ValueError: `torch.func.vmap` cannot take single examples through the model.
+            ValueError: the model is sharded, or an example alone has another loss than in a batch.
         """
         with self.derivatives.objective.scoring():
             return self.examples.reduced(function, self.optimizer.values(), self.seen, self.names)
