@@ -43,15 +43,8 @@ from selectflow.core.torch_optim import OptimizerReader
 from selectflow.core.wrappers import check_group
 from selectflow.distributed import Group
 from selectflow.options import SelectOptions, check_same
-from selectflow.strategies import (
-    STRATEGIES,
-    Candidates,
-    Memory,
-    Selection,
-    Strategy,
-    Training,
-    checked_scores,
-)
+from selectflow.strategies import STRATEGIES, Candidates, Selection, Strategy, checked_scores
+from selectflow.strategies.training import Memory, Training, plain_memory, restore_memory
 
 # Look-aheads, or steps without, between two checks that central differences still agree.
 _RECHECK_EVERY = 100
@@ -514,12 +507,8 @@ class Selector:
         """
         with self._objective.placed():
             self.state.num_steps = self._optimizer.num_steps()
-        memory = {
-            name: {part: dict(params) for part, params in kept.items()}
-            for name, kept in self._memory.items()
-        }
         state = self.state.plain(with_peeked=with_peeked)
-        return {"options": self._saved_options, "memory": memory, **state}
+        return {"options": self._saved_options, "memory": plain_memory(self._memory), **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, bit for bit, with the model and optimizer of that moment.
@@ -535,20 +524,10 @@ class Selector:
         with self._objective.placed():
             params, names = self._optimizer.values(), self._scored_names()
         self.state.load(state, params, params if names is None else params.pick(names))
-        self._restore_memory(state.get("memory", {}))
+        restore_memory(self._memory, state.get("memory", {}), params)
         self._optimizer.resume_at(self.state.num_steps)
         if self.state.rate is not None:
             self._optimizer.lr_multiplier = self.state.rate.rule.multiplier
-
-    def _restore_memory(self, saved: dict[str, dict[str, dict[str, Tensor]]]) -> None:
-        """What the strategy kept, where the model is."""
-        device = next(iter(self._optimizer.params().values())).device
-        self._memory.clear()
-        for name, kept in saved.items():
-            self._memory[name] = {
-                part: Params((key, tensor.to(device)) for key, tensor in params.items())
-                for part, params in kept.items()
-            }
 
 
 @contextmanager

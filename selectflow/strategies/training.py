@@ -192,3 +192,23 @@ class Training:
             yield
         finally:
             self.derivatives.objective.write_buffers(before)
+
+
+def plain_memory(memory: Mapping[str, Memory]) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """What strategies keep, as `torch.load` takes it back by its default."""
+    return {
+        name: {part: dict(params) for part, params in kept.items()} for name, kept in memory.items()
+    }
+
+
+def restore_memory(
+    memory: dict[str, Memory], saved: Mapping[str, Mapping[str, Mapping[str, Tensor]]], like: Params
+) -> None:
+    """Let `memory` be what `plain_memory` saved, on the device of `like`."""
+    device = next(iter(like.values())).device
+    memory.clear()
+    for name, kept in saved.items():
+        memory[name] = {
+            part: Params(params).map(lambda tensor: tensor.to(device))
+            for part, params in kept.items()
+        }
