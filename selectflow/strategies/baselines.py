@@ -45,9 +45,9 @@ class TargetPath:
 
         score(z) = loss_z(theta) - loss_z(theta'),  theta' after `steps` updates on target batches
 
-    by the optimizer's own rule, from its present state. To first order in the learning rate this is
-    `influence` at H = 0. It is RHO-LOSS with a reference that starts from the present model; no
-    paper is followed.
+    by the optimizer's own rule, from its present state without momentum. To first order in the
+    learning rate this is `influence` at H = 0. It is RHO-LOSS with a reference that starts from
+    the present model; no paper is followed.
 
     Args:
         steps: updates, >= 1.
@@ -62,7 +62,9 @@ class TargetPath:
     def __call__(self, candidates: Candidates) -> Tensor:
         training = candidates.training
         batches = [training.next_target() for _ in range(self.steps)]
-        updates, state = training.optimizer.updates(self.steps), training.optimizer.state()
+        updates, now = training.optimizer.updates(self.steps), training.optimizer.state()
+        # Momentum is of what was kept before: with it that would be kept again, and again.
+        state = now._replace(exp_avg=now.exp_avg.zeros_like())
         after = training.trained_on(batches, updates, state)
         return candidates.losses() - training.losses_at(after.params)
 
