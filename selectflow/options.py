@@ -209,7 +209,8 @@ class SelectOptions(Section):
     interval: Count = Field(default=1, description="K: optimizer steps between two look-aheads")
     strategy: Annotated[Any, BeforeValidator(_known_strategy)] = Field(
         default="influence",
-        description="uniform: at random; loss: largest first; influence: by score",
+        description="influence: by look-ahead; uniform: at random; loss: largest first; the others "
+        "are baselines, each described where it is in selectflow.strategies.baselines",
     )
     derivative: Literal["auto", "exact", "central"] = Field(
         default="auto",

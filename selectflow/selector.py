@@ -31,10 +31,11 @@ from selectflow.core.batches import (
 from selectflow.core.chunks import ChunkSize
 from selectflow.core.counts import as_count
 from selectflow.core.derivatives import Curvature, Derivatives
+from selectflow.core.examples import ExampleGradients
 from selectflow.core.exchange import keep_best
 from selectflow.core.forms import Forms, Method
 from selectflow.core.lookahead import NominalChoice, Policy, Upcoming
-from selectflow.core.params import scored_names
+from selectflow.core.params import Params, scored_names
 from selectflow.core.passes import LossFn, Objective
 from selectflow.core.storage import Offload
 from selectflow.core.target import Cycle
@@ -43,8 +44,10 @@ from selectflow.core.wrappers import check_group
 from selectflow.distributed import Group
 from selectflow.options import SelectOptions, check_same
 from selectflow.strategies import STRATEGIES, Candidates, Selection, Strategy, checked_scores
+from selectflow.strategies.training import Memory, Training, plain_memory, restore_memory
 
-_RECHECK_EVERY = 100  # look-aheads between two checks that central differences still agree
+# Look-aheads, or steps without, between two checks that central differences still agree.
+_RECHECK_EVERY = 100
 
 _log = logging.getLogger(__name__)
 
@@ -151,8 +154,10 @@ class Selector:
         self._optimizer = OptimizerReader(
             self._objective.model, optimizer, lr_scheduler, max_grad_norm
         )
+        self._examples = ExampleGradients(self._objective, options.chunk_size, memory_gib)
         self._scored_names()  # a pattern without a match is an error now, not at the first pool
         self._target = Cycle(target)
+        self._memory: dict[str, Memory] = {}  # of the strategy
         self._strategy = strategy if callable(strategy) else STRATEGIES[strategy]
         self._policy = Policy(
             self._derivatives,
@@ -263,7 +268,19 @@ class Selector:
             num_examples(pool),
             losses=partial(self._losses, seen, found),
             influence=partial(self._influence, pool, seen, upcoming, step, found),
+            slopes=partial(self._slopes, seen, step, found),
             generator=self.state.generator,
+            training=Training(
+                seen,
+                self._derivatives,
+                self._examples,
+                self._optimizer,
+                self._scored_names(),
+                self._next_target,
+                self._target,
+                self.options.score_view,
+                self._memory,
+            ),
         )
         # What one process takes back, all take back.
         agreeing = nullcontext if self._rate is None else self._group.together
@@ -296,6 +313,15 @@ class Selector:
                 params = self._optimizer.values()
                 found.losses = self._derivatives.losses(params, seen)
         return found.losses
+
+    def _slopes(self, seen: Batch, step: int, found: _Found, direction: Params) -> Tensor:
+        """Derivative of the loss of each candidate along a direction."""
+        if step % _RECHECK_EVERY == 0:
+            self.state.forms.recheck()
+        with self._objective.scoring():
+            params = self._optimizer.values()
+            found.losses, slopes = self._derivatives.directional(params, direction, seen)
+        return slopes
 
     def _influence(
         self, pool: Batch, seen: Batch, upcoming: Iterator[Batch], step: int, found: _Found
@@ -472,7 +498,8 @@ class Selector:
         """
         with self._objective.placed():
             self.state.num_steps = self._optimizer.num_steps()
-        return {"options": self._saved_options, **self.state.plain(with_peeked=with_peeked)}
+        state = self.state.plain(with_peeked=with_peeked)
+        return {"options": self._saved_options, "memory": plain_memory(self._memory), **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, bit for bit, with the model and optimizer of that moment.
@@ -488,6 +515,7 @@ class Selector:
         with self._objective.placed():
             params, names = self._optimizer.values(), self._scored_names()
         self.state.load(state, params, params if names is None else params.pick(names))
+        restore_memory(self._memory, state.get("memory", {}), params)
         self._optimizer.resume_at(self.state.num_steps)
         if self.state.rate is not None:
             self._optimizer.lr_multiplier = self.state.rate.rule.multiplier

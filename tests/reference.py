@@ -176,3 +176,48 @@ def _losses(model, loss_fn, params, batch):
 
     given = {f"model.{name}": p for name, p in params.items()}
     return torch.func.functional_call(Call(), given, (batch,))
+
+
+def adam_direction(model, optimizer, gradient):
+    """What Adam would move by, over lr and without decoupled decay, had it this gradient."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    found = {}
+    for name, p in model.named_parameters():
+        if name not in gradient:
+            continue
+        group, state = groups[id(p)], optimizer.state[p]
+        (beta1, beta2), number = group["betas"], int(state["step"]) + 1
+        g = gradient[name]
+        if not group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)):
+            g = g + group["weight_decay"] * p.detach()
+        m = beta1 * state["exp_avg"] + (1 - beta1) * g
+        v = beta2 * state["exp_avg_sq"] + (1 - beta2) * g * g
+        root = (v / (1 - beta2**number)).sqrt() + group["eps"]
+        found[name] = m / (1 - beta1**number) / root
+    return found
+
+
+def adam_step_matrix(model, optimizer, gradient):
+    """P g: the part of Adam's next step that `gradient` makes, its second moments as they are."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    found = {}
+    for name, p in model.named_parameters():
+        group, state = groups[id(p)], optimizer.state[p]
+        (beta1, beta2), done = group["betas"], int(state["step"])
+        root = (state["exp_avg_sq"] / (1 - beta2**done)).sqrt() + group["eps"]
+        rate = group["lr"] * (1 - beta1) / (1 - beta1 ** (done + 1))
+        # of what has had no gradient there is no second moment, and no step is foreseen
+        found[name] = torch.where(state["exp_avg_sq"] > 0, rate * gradient[name] / root, 0.0)
+    return found
+
+
+def greedy_order(scores, penalty):
+    """Positions as picked: each pick j takes penalty(i, j) off the score of every other i."""
+    scores, left, order = [float(score) for score in scores], list(range(len(scores))), []
+    while left:
+        pick = max(left, key=lambda i: scores[i])
+        left.remove(pick)
+        order.append(pick)
+        for i in left:
+            scores[i] -= penalty(i, pick)
+    return order

@@ -78,7 +78,16 @@ FALLING = {"horizon": 4, "horizon_schedule": {"name": "linear"}, "interval": 2}
 
 
 @pytest.mark.parametrize(
-    "select", [{}, {"horizon": 3, "interval": 2}, FALLING, AUTO, {"strategy": "uniform"}]
+    "select",
+    [
+        {},
+        {"horizon": 3, "interval": 2},
+        FALLING,
+        AUTO,
+        {"strategy": "uniform"},
+        {"strategy": "rho"},
+        {"strategy": "opus"},
+    ],
 )
 @pytest.mark.parametrize("at", [1, 4, 5, 11, 24])
 def test_a_killed_run_resumes_to_the_same_end(digits, tmp_path, select, at):

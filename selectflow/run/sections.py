@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from selectflow.core.counts import is_count
 from selectflow.options import Count, Directory, Section, SelectOptions, expanded, must_be
+from selectflow.strategies import STRATEGIES
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -257,8 +258,9 @@ def _is_horizon(value: object) -> bool:
 class SelectConfig(SelectOptions, use_attribute_docstrings=True):
     """Which examples of a pool are trained on."""
 
-    strategy: Literal["uniform", "loss", "influence"] = "influence"
-    """uniform: at random; loss: largest first; influence: by score"""
+    strategy: Literal[*STRATEGIES] = "influence"  # type: ignore[valid-type]
+    """influence: by look-ahead; uniform: at random; loss: largest first; the others are baselines,
+    each described where it is in selectflow.strategies.baselines"""
     horizon: Annotated[
         Annotated[int, Field(ge=0)] | Annotated[float, Field(allow_inf_nan=True)] | Literal["auto"],
         must_be("an integer >= 0, auto or .inf", _is_horizon),

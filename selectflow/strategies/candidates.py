@@ -1,8 +1,4 @@
-"""Which examples of a pool to keep: a strategy gives each a score, the largest are kept.
-
-A strategy is a function of `Candidates`. It asks for what it needs, and only that is computed:
-`uniform` costs nothing, `loss` one forward pass, `influence` the look-ahead and two passes.
-"""
+"""What a strategy is given, what it returns, and what is kept by it."""
 
 from __future__ import annotations
 
@@ -14,12 +10,14 @@ from torch import Tensor
 
 from selectflow.control.rules import Decision
 from selectflow.core.batches import Batch
+from selectflow.core.params import Params
 from selectflow.core.passes import check_finite
+from selectflow.strategies.training import Training
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """A pool before selection.
+    """A pool before selection, and what a strategy may ask about it; only that is computed.
 
     Attributes:
         pool: the batch of P candidates.
@@ -27,36 +25,23 @@ class Candidates:
         losses: call for the loss of each at the present parameters, shape (P,).
         influence: call for -gamma . grad loss_z of each, shape (P,): the predicted rise of the
             target loss if the example were removed; positive = it helps.
+        slopes: call with a direction, `Params` of all or some of the parameters, for the derivative
+            of each loss along it, shape (P,): two forward passes, no gradient of an example.
         generator: the selector's own random numbers, on the CPU.
+        training: the model, its optimizer and target as they are, for what else there is to ask.
     """
 
     pool: Batch
     size: int
     losses: Callable[[], Tensor]
     influence: Callable[[], Tensor]
+    slopes: Callable[[Params], Tensor]
     generator: torch.Generator
+    training: Training
 
 
 Strategy = Callable[[Candidates], Tensor]
 """Candidates -> scores, shape (P,); larger is kept first."""
-
-
-def uniform(candidates: Candidates) -> Tensor:
-    """Random scores: what training on the stream as it comes keeps."""
-    return torch.rand(candidates.size, generator=candidates.generator, device="cpu")
-
-
-def loss(candidates: Candidates) -> Tensor:
-    """The example's own loss: hardest first."""
-    return candidates.losses()
-
-
-def influence(candidates: Candidates) -> Tensor:
-    """Look-ahead influence on the target loss through the real optimizer: most helpful first."""
-    return candidates.influence()
-
-
-STRATEGIES: dict[str, Strategy] = {"uniform": uniform, "loss": loss, "influence": influence}
 
 
 def checked_scores(scores: Tensor, size: int, pool: Batch) -> Tensor:
