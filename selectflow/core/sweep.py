@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+from torch import Tensor
+
 from selectflow.core.batches import Batch
 from selectflow.core.chunks import GIB, num_fitting
 from selectflow.core.derivatives import Curvature, Derivatives
@@ -23,6 +26,10 @@ from selectflow.core.storage import Fetch, Keep, in_place
 
 Nominal = Callable[[int, State], Batch]
 """The batch of update i of the window (0 is the next), given the state before it."""
+
+
+Slopes = tuple[Tensor, Tensor]
+"""Losses of a batch, shape (N,), and their derivatives along a sensitivity, (N,) or (Q, N)."""
 
 
 @dataclass
@@ -38,6 +45,8 @@ class Window:
         assumed: updates that the sweep takes for the real ones; None: the real ones. Another
             optimizer here gives the influence of whoever mistakes the one for the other.
         first: the update at which sweeps end; nothing before it needs the adjoint.
+        with_slopes: whether sweeps hand on the slopes of the batches' losses where the products
+            with the curvature bring them along.
     """
 
     derivatives: Derivatives
@@ -46,6 +55,7 @@ class Window:
     curvature: Curvature = "exact"
     assumed: Sequence[Update] | None = None
     first: int = 0
+    with_slopes: bool = False
     _batches: dict[int, Batch] = field(default_factory=dict)
 
     def batch(self, index: int, state: State) -> Batch:
@@ -61,25 +71,29 @@ class Window:
 
     def vjp(
         self, index: int, adjoint: Adjoint, state: State, after: State, grad: Params
-    ) -> tuple[Params, Adjoint]:
-        """Sensitivity of update `index`, and the adjoint before it; queries may lead both.
+    ) -> tuple[Params, Adjoint, Slopes | None]:
+        """Sensitivity of update `index`, the adjoint before it, and slopes; queries may lead all.
 
         At the first update the adjoint is empty: nothing before it needs one.
         """
         update, is_first = (self.assumed or self.updates)[index], index == self.first
         gamma, before = update.adjoint(adjoint, state, after, grad, carry=not is_first)
         if self.curvature == "none" or is_first:
-            return gamma, before
-        batch, along = self.batch(index, state), gamma
-        if self.derivatives.method != "exact":
-            # Central differences step by a share of |gamma|: an entry of lr / eps, whose own part
-            # of the product is 0, would leave them no step in all other entries.
-            along = update.masked(gamma, after)
-        product = self.derivatives.hessian_product
-        if self.curvature == "fisher":
-            product = self.derivatives.fisher_product
-        bent = before.params + product(state.params, along, batch)
-        return gamma, before._replace(params=bent)
+            return gamma, before, None
+        # Central differences step by a share of |gamma|: an entry of lr / eps, whose own part of
+        # the product is 0, would leave them no step in all other entries.
+        is_exact, masked = self.derivatives.method == "exact", gamma
+        if self.with_slopes or not is_exact:
+            masked = update.masked(gamma, after)
+        is_masked = not is_exact or (self.with_slopes and _are_equal(masked, gamma))
+        bent, slopes = self.derivatives.product(
+            self.curvature,
+            state.params,
+            masked if is_masked else gamma,
+            self.batch(index, state),
+            with_slopes=self.with_slopes and is_masked,
+        )
+        return gamma, before._replace(params=before.params + bent), slopes
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,8 @@ class SweepStep:
         grad: the batch gradient it was made with.
         after: state after it.
         adjoint: d target / d `after`.
+        slopes: losses of its batch and slopes along the masked gamma (`Update.masked`), where the
+            window was to hand them on and they came without a pass.
     """
 
     index: int
@@ -101,6 +117,7 @@ class SweepStep:
     grad: Params
     after: State
     adjoint: Adjoint
+    slopes: Slopes | None = None
 
 
 def sweep(
@@ -182,10 +199,14 @@ class _Sweep:
         """The sweep itself, over updates whose states are all at hand; uses them up."""
         for index in reversed(range(stop - len(points), stop)):
             before, grad = points.pop()(), grads.pop()().params
-            gamma, earlier = self.window.vjp(index, adjoint, before, end, grad)
-            self.emit(SweepStep(index, gamma, before, grad, end, adjoint))
+            gamma, earlier, slopes = self.window.vjp(index, adjoint, before, end, grad)
+            self.emit(SweepStep(index, gamma, before, grad, end, adjoint, slopes))
             end, adjoint = before, earlier
         return adjoint
+
+
+def _are_equal(one: Params, other: Params) -> bool:
+    return one is other or all(torch.equal(x, other[name]) for name, x in one.items())
 
 
 def _constant(state: State, *_: State) -> State:

@@ -8,17 +8,21 @@ each update that it took part in.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from selectflow.core.batches import Batch, num_examples
 from selectflow.core.derivatives import Curvature
+from selectflow.core.forms import Method
 from selectflow.core.optim import Adjoint
 from selectflow.core.params import Params
 from selectflow.core.sweep import SweepStep
+from selectflow.offline.recorded import RecordedWindow
 from selectflow.offline.trajectory import Trajectory
+
+_CHECK_EVERY = 100  # updates between two checks of central differences
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def score_samples(
     target: Iterable[Batch],
     *,
     curvature: Curvature = "exact",
+    derivative: Method | None = None,
     memory_gib: float | None = None,
 ) -> SampleScores:
     """Scores of all samples of a recorded run, for the target loss at its end.
@@ -89,24 +94,34 @@ def score_samples(
         FloatingPointError: a loss or derivative is not finite; names the examples.
         RuntimeError: the replay leaves the recording.
     """
+    own = trajectory.derivatives
+    derivatives = own.anew(derivative or own.method)
+    trajectory = replace(trajectory, derivatives=derivatives)
     batches, end = trajectory.batches, len(trajectory)
+    window = RecordedWindow.of(trajectory, trajectory.window(curvature=curvature))
     row = _rows(batches)
     score = torch.zeros(len(row), dtype=torch.float64)
     occurrences = torch.zeros(len(row), dtype=torch.int64)
 
     def add(visit: SweepStep) -> None:
         batch = batches[visit.index]
-        gamma = trajectory.updates[visit.index].masked(visit.gamma, visit.after)
-        _, slopes = trajectory.derivatives.directional(visit.state.params, gamma, batch)
+        if visit.slopes is None:
+            gamma = trajectory.updates[visit.index].masked(visit.gamma, visit.after)
+            losses, slopes = derivatives.directional(visit.state.params, gamma, batch)
+        else:
+            losses, slopes = visit.slopes
+        window.check(visit.index, visit.state, losses)
         rows = torch.tensor([row[key] for key in batch["key"]])
         score.index_add_(0, rows, -slopes.cpu().double() / len(rows))
         occurrences.index_add_(0, rows, torch.ones_like(rows))
+        if (end - visit.index) % _CHECK_EVERY == 0:
+            derivatives.forms.recheck()
 
     params = trajectory.state(end).params
     with trajectory.derivatives.objective.scoring():
         grad = _mean_gradient(trajectory, params, target)
     adjoint = Adjoint(grad, *(part.zeros_like() for part in trajectory.state(end)[1:]))
-    trajectory.sweep(trajectory.window(curvature=curvature), end, adjoint, add, memory_gib)
+    trajectory.sweep(window, end, adjoint, add, memory_gib)
     return SampleScores(list(row), score, occurrences)
 
 
