@@ -353,6 +353,7 @@ class Derivatives:
 
         self._check_whole()
         params = self.objective.apart(params)
+        direction = direction.pick(params)
         size, total = num_examples(batch), direction.zeros_like()
         each: list[tuple[Tensor, Tensor]] = []
         by = Pass("products", _num_queries(params, direction), product)
@@ -408,12 +409,14 @@ class Derivatives:
             usual = "exact" if self.method == "exact" else "central"
             return self.forms.decided.get(use, usual)
         few = next(chunks(batch, NUM_CHECKED))
+        if use == "losses" and self.forms.shares_slopes:
+            scale = step_size(params, direction, 1) / step_size(params, direction, 0)
+            if self.forms.step_as_products(scale):
+                return "central"
         if use == "losses":
             return self.forms.decide(use, self.method, self._slopes_of(params, direction, few))
         seen: dict[tuple[str, float], Tensor] = {}
-        form = self.forms.decide(
-            use, self.method, self._products_of(params, direction, few, seen)
-        )
+        form = self.forms.decide(use, self.method, self._products_of(params, direction, few, seen))
         if with_slopes:
             self.forms.shares_slopes = form == "exact" or self._are_right(
                 seen, params, direction, few
@@ -462,7 +465,7 @@ class Derivatives:
             found = self._hessian_central(params, direction, batch).slopes
         reference = seen.get(("exact", 1.0))
         if reference is None:
-            reference = self.directional(params, direction, batch)[1]
+            reference = self._directional_central(params, direction, batch, 1.0)[1]
         return apart(self._of_all(found), self._of_all(reference), "losses") <= TOLERANCE
 
     def _of_all(self, slopes: Tensor) -> Tensor:

@@ -68,6 +68,22 @@ class Forms:
         """Let the next use of each form check again that it is right."""
         self.unchecked = set(self.decided)
 
+    def step_as_products(self, scale: float) -> bool:
+        """Let losses step as far as central products, whose slopes were found right.
+
+        Args:
+            scale: the usual step of products over that of losses.
+
+        Returns:
+            Whether products are central ones.
+        """
+        if self.decided.get("gradients") != "central":
+            return False
+        self.decided["losses"] = "central"
+        self.scales["losses"] = scale * self.scales["gradients"]
+        self.unchecked.discard("losses")
+        return True
+
     def is_due(self, use: Use, method: Method) -> bool:
         """Whether the next derivative of this use needs a decision."""
         return use not in self.decided or (use in self.unchecked and method != "exact")

@@ -52,11 +52,13 @@ def gradient_between(
         is_still = not is_counted and any(torch.equal(line.old[k], line.new[k]) for k in names)
         if is_still or not line.share:
             return None
-        parts.append(line.gradient())
-        lost = math.hypot(lost, resolution * line.size())
+        grad, size = line.gradient()
+        parts.append(grad)
+        lost = math.hypot(lost, resolution * size)
     if not parts:
         return None
-    grad = merge(parts)
+    joined = merge(parts)
+    grad = joined.pick(filter(joined.__contains__, state.params))
     norm = grad.norm()
     limit = math.inf if update.max_grad_norm is None else _UNCLIPPED * update.max_grad_norm
     return grad if lost <= _MOST_ROUNDING * norm and norm < limit else None
@@ -72,15 +74,14 @@ class _Line(NamedTuple):
     share: float
     weight_decay: float
 
-    def gradient(self) -> Params:
-        found = self.new.add(self.old, -self.keep) / self.share
-        return found.add(self.params, -self.weight_decay) if self.weight_decay else found
-
-    def size(self) -> float:
-        """Of the terms that `gradient` adds up."""
-        new, old, params = (each.norm for each in measured(self.new, self.old, self.params))
-        terms = (new + abs(self.keep) * old) / abs(self.share)
-        return terms + abs(self.weight_decay) * params
+    def gradient(self) -> tuple[Params, float]:
+        """The gradient, and a bound for the norms of the terms that add up to it."""
+        grad = self.new.add(self.old, -self.keep) / self.share
+        if self.weight_decay:
+            grad = grad.add(self.params, -self.weight_decay)
+        norms = [each.norm for each in measured(grad, self.new)]
+        decay = abs(self.weight_decay) * self.params.norm() if self.weight_decay else 0.0
+        return grad, norms[0] + 2 * norms[1] / abs(self.share) + 2 * decay
 
 
 def _line(rule: Rule, state: State, after: State) -> _Line:
