@@ -1,4 +1,4 @@
-"""Gradients of weighted sums of losses, a chunk of examples at a time: weights, and how parts add."""
+"""Gradients of weighted sums of losses, chunk by chunk: the weights, and how parts add up."""
 
 from __future__ import annotations
 
