@@ -82,8 +82,8 @@ def score_samples(
         target: batches; the target loss is the mean over all their examples.
         curvature: "exact", "fisher" (empirical Fisher) or "none".
         derivative: "exact", "central" or "auto"; None: as the trajectory's. Central differences are
-            checked at the start and every 100 updates. Over up to 500 updates of small models
-            their scores were within 1% of the exact ones (tests/benchmarks/sweep_agreement.py).
+            checked at the start and every 100 updates. With exact curvature their scores
+            were within 2% of the exact ones (tests/benchmarks/sweep_agreement.py, sweep_cost.py).
         memory_gib: limit for the states between two snapshots, in GiB; None: 1, or the least that
             is needed.
 

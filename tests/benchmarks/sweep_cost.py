@@ -176,6 +176,7 @@ def measure_small(num_steps, limit_gib):
     trajectory = record(model, optimizer, causal_lm_losses, batches, limit_gib=limit_gib)
     print(f"{num_steps} steps, {len(trajectory.snapshots.indices)} snapshots; plain {plain:.2f} s")
     for curvature in ("exact", "fisher", "none"):
+        exact = torch.empty(0)
         for form in ("exact", "central", "auto"):
             began = time.process_time()
             options = {"curvature": curvature, "derivative": form, "memory_gib": limit_gib}
