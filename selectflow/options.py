@@ -214,8 +214,8 @@ class SelectOptions(Section):
     )
     derivative: Literal["auto", "exact", "central"] = Field(
         default="auto",
-        description="directional derivatives: forward-mode, differences, or the cheaper; over a "
-        "whole run (offline) auto is exact, since errors of differences compound",
+        description="directional derivatives: forward-mode, differences, or the cheaper: "
+        "differences where a check finds them right, over a whole run (offline), too",
     )
     curvature: Literal["exact", "fisher", "none"] = Field(
         default="exact", description="Hessian of the adjoint sweep"

@@ -107,6 +107,19 @@ def test_inputs_that_come_on_late_leave_central_differences_their_step(curvature
     assert relative(found.score, exact.score) < 1e-4
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-6), (torch.float32, 2e-2)])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+def test_central_differences_give_the_exact_scores_of_a_whole_run(problem, dtype, most):
+    model, make = problem.make(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, (0.9, 0.95), weight_decay=0.1)
+    batches, target = [keyed(make(SIZE), step) for step in range(30)], make(5)
+    trajectory = recorded(model, optimizer, batches, problem)
+    exact = score_samples(trajectory, [target], derivative="exact")
+    for form in ("central", "auto"):
+        found = score_samples(trajectory, [target], derivative=form)
+        assert relative(found.score, exact.score) < most
+
+
 def test_occurrences_add_up():
     """The same run with its second epoch under other names: the two scores have the same sum."""
     model, optimizer, batches, target = setting(num=4)

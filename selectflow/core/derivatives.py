@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +27,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from selectflow.core.batches import Batch, chunks, num_examples
 from selectflow.core.chunks import Chunks, ChunkSize, Pass
 from selectflow.core.directions import has_queries, over_queries, split, step_size
-from selectflow.core.forms import NUM_CHECKED, Derive, Forms, Method, Use
+from selectflow.core.forms import NUM_CHECKED, TOLERANCE, Derive, Forms, Method, Use, apart
 from selectflow.core.params import Params
 from selectflow.core.passes import Objective, check_finite
+from selectflow.core.weighted import Weigh, filled, mean_of, parts_of, summed
 
 Curvature = Literal["exact", "fisher", "none"]
+
+
+class Product(NamedTuple):
+    """A direction times the curvature, and what the passes behind it tell of the losses.
+
+    Attributes:
+        value: H direction or F direction.
+        losses: of the examples, shape (N,).
+        slopes: their derivatives along the direction, shape (N,) or (Q, N).
+    """
+
+    value: Params
+    losses: Tensor
+    slopes: Tensor
 
 
 class Derivatives:
@@ -67,6 +82,12 @@ class Derivatives:
         self._chunks = Chunks(objective, chunk_size, memory_gib)
         self.method = method
         self.forms = forms or Forms()
+
+    def anew(self, method: Method) -> Derivatives:
+        """The same by another method, with nothing decided."""
+        other = Derivatives(self.objective, method)
+        other._chunks = self._chunks
+        return other
 
     # --- the quantities -------------------------------------------------------------------
 
@@ -118,8 +139,8 @@ class Derivatives:
         Raises:
             FloatingPointError: a loss is not finite; in all processes where it is so in one.
         """
-        _, mean, grads = self._vjp(params, batch, _mean_of(batch), names)
-        return mean, _filled(grads, params, ())
+        _, mean, grads = self._vjp(params, batch, mean_of(batch), names)
+        return mean, filled(grads, params, ())
 
     def step_gradient(self, params: Params, batch: Batch, weights: Tensor | None = None) -> Params:
         """The gradient of an optimizer step: without parameters that the batch does not use.
@@ -131,7 +152,7 @@ class Derivatives:
             batch: N examples.
             weights: shape (N,); None: 1/N each, the batch mean.
         """
-        weigh = _mean_of(batch) if weights is None else _parts_of(weights)
+        weigh = mean_of(batch) if weights is None else parts_of(weights)
         *_, grads = self._vjp(params, batch, weigh, None)
         return Params((name, grad) for name, grad in grads.items() if grad is not None)
 
@@ -154,14 +175,14 @@ class Derivatives:
             The losses, shape (N,), and the gradients, with a leading dimension Q where weights
             have it.
         """
-        losses, _, grads = self._vjp(params, batch, _parts_of(weights), names)
-        return losses, _filled(grads, params, weights.shape[:-1])
+        losses, _, grads = self._vjp(params, batch, parts_of(weights), names)
+        return losses, filled(grads, params, weights.shape[:-1])
 
     def _vjp(
         self,
         params: Params,
         batch: Batch,
-        weigh: _Weigh,
+        weigh: Weigh,
         names: Sequence[str] | None,
     ) -> tuple[Tensor, float, dict[str, Tensor | None]]:
         """Losses, their mean, and gradient of their sum as `weigh` weighs it.
@@ -177,7 +198,7 @@ class Derivatives:
                 return weigh(losses, start)
 
             losses, grads = self.objective.gradients(params, part, weigh_part, names)
-            total = _sum(total, grads, params)
+            total = summed(total, grads, params)
             values.append(losses)
             start += len(losses)
         losses = torch.cat(values)
@@ -196,7 +217,7 @@ class Derivatives:
         )
         used = like.new_tensor([grad is not None for grad in grads.values()])
         *means, used, loss = self.group.means(
-            [*_filled(grads, params, leading).values(), used, loss]
+            [*filled(grads, params, leading).values(), used, loss]
         )
         is_used = zip(grads, means, used.tolist(), strict=True)
         return loss, {name: mean if share else None for name, mean, share in is_used}
@@ -217,9 +238,7 @@ class Derivatives:
         method = self._decide("losses", params, direction, batch)
         form = self._directional_exact if method == "exact" else self._directional_central
         losses, slopes = form(params, direction, batch)
-        if not math.isfinite(losses.sum() + slopes.sum()):  # one reading in the usual case
-            check_finite("losses", losses, batch)
-            check_finite("derivatives of the losses", slopes, batch)
+        self._check_slopes(losses, slopes, batch)
         return losses, slopes
 
     def hessian_product(self, params: Params, direction: Params, batch: Batch) -> Params:
@@ -227,10 +246,14 @@ class Derivatives:
 
         For Q directions at once.
         """
-        method = self._decide("gradients", params, direction, batch)
-        if method == "central":
-            return self._hessian_central(params, direction, batch)
-        return self._hessian_exact(params, direction, batch)
+        return self._hessian(params, direction, batch).value
+
+    def _hessian(
+        self, params: Params, direction: Params, batch: Batch, with_slopes: bool = False
+    ) -> Product:
+        method = self._decide("gradients", params, direction, batch, with_slopes)
+        form = self._hessian_exact if method == "exact" else self._hessian_central
+        return form(params, direction, batch)
 
     def fisher_product(self, params: Params, direction: Params, batch: Batch) -> Params:
         """F direction, with F = mean over examples of g g^T, the empirical Fisher matrix.
@@ -238,9 +261,41 @@ class Derivatives:
         g g^T direction = (slope along direction) g, so F direction is the gradient of the
         losses weighted by their slopes: no per-example gradient is formed.
         """
+        return self._fisher(params, direction, batch).value
+
+    def _fisher(self, params: Params, direction: Params, batch: Batch) -> Product:
         with self.group.together():
-            _, slopes = self.directional(params, direction, batch)
-        return self.gradients(params, batch, slopes / slopes.shape[-1])[1]
+            losses, slopes = self.directional(params, direction, batch)
+        value = self.gradients(params, batch, slopes / slopes.shape[-1])[1]
+        return Product(value, losses, slopes)
+
+    def product(
+        self,
+        curvature: Curvature,
+        params: Params,
+        direction: Params,
+        batch: Batch,
+        *,
+        with_slopes: bool = False,
+    ) -> tuple[Params, tuple[Tensor, Tensor] | None]:
+        """A product with the curvature, and what `directional` gives of the same direction.
+
+        Losses and slopes cost no pass. They are None where they were not asked for, or where a
+        check did not find them right at the step that Hessian products have.
+        """
+        if curvature == "fisher":
+            value, losses, slopes = self._fisher(params, direction, batch)
+            return value, (losses, slopes) if with_slopes else None
+        value, losses, slopes = self._hessian(params, direction, batch, with_slopes)
+        if not (with_slopes and self.forms.shares_slopes):
+            return value, None
+        self._check_slopes(losses, slopes, batch)
+        return value, (losses, slopes)
+
+    def _check_slopes(self, losses: Tensor, slopes: Tensor, batch: Batch) -> None:
+        if not math.isfinite(losses.sum() + slopes.sum()):  # one reading in the usual case
+            check_finite("losses", losses, batch)
+            check_finite("derivatives of the losses", slopes, batch)
 
     # --- the two forms --------------------------------------------------------------------
 
@@ -282,38 +337,55 @@ class Derivatives:
         behind = self._losses(params.moved(direction, -step), batch)
         return (ahead + behind) / 2, (ahead - behind) / (2 * step)
 
-    def _hessian_exact(self, params: Params, direction: Params, batch: Batch) -> Params:
-        def product(part: Batch) -> dict[str, Tensor]:
-            gradient = torch.func.grad(lambda p: self.objective.pure(p, part).sum())
+    def _hessian_exact(self, params: Params, direction: Params, batch: Batch) -> Product:
+        def product(part: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+            def total_and_each(p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+                losses = self.objective.pure(p, part)
+                return losses.sum(), losses
 
-            def bent(to: dict[str, Tensor]) -> dict[str, Tensor]:
-                found: dict[str, Tensor] = torch.func.jvp(gradient, (dict(params),), (to,))[1]
-                return found
+            gradient = torch.func.grad(total_and_each, has_aux=True)
 
-            return over_queries(bent, params, direction, 0)
+            def bent(to: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+                (_, losses), (found, slopes) = torch.func.jvp(gradient, (dict(params),), (to,))[:2]
+                return found, losses, slopes
+
+            return over_queries(bent, params, direction, (0, None, 0))
 
         self._check_whole()
         params = self.objective.apart(params)
+        direction = direction.pick(params)
         size, total = num_examples(batch), direction.zeros_like()
+        each: list[tuple[Tensor, Tensor]] = []
         by = Pass("products", _num_queries(params, direction), product)
         with plain_attention(), self.objective.restored():
             for part in self._chunks.of(params, batch, by=by):
-                total = total.add(Params(product(part)).detach(), 1 / size)
-        return Params(zip(total, self.group.means(list(total.values())), strict=True))
+                found, losses, slopes = product(part)
+                total = total.add(Params(found).detach(), 1 / size)
+                each.append((losses.detach(), slopes.detach()))
+        value = Params(zip(total, self.group.means(list(total.values())), strict=True))
+        losses, slopes = (torch.cat(parts, -1) for parts in zip(*each, strict=True))
+        return Product(value, losses, slopes)
 
     def _hessian_central(
         self, params: Params, direction: Params, batch: Batch, scale: float | None = None
-    ) -> Params:
+    ) -> Product:
         if has_queries(params, direction):
             each = [self._hessian_central(params, one, batch, scale) for one in split(direction)]
-            return Params((name, torch.stack([one[name] for one in each])) for name in direction)
+            rows = Params((k, torch.stack([one.value[k] for one in each])) for k in direction)
+            return Product(rows, each[0].losses, torch.stack([one.slopes for one in each]))
         scale = self.forms.scales.get("gradients", 1.0) if scale is None else scale
         step = scale * step_size(params, direction, 1)
         if step == 0:
-            return direction.zeros_like()
-        _, ahead = self.gradient(params.add(direction, step), batch)
-        _, behind = self.gradient(params.add(direction, -step), batch)
-        return (ahead - behind) / (2 * step)
+            losses = self._losses(params, batch)
+            return Product(direction.zeros_like(), losses, torch.zeros_like(losses))
+        losses, ahead = self._each_and_mean_gradient(params.add(direction, step), batch)
+        others, behind = self._each_and_mean_gradient(params.add(direction, -step), batch)
+        value = (ahead - behind) / (2 * step)
+        return Product(value, (losses + others) / 2, (losses - others) / (2 * step))
+
+    def _each_and_mean_gradient(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
+        losses, _, grads = self._vjp(params, batch, mean_of(batch), None)
+        return losses, filled(grads, params, ())
 
     def _check_whole(self) -> None:
         if self.objective.layout.is_sharded:
@@ -321,7 +393,14 @@ class Derivatives:
 
     # --- choosing between them ------------------------------------------------------------
 
-    def _decide(self, use: Use, params: Params, direction: Params, batch: Batch) -> str:
+    def _decide(
+        self,
+        use: Use,
+        params: Params,
+        direction: Params,
+        batch: Batch,
+        with_slopes: bool = False,
+    ) -> str:
         if not self.forms.is_due(use, self.method):
             return self.forms.decided[use]
         if has_queries(params, direction):
@@ -330,56 +409,68 @@ class Derivatives:
             usual = "exact" if self.method == "exact" else "central"
             return self.forms.decided.get(use, usual)
         few = next(chunks(batch, NUM_CHECKED))
-        return self.forms.decide(use, self.method, self._flat(use, params, direction, few))
+        if use == "losses" and self.forms.shares_slopes:
+            scale = step_size(params, direction, 1) / step_size(params, direction, 0)
+            if self.forms.step_as_products(scale):
+                return "central"
+        if use == "losses":
+            return self.forms.decide(use, self.method, self._slopes_of(params, direction, few))
+        seen: dict[tuple[str, float], Tensor] = {}
+        form = self.forms.decide(use, self.method, self._products_of(params, direction, few, seen))
+        if with_slopes:
+            self.forms.shares_slopes = form == "exact" or self._are_right(
+                seen, params, direction, few
+            )
+        return form
 
-    def _flat(self, use: Use, params: Params, direction: Params, batch: Batch) -> Derive:
-        def losses(form: str, scale: float) -> Tensor:
+    def _slopes_of(self, params: Params, direction: Params, batch: Batch) -> Derive:
+        def derive(form: str, scale: float) -> Tensor:
             if form == "exact":
                 slopes = self._directional_exact(params, direction, batch)[1]
             else:
                 slopes = self._directional_central(params, direction, batch, scale)[1]
-            return torch.cat([each.to(slopes) for each in self.group.gather(slopes.cpu())])
+            return self._of_all(slopes)
 
-        def gradients(form: str, scale: float) -> Tensor:
+        return derive
+
+    def _products_of(
+        self,
+        params: Params,
+        direction: Params,
+        batch: Batch,
+        seen: dict[tuple[str, float], Tensor],
+    ) -> Derive:
+        """The slopes that each product brings along are left in `seen`."""
+
+        def derive(form: str, scale: float) -> Tensor:
             if form == "exact":
-                product = self._hessian_exact(params, direction, batch)
+                found = self._hessian_exact(params, direction, batch)
             else:
-                product = self._hessian_central(params, direction, batch, scale)
-            return torch.cat([tensor.flatten() for tensor in product.values()])
+                found = self._hessian_central(params, direction, batch, scale)
+            seen[form, scale] = found.slopes
+            return torch.cat([tensor.flatten() for tensor in found.value.values()])
 
-        return losses if use == "losses" else gradients
+        return derive
 
+    def _are_right(
+        self,
+        seen: dict[tuple[str, float], Tensor],
+        params: Params,
+        direction: Params,
+        batch: Batch,
+    ) -> bool:
+        """Whether slopes at the step of central Hessian products are those of the losses."""
+        found = seen.get(("central", self.forms.scales["gradients"]))
+        if found is None:
+            found = self._hessian_central(params, direction, batch).slopes
+        reference = seen.get(("exact", 1.0))
+        if reference is None:
+            reference = self._directional_central(params, direction, batch, 1.0)[1]
+        return apart(self._of_all(found), self._of_all(reference), "losses") <= TOLERANCE
 
-_Weigh = Callable[[Tensor, int], Tensor]
-"""Losses of a chunk and its first position in the batch -> their weights, (N,) or (Q, N)."""
-
-
-def _mean_of(batch: Batch) -> _Weigh:
-    size = num_examples(batch)
-    return lambda losses, _: torch.full_like(losses, 1 / size)
-
-
-def _parts_of(weights: Tensor) -> _Weigh:
-    return lambda losses, start: weights[..., start : start + len(losses)].to(losses)
-
-
-def _sum(
-    total: Mapping[str, Tensor | None], grads: Mapping[str, Tensor | None], params: Params
-) -> dict[str, Tensor | None]:
-    """Gradients of two chunks in the type of the values; None where neither uses a parameter."""
-    one = Params((k, g.to_dense().to(params[k])) for k, g in grads.items() if g is not None)
-    before = Params((k, g) for k, g in total.items() if g is not None)
-    both = one.keys() & before.keys()
-    added = before.pick(both) + one.pick(both) if both else Params()
-    return {name: added.get(name, one.get(name, before.get(name))) for name in grads}
-
-
-def _filled(grads: Mapping[str, Tensor | None], params: Params, leading: Sequence[int]) -> Params:
-    """Gradients with zeros, after Q `leading` rows or none, where a parameter is not used."""
-    return Params(
-        (k, params[k].new_zeros((*leading, *params[k].shape)) if g is None else g)
-        for k, g in grads.items()
-    )
+    def _of_all(self, slopes: Tensor) -> Tensor:
+        """Of the examples of all processes."""
+        return torch.cat([each.to(slopes) for each in self.group.gather(slopes.cpu())])
 
 
 def _num_queries(params: Params, direction: Params) -> int | None:

@@ -54,16 +54,35 @@ class Forms:
         unchecked: uses whose next one is to check that the form is right.
         scales: of the step of central differences, as a multiple of the usual one, by use.
         errors: relative error that the last check found, by use; 0 for the exact form.
+        shares_slopes: whether the slopes that Hessian products bring along were found right, by
+            the last check that was to say so. Not saved: only sweeps over recordings ask.
     """
 
     decided: dict[str, str] = field(default_factory=dict)
     unchecked: set[str] = field(default_factory=set)
     scales: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    shares_slopes: bool = False
 
     def recheck(self) -> None:
         """Let the next use of each form check again that it is right."""
         self.unchecked = set(self.decided)
+
+    def step_as_products(self, scale: float) -> bool:
+        """Let losses step as far as central products, whose slopes were found right.
+
+        Args:
+            scale: the usual step of products over that of losses.
+
+        Returns:
+            Whether products are central ones.
+        """
+        if self.decided.get("gradients") != "central":
+            return False
+        self.decided["losses"] = "central"
+        self.scales["losses"] = scale * self.scales["gradients"]
+        self.unchecked.discard("losses")
+        return True
 
     def is_due(self, use: Use, method: Method) -> bool:
         """Whether the next derivative of this use needs a decision."""

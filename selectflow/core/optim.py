@@ -47,7 +47,10 @@ from torch import Tensor
 from selectflow.core.params import Params, merge
 from selectflow.distributed import are_shards, over_shards
 
-_PART_BYTES = 2**26  # of parameters that an update is made of at a time
+# Bytes of parameters that an update is made of at a time: as many as a processor's caches hold with
+# their temporaries, and more on a device, where each kernel has a start of its own.
+_PART_BYTES = {"cpu": 2**22}
+_DEVICE_PART_BYTES = 2**26
 _CLIP_EPS = 1e-6  # torch's, in the norm that it divides by
 # A gradient of this share of the model's typical one is float32 rounding, not a signal. The measure
 # is the whole model: of a bias that batch norm cancels, all entries are rounding.
@@ -184,7 +187,7 @@ class SGD:
     nesterov: bool
 
     @property
-    def _mix(self) -> tuple[float, float]:
+    def mix(self) -> tuple[float, float]:
         """The shares of m and of d in m'."""
         return (0.0, 1.0) if self.step == 1 else (self.momentum, 1 - self.dampening)
 
@@ -192,7 +195,7 @@ class SGD:
         d = grad.add(state.params, self.weight_decay)
         if not self.momentum:
             return State(state.params.add(d, -self.lr), state.exp_avg, state.exp_avg_sq)
-        keep, new = self._mix
+        keep, new = self.mix
         m = (keep * state.exp_avg).add(d, new)
         u = d.add(m, self.momentum) if self.nesterov else m
         return State(state.params.add(u, -self.lr), m, state.exp_avg_sq)
@@ -206,7 +209,7 @@ class SGD:
         if not self.momentum:
             gamma = pull
         else:
-            keep, new = self._mix
+            keep, new = self.mix
             b = b.add(pull, self.momentum if self.nesterov else 1.0)
             gamma = new * b + pull if self.nesterov else new * b
             b = keep * b
@@ -382,7 +385,8 @@ class Update:
             size = 0
             for name in filter(params.__contains__, rule.names):
                 size += params[name].nbytes
-                if names and size > _PART_BYTES:
+                most = _PART_BYTES.get(params[name].device.type, _DEVICE_PART_BYTES)
+                if names and size > most:
                     yield rule, names
                     names, size = [], params[name].nbytes
                 names.append(name)

@@ -14,15 +14,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+from torch import Tensor
+
 from selectflow.core.batches import Batch
 from selectflow.core.chunks import GIB, num_fitting
 from selectflow.core.derivatives import Curvature, Derivatives
 from selectflow.core.optim import Adjoint, State, Update, after_skipping
-from selectflow.core.params import Params
+from selectflow.core.params import Params, measured
 from selectflow.core.storage import Fetch, Keep, in_place
+
+# Root mean square of entries that are 0 but for rounding, over that of all.
+_ROUNDING = 1e-7
 
 Nominal = Callable[[int, State], Batch]
 """The batch of update i of the window (0 is the next), given the state before it."""
+
+
+Slopes = tuple[Tensor, Tensor]
+"""Losses of a batch, shape (N,), and their derivatives along a sensitivity, (N,) or (Q, N)."""
+
+
+class CurvatureAtMasked(Exception):
+    """Exact products with a sensitivity as it is and as it is masked differ: share no slopes."""
 
 
 @dataclass
@@ -38,6 +52,9 @@ class Window:
         assumed: updates that the sweep takes for the real ones; None: the real ones. Another
             optimizer here gives the influence of whoever mistakes the one for the other.
         first: the update at which sweeps end; nothing before it needs the adjoint.
+        with_slopes: whether sweeps hand on the slopes of the batches' losses where the products
+            with the curvature bring them along. Slopes are along the masked sensitivity, so exact
+            products are, too: the sweep raises `CurvatureAtMasked` where that is not the same.
     """
 
     derivatives: Derivatives
@@ -46,6 +63,7 @@ class Window:
     curvature: Curvature = "exact"
     assumed: Sequence[Update] | None = None
     first: int = 0
+    with_slopes: bool = False
     _batches: dict[int, Batch] = field(default_factory=dict)
 
     def batch(self, index: int, state: State) -> Batch:
@@ -61,25 +79,35 @@ class Window:
 
     def vjp(
         self, index: int, adjoint: Adjoint, state: State, after: State, grad: Params
-    ) -> tuple[Params, Adjoint]:
-        """Sensitivity of update `index`, and the adjoint before it; queries may lead both.
+    ) -> tuple[Params, Adjoint, Slopes | None]:
+        """Sensitivity of update `index`, the adjoint before it, and slopes; queries may lead all.
 
         At the first update the adjoint is empty: nothing before it needs one.
         """
         update, is_first = (self.assumed or self.updates)[index], index == self.first
         gamma, before = update.adjoint(adjoint, state, after, grad, carry=not is_first)
         if self.curvature == "none" or is_first:
-            return gamma, before
-        batch, along = self.batch(index, state), gamma
-        if self.derivatives.method != "exact":
+            return gamma, before, None
+        # Central differences step by a share of |gamma|: an entry of lr / eps, whose own part of
+        # the product is 0, would leave them no step in all other entries.
+        batch = self.batch(index, state)
+
+        def product(along: Params, with_slopes: bool) -> tuple[Params, Slopes | None]:
+            return self.derivatives.product(
+                self.curvature, state.params, along, batch, with_slopes=with_slopes
+            )
+
+        is_exact = self.derivatives.method == "exact"
+        if is_exact and not self.with_slopes:
+            bent, slopes = product(gamma, False)
+        else:
             # Central differences step by a share of |gamma|: an entry of lr / eps, whose own part
             # of the product is 0, would leave them no step in all other entries.
-            along = update.masked(gamma, after)
-        product = self.derivatives.hessian_product
-        if self.curvature == "fisher":
-            product = self.derivatives.fisher_product
-        bent = before.params + product(state.params, along, batch)
-        return gamma, before._replace(params=bent)
+            masked = update.masked(gamma, after)
+            bent, slopes = product(masked, self.with_slopes)
+            if is_exact and not _is_blind(bent, gamma, masked):
+                raise CurvatureAtMasked(f"at update {index}")
+        return gamma, before._replace(params=before.params + bent), slopes
 
 
 @dataclass(frozen=True)
@@ -93,6 +121,8 @@ class SweepStep:
         grad: the batch gradient it was made with.
         after: state after it.
         adjoint: d target / d `after`.
+        slopes: losses of its batch and slopes along the masked gamma (`Update.masked`), where the
+            window was to hand them on and they came without a pass.
     """
 
     index: int
@@ -101,6 +131,7 @@ class SweepStep:
     grad: Params
     after: State
     adjoint: Adjoint
+    slopes: Slopes | None = None
 
 
 def sweep(
@@ -182,10 +213,25 @@ class _Sweep:
         """The sweep itself, over updates whose states are all at hand; uses them up."""
         for index in reversed(range(stop - len(points), stop)):
             before, grad = points.pop()(), grads.pop()().params
-            gamma, earlier = self.window.vjp(index, adjoint, before, end, grad)
-            self.emit(SweepStep(index, gamma, before, grad, end, adjoint))
+            gamma, earlier, slopes = self.window.vjp(index, adjoint, before, end, grad)
+            self.emit(SweepStep(index, gamma, before, grad, end, adjoint, slopes))
             end, adjoint = before, earlier
         return adjoint
+
+
+def _is_blind(bent: Params, gamma: Params, masked: Params) -> bool:
+    """Whether the curvature has no rows, and so no columns, at what was masked of gamma.
+
+    The product shows the rows: an entry that a direction in all others leaves at rounding has none.
+    Of entries that are coupled with masked ones alone it shows nothing. Theirs is a part of the
+    adjoint that reaches no score as long as they stay masked.
+    """
+    if masked is gamma:
+        return True
+    gone = Params((k, torch.where(masked[k] == x, 0.0, bent[k])) for k, x in gamma.items())
+    num = sum(int((masked[k] != x).sum()) for k, x in gamma.items())
+    (norm, _), (size, total) = measured(gone, bent)
+    return norm * math.sqrt(total) <= _ROUNDING * size * math.sqrt(num)
 
 
 def _constant(state: State, *_: State) -> State:

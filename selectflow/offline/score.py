@@ -8,17 +8,21 @@ each update that it took part in.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from selectflow.core.batches import Batch, num_examples
 from selectflow.core.derivatives import Curvature
+from selectflow.core.forms import Method
 from selectflow.core.optim import Adjoint
 from selectflow.core.params import Params
-from selectflow.core.sweep import SweepStep
+from selectflow.core.sweep import CurvatureAtMasked, SweepStep
+from selectflow.offline.recorded import RecordedWindow
 from selectflow.offline.trajectory import Trajectory
+
+_CHECK_EVERY = 100  # updates between two checks of central differences
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def score_samples(
     target: Iterable[Batch],
     *,
     curvature: Curvature = "exact",
+    derivative: Method | None = None,
     memory_gib: float | None = None,
 ) -> SampleScores:
     """Scores of all samples of a recorded run, for the target loss at its end.
@@ -73,11 +78,12 @@ def score_samples(
     after a removal, is predicted by (B score(z) - sum of the batch's scores) / (B - 1).
 
     Args:
-        trajectory: of batches that are mappings with a list "key" of sample ids. Its derivatives
-            should be exact, as `record` makes them: errors of central Hessian products compound
-            over a whole run.
+        trajectory: of batches that are mappings with a list "key" of sample ids.
         target: batches; the target loss is the mean over all their examples.
         curvature: "exact", "fisher" (empirical Fisher) or "none".
+        derivative: "exact", "central" or "auto"; None: as the trajectory's. Central differences are
+            checked at the start and every 100 updates. With exact curvature their scores
+            were within 2% of the exact ones (tests/benchmarks/sweep_agreement.py, sweep_cost.py).
         memory_gib: limit for the states between two snapshots, in GiB; None: 1, or the least that
             is needed.
 
@@ -89,24 +95,48 @@ def score_samples(
         FloatingPointError: a loss or derivative is not finite; names the examples.
         RuntimeError: the replay leaves the recording.
     """
+    own = trajectory.derivatives
+    trajectory = replace(trajectory, derivatives=own.anew(derivative or own.method))
+    window = RecordedWindow.of(trajectory, trajectory.window(curvature=curvature))
+    end, row = trajectory.state(len(trajectory)), _rows(trajectory.batches)
+    with trajectory.derivatives.objective.scoring():
+        grad = _mean_gradient(trajectory, end.params, target)
+    adjoint = Adjoint(grad, *(part.zeros_like() for part in end[1:]))
+    del end
+    try:
+        return _swept(trajectory, window, adjoint, row, memory_gib)
+    except CurvatureAtMasked:
+        return _swept(trajectory, replace(window, with_slopes=False), adjoint, row, memory_gib)
+
+
+def _swept(
+    trajectory: Trajectory,
+    window: RecordedWindow,
+    adjoint: Adjoint,
+    row: dict[str, int],
+    memory_gib: float | None,
+) -> SampleScores:
+    """The scores of one sweep, of samples whose rows are given by their keys."""
     batches, end = trajectory.batches, len(trajectory)
-    row = _rows(batches)
+    derivatives = trajectory.derivatives
     score = torch.zeros(len(row), dtype=torch.float64)
     occurrences = torch.zeros(len(row), dtype=torch.int64)
 
     def add(visit: SweepStep) -> None:
         batch = batches[visit.index]
-        gamma = trajectory.updates[visit.index].masked(visit.gamma, visit.after)
-        _, slopes = trajectory.derivatives.directional(visit.state.params, gamma, batch)
+        if visit.slopes is None:
+            gamma = trajectory.updates[visit.index].masked(visit.gamma, visit.after)
+            losses, slopes = derivatives.directional(visit.state.params, gamma, batch)
+        else:
+            losses, slopes = visit.slopes
+        window.check(visit.index, visit.state, losses)
         rows = torch.tensor([row[key] for key in batch["key"]])
         score.index_add_(0, rows, -slopes.cpu().double() / len(rows))
         occurrences.index_add_(0, rows, torch.ones_like(rows))
+        if (end - visit.index) % _CHECK_EVERY == 0:
+            derivatives.forms.recheck()
 
-    params = trajectory.state(end).params
-    with trajectory.derivatives.objective.scoring():
-        grad = _mean_gradient(trajectory, params, target)
-    adjoint = Adjoint(grad, *(part.zeros_like() for part in trajectory.state(end)[1:]))
-    trajectory.sweep(trajectory.window(curvature=curvature), end, adjoint, add, memory_gib)
+    trajectory.sweep(window, end, adjoint, add, memory_gib)
     return SampleScores(list(row), score, occurrences)
 
 

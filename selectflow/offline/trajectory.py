@@ -230,6 +230,11 @@ class Trajectory:
             with self.derivatives.objective.scoring():
                 adjoint = sweep(window, state, arrive, emit, capacity, start=start, stop=end)
 
+    def coarsest(self, params: Params) -> torch.dtype:
+        """Type of the lowest precision that was trained: recorded states are float32 at least."""
+        live = dict(self.derivatives.objective.model.named_parameters())
+        return max((live[name].dtype for name in params), key=lambda kind: torch.finfo(kind).eps)
+
     def check_replay(self, index: int, replayed: State, start: State) -> None:
         """Compare a replayed state with the snapshot at `index`, if there is one.
 
@@ -244,10 +249,10 @@ class Trajectory:
         if index not in self.snapshots:
             return
         recorded = self.snapshots.state(index).params
+        if all(value is recorded[name] for name, value in replayed.params.items()):
+            return
         apart, way = (replayed.params - recorded).norm(), (recorded - start.params).norm()
-        # of what was trained: recorded states are in float32 at the least
-        live = dict(self.derivatives.objective.model.named_parameters())
-        dtype = max((live[name].dtype for name in recorded), key=lambda kind: torch.finfo(kind).eps)
+        dtype = self.coarsest(recorded)
         rounding = torch.finfo(dtype).eps * recorded.norm()
         if not apart <= _DRIFT[dtype] * way + rounding:
             raise RuntimeError(

@@ -18,7 +18,6 @@ import torch
 from pyarrow.parquet import write_table
 
 from selectflow.core.batches import Batch, chunks, num_examples, num_kept, to_device
-from selectflow.core.derivatives import Derivatives
 from selectflow.core.files import atomic_file
 from selectflow.data import Layout, Manifest, PoolStream, Sources, write_subset
 from selectflow.distributed import ALONE, Group
@@ -94,7 +93,11 @@ def _select(config: RunConfig, task: Task, source: Sources) -> dict[str, float]:
     device = resolve_device(config.device)
     target = [to_device(batch, device) for batch in task.target]
     scores = score_samples(
-        trajectory, target, curvature=select.curvature, memory_gib=select.memory_gib
+        trajectory,
+        target,
+        curvature=select.curvature,
+        derivative=select.derivative,
+        memory_gib=select.memory_gib,
     )
     scored_s = time.perf_counter() - began
     root, kept = config.run_dir / "selected", scores.top(select.keep_samples)
@@ -119,7 +122,7 @@ def _record(config: RunConfig, task: Task) -> Trajectory:
     model = copy.deepcopy(task.model).to(device)
     lr = select.record_lr or config.optimizer.lr
     optimizer = build_optimizer(model, config.optimizer.model_copy(update={"lr": lr}))
-    trajectory = record(
+    return record(
         model,
         optimizer,
         task.loss_fn,
@@ -129,11 +132,6 @@ def _record(config: RunConfig, task: Task) -> Trajectory:
         limit_gib=select.memory_gib,
         chunk_size=select.chunk_size,
     )
-    if select.derivative == "auto":  # stays exact: errors of central differences compound
-        return trajectory
-    objective = trajectory.derivatives.objective
-    derivatives = Derivatives(objective, select.derivative, select.chunk_size, select.memory_gib)
-    return replace(trajectory, derivatives=derivatives)
 
 
 def _batches(config: RunConfig, task: Task, device: torch.device) -> Iterator[Batch]:

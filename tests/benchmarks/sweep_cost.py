@@ -12,11 +12,17 @@ process of its own; where T states do not fit into the limits, it must not grow 
 
 times and weighs a few recorded steps and their sweep at the shape of GPT-2 (124M) or, with LoRA,
 of Llama-3.2-1B.
+
+    python tests/benchmarks/sweep_cost.py --shape small [--steps 16]
+
+sweeps a GPT-2 shape of 2.6M parameters, batch 8 x 64 tokens, by each form of the derivatives, and
+prints how well their scores agree with the exact ones of the same curvature.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import multiprocessing
 import re
 import time
@@ -24,11 +30,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import nn
 
 from selectflow.audit.budget import RecordedRun
 from selectflow.audit.problems import PROBLEMS, AuditedRun
 from selectflow.audit.study import AuditConfig, GPT2Model, LlamaModel
+from selectflow.models.language import causal_lm_losses
 from selectflow.offline.record import record
 from selectflow.offline.score import score_samples
 
@@ -140,14 +148,61 @@ def measure_shape(name, limit_gib):
         print(f"  sweep, {curvature}: {took:.2f} s a step; peak {peak_gib():.2f} GiB", flush=True)
 
 
+def small_problem(num_steps):
+    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    rates = {f"{name}_pdrop": 0.0 for name in ("resid", "embd", "attn")}
+    shape = {"vocab_size": 2048, "n_positions": 64, "n_embd": 192, "n_layer": 5, "n_head": 6}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**shape, **rates, **ends))
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        {
+            "input_ids": torch.randint(2048, (8, 64), generator=generator),
+            "key": [f"{step}-{position}" for position in range(8)],
+        }
+        for step in range(num_steps + 1)
+    ]
+    return model, batches[:-1], batches[-1]
+
+
+def measure_small(num_steps, limit_gib):
+    """Cost in units of plain training, and agreement, of each form and curvature."""
+    model, batches, target = small_problem(num_steps)
+    train(copy.deepcopy(model), causal_lm_losses, batches[:8])
+    plain = train(copy.deepcopy(model), causal_lm_losses, batches)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    trajectory = record(model, optimizer, causal_lm_losses, batches, limit_gib=limit_gib)
+    print(f"{num_steps} steps, {len(trajectory.snapshots.indices)} snapshots; plain {plain:.2f} s")
+    for curvature in ("exact", "fisher", "none"):
+        exact = torch.empty(0)
+        for form in ("exact", "central", "auto"):
+            began = time.process_time()
+            options = {"curvature": curvature, "derivative": form, "memory_gib": limit_gib}
+            found = score_samples(trajectory, [target], **options).score
+            took = (time.process_time() - began) / plain
+            exact = found if form == "exact" else exact
+            error = float((found - exact).norm() / exact.norm())
+            rank = spearmanr(found, exact).statistic
+            print(
+                f"  curvature {curvature:<6} {form:<7} {took:.2f} of plain training; error "
+                f"{error:.1e}, Spearman {rank:.5f}",
+                flush=True,
+            )
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 2000])
     parser.add_argument("--limit-gib", type=float)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--shape", choices=[*SHAPES, "small"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.shape == "small":
+        measure_small(args.steps[0] if len(args.steps) == 1 else 16, args.limit_gib or 4.0)
+        return
     if args.shape:
         measure_shape(args.shape, args.limit_gib or 8.0)
         return
