@@ -11,7 +11,6 @@ from selectflow.core.derivatives import Derivatives
 from selectflow.core.optim import Adjoint
 from selectflow.core.params import Params
 from selectflow.core.recovered import gradient_between
-from selectflow.core.sweep import CurvatureAtMasked
 from selectflow.offline.record import record, reopen
 from selectflow.offline.recorded import RecordedWindow
 from selectflow.offline.score import score_samples
@@ -157,15 +156,15 @@ def test_slopes_that_products_bring_along_are_those_of_a_pass_of_their_own(
     visited = []
 
     def compare(visit):
-        if visit.index == 0:
+        shares = visit.index > 0 and derivative == "central"
+        if not shares:
             assert visit.slopes is None
             return
         gamma = trajectory.updates[visit.index].masked(visit.gamma, visit.after)
         batch = trajectory.batches[visit.index]
         losses, slopes = exact.directional(visit.state.params, gamma, batch)
-        most = 1e-11 if derivative == "exact" else 1e-6
-        assert (visit.slopes[0] - losses).norm() < max(most, 1e-7) * losses.norm()
-        assert (visit.slopes[1] - slopes).norm() < most * slopes.norm()
+        assert (visit.slopes[0] - losses).norm() < 1e-6 * losses.norm()
+        assert (visit.slopes[1] - slopes).norm() < 1e-6 * slopes.norm()
         visited.append(visit.index)
 
     window = RecordedWindow.of(trajectory, trajectory.window(curvature=curvature))
@@ -174,51 +173,4 @@ def test_slopes_that_products_bring_along_are_those_of_a_pass_of_their_own(
         exact.gradient(end.params, target)[1], *(part.zeros_like() for part in end[1:])
     )
     trajectory.sweep(window, NUM, adjoint, compare)
-    assert visited == list(range(NUM - 1, 0, -1))
-
-
-class Balanced(nn.Module):
-    """`a` has no gradient while c is balanced, and curvature with both of c's entries."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.c = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(2))
-
-
-def balanced_loss(model, batch):
-    off = batch["x"] @ model.c - batch["y"]
-    return off.square() + (model.c[0] - model.c[1] + batch["reads"]) * model.a
-
-
-def test_exact_scores_keep_what_is_masked_where_it_has_curvature():
-    torch.manual_seed(0)
-    model = Balanced().double()
-    x = torch.randn(NUM, 4, 1, dtype=torch.float64).expand(-1, -1, 2)
-    y, reads = torch.randn(NUM, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    batches = [
-        {"x": x[i], "y": y[i], "reads": reads, "key": [f"{i}-{j}" for j in range(4)]}
-        for i in range(NUM)
-    ]
-    trajectory = record(model, torch.optim.AdamW(model.parameters(), 1e-2), balanced_loss, batches)
-    aside = torch.randn(4, 2, dtype=torch.float64)
-    target = {"x": aside, "y": y[0], "reads": reads + 1}
-    end = trajectory.state(NUM)
-    adjoint = Adjoint(
-        trajectory.derivatives.gradient(end.params, target)[1],
-        *(part.zeros_like() for part in end[1:]),
-    )
-    expected = torch.zeros(NUM, 4, dtype=torch.float64)
-
-    def add(visit):
-        assert visit.gamma["a"] != 0
-        gamma = trajectory.updates[visit.index].masked(visit.gamma, visit.after)
-        assert gamma["a"] == 0
-        found = trajectory.derivatives.directional(visit.state.params, gamma, batches[visit.index])
-        expected[visit.index] = -found[1] / 4
-
-    trajectory.sweep(trajectory.window(), NUM, adjoint, add)
-    found = score_samples(trajectory, [target]).score.view(NUM, 4)
-    assert (found - expected).norm() < 1e-4 * expected.norm()  # lr / eps enlarges the rounding
-    window = RecordedWindow.of(trajectory, trajectory.window())
-    with pytest.raises(CurvatureAtMasked):
-        trajectory.sweep(window, NUM, adjoint, lambda _: None)
+    assert visited == (list(range(NUM - 1, 0, -1)) if derivative == "central" else [])

@@ -14,18 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from selectflow.core.batches import Batch
 from selectflow.core.chunks import GIB, num_fitting
 from selectflow.core.derivatives import Curvature, Derivatives
 from selectflow.core.optim import Adjoint, State, Update, after_skipping
-from selectflow.core.params import Params, measured
+from selectflow.core.params import Params
 from selectflow.core.storage import Fetch, Keep, in_place
-
-# Root mean square of entries that are 0 but for rounding, over that of all.
-_ROUNDING = 1e-7
 
 Nominal = Callable[[int, State], Batch]
 """The batch of update i of the window (0 is the next), given the state before it."""
@@ -33,10 +29,6 @@ Nominal = Callable[[int, State], Batch]
 
 Slopes = tuple[Tensor, Tensor]
 """Losses of a batch, shape (N,), and their derivatives along a sensitivity, (N,) or (Q, N)."""
-
-
-class CurvatureAtMasked(Exception):
-    """Exact products with a sensitivity as it is and as it is masked differ: share no slopes."""
 
 
 @dataclass
@@ -53,8 +45,8 @@ class Window:
             optimizer here gives the influence of whoever mistakes the one for the other.
         first: the update at which sweeps end; nothing before it needs the adjoint.
         with_slopes: whether sweeps hand on the slopes of the batches' losses where the products
-            with the curvature bring them along. Slopes are along the masked sensitivity, so exact
-            products are, too: the sweep raises `CurvatureAtMasked` where that is not the same.
+            with the curvature bring them along: central ones, which are along the masked
+            sensitivity as scores are. Exact products go along all of it.
     """
 
     derivatives: Derivatives
@@ -88,25 +80,18 @@ class Window:
         gamma, before = update.adjoint(adjoint, state, after, grad, carry=not is_first)
         if self.curvature == "none" or is_first:
             return gamma, before, None
-        # Central differences step by a share of |gamma|: an entry of lr / eps, whose own part of
-        # the product is 0, would leave them no step in all other entries.
-        batch = self.batch(index, state)
-
-        def product(along: Params, with_slopes: bool) -> tuple[Params, Slopes | None]:
-            return self.derivatives.product(
-                self.curvature, state.params, along, batch, with_slopes=with_slopes
-            )
-
-        is_exact = self.derivatives.method == "exact"
-        if is_exact and not self.with_slopes:
-            bent, slopes = product(gamma, False)
-        else:
+        along, is_exact = gamma, self.derivatives.method == "exact"
+        if not is_exact:
             # Central differences step by a share of |gamma|: an entry of lr / eps, whose own part
             # of the product is 0, would leave them no step in all other entries.
-            masked = update.masked(gamma, after)
-            bent, slopes = product(masked, self.with_slopes)
-            if is_exact and not _is_blind(bent, gamma, masked):
-                raise CurvatureAtMasked(f"at update {index}")
+            along = update.masked(gamma, after)
+        bent, slopes = self.derivatives.product(
+            self.curvature,
+            state.params,
+            along,
+            self.batch(index, state),
+            with_slopes=self.with_slopes and not is_exact,
+        )
         return gamma, before._replace(params=before.params + bent), slopes
 
 
@@ -217,21 +202,6 @@ class _Sweep:
             self.emit(SweepStep(index, gamma, before, grad, end, adjoint, slopes))
             end, adjoint = before, earlier
         return adjoint
-
-
-def _is_blind(bent: Params, gamma: Params, masked: Params) -> bool:
-    """Whether the curvature has no rows, and so no columns, at what was masked of gamma.
-
-    The product shows the rows: an entry that a direction in all others leaves at rounding has none.
-    Of entries that are coupled with masked ones alone it shows nothing. Theirs is a part of the
-    adjoint that reaches no score as long as they stay masked.
-    """
-    if masked is gamma:
-        return True
-    gone = Params((k, torch.where(masked[k] == x, 0.0, bent[k])) for k, x in gamma.items())
-    num = sum(int((masked[k] != x).sum()) for k, x in gamma.items())
-    (norm, _), (size, total) = measured(gone, bent)
-    return norm * math.sqrt(total) <= _ROUNDING * size * math.sqrt(num)
 
 
 def _constant(state: State, *_: State) -> State:

@@ -18,7 +18,7 @@ from selectflow.core.derivatives import Curvature
 from selectflow.core.forms import Method
 from selectflow.core.optim import Adjoint
 from selectflow.core.params import Params
-from selectflow.core.sweep import CurvatureAtMasked, SweepStep
+from selectflow.core.sweep import SweepStep
 from selectflow.offline.recorded import RecordedWindow
 from selectflow.offline.trajectory import Trajectory
 
@@ -103,10 +103,7 @@ def score_samples(
         grad = _mean_gradient(trajectory, end.params, target)
     adjoint = Adjoint(grad, *(part.zeros_like() for part in end[1:]))
     del end
-    try:
-        return _swept(trajectory, window, adjoint, row, memory_gib)
-    except CurvatureAtMasked:
-        return _swept(trajectory, replace(window, with_slopes=False), adjoint, row, memory_gib)
+    return _swept(trajectory, window, adjoint, row, memory_gib)
 
 
 def _swept(
