@@ -28,6 +28,13 @@ def two():
     processes.stop()
 
 
+@pytest.fixture(scope="module")
+def four():
+    processes = Processes(4)
+    yield processes
+    processes.stop()
+
+
 class Net(nn.Module):
     """Blocks that fully_shard takes one by one; odd sizes, so that shards are uneven."""
 
@@ -162,8 +169,20 @@ def alone(horizon, num_steps=12, clip=None, num=2):
 @pytest.mark.parametrize("horizon", [0, 1, 3])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_two_processes_are_one_that_sees_both_pools(two, wrapper, horizon, clip):
-    found = two.run(in_parallel, wrapper, horizon, 12, clip)
-    seen, weights = alone(horizon, 12, clip)
+    check_equal(two, wrapper, horizon, 12, clip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("horizon", [0, 1, 3])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_fifty_steps_of_two_and_of_four(two, four, wrapper, horizon):
+    check_equal(two, wrapper, horizon, 50, None)
+    check_equal(four, wrapper, horizon, 50, 0.3)
+
+
+def check_equal(processes, wrapper, horizon, num_steps, clip):
+    found = processes.run(in_parallel, wrapper, horizon, num_steps, clip, limit_s=240)
+    seen, weights = alone(horizon, num_steps, clip, processes.num)
     assert all(torch.equal(found[0][1], each[1]) for each in found)
     for rank, (steps, _) in enumerate(found):
         for (scores, keys), expected in zip(steps, seen, strict=True):

@@ -12,6 +12,7 @@ from test_distributed import KEEP, POOL, TARGET, Net, data, in_parallel, losses,
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -291,6 +292,10 @@ def refused(case):
     elif case == "model":
         for param in list(model.parameters())[:rank]:
             param.requires_grad_(False)
+    elif case == "tensor parallel":
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        model = parallelize_module(Net().double(), mesh, {"head": ColwiseParallel()})
+        optimizer = torch.optim.AdamW(model.parameters())
     elif case == "accumulating":
         model, optimizer = make("fsdp2")
         model.set_requires_gradient_sync(False)
@@ -315,6 +320,7 @@ def refused(case):
         ("rate", "optimizer updates must be the same in all 2 processes"),
         ("weights", "values of the parameters, by norm, must be the same in all 2 processes"),
         ("model", "trained parameters must be the same in all 2 processes"),
+        ("tensor parallel", "DTensor parameters must be those of fully_shard over one mesh, got"),
         ("exact", "of sharded parameters derivative must be 'auto' or 'central'"),
         ("auto chunks", "of sharded parameters derivative must be 'auto' or 'central'"),
         ("chunks", "passes over a batch in chunks must be the same in all 2 processes, got 4"),

@@ -162,7 +162,7 @@ def test_what_diverged_in_a_gap_goes_on_from_before_it(steps):
 def test_a_quiet_gap_costs_one_forward_pass_a_window(monkeypatch):
     """Of the same target batch, so that an easy one after a hard one is no rise."""
     passes, drawn = [], []
-    for name in ("losses", "gradient"):
+    for name in ("mean_loss", "gradient"):
         real = getattr(Derivatives, name)
 
         def counted(self, params, batch, *args, name=name, real=real, **how):
@@ -179,9 +179,9 @@ def test_a_quiet_gap_costs_one_forward_pass_a_window(monkeypatch):
         decisions.append(step(make(8)))
         drawn.append(control.state.window.target["label"].tolist())
     assert decisions == [(None, False)] * 31
-    assert passes == [("losses", drawn[0])] * 7  # at steps 40, 44, ... 64; the gap ends at 68
+    assert passes == [("mean_loss", drawn[0])] * 7  # at steps 40, 44, ... 64; the gap ends at 68
     step(make(8))
-    assert [name for name, _ in passes[7:]] == ["losses", "losses"]
+    assert [name for name, _ in passes[7:]] == ["mean_loss", "mean_loss"]
     assert passes[8][1] != drawn[0]  # the window that is due has the next batch
 
 

@@ -49,8 +49,7 @@ from selectflow.distributed import are_shards, over_shards
 
 # Bytes of parameters that an update is made of at a time: as many as a processor's caches hold with
 # their temporaries, and more on a device, where each kernel has a start of its own.
-_PART_BYTES = {"cpu": 2**22}
-_DEVICE_PART_BYTES = 2**26
+_PART_BYTES, _DEVICE_PART_BYTES = 2**22, 2**26
 _CLIP_EPS = 1e-6  # torch's, in the norm that it divides by
 # A gradient of this share of the model's typical one is float32 rounding, not a signal. The measure
 # is the whole model: of a bias that batch norm cancels, all entries are rounding.
@@ -385,7 +384,7 @@ class Update:
             size = 0
             for name in filter(params.__contains__, rule.names):
                 size += params[name].nbytes
-                most = _PART_BYTES.get(params[name].device.type, _DEVICE_PART_BYTES)
+                most = _PART_BYTES if params[name].is_cpu else _DEVICE_PART_BYTES
                 if names and size > most:
                     yield rule, names
                     names, size = [], params[name].nbytes
