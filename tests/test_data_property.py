@@ -127,7 +127,8 @@ def check(root, made, tail):
     slow = [(path, *each) for path in paths for each in slow_records(path)]
     slow = [each for each in slow if not each[1].startswith("__meta__/")]
     reasons = {
-        "bytes after its end mark": any(tail),
+        # an empty tar, joined to itself, is zeros still
+        "bytes after its end mark": any(tail) and not (tail == b"joined" and not made[-1][0]),
         "of a key that came before": not all(can_be_told(members) for members, _ in made),
         "got none in": not any(KNOWN.intersection(held) for _, _, held in slow),
     }
