@@ -13,7 +13,7 @@ that hold the shards of one copy.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -130,17 +130,23 @@ class Group:
     def check_same(self, what: str, value: object) -> None:
         """Refuse, in all processes, what differs between them.
 
+        Args:
+            what: the value is.
+            value: of this process; of a mapping, also in others, the entry that differs is named.
+
         Raises:
-            ValueError: names the ranks that differ from rank 0, and what they have.
+            ValueError: names a rank that differs from rank 0, and what both have.
         """
-        found = self.gather(value)
-        odd = [rank for rank, other in enumerate(found) if other != found[0]]
-        if odd:
-            raise ValueError(
-                f"{what} must be the same in all {self.size} processes, got {found[odd[0]]!r} at "
-                f"rank {odd[0]} and {found[0]!r} at rank 0"
-                + (f" (ranks {', '.join(map(str, odd))} differ)" if len(odd) > 1 else "")
-            )
+        first, *others = (dict(_entries(each)) for each in self.gather(value))
+        for rank, other in enumerate(others, start=1):
+            for name in sorted(first.keys() | other.keys()):
+                theirs, ours = other.get(name), first.get(name)
+                if theirs != ours:
+                    named = f"{name}: " if name else ""
+                    raise ValueError(
+                        f"{what} must be the same in all {self.size} processes, got "
+                        f"{named}{theirs!r} at rank {rank} and {ours!r} at rank 0"
+                    )
 
     @contextmanager
     def together(self, *kinds: type[Exception]) -> Iterator[None]:
@@ -168,6 +174,15 @@ class Group:
 
 
 ALONE = Group()
+
+
+def _entries(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The values of a mapping, by dotted names where mappings are inside; or the value itself."""
+    if not isinstance(value, Mapping):
+        yield prefix, value
+        return
+    for name, each in value.items():
+        yield from _entries(each, f"{prefix}.{name}" if prefix else str(name))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -215,6 +230,11 @@ class Layout:
         """
         for module in model.modules():
             if isinstance(module, nn.parallel.DistributedDataParallel):
+                if left_out := sorted(module.parameters_to_ignore):
+                    raise ValueError(
+                        "all gradients must be averaged, got parameters that "
+                        f"DistributedDataParallel ignores: {', '.join(left_out[:5])}"
+                    )
                 return cls(_unless_alone(module.process_group))
             if type(module).__name__ == "FullyShardedDataParallel":
                 raise ValueError(
@@ -232,6 +252,17 @@ class Layout:
                 "DTensor parameters must be those of fully_shard over one mesh, got "
                 f"{(other or sorted(map(str, meshes)))[0]}; tensor parallel and several meshes are "
                 "not supported"
+            )
+        whole_ones = [
+            name
+            for name, param in model.named_parameters()
+            if param.requires_grad and not is_sharded(param)
+        ]
+        if whole_ones:
+            raise ValueError(
+                "all trained parameters must be sharded where some are, got whole ones, whose "
+                f"gradients fully_shard does not average: {', '.join(whole_ones[:5])}; apply "
+                "fully_shard to the whole model after its blocks"
             )
         mesh = meshes.pop()
         dims = [i for i, place in enumerate(sharded[0].placements) if place.is_shard()]

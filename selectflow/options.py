@@ -301,4 +301,6 @@ def _plain(value: object) -> object:
         return list(value)
     if value is None or isinstance(value, int | float | str):
         return value
-    return value.__name__ if isinstance(value, FunctionType) else repr(value)
+    if isinstance(value, FunctionType):
+        return value.__name__
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # another in each process

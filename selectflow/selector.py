@@ -96,6 +96,10 @@ class Selector:
             `torch.bfloat16` or `torch.float16`: scoring then runs in it, too. One that is opened in
             loss_fn or around the selection is followed without a word.
 
+    Of several processes each gives its own pools and its share of the target, and the model as
+    `DistributedDataParallel` or `fully_shard` made it. Each scores with its own buffers, such as
+    running statistics.
+
     All other arguments are options, which `selectflow.options.SelectOptions` describes.
 
     Raises:
@@ -353,7 +357,10 @@ class Selector:
         alike = {
             "selector options": self.options.plain(),
             "trained parameters": {name: tuple(param.shape) for name, param in params.items()},
-            "optimizer updates": [str(update) for update in reader.updates(1)],
+            "optimizer updates": {
+                f"group {index}": vars(rule) | {"names": len(rule.names)}
+                for index, rule in enumerate(reader.updates(1)[0].rules)
+            },
             "examples kept of a pool": size_kept,
             "batches of the target": self._target.num_batches,
         }

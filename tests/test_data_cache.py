@@ -10,7 +10,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from shard_server import replace, serve
+from shard_server import replace
 from small_datasets import keys_of, make_small
 
 from selectflow.cli import main
@@ -19,19 +19,7 @@ from selectflow.data.tar_index import scan
 
 KEYS = [f"s{i}" for i in range(10)]
 NAMES = [f"train-00000{i}.tar" for i in range(3)]
-
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path_factory, monkeypatch):
-    path = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("SELECTFLOW_CACHE", str(path))
-    return path
-
-
-@pytest.fixture
-def server(tmp_path):
-    with serve(tmp_path / "web") as http:
-        yield http
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 def stored(source, **options):

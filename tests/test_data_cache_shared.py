@@ -8,25 +8,12 @@ import threading
 from itertools import islice
 
 import pytest
-from shard_server import serve
 from small_datasets import keys_of, make_small
 
 from selectflow.data import Cache, PoolStream
 
 NAMES = [f"train-00000{i}.tar" for i in range(3)]
-
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path_factory, monkeypatch):
-    path = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("SELECTFLOW_CACHE", str(path))
-    return path
-
-
-@pytest.fixture
-def server(tmp_path):
-    with serve(tmp_path / "web") as http:
-        yield http
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 def test_a_file_that_is_open_outlives_its_removal(server, directory):

@@ -28,13 +28,7 @@ from selectflow.data.tar_index import scan
 from selectflow.run.ledger import read_ledger
 
 KEYS = [f"s{i}" for i in range(10)]
-
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path_factory, monkeypatch):
-    path = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("SELECTFLOW_CACHE", str(path))
-    return path
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 @pytest.fixture

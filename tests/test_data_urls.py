@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-from shard_server import serve
 from small_datasets import make_small
 
 from selectflow.cli import main
@@ -21,19 +20,7 @@ from selectflow.data import (
 
 KEYS = [f"s{i}" for i in range(10)]
 NAMES = [f"train-00000{i}.tar" for i in range(3)]
-
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path_factory, monkeypatch):
-    path = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("SELECTFLOW_CACHE", str(path))
-    return path
-
-
-@pytest.fixture
-def server(tmp_path):
-    with serve(tmp_path / "web") as http:
-        yield http
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 def stored(source, **options):

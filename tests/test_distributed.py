@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -19,20 +18,6 @@ from selectflow.core.sweep import Window
 from selectflow.core.torch_optim import OptimizerReader
 
 POOL, KEEP, TARGET = 12, 4, 6
-
-
-@pytest.fixture(scope="module")
-def two():
-    processes = Processes(2)
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture(scope="module")
-def four():
-    processes = Processes(4)
-    yield processes
-    processes.stop()
 
 
 class Net(nn.Module):

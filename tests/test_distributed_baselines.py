@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
 from test_distributed import KEEP, POOL, TARGET, data, losses, make
 
 from selectflow import Selector
@@ -11,13 +10,6 @@ from selectflow.core.batches import join
 
 BY_LOSSES = ("gradient", "target_path", "easiest")
 BY_EXAMPLES = ("gradient_norm", "el2n", "adam", "greats", "opus_greedy")
-
-
-@pytest.fixture(scope="module")
-def two():
-    processes = Processes(2)
-    yield processes
-    processes.stop()
 
 
 def trained(wrapper):

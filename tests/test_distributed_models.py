@@ -1,13 +1,13 @@
 """Selection in several processes on the models and settings that people shard."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from processes import Processes
 from test_distributed import KEEP, POOL, TARGET, Net, data, in_parallel, losses, make, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,24 +15,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from selectflow import Selector
 from selectflow.models.language import causal_lm_losses
-
-
-@pytest.fixture(scope="module")
-def two():
-    processes = Processes(2)
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture(scope="module")
-def four():
-    processes = Processes(4)
-    yield processes
-    processes.stop()
 
 
 def gpt2():
@@ -265,7 +252,59 @@ def test_resumed_bit_for_bit(two, wrapper):
     assert two.run(resumed, wrapper, limit_s=120) == [[True, True]] * 2
 
 
+# --- recomputed activations -----------------------------------------------------------------------
+
+
+def recomputed(wrapper, reentrant):
+    """Scores at H = 1 with blocks that are recomputed in the backward pass, or not (None)."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = Net().double()
+    if reentrant is not None:
+        for block in model.blocks:
+            plain = block.forward
+            block.forward = partial(checkpoint, plain, use_reentrant=reentrant)
+    if wrapper == "fsdp2":
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+    else:
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    target = data(rank, 1, TARGET, seed=1, noise=0)
+    selector = Selector(
+        model, optimizer, losses, target, keep=KEEP, horizon=1, derivative="central"
+    )
+    for batch in selector.stream(data(rank, 4, POOL)):
+        optimizer.zero_grad()
+        losses(model, batch).mean().backward()
+        optimizer.step()
+    return selector.last.scores, whole(model)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_recomputed_activations_change_nothing(two, wrapper, reentrant):
+    expected = two.run(recomputed, wrapper, None)
+    for found, other in zip(two.run(recomputed, wrapper, reentrant), expected, strict=True):
+        assert (found[0] - other[0]).abs().max() < 1e-9 * other[0].abs().max()
+        assert (found[1] - other[1]).abs().max() < 1e-12
+
+
 # --- bad input ------------------------------------------------------------------------------------
+
+
+def laid_out(case):
+    """A model whose gradients no group of processes averages as a whole."""
+    model = Net().double()
+    if case == "inside":
+        return nn.Sequential(DistributedDataParallel(model))
+    if case == "tensor parallel":
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        return parallelize_module(model, mesh, {"head": ColwiseParallel()})
+    for block in model.blocks:
+        fully_shard(block)
+    return model
 
 
 def refused(case):
@@ -292,9 +331,8 @@ def refused(case):
     elif case == "model":
         for param in list(model.parameters())[:rank]:
             param.requires_grad_(False)
-    elif case == "tensor parallel":
-        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-        model = parallelize_module(Net().double(), mesh, {"head": ColwiseParallel()})
+    elif case in ("partly sharded", "inside", "tensor parallel"):
+        model = laid_out(case)
         optimizer = torch.optim.AdamW(model.parameters())
     elif case == "accumulating":
         model, optimizer = make("fsdp2")
@@ -313,13 +351,15 @@ def refused(case):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("options", "selector options must be the same in all 2 processes, got"),
+        ("options", "options must be the same in all 2 processes, got horizon: 1 at rank 1 and 0"),
         ("keep", "examples kept of a pool must be the same in all 2 processes, got 5 at rank 1"),
         ("pools", "pools of the stream must be the same in all 2 processes, got 4 at rank 1 and 3"),
         ("targets", "batches of the target must be the same in all 2 processes, got 2 at rank 1"),
-        ("rate", "optimizer updates must be the same in all 2 processes"),
+        ("rate", "updates must be the same in all 2 processes, got group 0.lr: 0.02 at rank 1 and"),
         ("weights", "values of the parameters, by norm, must be the same in all 2 processes"),
         ("model", "trained parameters must be the same in all 2 processes"),
+        ("partly sharded", "all trained parameters must be sharded where some are, got whole ones"),
+        ("inside", "DistributedDataParallel must be around the whole model, got it inside of"),
         ("tensor parallel", "DTensor parameters must be those of fully_shard over one mesh, got"),
         ("exact", "of sharded parameters derivative must be 'auto' or 'central'"),
         ("auto chunks", "of sharded parameters derivative must be 'auto' or 'central'"),

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from processes import Processes
 from test_huggingface import (
     KEEP,
     NUM,
@@ -26,13 +25,6 @@ from selectflow import Selector
 from selectflow.models.language import causal_lm_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def two():
-    processes = Processes(2)
-    yield processes
-    processes.stop()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from reference import slopes
 from torch import nn
 
 from selectflow import HorizonSchedule, Selector
+from selectflow.options import SelectOptions
 
 MLP, CNN, TRANSFORMER = PROBLEMS
 
@@ -455,3 +456,17 @@ def test_a_target_that_is_fitted_later_ends_no_run():
     selector.select(pools[1])
     assert not selector.last.scores.any()
     assert selector.last.indices.tolist() != [0, 1, 2, 3]
+
+
+def test_options_that_are_objects_are_the_same_in_another_process():
+    """What is shown of an object without a name of its own has its address in it."""
+
+    class Longer:
+        largest = 1
+
+        def at(self, step):
+            return 1
+
+    shown = [SelectOptions(keep=4, horizon=Longer()).plain()["horizon"] for _ in range(2)]
+    assert shown[0] == shown[1]
+    assert "0x" not in shown[0]

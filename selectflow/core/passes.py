@@ -57,6 +57,12 @@ class Objective:
     ) -> None:
         self.layout = Layout.of(model)
         self.module = unwrap(model)  # what a pass runs
+        if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in self.module.modules()):
+            raise ValueError(
+                "DistributedDataParallel must be around the whole model, got it inside of "
+                f"{type(self.module).__name__}: passes of it would wait for its own reductions; "
+                "wrap the outermost module"
+            )
         self.model = uncompiled(self.module)  # has the names of the parameters
         self._loss_fn, self._autocast = loss_fn, autocast
         self._bound = _Bound(self.model, loss_fn)

@@ -148,9 +148,11 @@ class SelectTrainerMixin(_Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As of the Trainer; with the training loss go the means of what was selected."""
         if "loss" in logs and self.selector is not None:
-            own = self._means.pop() | {metrics.SELECT_S: self._select_s}
-            every = self.selector.group.gather(own)
-            logs = logs | {k: sum(each[k] for each in every) / len(every) for k in own}
+            every = self.selector.group.gather((self._means.state_dict(), self._select_s))
+            states, seconds = zip(*every, strict=True)
+            self._means.pop()
+            mean_s = {metrics.SELECT_S: sum(seconds) / len(seconds)}
+            logs = logs | metrics.Means.over(states).pop() | mean_s
         super().log(logs, *args, **kwargs)
 
     def start_selecting(self) -> None:

@@ -98,24 +98,12 @@ def score_samples(
     own = trajectory.derivatives
     trajectory = replace(trajectory, derivatives=own.anew(derivative or own.method))
     window = RecordedWindow.of(trajectory, trajectory.window(curvature=curvature))
-    end, row = trajectory.state(len(trajectory)), _rows(trajectory.batches)
-    with trajectory.derivatives.objective.scoring():
-        grad = _mean_gradient(trajectory, end.params, target)
-    adjoint = Adjoint(grad, *(part.zeros_like() for part in end[1:]))
-    del end
-    return _swept(trajectory, window, adjoint, row, memory_gib)
-
-
-def _swept(
-    trajectory: Trajectory,
-    window: RecordedWindow,
-    adjoint: Adjoint,
-    row: dict[str, int],
-    memory_gib: float | None,
-) -> SampleScores:
-    """The scores of one sweep, of samples whose rows are given by their keys."""
-    batches, end = trajectory.batches, len(trajectory)
-    derivatives = trajectory.derivatives
+    derivatives, batches, end = trajectory.derivatives, trajectory.batches, len(trajectory)
+    row, state = _rows(batches), trajectory.state(end)
+    with derivatives.objective.scoring():
+        grad = _mean_gradient(trajectory, state.params, target)
+    adjoint = Adjoint(grad, *(part.zeros_like() for part in state[1:]))
+    del state  # its memory is of use now
     score = torch.zeros(len(row), dtype=torch.float64)
     occurrences = torch.zeros(len(row), dtype=torch.int64)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -38,22 +38,10 @@ def check_same(what: str, values: Mapping[str, Any], group: Group) -> None:
     Raises:
         RunError: names a value that differs, and where.
     """
-    first, *others = (dict(_flat(each)) for each in group.gather(values))
-    for rank, other in enumerate(others, start=1):
-        for name in sorted(first.keys() | other.keys()):
-            if first.get(name) != other.get(name):
-                raise RunError(
-                    f"{what} must be the same in all processes, got {name}: {other.get(name)!r} at "
-                    f"rank {rank} and {first.get(name)!r} at rank 0; start all with the same"
-                )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    try:
+        group.check_same(what, values)
+    except ValueError as error:
+        raise RunError(f"{error}; start all with the same") from error
 
 
 def check_parallel(config: RunConfig, task: Task, group: Group) -> None:
