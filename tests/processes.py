@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LIMIT_S = 60  # of one function, and of a collective a little less
 
@@ -80,3 +81,23 @@ def _serve(rank, num, address, asked, answers):
             answers.put((rank, value, None))
         except BaseException:  # sent on, whatever it is
             answers.put((rank, None, traceback.format_exc()))
+
+
+class Sent(TorchDispatchMode):
+    """Counts collectives, and the bytes that this process gives to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.num, self.num_bytes = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
+            self.num += 1
+            self.num_bytes += sum(t.nbytes for t in _tensors(args))
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(tree):
+    if isinstance(tree, list | tuple):
+        return [leaf for child in tree for leaf in _tensors(child)]
+    return [tree] if hasattr(tree, "nbytes") else []

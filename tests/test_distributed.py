@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
+from processes import Sent
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from selectflow import Selector
@@ -300,35 +300,29 @@ def test_shares_by_hand():
 
 
 def counted(wrapper, horizon):
-    """Collectives of: a step, a look-ahead with a selection, and a selection in between."""
+    """(collectives, bytes over those of the parameters) of a step, a look-ahead, and in between."""
     rank = dist.get_rank()
     model, optimizer = make(wrapper)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
     target = data(rank, 3, TARGET, seed=1, noise=0)
-    selector = Selector(
-        model,
-        optimizer,
-        losses,
-        target,
-        keep=KEEP,
-        horizon=horizon,
-        interval=2,
-        derivative="central",
-    )
-    pools, found = data(rank, 8, POOL), []
+    how = {"keep": KEEP, "horizon": horizon, "interval": 2, "derivative": "central"}
+    selector = Selector(model, optimizer, losses, target, **how)
+    pools, found = data(rank, 12, POOL), []
     for step in range(6):
-        with CommDebugMode() as select:
+        with Sent() as select:
             batch = selector.select(pools[step], pools[step + 1 :])
-        with CommDebugMode() as train:
+        with Sent() as train:
             optimizer.zero_grad()
             losses(model, batch).mean().backward()
             optimizer.step()
-        found.append((select.get_total_counts(), train.get_total_counts()))
-    return found[-2:]
+        found.append([(each.num, each.num_bytes / size) for each in (train, select)])
+    (step, ahead), (_, between) = found[-2:]
+    return step, ahead, between
 
 
 @pytest.mark.parametrize("horizon", [0, 1, 3])
 def test_collectives_of_replicas(two, horizon):
-    (ahead, _), (between, _) = two.run(counted, "ddp", horizon)[0]
+    _, (ahead, _), (between, _) = two.run(counted, "ddp", horizon)[0]
     assert between == 0
     passes = 1 + horizon + 2 * max(0, horizon - 1)  # target, updates, Hessian products by two each
     assert ahead <= passes + (horizon > 1)
@@ -337,7 +331,7 @@ def test_collectives_of_replicas(two, horizon):
 @pytest.mark.parametrize("horizon", [0, 1, 3])
 def test_collectives_of_shards(two, horizon):
     """A pass gathers each of three groups; backward gathers blocks again, and reduces all."""
-    (ahead, step), (between, _) = two.run(counted, "fsdp2", horizon)[0]
+    (step, _), (ahead, _), (between, _) = two.run(counted, "fsdp2", horizon)[0]
     forward = 3
     assert between <= 2 * forward + 1
     gradient = step + 1  # and the mean loss

@@ -13,64 +13,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from processes import Processes
-from test_distributed import KEEP, POOL, TARGET, data, losses, make
-
-from selectflow import Selector
-
-
-class Sent(TorchDispatchMode):
-    """Counts collectives, and the bytes that this process gives to them."""
-
-    def __init__(self):
-        super().__init__()
-        self.num, self.num_bytes = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
-            self.num += 1
-            self.num_bytes += sum(t.nbytes for t in _tensors(args))
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(tree):
-    if isinstance(tree, list | tuple):
-        return [leaf for child in tree for leaf in _tensors(child)]
-    return [tree] if hasattr(tree, "nbytes") else []
-
-
-def counted(wrapper, horizon):
-    """(collectives, bytes over those of the parameters) of a step, a look-ahead, and in between."""
-    rank = dist.get_rank()
-    model, optimizer = make(wrapper)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    target = data(rank, 3, TARGET, seed=1, noise=0)
-    selector = Selector(
-        model,
-        optimizer,
-        losses,
-        target,
-        keep=KEEP,
-        horizon=horizon,
-        interval=2,
-        derivative="central",
-    )
-    pools, found = data(rank, 12, POOL), []
-    for step in range(6):
-        with Sent() as select:
-            batch = selector.select(pools[step], pools[step + 1 :])
-        with Sent() as train:
-            optimizer.zero_grad()
-            losses(model, batch).mean().backward()
-            optimizer.step()
-        found.append([(each.num, each.num_bytes / size) for each in (train, select)])
-    (step, ahead), (_, between) = found[-2:]
-    return step, ahead, between
+from test_distributed import counted
 
 
 def main():
