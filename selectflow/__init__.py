@@ -1,7 +1,8 @@
 """Online data selection for PyTorch by look-ahead AdamW-influence."""
 
 from selectflow.control.horizon import HorizonSchedule
-from selectflow.control.rules import AutoHorizon, AutoRate, Decision
+from selectflow.control.ladder import AutoHorizon
+from selectflow.control.rules import AutoRate, Decision
 from selectflow.selector import Selector
 from selectflow.strategies import Candidates, Selection, Strategy
 

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from selectflow.control.rules import AutoHorizon, AutoRate
+from selectflow.control.ladder import AutoHorizon
+from selectflow.control.rules import AutoRate
 from selectflow.core.counts import is_count
 from selectflow.strategies import STRATEGIES
 

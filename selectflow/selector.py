@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from selectflow.control.horizon import Horizon, HorizonControl, HorizonState, as_horizon
+from selectflow.control.contests import HorizonControl, HorizonState, halves
+from selectflow.control.horizon import Horizon, as_horizon
+from selectflow.control.ladder import AutoHorizon
 from selectflow.control.rate import RateControl, RateState
-from selectflow.control.rules import AutoHorizon, AutoRate, Decision, RateRule
+from selectflow.control.rules import AutoRate, Decision, RateRule
 from selectflow.control.state import SelectorState
 from selectflow.core.batches import (
     Batch,
     PeekedPools,
+    in_parts,
     num_examples,
     num_kept,
     take,
@@ -57,6 +60,8 @@ class _Found:
     """What the selection of one pool found on its way.
 
     Attributes:
+        step: optimizer updates made.
+        began: when, by the clock.
         losses: of the candidates, where the strategy needed them.
         upcoming: pools after the present one that were drawn for a look-ahead, in order.
         is_ahead: whether a look-ahead is under way.
@@ -66,6 +71,8 @@ class _Found:
         decisions: of the controller.
     """
 
+    step: int = 0
+    began: float = 0.0
     losses: Tensor | None = None
     upcoming: list[Batch] = field(default_factory=list)
     is_ahead: bool = False
@@ -139,6 +146,8 @@ class Selector:
         names = SelectOptions.model_fields
         self.options = options = SelectOptions.checked(**{name: given[name] for name in names})
         horizon = AutoHorizon() if options.horizon == "auto" else options.horizon
+        if isinstance(horizon, AutoHorizon) and options.strategy != "influence":
+            horizon = replace(horizon, off=False)  # contests know no other strategy
         seed = as_count("seed", seed, None)
         if options.lr == "auto":
             lr = AutoRate()
@@ -198,9 +207,12 @@ class Selector:
     def stream(self, pools: Iterable[Batch]) -> Iterator[Batch]:
         """Selected batches, one for each pool, in the pools' order.
 
-        Pools that a look-ahead peeks at are handed out later, in order: none is lost or used
-        twice. Where a stream is left early, the next one begins with those, unless
-        `state.peeked.clear()` drops them. The optimizer is read when the next batch is asked for.
+        While control finds that plain training gains more in the same time (`horizon="auto"`), each
+        pool is handed out whole, in batches of about as many examples as are kept else. Pools that
+        a look-ahead peeks at are handed out later, in order: none is lost or used twice. Where a
+        stream is left early, the next one begins with what was not handed out, unless
+        `state.rest.clear()` and `state.peeked.clear()` drop it. The optimizer is read when the next
+        batch is asked for.
 
         Args:
             pools: batches of P >= keep candidates; may be endless. Of several processes each gives
@@ -211,12 +223,22 @@ class Selector:
         """
         if isinstance(pools, Sized):  # a process that ran out early would leave the others waiting
             self._group.check_same("pools of the stream", len(pools))
+        yield from self.rest()
         source = PeekedPools(pools, self.state.peeked)
         for pool in source:
             yield self.select(pool, source.upcoming())
+            yield from self.rest()
+
+    def rest(self) -> Iterator[Batch]:
+        """What is left to train on of the last pool: nothing, unless it is not selected from."""
+        while self.state.rest:
+            yield self._next_part()
 
     def select(self, pool: Batch, upcoming: Iterable[Batch] = ()) -> Batch:
         """The part of one pool to train on now.
+
+        While nothing is selected it is a random part, and `rest` has the others; without it they
+        are not trained on.
 
         Args:
             pool: P >= keep candidates.
@@ -232,17 +254,51 @@ class Selector:
             FloatingPointError: a loss, derivative or score is not finite; names the optimizer
                 step and the examples.
         """
-        began, state, found = time.perf_counter(), self.state, _Found()
+        state, found = self.state, _Found()
+        state.rest.clear()
         size_kept = num_kept(self.options.keep, num_examples(pool))
-        seen = through(self.options.score_view, pool)
-        with self._objective.placed():
-            step = state.num_steps = self._optimizer.num_steps()
+        seen, pools = through(self.options.score_view, pool), iter(upcoming)
+        with self._deciding(found) as step, _naming(step):
             if not self._is_agreed:
                 self._agree(size_kept)
-            with _naming(step):
-                self._adapt_rate(step, found)
-                scores = self._scores(pool, seen, iter(upcoming), step, found)
+            self._adapt_rate(step, found)
+            if self._control_horizon(pool, pools, step, found):
+                state.ahead, num = None, num_examples(pool) // size_kept
+                state.rest.extend(in_parts(pool, self._group.least(num), state.generator))
+            else:
+                scores = self._scores(pool, seen, pools, step, found)
+        if state.rest:
+            return self._handed_out(state.rest.popleft(), found)
         indices, kept = self._keep(pool, scores, size_kept, found)
+        return self._noted(pool, kept, indices, scores, found)
+
+    def _next_part(self) -> Batch:
+        """The next part of a pool that is not selected from."""
+        found = _Found()
+        with self._deciding(found) as step, _naming(step):
+            self._adapt_rate(step, found)
+        return self._handed_out(self.state.rest.popleft(), found)
+
+    def _handed_out(self, part: Batch, found: _Found) -> Batch:
+        """A part of a pool, of which nothing is known."""
+        indices = torch.arange(num_examples(part), device="cpu")
+        return self._noted(part, part, indices, None, found)
+
+    @contextmanager
+    def _deciding(self, found: _Found) -> Iterator[int]:
+        """Between two steps of the user's loop; gives the optimizer updates made."""
+        with self._objective.placed():
+            found.step = step = self.state.num_steps = self._optimizer.num_steps()
+            if self._contests is not None:
+                self._contests.enter(step)
+            found.began = time.perf_counter()
+            yield step
+
+    def _noted(
+        self, pool: Batch, kept: Batch, indices: Tensor, scores: Tensor | None, found: _Found
+    ) -> Batch:
+        """A batch to train on, once `last` says what it is."""
+        state = self.state
         if self._rate is not None:
             self._rate.trained_on(kept)
         self.last = Selection(
@@ -250,17 +306,19 @@ class Selector:
             indices=indices,
             scores=scores,
             losses=None if found.losses is None else found.losses.cpu(),
-            step=step,
+            step=found.step,
             horizon=state.ahead.horizon if state.ahead else None,
-            age=step - state.ahead_step if state.ahead else 0,
+            age=found.step - state.ahead_step if state.ahead else 0,
             target_loss=state.ahead.target_loss if state.ahead else None,
             lr_multiplier=self._optimizer.lr_multiplier,
             decisions=tuple(found.decisions),
             lookahead_s=found.lookahead_s,
             control_s=found.control_s,
             score_error=state.forms.errors.get("losses"),
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - found.began,
         )
+        if self._contests is not None:
+            self._contests.leave()
         return kept
 
     def _scores(
@@ -331,18 +389,12 @@ class Selector:
         self, pool: Batch, seen: Batch, upcoming: Iterator[Batch], step: int, found: _Found
     ) -> Tensor:
         """-gamma . grad loss of each candidate, after a look-ahead where one is due."""
+        self._contest(pool, upcoming, step, found)
         params, state = self._optimizer.values(), self.state
         is_due = not state.serves(step, self._scored_names() or params)
-        is_contested = is_due and self._contests is not None and self._contests.is_due(step)
-        # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
-        num = self._num_upcoming(step, is_contested) if is_due else 0
-        found.upcoming += islice(upcoming, max(0, num - len(found.upcoming)))
-        if num:  # all look ahead as far as the shortest stream lasts
-            num = self._group.least(min(num, len(found.upcoming)))
-        pools = [pool, *found.upcoming[:num]]
+        num = self._horizon.at(step) if is_due else 0
+        pools = self._drawn(pool, upcoming, num, found)
         with self._objective.scoring():
-            if is_contested:
-                self._adapt_horizon(step, pools, found)
             if is_due:
                 self._look_ahead(step, pools, found)
             assert state.ahead is not None
@@ -350,6 +402,17 @@ class Selector:
             found.is_zero = state.ahead.is_zero(step - state.ahead_step)
             found.losses, slopes = self._derivatives.directional(params, gamma, seen)
         return -slopes
+
+    def _drawn(
+        self, pool: Batch, upcoming: Iterator[Batch], num_updates: int, found: _Found
+    ) -> list[Batch]:
+        """The pools of the next updates, the present one first, as far as they last."""
+        # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
+        num = max(0, num_updates * self.options.pools_per_update - 1)
+        found.upcoming += islice(upcoming, max(0, num - len(found.upcoming)))
+        if num:  # all look ahead as far as the shortest stream lasts
+            num = self._group.least(min(num, len(found.upcoming)))
+        return [pool, *found.upcoming[:num]]
 
     def _agree(self, size_kept: int) -> None:
         """Refuse, in all processes, what would make them go apart; once."""
@@ -372,13 +435,6 @@ class Selector:
         self._is_agreed = True
 
     # --- looking ahead --------------------------------------------------------------------
-
-    def _num_upcoming(self, step: int, is_contested: bool) -> int:
-        """Pools after the present one that a look-ahead needs, or a contest before it."""
-        num_updates = self._horizon.at(step)
-        if is_contested and self._contests is not None:
-            num_updates = self._contests.num_updates()
-        return max(0, num_updates * self.options.pools_per_update - 1)
 
     def _look_ahead(self, step: int, pools: Sequence[Batch], found: _Found) -> None:
         """Find the sensitivities of the next steps."""
@@ -440,8 +496,7 @@ class Selector:
         if self._rate is None:
             return
         began = time.perf_counter()
-        with self._objective.scoring():
-            decision, replaced = self._rate.before(step)
+        decision, replaced = self._rate.before(step)
         if replaced:
             self.state.ahead = None  # it was of the steps that were taken back
         _note(found, decision, step, began)
@@ -470,11 +525,32 @@ class Selector:
         _note(found, decision, step, began)
         return replaced
 
-    def _adapt_horizon(self, step: int, pools: Sequence[Batch], found: _Found) -> None:
-        """Let the horizon control hold a contest over `pools`, the present one first."""
-        assert self._contests is not None
+    def _control_horizon(
+        self, pool: Batch, upcoming: Iterator[Batch], step: int, found: _Found
+    ) -> bool:
+        """Whether nothing is to be selected from this pool, as control finds."""
+        if self._contests is None or not self._contests.may_be_off:
+            return False
+        if self._contests.is_look_due:
+            with self._objective.scoring():
+                self._contests.look(self._next_target)
+        self._contest(pool, upcoming, step, found)
+        return self._contests.is_off
+
+    def _contest(self, pool: Batch, upcoming: Iterator[Batch], step: int, found: _Found) -> None:
+        """Let the horizon control hold a contest, if one is due."""
+        control = self._contests
+        if control is None or not control.is_due():
+            return
+        if self.state.serves(step, self._scored_names() or self._optimizer.params()):
+            return
+        pools = self._drawn(pool, upcoming, control.num_updates(), found)
         began = time.perf_counter()
-        _note(found, self._contests.contest(step, pools, self._next_target), step, began)
+        target, judge = self._next_target(), self._next_target()
+        if self._target.num_batches == 1 or judge is target:
+            target, judge = halves(target)
+        with self._objective.scoring():
+            _note(found, control.contest(pools, target, judge), step, began)
 
     # --- state ----------------------------------------------------------------------------
 

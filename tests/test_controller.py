@@ -1,19 +1,10 @@
-"""The controller's rules, on losses whose right answer is known by hand."""
+"""The rule of the learning rate, on losses whose right answer is known by hand."""
 
 import math
 
 import pytest
 
-from selectflow.control.rules import (
-    AutoHorizon,
-    AutoRate,
-    HorizonRule,
-    RateRule,
-    restore,
-    state_of,
-)
-
-TRUSTED = {"relative_error": 0.1, "trust_ratio": 0.9}
+from selectflow.control.rules import AutoRate, RateRule, restore, state_of
 
 
 def settled(**settings):
@@ -230,97 +221,3 @@ def test_rate_rule_goes_on_from_its_state():
 def test_bad_rate_settings(settings, named):
     with pytest.raises(ValueError, match=named):
         AutoRate(**settings)
-
-
-# --- the horizon ----------------------------------------------------------------------------
-
-
-def contests(rule, num, lead, trust=TRUSTED):
-    """Contests in which every longer horizon ends `lead` lower than its shorter neighbour."""
-    made = []
-    for index in range(num):
-        present, rival = rule.horizon, rule.rival()
-        shorter, longer = sorted((present, rival))
-        losses = {shorter: 1.0, longer: 1.0 - lead + 0.001 * (index % 2)}
-        made.append(rule.decide(rival, losses, {shorter: 1.0, longer: 2.0}, trust))
-    return made
-
-
-def test_ladder():
-    assert AutoHorizon(largest=0).ladder == (0,)
-    assert AutoHorizon(largest=1).ladder == (0, 1)
-    assert AutoHorizon(largest=6).ladder == (0, 1, 2, 4)
-    assert AutoHorizon(largest=8).ladder == (0, 1, 2, 4, 8)
-
-
-def test_a_horizon_that_wins_and_is_trusted_grows():
-    rule = HorizonRule(AutoHorizon())
-    contests(rule, 40, lead=0.05)
-    assert rule.horizon == 8
-
-
-def test_a_horizon_that_buys_nothing_is_not_paid_for():
-    rule = HorizonRule(AutoHorizon())
-    made = contests(rule, 10, lead=0.0)
-    assert rule.horizon == 0
-    assert any("buys nothing" in decision.reason for decision in made)
-
-
-def test_it_takes_trust_to_grow_and_less_to_stay():
-    for error, grows, stays in ((0.3, True, True), (0.5, False, True), (0.8, False, False)):
-        trust = {"relative_error": error, "trust_ratio": 1 - error}
-        rule = HorizonRule(AutoHorizon(tolerance=0.35))
-        contests(rule, 12, lead=0.05, trust=trust)
-        assert (rule.horizon > 1) == grows
-        assert (rule.horizon >= 1) == stays
-
-
-def test_a_prediction_of_the_wrong_sign_ends_at_zero():
-    rule = HorizonRule(AutoHorizon())
-    contests(rule, 20, lead=0.05)
-    assert rule.horizon > 2
-    while rule.rival() > rule.horizon or (rule.horizon == 8 and rule.rival() > 8):
-        contests(rule, 1, lead=0.05)
-    contests(rule, 1, lead=0.05, trust={"relative_error": 3.0, "trust_ratio": -2.0})
-    assert rule.horizon == 0
-
-
-def test_a_horizon_that_diverges_loses():
-    rule = HorizonRule(AutoHorizon())
-    for _ in range(4):
-        rival = rule.rival()
-        longer = max(rival, rule.horizon)
-        losses = {rule.horizon: 1.0, rival: 1.0, longer: math.inf}
-        rule.decide(rival, losses, {rule.horizon: 1.0, rival: 1.0}, TRUSTED)
-    assert rule.horizon == 0
-
-
-def test_gaps_grow_while_nothing_changes():
-    rule = HorizonRule(AutoHorizon(gap=25, longest_gap=200))
-    contests(rule, 30, lead=0.0)
-    assert rule.gap == 200
-
-
-def test_gaps_do_not_grow_before_there_is_an_opinion():
-    rule = HorizonRule(AutoHorizon(gap=25, longest_gap=200))
-    made = contests(rule, 5, lead=0.05)  # three with the shorter neighbour, two with the longer
-    undecided = [decision for decision in made if "too few" in decision.reason]
-    assert len(undecided) == 4
-    assert rule.gap == 50  # doubled once, by the one contest that had an opinion
-
-
-def test_horizon_rule_goes_on_from_its_state():
-    whole, half = HorizonRule(AutoHorizon()), HorizonRule(AutoHorizon())
-    contests(whole, 5, lead=0.02)
-    contests(half, 5, lead=0.02)
-    other = HorizonRule(AutoHorizon())
-    restore(other, state_of(half))
-    assert contests(other, 9, lead=0.01) == contests(whole, 9, lead=0.01)
-
-
-@pytest.mark.parametrize(
-    "settings", [{"largest": -1}, {"tolerance": 0.5}, {"contest_steps": 0}, {"gap": 500}]
-)
-def test_bad_horizon_settings(settings):
-    with pytest.raises(ValueError, match="must be"):
-        AutoHorizon(**settings)

@@ -11,7 +11,8 @@ from problems import image_loss
 from test_selector import selector_for, setting, train
 
 from selectflow.control.horizon import HorizonSchedule
-from selectflow.control.rules import AutoHorizon, AutoRate
+from selectflow.control.ladder import AutoHorizon
+from selectflow.control.rules import AutoRate
 
 
 @pytest.mark.parametrize(

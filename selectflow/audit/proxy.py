@@ -35,7 +35,7 @@ from selectflow.audit.study import (
     write_rows,
     write_study,
 )
-from selectflow.control.rules import AutoHorizon
+from selectflow.control.ladder import AutoHorizon
 from selectflow.core.batches import num_examples
 from selectflow.core.optim import State, Update
 from selectflow.core.proxy import closed_form, probe, relative_error

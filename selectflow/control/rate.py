@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selectflow.control.multiplier import StepMultiplier
 from selectflow.control.rules import Decision, RateRule, restore, state_of
-from selectflow.core.batches import Batch, MicroBatches
+from selectflow.core.batches import Batch, MicroBatches, to_device
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.optim import State, Update
 from selectflow.core.params import Params
@@ -97,17 +97,18 @@ class Window:
             Params((name, tensor.to(params[name])) for name, tensor in part.items())
             for part in saved["start"]
         )
+        device = params.device
         return cls(
             saved["first_step"],
             State(*start),
             saved["counts"],
             saved["buffers"],
-            restored(saved["target"]),
+            to_device(restored(saved["target"]), device),
             saved["start_loss"],
             saved["lowest"],
             saved["is_due"],
             [restored_update(update) for update in saved["updates"]],
-            [[restored(part) for part in parts] for parts in saved["batches"]],
+            [[to_device(restored(b), device) for b in parts] for parts in saved["batches"]],
         )
 
 
@@ -183,7 +184,7 @@ class RateControl:
     def before(self, step: int) -> tuple[Decision | None, bool]:
         """Close the window that ends here, open one that begins here.
 
-        To be called within `Objective.scoring`, before the batch of a step is selected.
+        To be called before the batch of a step is selected.
 
         Args:
             step: optimizer updates made.
@@ -197,9 +198,13 @@ class RateControl:
         decision, replaced = None, False
         if window is not None and not self._belongs(window, step):
             self.state.window = window = None
-        if window is not None and self._is_over(window, step):
-            decision, replaced = self._end(window, step)
-        self._expect(step)
+        if window is None or self._is_over(window, step):
+            with self._derivatives.objective.scoring():
+                if window is not None:
+                    decision, replaced = self._end(window, step)
+                if self.state.window is None:
+                    self._open(step, self._next_target())
+        self._expect()
         return decision, replaced
 
     def diverged(self, step: int) -> tuple[Decision | None, bool]:
@@ -224,7 +229,9 @@ class RateControl:
         window = replace(window, updates=window.updates[:num], batches=window.batches[:num])
         decision, replaced = self._close(window, step, loss)
         if replaced:
-            self._expect(step)
+            if self.state.window is None:
+                self._open(step, self._next_target())
+            self._expect()
         return decision, replaced
 
     def slow_down(self, reason: str) -> Decision | None:
@@ -235,10 +242,8 @@ class RateControl:
             window.updates[-1] = self._optimizer.updates(1)[0]
         return decision
 
-    def _expect(self, step: int) -> None:
-        """Note the step to come, in a new window where none is open."""
-        if self.state.window is None:
-            self._open(step, self._next_target())
+    def _expect(self) -> None:
+        """Note the step to come."""
         assert self.state.window is not None
         self.state.window.updates += self._optimizer.updates(1)
         self.state.window.batches.append([])
@@ -328,7 +333,7 @@ class RateControl:
             rising=window.rises,
             replaceable=bool(self.state.is_faithful),
         )
-        self._optimizer.lr_multiplier = decision.after
+        self._optimizer.lr_multiplier = self.state.rule.multiplier
         if not redo:
             objective.write_buffers(now)
             return decision, False, end_loss

@@ -1,18 +1,10 @@
-"""The controller: measured losses in, the horizon and the learning rate out. Plain numbers only.
+"""The rule of the learning rate: measured losses in, a multiplier out. Plain numbers only.
 
 An adaptive integrator lets a local error estimate decide how far to step, and takes a step back
-that failed. Here two rules do so, each from what was measured by really rolling training out:
+that failed. So does `RateRule`, from what was measured by really rolling training out; `ladder` has
+the rule of the horizon.
 
-*How far to look* (`HorizonRule`). Horizons compete. One that is longer than the present one may
-only win where the error proxy (`proxy`) trusts first order: the relative error rho of the whole
-selection over its window must be below a tolerance to grow, below twice that to stay. Where the
-trust ratio D / I is 0 or below, nothing that was simulated is believed and the horizon is 0. Long
-horizons fail because many batches remove the same residual and together overshoot; that is what
-rho sees. Trust alone would pick horizons that buy nothing, so each contest rolls the policies of
-two horizons out over the same pools, and the longer wins only while it ends with the lower target
-loss, by more than the contests differ among themselves.
-
-*How far to step* (`RateRule`). The last window of steps is trained again at twice and at half the
+The last window of steps is trained again at twice and at half the
 rate, on the batches that it was really trained on. A lower rate nearly always looks better over a
 few steps, because it averages noise out before there was time to lose by being slow; so it must
 earn more than the window's whole progress before it is taken. With
@@ -39,7 +31,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,7 +41,6 @@ _PATIENCE_TO_LOWER = 2  # windows at most before the rate is lowered
 _NOTICEABLE = 0.01  # share of the target loss that twice the rate must gain
 _PROPORTIONAL = 0.8  # share of the progress that twice the rate must add, and half halve
 _RESOLUTION = 1e-6  # relative difference of two losses below which they are the same
-_LEAST_CONTESTS = 3  # before an opinion about two horizons
 
 
 @dataclass(frozen=True)
@@ -57,17 +48,17 @@ class Decision:
     """What was decided, from what, and why.
 
     Attributes:
-        what: "horizon" or "lr_multiplier".
-        before: its value so far.
+        what: "horizon", "interval" or "lr_multiplier".
+        before: its value so far; of a horizon "off" where nothing is selected.
         after: its value from now on.
         reason: in words.
         measures: the numbers it was made from, by name.
         step: optimizer updates made before it.
     """
 
-    what: Literal["horizon", "lr_multiplier"]
-    before: float
-    after: float
+    what: Literal["horizon", "interval", "lr_multiplier"]
+    before: float | Literal["off"]
+    after: float | Literal["off"]
     reason: str
     measures: Mapping[str, float]
     step: int = 0
@@ -78,16 +69,17 @@ class Decision:
         return self.before != self.after
 
     def __str__(self) -> str:
-        change = f"{self.before:g} -> {self.after:g}" if self.moved else f"stays {self.after:g}"
+        before, after = (x if isinstance(x, str) else f"{x:g}" for x in (self.before, self.after))
+        change = f"{before} -> {after}" if self.moved else f"stays {after}"
         return f"step {self.step}: {self.what} {change}: {self.reason}"
 
 
-def state_of(rule: RateRule | HorizonRule) -> dict[str, Any]:
+def state_of(rule: object) -> dict[str, Any]:
     """All that later decisions of a rule depend on, as plain values."""
     return copy.deepcopy({name: value for name, value in vars(rule).items() if name != "settings"})
 
 
-def restore(rule: RateRule | HorizonRule, state: Mapping[str, Any]) -> None:
+def restore(rule: object, state: Mapping[str, Any]) -> None:
     """Let a rule go on from `state_of`."""
     vars(rule).update(copy.deepcopy(dict(state)))
 
@@ -111,7 +103,7 @@ class AutoRate:
     lowest: float = 1 / 64
     highest: float = 64.0
     window: int = 8
-    longest_gap: int = 56
+    longest_gap: int = 248
     rise: float = 0.2
 
     def __post_init__(self) -> None:
@@ -126,7 +118,7 @@ class AutoRate:
                 "window must be >= 1, longest_gap >= 0, both integers, and rise > 0, got "
                 f"{self.window}, {self.longest_gap} and {self.rise}"
             )
-        _as_integers(self, "window", "longest_gap")
+        as_integers(self, "window", "longest_gap")
 
 
 @dataclass
@@ -293,154 +285,7 @@ class RateRule:
         self.gap = 0  # the next window says whether the change was right
 
 
-# --- the horizon ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AutoHorizon:
-    """Settings of the horizon control.
-
-    Attributes:
-        largest: largest horizon, >= 0.
-        tolerance: relative error of first order that is accepted, in (0, 0.5).
-        contest_steps: optimizer steps over which two horizons are compared, >= 1.
-        gap: optimizer steps between two contests, >= 1; doubles up to `longest_gap` while the
-            horizon stays for a reason, not for want of contests.
-        longest_gap: the most.
-    """
-
-    largest: int = 8
-    tolerance: float = 0.35
-    contest_steps: int = 4
-    gap: int = 50
-    longest_gap: int = 400
-
-    def __post_init__(self) -> None:
-        if not is_count(self.largest, 0) or not 0 < self.tolerance < 0.5:
-            raise ValueError(
-                "largest must be >= 0, an integer, and tolerance in (0, 0.5), got "
-                f"{self.largest} and {self.tolerance}"
-            )
-        are_counts = all(map(is_count, (self.contest_steps, self.gap, self.longest_gap)))
-        if not are_counts or self.gap > self.longest_gap:
-            raise ValueError(
-                "contest_steps must be >= 1 and 1 <= gap <= longest_gap, all integers, got "
-                f"{self.contest_steps}, {self.gap} and {self.longest_gap}"
-            )
-        _as_integers(self, "largest", "contest_steps", "gap", "longest_gap")
-
-    @property
-    def ladder(self) -> tuple[int, ...]:
-        """The horizons that compete: 0, 1, 2, 4, ... up to the largest."""
-        steps = [0] + [2**power for power in range(self.largest.bit_length())]
-        return tuple(step for step in steps if step <= self.largest)
-
-
-@dataclass
-class HorizonRule:
-    """The horizon, from contests between neighbours on the ladder.
-
-    Attributes:
-        settings: of the control; all else is state.
-        horizon: H.
-        gap: optimizer steps to the next contest.
-        upward: whether the next contest is with the longer neighbour.
-        leads: relative leads of the longer horizon in contests, by "shorter-longer".
-    """
-
-    settings: AutoHorizon
-    horizon: int = field(init=False)
-    gap: int = field(init=False)
-    upward: bool = False
-    leads: dict[str, list[float]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.horizon = min(1, self.settings.largest)
-        self.gap = self.settings.gap
-
-    def rival(self) -> int:
-        """The horizon that competes with the present one next."""
-        ladder = self.settings.ladder
-        place = ladder.index(self.horizon)
-        upward = self.upward
-        if place == 0 or place == len(ladder) - 1:
-            upward = place == 0
-        return ladder[min(place + 1, len(ladder) - 1)] if upward else ladder[place - 1]
-
-    def decide(
-        self,
-        rival: int,
-        losses: Mapping[int, float],
-        seconds: Mapping[int, float],
-        trust: Mapping[str, float],
-    ) -> Decision:
-        """What a contest says.
-
-        Args:
-            rival: the horizon that competed with the present one.
-            losses: target loss at the end of the contest, by horizon; infinite where it diverged.
-            seconds: cost of one selected step, by horizon.
-            trust: the longer horizon's "relative_error" rho and "trust_ratio" D / I for the whole
-                selection of a window; without them it is not trusted.
-        """
-        before, mine = self.horizon, self.horizon
-        shorter, longer = sorted((mine, rival))
-        lead = self._lead(losses[shorter], losses[longer])
-        leads = self.leads.setdefault(f"{shorter}-{longer}", [])
-        leads.append(lead)
-        del leads[:-8]  # the state of training moves on
-        ratio, off = trust.get("trust_ratio", math.nan), trust.get("relative_error", math.inf)
-        # hysteresis: to stay takes less trust than to grow
-        accepted = self.settings.tolerance * (2 if longer == mine else 1)
-        mean, error = _mean_and_error(leads)
-        cost = seconds[longer] / seconds[shorter] if seconds[shorter] > 0 else math.nan
-        numbers = (
-            f"H = {longer} leads H = {shorter} by {mean:+.2%} +- {error:.2%} over {len(leads)} "
-            f"contests at {cost:.2g} x the cost; trust ratio {ratio:.2f}, error {off:.2f}"
-        )
-        decided = len(leads) >= _LEAST_CONTESTS
-        if ratio <= 0 and longer == mine:
-            self.horizon, reason = 0, f"{numbers}: the prediction has the wrong sign"
-        elif math.isinf(losses[longer]) and not math.isinf(losses[shorter]):
-            self.horizon, reason = shorter, f"{numbers}: the longer one diverged"
-        elif off > accepted:
-            self.horizon, reason = shorter, f"{numbers}: above {accepted:.2f}, not trusted"
-        elif not decided:
-            reason = f"{numbers}: too few"
-        elif mean > error:
-            self.horizon, reason = longer, f"{numbers}: worth it"
-        elif longer == mine and mean > -error and mean > 0:
-            reason = f"{numbers}: not decided"
-        else:
-            self.horizon, reason = shorter, f"{numbers}: buys nothing"
-        self.upward = not self.upward
-        if self.horizon != before:
-            self.gap = self.settings.gap
-        elif decided:
-            self.gap = min(2 * self.gap, self.settings.longest_gap)
-        measures = {f"loss_at_{h}": loss for h, loss in losses.items()}
-        measures |= dict(trust)
-        return Decision("horizon", before, self.horizon, reason, measures)
-
-    @staticmethod
-    def _lead(shorter: float, longer: float) -> float:
-        """How much lower the longer horizon's loss ended, relative; in [-1, 1]."""
-        if math.isinf(shorter) or math.isinf(longer):
-            return float(longer < shorter) - float(shorter < longer)
-        scale = max(abs(shorter), abs(longer))
-        return (shorter - longer) / scale if scale > 0 else 0.0
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; infinite for a single value."""
-    num, mean = len(values), sum(values) / len(values)
-    if num < 2:
-        return mean, math.inf
-    variance = sum((value - mean) ** 2 for value in values) / (num - 1)
-    return mean, math.sqrt(variance / num)
-
-
-def _as_integers(settings: object, *names: str) -> None:
+def as_integers(settings: object, *names: str) -> None:
     """Numpy's integers as Python's own."""
     for name in names:
         object.__setattr__(settings, name, int(getattr(settings, name)))

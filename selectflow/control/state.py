@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selectflow.control.horizon import HorizonState
+from selectflow.control.contests import HorizonState
 from selectflow.control.rate import RateState
-from selectflow.core.batches import Batch
+from selectflow.core.batches import Batch, to_device
 from selectflow.core.forms import Forms
 from selectflow.core.lookahead import LookAhead
 from selectflow.core.params import Params
@@ -36,6 +36,7 @@ class SelectorState:
         num_lookaheads: made so far.
         has_ranked: whether one of them preferred an example to another.
         peeked: pools drawn from the stream and not handed out yet, in order.
+        rest: parts of the last pool that are still to be trained on, where none was selected.
     """
 
     generator: torch.Generator
@@ -50,6 +51,7 @@ class SelectorState:
     num_lookaheads: int = 0
     has_ranked: bool = False
     peeked: deque[Batch] = field(default_factory=deque)
+    rest: deque[Batch] = field(default_factory=deque)
 
     def serves(self, step: int, names: Iterable[str]) -> bool:
         """Whether the look-ahead in use serves the update after `step`.
@@ -79,6 +81,7 @@ class SelectorState:
             "num_lookaheads": self.num_lookaheads,
             "has_ranked": self.has_ranked,
             "peeked": [plain(pool) for pool in self.peeked] if with_peeked else [],
+            "rest": [plain(part) for part in self.rest],
         }
 
     def load(self, saved: Mapping[str, Any], params: Params, scored: Params) -> None:
@@ -100,8 +103,9 @@ class SelectorState:
         )
         self.generator.set_state(saved["generator"])
         self.forms.load(saved["forms"])
+        device = params.device
         if self.horizon is not None:
-            self.horizon.load(saved["horizon"])
+            self.horizon.load(saved["horizon"], device)
         if self.rate is not None:
             self.rate.load(saved["rate"], params)
         for name in ("num_steps", "target_position", "ahead_step", "ahead_serves"):
@@ -109,6 +113,8 @@ class SelectorState:
         self.num_lookaheads, self.has_ranked = saved["num_lookaheads"], saved["has_ranked"]
         self.peeked.clear()
         self.peeked.extend(map(restored, saved["peeked"]))
+        self.rest.clear()
+        self.rest.extend(to_device(restored(part), device) for part in saved["rest"])
 
 
 def _fitting(gamma: Mapping[str, Tensor], params: Params) -> Params:

@@ -116,6 +116,12 @@ def take(batch: Batch, index: Tensor | slice) -> Batch:
     return _map(pick, batch, size)
 
 
+def in_parts(pool: Batch, num: int, generator: torch.Generator) -> list[Batch]:
+    """All of a pool, in random order, in `num` batches whose sizes differ by one at most."""
+    order = torch.randperm(num_examples(pool), generator=generator, device="cpu")
+    return [take(pool, index) for index in order.tensor_split(num)]
+
+
 def through(view: Callable[[Batch], Batch] | None, batch: Batch) -> Batch:
     """What `view` makes of a batch: another batch of the same examples. None: the batch itself.
 

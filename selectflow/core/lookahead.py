@@ -13,8 +13,7 @@ arXiv 2605.18814, K-step look-ahead.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -22,7 +21,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from selectflow.core.batches import Batch, MicroBatches, num_examples, num_kept, take, through
+from selectflow.core.batches import (
+    Batch,
+    MicroBatches,
+    in_parts,
+    num_examples,
+    num_kept,
+    take,
+    through,
+)
+from selectflow.core.clock import work_s
 from selectflow.core.derivatives import Curvature, Derivatives
 from selectflow.core.optim import Adjoint, State, Update, after_skipping
 from selectflow.core.params import Params
@@ -215,9 +223,9 @@ class Upcoming(NamedTuple):
     pools: Sequence[Batch]
     target: Batch
 
-    def after(self, num_updates: int, num_pools: int, state: State) -> Upcoming:
-        """The same at a later state."""
-        return Upcoming(self.updates[num_updates:], state, self.pools[num_pools:], self.target)
+    def after_pools(self, num: int) -> Upcoming:
+        """The same once the first `num` pools are used."""
+        return self._replace(pools=self.pools[num:])
 
 
 @dataclass(frozen=True)
@@ -305,30 +313,53 @@ class Policy:
 
         return order
 
-    def rollout(
-        self, horizon: int, upcoming: Upcoming, generator: torch.Generator, num_steps: int
-    ) -> tuple[State, float]:
-        """Select and train for `num_steps` steps in simulation.
+    def select_and_train(
+        self, horizon: int, upcoming: Upcoming, generator: torch.Generator
+    ) -> Iterator[tuple[State, float]]:
+        """Select and train in simulation, one step after another.
 
         Args:
             horizon: H of its look-aheads.
-            upcoming: num_steps + H updates and their pools; is not changed.
+            upcoming: updates and pools, until which the steps last.
             generator: chooses the nominal batches.
-            num_steps: >= 1.
 
-        Returns:
-            The state after the steps, and the mean seconds of one.
+        Yields:
+            The state after each step, and the seconds that selecting took.
         """
-        began, per = time.perf_counter(), self.pools_per_update
-        for step in range(num_steps):
+        per, device = self.pools_per_update, upcoming.state.params.device
+        for step in range(min(len(upcoming.updates), len(upcoming.pools) // per)):
+            began = work_s(device)
             if step % self.interval == 0:
                 ahead = self.look_ahead(horizon, upcoming, generator)
             state, gamma = upcoming.state, ahead.gamma(step % self.interval)
             pools = upcoming.pools[:per]
             kept = [take(pool, self.positions(gamma, state, pool)) for pool in pools]
-            grad = self.derivatives.step_gradient(state.params, _joined(kept))
-            updates = after_skipping(upcoming.updates, 0, grad)
-            upcoming = upcoming._replace(updates=updates)
-            upcoming = upcoming.after(1, per, updates[0].advance(state, grad))
-        seconds = torch.tensor((time.perf_counter() - began) / num_steps, dtype=torch.float64)
-        return upcoming.state, self.derivatives.group.mean(seconds).item()
+            seconds = work_s(device) - began
+            upcoming = self._trained(upcoming, _joined(kept)).after_pools(per)
+            yield upcoming.state, seconds
+
+    def train(self, upcoming: Upcoming, generator: torch.Generator) -> Iterator[State]:
+        """Train on all of the pools in simulation, in parts of as many examples as are kept.
+
+        Args:
+            upcoming: updates and pools, until which the steps last.
+            generator: of the order of each pool.
+
+        Yields:
+            The state after each step.
+        """
+        parts: list[Batch] = []
+        for pool in upcoming.pools:
+            size = num_examples(pool)
+            parts += in_parts(pool, size // num_kept(self.keep, size), generator)
+            while len(parts) >= self.pools_per_update and upcoming.updates:
+                batch = _joined(parts[: self.pools_per_update])
+                del parts[: self.pools_per_update]
+                upcoming = self._trained(upcoming, batch)
+                yield upcoming.state
+
+    def _trained(self, upcoming: Upcoming, batch: Batch) -> Upcoming:
+        """What comes after one update on a batch."""
+        grad = self.derivatives.step_gradient(upcoming.state.params, batch)
+        update, *later = after_skipping(upcoming.updates, 0, grad)
+        return upcoming._replace(updates=later, state=update.advance(upcoming.state, grad))

@@ -24,6 +24,11 @@ Operand: TypeAlias = "Params | float"
 class Params(dict[str, Tensor]):
     """Named tensors with elementwise arithmetic; every operator returns new tensors."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the first of them is."""
+        return next(iter(self.values())).device
+
     def _unary(self, op: Callable[[list[Tensor]], Sequence[Tensor]]) -> Params:
         return Params(zip(self, op(list(self.values())), strict=True)) if self else Params()
 

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
-from selectflow.core.batches import Batch, num_examples, to_device
+from selectflow.core.batches import Batch, PeekedPools, num_examples
 from selectflow.core.files import atomic_file
 from selectflow.core.passes import LossFn
 from selectflow.core.wrappers import without_autocast
@@ -133,8 +133,8 @@ class SelectTrainerMixin(_Base):
         if epoch_iterator is not self._source:
             self._source = epoch_iterator
             # Of an epoch that was stopped early: the Trainer begins each anew.
-            self.selector.state.peeked.clear()
-            self._selected = self.selector.stream(map(self._checked, epoch_iterator))
+            (peeked := self.selector.state.peeked).clear()
+            self._selected = self._kept(PeekedPools(map(self._checked, epoch_iterator), peeked))
         kept = []
         for batch in islice(self._selected, num_batches):
             last = self.selector.last
@@ -144,6 +144,12 @@ class SelectTrainerMixin(_Base):
             self._select_s += last.seconds
             kept.append(batch)
         return super().get_batch_samples(iter(kept), num_batches, device)
+
+    def _kept(self, pools: PeekedPools) -> Iterator[Batch]:
+        """One batch of each pool, also while nothing is selected: the Trainer counts on as many."""
+        assert self.selector is not None
+        for pool in pools:
+            yield self.selector.select(pool, pools.upcoming())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As of the Trainer; with the training loss go the means of what was selected."""
@@ -212,10 +218,6 @@ class SelectTrainerMixin(_Base):
             )
             return
         self.selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        rate, device = self.selector.state.rate, self.args.device
-        if rate is not None and (window := rate.window) is not None:  # its batches are replayed
-            window.target = to_device(window.target, device)
-            window.batches = [[to_device(b, device) for b in parts] for parts in window.batches]
 
     def _target_batches(self) -> list[Batch]:
         dataset = self._target

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from selectflow.control.horizon import HorizonSchedule
-from selectflow.control.rules import AutoHorizon, AutoRate
+from selectflow.control.ladder import AutoHorizon
+from selectflow.control.rules import AutoRate
 from selectflow.core.batches import Batch, chunks, describe, num_examples
 from selectflow.core.passes import LossFn
 from selectflow.core.wrappers import unwrap

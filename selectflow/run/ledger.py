@@ -6,7 +6,9 @@ step stand together, in the order of its pool. The columns:
     step     int64   optimizer step that the pool was for, from 1
     epoch    int64   of the candidate's source, from 0; null where the pools have no epochs
     key      string  the candidate's sample id
-    score    double  larger is kept first, the float32 or float64 it was compared as
+    score    double  larger is kept first, the float32 or float64 it was compared as; null where
+                     control found that selection does not pay, and all of a pool was trained on:
+                     each step then has the rows of its part alone
     loss     double  at the parameters of the decision; null where the strategy needed none
     kept     bool    whether it was trained on
     horizon  int64   updates that the sensitivity looked ahead; null without a look-ahead
@@ -32,6 +34,7 @@ import pyarrow as pa
 import torch
 from pyarrow.parquet import read_table, write_table
 
+from selectflow.core.batches import num_examples
 from selectflow.core.files import atomic_file
 from selectflow.offline.score import SampleScores
 from selectflow.run.ledger_files import (
@@ -261,8 +264,8 @@ def read_scored(run_dir: Path) -> Iterator[Any]:
         run_dir: its directory.
 
     Yields:
-        Tables of step, key, score and kept: those of the ledger, of a run by offline selection
-        those of its sweep as one pool at step 0; none where the run has neither.
+        Tables of step, key, score and kept, of what was scored: those of the ledger, of a run by
+        offline selection those of its sweep as one pool at step 0; none where it has neither.
 
     Raises:
         LedgerError: a part of the ledger cannot be read.
@@ -275,7 +278,8 @@ def read_scored(run_dir: Path) -> Iterator[Any]:
         parts = read_parts(run_dir, ["step", "key", "score", "kept"])
     else:
         return
-    for table in parts:
+    for part in parts:
+        table = part.filter(part["score"].is_valid())
         scores = standardised(table["score"].to_numpy(), table["step"].to_numpy())
         place = table.schema.get_field_index("score")
         yield table.set_column(place, "score", pa.array(scores))
@@ -336,6 +340,7 @@ def mean_scores(run_dir: str | Path) -> SampleScores:
         LedgerError: there is none, or it cannot be read.
     """
     table = read_ledger(run_dir, ["key", "score"])
+    table = table.filter(table["score"].is_valid())
     # numbered by first row: `Table.group_by` keeps no order, and adds up in none
     encoded = table["key"].dictionary_encode().combine_chunks()
     rows = encoded.indices.to_numpy()
@@ -360,15 +365,16 @@ def kept_keys(run_dir: str | Path) -> list[str]:
 
 def _rows(step: int, selection: Selection, schema: Any) -> Any:
 
-    pool, losses, horizon = selection.pool, selection.losses, selection.horizon
-    size = len(selection.scores)
+    pool, horizon = selection.pool, selection.horizon
+    scores, losses = selection.scores, selection.losses
+    size = num_examples(pool)
     kept = torch.zeros(size, dtype=torch.bool)
     kept[selection.indices] = True
     columns = {
         "step": np.full(size, step),
         "epoch": pool.get("epoch") or pa.nulls(size, pa.int64()),
         "key": pool["key"],
-        "score": selection.scores.double().numpy(),
+        "score": pa.nulls(size, pa.float64()) if scores is None else scores.double().numpy(),
         "loss": pa.nulls(size, pa.float64()) if losses is None else losses.double().numpy(),
         "kept": kept.numpy(),
         "horizon": pa.nulls(size, pa.int64()) if horizon is None else np.full(size, horizon),

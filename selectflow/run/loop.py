@@ -253,13 +253,22 @@ class _Run:
         """The batches of each of so many steps: of each pool the kept part, and its selection."""
         num = self.config.select.pools_per_update
         parts: list[tuple[Batch, Selection]] = []
-        for pool in islice(self.pools, steps * num):
-            batch = self.selector.select(pool, self.pools.upcoming())
+        for batch in islice(self.batches(), steps * num):
             assert self.selector.last is not None
             parts.append((batch, self.selector.last))
             if len(parts) == num:
                 yield parts
                 parts = []
+
+    def batches(self) -> Iterator[Batch]:
+        """The kept part of each pool; all of its parts while control finds that not to select pays.
+
+        After a resumption those of the last pool come first that were left.
+        """
+        yield from self.selector.rest()
+        for pool in self.pools:
+            yield self.selector.select(pool, self.pools.upcoming())
+            yield from self.selector.rest()
 
     def evaluate(self) -> dict[str, float]:
         """Means over the target and the test set, by metric name; what the pools cost and lack."""

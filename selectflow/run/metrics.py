@@ -18,6 +18,9 @@ TEST_ACCURACY = "test/accuracy"
 SCORE_MEAN = "select/score_mean"
 """Mean score of the kept examples."""
 KEPT_FRACTION = "select/kept_fraction"
+SELECTED = "select/share_of_steps"
+"""Share of the steps that were selected for; in the others, control found, plain training gains
+more."""
 HORIZON = "select/horizon"
 LR_MULTIPLIER = "select/lr_multiplier"
 LOOKAHEAD_TARGET_LOSS = "select/target_loss"
@@ -138,9 +141,13 @@ class Means:
 
 def of_selection(selection: Selection) -> dict[str, float | None]:
     """The metrics of one selection that are reported as means over the selections."""
-    kept = selection.scores[selection.indices]
+    scores = selection.scores
+    if scores is None:
+        return {SELECTED: 0.0, KEPT_FRACTION: 1.0}
+    kept = scores[selection.indices]
     return {
+        SELECTED: 1.0,
         SCORE_MEAN: float(kept.mean()) if len(kept) else None,  # others may have kept all of theirs
-        KEPT_FRACTION: len(selection.indices) / len(selection.scores),
+        KEPT_FRACTION: len(selection.indices) / len(scores),
         HORIZON: selection.horizon,
     }

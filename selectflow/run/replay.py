@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selectflow.core.batches import Batch, take
+from selectflow.core.batches import Batch, num_examples, take
+from selectflow.core.plain import plain, restored
 from selectflow.run.ledger import last_step, num_writers, read_parts, read_stream
 from selectflow.run.log import read_decisions
 from selectflow.strategies import Selection
@@ -30,13 +32,14 @@ class Choice(NamedTuple):
         step: the optimizer step, from 1.
         keys: of its pool, in the pool's order.
         indices: places in the pool that were kept, best first, as they were trained on.
-        scores: of the pool, float64.
+        scores: of the pool, float64; None where nothing was selected: then the keys are those of a
+            part of the pool, which was trained on whole.
     """
 
     step: int
     keys: list[str]
     indices: Tensor
-    scores: Tensor
+    scores: Tensor | None
 
 
 def read_choices(
@@ -72,6 +75,8 @@ def read_choices(
 
 
 def _choice(step: int, rows: Any) -> Choice:
+    if rows["score"].null_count:
+        return Choice(step, rows["key"].to_pylist(), torch.arange(len(rows)), None)
     scores = torch.tensor(rows["score"].to_numpy())
     kept = torch.tensor(rows["kept"].to_numpy()).nonzero().flatten()
     order = scores[kept].argsort(descending=True, stable=True)  # as the selector does
@@ -134,6 +139,7 @@ class Replay:
                 stacklevel=2,
             )
         self.last: Selection | None = None
+        self._rest: deque[tuple[int, Batch]] = deque()  # steps, and what they train on
         self._choices: Iterator[Choice] | None = None  # of the steps after `_step`
 
     def select(self, pool: Batch, upcoming: Iterable[Batch] = ()) -> Batch:
@@ -147,35 +153,74 @@ class Replay:
             ReplayError: the pool is another than the recorded one; names the step.
         """
         del upcoming
-        if self._choices is None:
-            self._choices = read_choices(self._run_dir, self._step, self._num_pools, self._rank)
-        choice = next(self._choices)
         began = time.perf_counter()
+        choice = self._next_choice()
+        assert choice is not None
+        if choice.scores is None:
+            self._rest.extend(self._parts(pool, choice))
+            return next(self.rest())
         _check_pool(self._run_dir, choice, pool["key"])
-        self._step = choice.step
         batch = take(pool, choice.indices)
+        self._note(choice.step, pool, choice.indices, choice.scores, began)
+        return batch
+
+    def rest(self) -> Iterator[Batch]:
+        """What is left to train on of the last pool: nothing, unless it was not selected from."""
+        while self._rest:
+            began = time.perf_counter()
+            step, part = self._rest.popleft()
+            self._note(step, part, torch.arange(num_examples(part)), None, began)
+            yield part
+
+    def _parts(self, pool: Batch, choice: Choice | None) -> Iterator[tuple[int, Batch]]:
+        """The steps that trained on a pool, and the part of it that each had."""
+        places: dict[str, list[int]] = {}
+        for place, key in enumerate(pool["key"]):
+            places.setdefault(key, []).insert(0, place)
+        left = num_examples(pool)
+        while left and choice is not None:
+            try:
+                indices = [places[key].pop() for key in choice.keys]
+            except LookupError:
+                _check_pool(self._run_dir, choice, pool["key"])
+                raise
+            yield choice.step, take(pool, torch.tensor(indices))
+            left -= len(indices)
+            choice = self._next_choice() if left else None
+
+    def _next_choice(self) -> Choice | None:
+        """The one after those that were read; None at the end of the recorded run."""
+        if self._choices is None:
+            choices = read_choices(self._run_dir, self._step, self._num_pools, self._rank)
+            self._choices = islice(choices, len(self._rest), None)
+        return next(self._choices, None)
+
+    def _note(
+        self, step: int, pool: Batch, indices: Tensor, scores: Tensor | None, began: float
+    ) -> None:
+        self._step = step
         self.last = Selection(
             pool=pool,
-            indices=choice.indices,
-            scores=choice.scores,
+            indices=indices,
+            scores=scores,
             losses=None,
-            step=choice.step - 1,
+            step=step - 1,
             horizon=None,
             age=0,
             target_loss=None,
             lookahead_s=0.0,
             seconds=time.perf_counter() - began,
         )
-        return batch
 
     def state_dict(self, *, with_peeked: bool = True) -> dict[str, Any]:
-        """How far it has come; it peeks at no pools."""
+        """How far it has come, and what is left of its pool; it peeks at no pools."""
         del with_peeked
-        return {"step": self._step}
+        return {"step": self._step, "rest": [(step, plain(part)) for step, part in self._rest]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after `state_dict`."""
         self._step, self._choices = state["step"], None
+        self._rest = deque((step, restored(part)) for step, part in state["rest"])
 
 
 def _check_equal(run_dir: str | Path, size: int) -> None:

@@ -214,7 +214,9 @@ class SampleTable:
         self._rows: dict[str, list[dict[str, Any]]] = {end: [] for end in _ENDS}
 
     def add(self, step: int, selection: Selection) -> None:
-        """Look at the scores of the pool of a step, from 1, unless all of them are equal."""
+        """Look at the scores of the pool of a step, from 1, if there are some and they differ."""
+        if selection.scores is None:
+            return
         scores = selection.scores.double()
         spread = scores.std(correction=0)
         if not spread > 0:

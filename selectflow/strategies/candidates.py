@@ -66,10 +66,12 @@ class Selection:
     """What was kept of one pool, and why.
 
     Attributes:
-        pool: the candidates, as given.
+        pool: the candidates, as given; while nothing is selected, the part of them that is handed
+            out.
         indices: positions kept in the pool, best first, shape (B,), int64, on the CPU.
         scores: score of every candidate, shape (P,), on the CPU; larger is kept first. For
-            `influence`: target loss per unit of example weight, positive = it helps.
+            `influence`: target loss per unit of example weight, positive = it helps. None where
+            nothing was selected: control found that plain training gains more in the same time.
         losses: loss of every candidate at the present parameters, shape (P,), on the CPU; None
             where the strategy did not need it.
         step: optimizer updates made before this batch is trained on.
@@ -87,7 +89,7 @@ class Selection:
 
     pool: Batch
     indices: Tensor
-    scores: Tensor
+    scores: Tensor | None
     losses: Tensor | None
     step: int
     horizon: int | None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from selectflow.control.rules import AutoHorizon
+from selectflow.control.ladder import AutoHorizon
 from selectflow.tune.results import Cell, Cells, sort_cells
 
 if TYPE_CHECKING:

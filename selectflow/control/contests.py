@@ -1,0 +1,375 @@
+"""Contests: the horizon, or whether to select at all, by what training would gain in equal time.
+
+A contest rolls two neighbours of the ladder out from the live state, over the same pools, which are
+peeked at and trained on later. The live model never moves. Time is counted in plain steps: what a
+selected step costs in those is measured here and in the user's loop, and held until it is another
+by a quarter, so that a busy machine does not decide. What contests have cost is kept below a share
+of what training has.
+
+While nothing is selected, the target loss is looked at now and then, on one batch; where it has
+risen, the next contest is due.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+
+from selectflow.control.ladder import OFF, AutoHorizon, HorizonRule, Outcome
+from selectflow.control.rules import Decision, restore, state_of
+from selectflow.core.batches import Batch, num_examples, num_kept, take, to_device
+from selectflow.core.clock import work_s
+from selectflow.core.lookahead import Policy, Upcoming, random_order
+from selectflow.core.optim import State
+from selectflow.core.plain import plain, restored
+from selectflow.core.proxy import probe
+from selectflow.core.torch_optim import OptimizerReader
+from selectflow.core.weight_changes import selection
+
+NextTarget = Callable[[], Batch]
+
+_HELD = 1.25  # factor by which a measured cost must differ from the one in use to replace it
+_NUM_TIMES = 16  # steps of the user's loop whose median counts
+_LOOK_EVERY = 64  # plain steps between two looks at the target loss
+_RISE = 0.2  # relative, of the target loss, that makes a contest due
+_GUESS = 3.0  # plain steps that a gradient of the target and two passes of the pool may cost
+
+
+@dataclass
+class HorizonState:
+    """What the next contests depend on.
+
+    Attributes:
+        rule: the horizon, and what contests said so far.
+        generator: of the nominal batches of contests, and of the order of parts.
+        training: what training has cost so far, in plain steps.
+        spent: what contests have cost.
+        next_at: cost of training at which the next contest is due.
+        costs: plain steps that a selected step costs, by horizon.
+        overhead: what a contest costs, over the steps that it compares.
+        times: seconds of the user's last steps.
+        last_step: optimizer step that was counted last.
+        judge: batch of the target that is looked at while nothing is selected; None: not yet.
+        lowest: loss on it since it was drawn.
+        next_look: cost of training at the next look.
+    """
+
+    rule: HorizonRule
+    generator: torch.Generator
+    training: float = 0.0
+    spent: float = 0.0
+    next_at: float = 0.0
+    costs: dict[int, float] = field(default_factory=dict)
+    overhead: float = _HELD
+    times: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_TIMES))
+    last_step: int = -1
+    judge: Batch | None = None
+    lowest: float = math.inf
+    next_look: float = 0.0
+
+    @classmethod
+    def begin(cls, settings: AutoHorizon, seed: int) -> HorizonState:
+        """The state of a run that begins: moments are empty, so the first contest comes later."""
+        costs = dict(settings.costs or {})
+        generator = torch.Generator().manual_seed(seed)
+        return cls(HorizonRule(settings), generator, next_at=settings.gap, costs=costs)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values."""
+        return vars(self) | {
+            "rule": state_of(self.rule),
+            "generator": self.generator.get_state(),
+            "costs": list(self.costs.items()),
+            "times": list(self.times),
+            "judge": None if self.judge is None else plain(self.judge),
+        }
+
+    def load(self, saved: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from `plain`, with the batch that is looked at on `device`."""
+        restore(self.rule, saved["rule"])
+        self.generator.set_state(saved["generator"])
+        self.costs = dict(saved["costs"])
+        self.times = deque(saved["times"], _NUM_TIMES)
+        judge = saved["judge"]
+        self.judge = None if judge is None else to_device(restored(judge), device)
+        for name in ("training", "spent", "next_at", "overhead", "last_step", "lowest"):
+            setattr(self, name, saved[name])
+        self.next_look = saved["next_look"]
+
+
+class HorizonControl:
+    """Decides the horizon of each look-ahead, or that there is none, from contests.
+
+    Args:
+        state: what it decides from; is written to.
+        policy: how examples are chosen.
+        optimizer: read for its state and the updates to come.
+    """
+
+    def __init__(self, state: HorizonState, policy: Policy, optimizer: OptimizerReader) -> None:
+        self.state, self._policy, self._optimizer = state, policy, optimizer
+        self._settings = state.rule.settings
+        self._left_at: float | None = None  # when the user's loop went on
+        self._device = optimizer.values().device
+        self._is_first = True  # whether this is the first batch of its optimizer step
+        self._busy_s = 0.0  # of the present step of the user's loop, so far
+        self._step_s = math.nan  # of a step of the user's loop, once it was measured
+
+    @property
+    def largest(self) -> int:
+        """Updates whose pools are peeked at, at the most."""
+        return 3 * self._num_rounds(self._settings.largest) + self._settings.largest
+
+    @property
+    def may_be_off(self) -> bool:
+        """Whether plain training competes."""
+        return self._settings.off
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is selected now."""
+        return self.state.rule.horizon == OFF
+
+    def at(self, step: int) -> int:
+        """The present horizon."""
+        del step
+        return self.state.rule.horizon
+
+    # --- what training costs --------------------------------------------------------------
+
+    def enter(self, step: int) -> None:
+        """Count the steps since the last call; the user's loop has just asked for a batch."""
+        state = self.state
+        num = step - state.last_step if state.last_step >= 0 else 0
+        self._is_first, state.last_step = step != state.last_step, step
+        state.training += num * self._cost(state.rule.horizon)
+        if self._left_at is not None and self._is_timed():
+            self._busy_s += work_s(self._device) - self._left_at  # micro-batches add up
+            if num == 1:
+                state.times.append(self._busy_s)
+        if num:
+            self._busy_s = 0.0
+
+    def leave(self) -> None:
+        """The user's loop goes on."""
+        self._left_at = work_s(self._device) if self._is_timed() else None
+
+    def _is_timed(self) -> bool:
+        """Whether a contest is near: to wait for the device at every step would cost time."""
+        near = 2 * _NUM_TIMES * self._cost(self.state.rule.horizon)
+        return self._settings.costs is None and self.state.training + near >= self.state.next_at
+
+    def _cost(self, rung: int) -> float:
+        """Of a step, in plain steps; a guess where it was not measured."""
+        simulated = max(0, rung) / self._policy.interval
+        return 1.0 if rung == OFF else self.state.costs.get(rung, 1 + _GUESS * (1 + simulated))
+
+    def _price(self, rival: int) -> float:
+        """What a contest is expected to cost, in plain steps."""
+        dear = max(self.state.rule.horizon, rival)
+        return 2 * self._num_rounds(dear) * self._cost(dear) * self.state.overhead
+
+    def _num_rounds(self, dear: int) -> int:
+        return max(self._settings.contest_steps, dear)
+
+    # --- contests -------------------------------------------------------------------------
+
+    def is_due(self) -> bool:
+        """Whether a contest is to be held now, and may cost what it does."""
+        state, settings = self.state, self._settings
+        if len(settings.ladder) == 1 or state.training < state.next_at or not self._is_first:
+            return False
+        allowed = settings.share * max(state.training, settings.expected)
+        return state.spent + self._price(state.rule.rival()) <= allowed
+
+    def alarm(self) -> None:
+        """Something has changed: the next contest is due, as far as its cost allows."""
+        self.state.next_at = min(self.state.next_at, self.state.training)
+        self.state.rule.gap = self._settings.gap
+
+    @property
+    def is_look_due(self) -> bool:
+        """Whether the target loss is to be looked at: now and then, while nothing is selected."""
+        return self.is_off and self.state.training >= self.state.next_look
+
+    def look(self, next_target: NextTarget) -> None:
+        """See whether the target loss has risen; to be called within `Objective.scoring`."""
+        state = self.state
+        state.next_look = state.training + _LOOK_EVERY
+        if state.judge is None:
+            state.judge, state.lowest = next_target(), math.inf
+        try:
+            loss = self._loss(self._optimizer.state(), state.judge)
+        except FloatingPointError:
+            loss = math.inf
+        if loss > state.lowest + _RISE * abs(state.lowest):
+            self.alarm()
+        state.lowest = min(loss, state.lowest)
+
+    def num_updates(self) -> int:
+        """Updates whose pools the next contest needs."""
+        cheap, dear = sorted((self.state.rule.horizon, self.state.rule.rival()))
+        rounds = self._num_rounds(dear)
+        steps = 0 if cheap == OFF else math.ceil(_HELD * rounds * self._ratio(dear, cheap)) + cheap
+        return min(self.largest, max(rounds + dear, steps))
+
+    def contest(self, pools: Sequence[Batch], target: Batch, judge: Batch) -> Decision | None:
+        """Hold a contest and decide; None where the pools do not last for one.
+
+        To be called within `Objective.scoring`.
+
+        Args:
+            pools: the next pools, the present one first.
+            target: batch whose mean loss both select by.
+            judge: other examples, which both are judged by: what one gains on those that it selects
+                by is no merit where the target set has others.
+        """
+        began, state, rule = work_s(self._device), self.state, self.state.rule
+        cheap, dear = sorted((rule.horizon, rule.rival()))
+        state.next_at, state.judge = state.training + rule.gap, None
+        rounds = min(self._num_rounds(dear), len(pools) // self._policy.pools_per_update - dear)
+        if rounds < 2:
+            return None  # near the end of the stream
+        now = self._optimizer.state()
+        start = self._loss(now, judge)
+
+        def curve(rung: int, steps: float) -> list[float]:
+            updates = self._optimizer.updates(math.ceil(rounds * steps) + max(0, rung))
+            upcoming = Upcoming(updates, now, pools, target)
+            return [start, *self._losses(rung, upcoming, judge, rounds, steps)]
+
+        curves = {dear: curve(dear, 1.0)}  # this first: it measures what the other is given
+        ratio = self._ratio(dear, cheap)
+        curves[cheap] = curve(cheap, ratio)
+        num = min(map(len, curves.values()))
+        outcome = Outcome(
+            {rung: losses[:num] for rung, losses in curves.items()},
+            ratio,
+            self.trust(dear, Upcoming(self._optimizer.updates(dear), now, pools, target))
+            if dear > 0
+            else {},
+        )
+        decision = rule.decide(rule.rival(), outcome)
+        self._pay(2 * rounds * self._cost(dear), work_s(self._device) - began)
+        state.next_at, state.next_look = state.training + rule.gap, state.training
+        return decision
+
+    def _losses(
+        self, rung: int, upcoming: Upcoming, judge: Batch, rounds: int, steps: float
+    ) -> list[float]:
+        """Losses of the judge after each round of so many steps, infinite once it diverged."""
+        states = self._plain(upcoming) if rung == OFF else self._selected(rung, upcoming)
+        losses: list[float] = []
+        done = 0
+        try:
+            for number in range(1, rounds + 1):
+                todo = round(number * steps) - done
+                last = deque(islice(states, todo), maxlen=1)
+                if not last:  # the pools do not last for this round
+                    break
+                done += todo
+                losses.append(self._loss(last[0], judge))
+            states.close()
+        except FloatingPointError:
+            losses += [math.inf] * (rounds - len(losses))
+        return losses
+
+    def _plain(self, upcoming: Upcoming) -> Generator[State]:
+        yield from self._policy.train(upcoming, self.state.generator)
+
+    def _selected(self, horizon: int, upcoming: Upcoming) -> Generator[State]:
+        """The states of simulated selection; at its end, what a step of it costs is known."""
+        policy, times = self._policy, list[tuple[float, float]]()
+        began = work_s(self._device)
+        try:
+            for state, select_s in policy.select_and_train(horizon, upcoming, self.state.generator):
+                times.append((select_s, work_s(self._device) - began - select_s))
+                yield state
+                began = work_s(self._device)
+        finally:
+            if times and self._settings.costs is None:
+                self._measure(horizon, times)
+
+    def _measure(self, horizon: int, times: Sequence[tuple[float, float]]) -> None:
+        """Hold what a selected step costs, in plain steps of the user's own loop."""
+        interval, state = self._policy.interval, self.state
+        with_ahead = [select_s for select_s, _ in times[::interval]]
+        without = [s for index, (s, _) in enumerate(times) if index % interval]
+        select_s = statistics.median(with_ahead)
+        if without:
+            others = statistics.median(without)
+            select_s = others + (select_s - others) / interval
+        known = state.times if len(state.times) >= _NUM_TIMES // 4 else [s for _, s in times]
+        found = torch.tensor([select_s, statistics.median(known)], dtype=torch.float64)
+        select_s, step_s = self._policy.derivatives.group.mean(found).tolist()
+        self._step_s = step_s
+        state.costs[horizon] = _held(state.costs.get(horizon), 1 + select_s / step_s)
+
+    def _pay(self, expected: float, seconds: float) -> None:
+        """Count what a contest has cost, in plain steps."""
+        state = self.state
+        if self._settings.costs is None:
+            found = torch.tensor(seconds / self._step_s / expected, dtype=torch.float64)
+            found = self._policy.derivatives.group.mean(found)
+            state.overhead = _held(state.overhead, found.item())
+        state.spent += expected * state.overhead
+
+    def _ratio(self, dear: int, cheap: int) -> float:
+        return max(1.0, self._cost(dear) / self._cost(cheap))
+
+    def _loss(self, state: State, batch: Batch) -> float:
+        return self._policy.derivatives.mean_loss(state.params, batch)
+
+    def trust(self, horizon: int, upcoming: Upcoming) -> Mapping[str, float]:
+        """First and second order of the whole selection over a window of `horizon` updates.
+
+        With several pools to an update, the window is made from the first of each.
+        """
+        policy, (updates, state, pools, target) = self._policy, upcoming
+        generator = self.state.generator
+        window = pools[: horizon * policy.pools_per_update : policy.pools_per_update]
+        try:
+            ahead = policy.look_ahead(horizon, upcoming, generator, num_sensitivities=horizon)
+            selected = [
+                policy.positions(gamma, state, pool)
+                for gamma, pool in zip(ahead.sensitivities, window, strict=True)
+            ]
+            order = random_order(generator)
+            nominal = [
+                order(index, state, pool)[: num_kept(policy.keep, num_examples(pool))]
+                for index, pool in enumerate(window)
+            ]
+            change = selection(window, nominal, [index.cpu() for index in selected])
+            found = probe(
+                policy.derivatives, updates[:horizon], state, change, target, horizons={horizon}
+            )
+        except FloatingPointError:
+            return {}
+        return {
+            "proxy_first_order": found.first[-1],
+            "proxy_second_order": found.second[-1],
+            "relative_error": found.relative_error[-1],
+            "trust_ratio": found.trust_ratio[-1],
+        }
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """Every other example of a batch, and the rest; a single one twice."""
+    size = num_examples(batch)
+    if size < 2:
+        return batch, batch
+    return take(batch, torch.arange(0, size, 2)), take(batch, torch.arange(1, size, 2))
+
+
+def _held(known: float | None, found: float) -> float:
+    """A measured cost: the one that is known, unless what was found is clearly another."""
+    if known is not None and 1 / _HELD <= found / known <= _HELD:
+        return known
+    return found

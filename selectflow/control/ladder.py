@@ -1,0 +1,228 @@
+"""The rule of the horizon: outcomes of contests in, how far to look out, or not to select at all.
+
+The rungs of a ladder compete: no selection, then H = 0, 1, 2, 4, ... Each costs more than the one
+below it, so two neighbours are compared at equal cost: each trains from the same state on the same
+pools, in simulation, for as long as the other; the dearer one takes fewer steps. What they are
+judged by is the target loss on examples that neither selected by, read after each of n rounds.
+With s and l the losses of the cheaper and the dearer one, its lead in a contest is
+
+    lead = sum over rounds of d,   d = (fall of l - fall of s) / larger end,   error = sqrt(n) sd(d)
+
+and over contests the mean with weights 1, 1/2, 1/4, ..., the newest first, since training moves on.
+The dearer one is taken at a lead of twice its error; it is left where the lead is no longer above
+0. In doubt it stays cheap.
+
+A longer horizon also has to be trusted: the relative error rho of first order over the selection of
+its window (`core.proxy`) must be below a tolerance to grow, below twice that to stay; and where the
+trust ratio D / I is 0 or below, nothing that was simulated is believed, and the horizon is 0. Long
+horizons fail because many batches remove the same residual and together overshoot; that is what
+rho sees.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+from selectflow.control.rules import Decision, as_integers
+from selectflow.core.counts import is_count
+
+OFF = -1
+"""The lowest rung: nothing is selected, every pool is trained on in parts."""
+
+_CLEAR = 2.0  # errors that a lead must exceed to be paid for
+_REMEMBERED = 4  # contests of two rungs
+
+
+@dataclass(frozen=True)
+class AutoHorizon:
+    """Settings of the horizon control.
+
+    Costs are in plain steps: the seconds of a training step on what is kept, without selection.
+
+    Attributes:
+        largest: largest horizon, >= 0.
+        tolerance: relative error of first order that is accepted, in (0, 0.5).
+        contest_steps: selected steps over which two rungs are compared, >= 2. Fewer than the
+            optimizer's momentum lasts for favour selection.
+        gap: plain steps' cost between two contests, >= 1; doubles up to `longest_gap` while the
+            horizon stays.
+        longest_gap: the most.
+        off: whether plain training competes, too. It begins then, since it teaches fastest at
+            first, and selection has to earn its seconds.
+        share: of the cost of training, which contests may take at the most, in (0, 1].
+        expected: plain steps' cost that the run is taken to have at least: the first contests may
+            take the share of these before they are made.
+        costs: plain steps that a selected step costs, by horizon; None: measured. With them the
+            decisions do not depend on this machine's clock.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    largest: int = 8
+    tolerance: float = 0.35
+    contest_steps: int = 8
+    gap: int = 100
+    longest_gap: int = 3200
+    off: bool = True
+    share: float = 0.05
+    expected: int = 1000
+    costs: Mapping[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not is_count(self.largest, 0) or not 0 < self.tolerance < 0.5:
+            raise ValueError(
+                "largest must be >= 0, an integer, and tolerance in (0, 0.5), got "
+                f"{self.largest} and {self.tolerance}"
+            )
+        are_counts = all(map(is_count, (self.gap, self.longest_gap))) and is_count(self.expected, 0)
+        if not are_counts or self.gap > self.longest_gap or not is_count(self.contest_steps, 2):
+            raise ValueError(
+                "contest_steps must be >= 2, expected >= 0, and 1 <= gap <= longest_gap, all "
+                f"integers, got {self.contest_steps}, {self.expected}, {self.gap} and "
+                f"{self.longest_gap}"
+            )
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be in (0, 1], got {self.share}")
+        as_integers(self, "largest", "contest_steps", "gap", "longest_gap", "expected")
+        if self.costs is not None:
+            horizons = [rung for rung in self.ladder if rung != OFF]
+            if sorted(self.costs) != horizons or not min(self.costs.values()) >= 1:
+                raise ValueError(
+                    f"costs must have a number >= 1 for each of the horizons {horizons}, got "
+                    f"{dict(self.costs)}; name them all, or leave them to be measured"
+                )
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """The rungs that compete: OFF, if it may, then 0, 1, 2, 4, ... up to the largest."""
+        powers = (2**power for power in range(self.largest.bit_length()))
+        return (*([OFF] if self.off else []), 0, *(step for step in powers if step <= self.largest))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a contest measured.
+
+    Attributes:
+        losses: of the judge by rung, at the start and after each round; infinite from where
+            training diverged.
+        cost: of a step of the dearer rung, in steps of the other.
+        trust: the dearer rung's "relative_error" rho and "trust_ratio" D / I for the whole
+            selection of a window; without them a horizon above 0 is not trusted.
+    """
+
+    losses: Mapping[int, Sequence[float]]
+    cost: float
+    trust: Mapping[str, float] = field(default_factory=dict)
+
+    def lead(self) -> tuple[float, float]:
+        """How much lower the dearer rung ends, relative, in [-1, 1], and the error of that."""
+        cheap, dear = (self.losses[rung] for rung in sorted(self.losses))
+        if math.isinf(cheap[-1]) or math.isinf(dear[-1]):
+            return float(dear[-1] < cheap[-1]) - float(cheap[-1] < dear[-1]), 0.0
+        scale = max(abs(cheap[-1]), abs(dear[-1]))
+        if not scale:
+            return 0.0, 0.0
+        leads = [(s - d) / scale for s, d in zip(cheap, dear, strict=True)]
+        rounds = [after - before for before, after in pairwise(leads)]
+        error = statistics.stdev(rounds) * math.sqrt(len(rounds)) if len(rounds) > 1 else math.inf
+        return sum(rounds), error
+
+
+@dataclass
+class HorizonRule:
+    """The horizon, from contests between neighbours on the ladder.
+
+    Attributes:
+        settings: of the control; all else is state.
+        horizon: H, or `OFF`.
+        gap: cost of training to the next contest, in plain steps.
+        upward: whether the next contest is with the rung above.
+        leads: of the dearer rung and their errors in contests, by "cheaper-dearer".
+    """
+
+    settings: AutoHorizon
+    horizon: int = field(init=False)
+    gap: int = field(init=False)
+    upward: bool = False
+    leads: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.horizon = self.settings.ladder[0]
+        self.gap = self.settings.gap
+
+    def rival(self) -> int:
+        """The rung that competes with the present one next."""
+        ladder = self.settings.ladder
+        place = ladder.index(self.horizon)
+        upward = self.upward
+        if place == 0 or place == len(ladder) - 1:
+            upward = place == 0
+        return ladder[min(place + 1, len(ladder) - 1)] if upward else ladder[place - 1]
+
+    def decide(self, rival: int, outcome: Outcome) -> Decision:
+        """What a contest of the present rung with its rival says."""
+        before = self.horizon
+        cheap, dear = sorted((before, rival))
+        leads = self.leads.setdefault(f"{cheap}-{dear}", [])
+        leads.append(outcome.lead())
+        del leads[:-_REMEMBERED]
+        lead, error = _recent(leads)
+        self.horizon, why = self._winner(cheap, dear, lead, error, outcome)
+        self.upward = not self.upward
+        if self.horizon != before:
+            self.gap = self.settings.gap
+        else:
+            self.gap = min(2 * self.gap, self.settings.longest_gap)
+        reason = (
+            f"{_named(dear)} ends {abs(lead):.1%} +- {error:.1%} {'below' if lead > 0 else 'above'}"
+            f" {_named(cheap)} in the same time ({outcome.cost:.2g} of its steps to one): {why}"
+        )
+        measures = {f"loss_at_{_value(rung)}": each[-1] for rung, each in outcome.losses.items()}
+        measures |= {"lead": lead, "lead_error": error, "cost": outcome.cost} | dict(outcome.trust)
+        return Decision("horizon", _value(before), _value(self.horizon), reason, measures)
+
+    def _winner(
+        self, cheap: int, dear: int, lead: float, error: float, outcome: Outcome
+    ) -> tuple[int, str]:
+        """The rung to be on, and why."""
+        is_dear = self.horizon == dear
+        if math.isinf(outcome.losses[dear][-1]) and not math.isinf(outcome.losses[cheap][-1]):
+            return cheap, "it diverged"
+        if dear > 0:
+            ratio = outcome.trust.get("trust_ratio", math.nan)
+            off = outcome.trust.get("relative_error", math.inf)
+            # hysteresis: to stay takes less trust than to grow
+            accepted = self.settings.tolerance * (2 if is_dear else 1)
+            if ratio <= 0 and is_dear:
+                return 0, f"its prediction has the wrong sign, trust ratio {ratio:.2f}"
+            if off > accepted:
+                return cheap, f"first order is off by {off:.0%}, more than {accepted:.0%}"
+        if lead > (0.0 if is_dear else _CLEAR * error):
+            return dear, "worth its cost"
+        if is_dear and lead > -error and len(self.leads[f"{cheap}-{dear}"]) == 1:
+            return dear, "not clear yet"
+        return cheap, "not clearly worth its cost" if lead > 0 else "not worth its cost"
+
+
+def _recent(leads: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Mean of leads, each weighing half of the one after it, and its error."""
+    weights = [0.5**age for age in range(len(leads))][::-1]
+    total = sum(weights)
+    mean = sum(w * lead for w, (lead, _) in zip(weights, leads, strict=True)) / total
+    error = math.sqrt(sum((w * e) ** 2 for w, (_, e) in zip(weights, leads, strict=True))) / total
+    return mean, error
+
+
+def _value(rung: int) -> float | Literal["off"]:
+    return "off" if rung == OFF else rung
+
+
+def _named(rung: int) -> str:
+    return "plain training" if rung == OFF else f"H = {rung}"
