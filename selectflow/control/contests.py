@@ -6,8 +6,8 @@ selected step costs in those is measured here and in the user's loop, and held u
 by a quarter, so that a busy machine does not decide. What contests have cost is kept below a share
 of what training has.
 
-While nothing is selected, the target loss is looked at now and then, on one batch; where it has
-risen, the next contest is due.
+While nothing is selected, the target loss is looked at now and then, on one batch. As long as it
+falls fast, plain training teaches, and a contest can wait; where it has risen, one is due.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _HELD = 1.25  # factor by which a measured cost must differ from the one in use 
 _NUM_TIMES = 16  # steps of the user's loop whose median counts
 _LOOK_EVERY = 64  # plain steps between two looks at the target loss
 _RISE = 0.2  # relative, of the target loss, that makes a contest due
+_FALL = 0.05  # relative, between two looks, for which it waits
 _GUESS = 3.0  # plain steps that a gradient of the target and two passes of the pool may cost
 
 
@@ -57,6 +58,7 @@ class HorizonState:
         times: seconds of the user's last steps.
         last_step: optimizer step that was counted last.
         judge: batch of the target that is looked at while nothing is selected; None: not yet.
+        seen: loss on it at the last look; infinite before the first.
         lowest: loss on it since it was drawn.
         next_look: cost of training at the next look.
     """
@@ -71,6 +73,7 @@ class HorizonState:
     times: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_TIMES))
     last_step: int = -1
     judge: Batch | None = None
+    seen: float = math.inf
     lowest: float = math.inf
     next_look: float = 0.0
 
@@ -99,9 +102,9 @@ class HorizonState:
         self.times = deque(saved["times"], _NUM_TIMES)
         judge = saved["judge"]
         self.judge = None if judge is None else to_device(restored(judge), device)
-        for name in ("training", "spent", "next_at", "overhead", "last_step", "lowest"):
+        for name in ("training", "spent", "next_at", "overhead", "last_step"):
             setattr(self, name, saved[name])
-        self.next_look = saved["next_look"]
+        self.seen, self.lowest, self.next_look = saved["seen"], saved["lowest"], saved["next_look"]
 
 
 class HorizonControl:
@@ -200,18 +203,20 @@ class HorizonControl:
         return self.is_off and self.state.training >= self.state.next_look
 
     def look(self, next_target: NextTarget) -> None:
-        """See whether the target loss has risen; to be called within `Objective.scoring`."""
+        """See how the target loss has changed; to be called within `Objective.scoring`."""
         state = self.state
         state.next_look = state.training + _LOOK_EVERY
         if state.judge is None:
-            state.judge, state.lowest = next_target(), math.inf
+            state.judge, state.seen, state.lowest = next_target(), math.inf, math.inf
         try:
             loss = self._loss(self._optimizer.state(), state.judge)
         except FloatingPointError:
             loss = math.inf
         if loss > state.lowest + _RISE * abs(state.lowest):
             self.alarm()
-        state.lowest = min(loss, state.lowest)
+        elif loss < state.seen - _FALL * abs(loss):  # also at the first look, which says nothing
+            state.next_at = max(state.next_at, state.next_look)
+        state.seen, state.lowest = loss, min(loss, state.lowest)
 
     def num_updates(self) -> int:
         """Updates whose pools the next contest needs."""

@@ -71,7 +71,7 @@ class AutoHorizon:
     longest_gap: int = 3200
     off: bool = True
     share: float = 0.05
-    expected: int = 1000
+    expected: int = 2000
     costs: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:

@@ -34,7 +34,6 @@ import pyarrow as pa
 import torch
 from pyarrow.parquet import read_table, write_table
 
-from selectflow.core.batches import num_examples
 from selectflow.core.files import atomic_file
 from selectflow.offline.score import SampleScores
 from selectflow.run.ledger_files import (
@@ -367,7 +366,7 @@ def _rows(step: int, selection: Selection, schema: Any) -> Any:
 
     pool, horizon = selection.pool, selection.horizon
     scores, losses = selection.scores, selection.losses
-    size = num_examples(pool)
+    size = len(pool["key"])
     kept = torch.zeros(size, dtype=torch.bool)
     kept[selection.indices] = True
     columns = {
