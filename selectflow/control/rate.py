@@ -274,6 +274,7 @@ class RateControl:
         if window.is_due or self.state.rule.has_risen(window.lowest, loss):
             return self._close(window, step, loss)
         self.state.window = None
+        self.state.rule.rest(window.start_loss, loss)
         if step < self.state.next_step:
             self._open(step, window.target, loss, min(window.lowest, loss))
         return None, False

@@ -130,6 +130,7 @@ class RateRule:
         multiplier: of the user's learning rate.
         gap: optimizer steps to the next window.
         sums: P, G and U.
+        rested: fall of the target loss between windows, which counts with P against G.
         num: windows since the last change.
         patience: windows before a raise.
         direction: of the last change: 1, -1, or 0 before the first.
@@ -140,6 +141,7 @@ class RateRule:
     multiplier: float = 1.0
     gap: int = field(init=False)
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    rested: float = 0.0
     num: int = 0
     patience: int = 1
     direction: int = 0
@@ -147,6 +149,10 @@ class RateRule:
 
     def __post_init__(self) -> None:
         self.gap = self.settings.window
+
+    def rest(self, start: float, end: float) -> None:
+        """Note what the target loss did between two windows."""
+        self.rested += self._gain(start, end)
 
     def decide(
         self,
@@ -187,9 +193,9 @@ class RateRule:
             factor, redo, reason = self._take_back(start, end, at)
         else:
             factor, redo, reason = self._weigh(start, at(1.0), at)
-        self.is_first = False
+        was_first, self.is_first = self.is_first, False
         before, self.multiplier = self.multiplier, self.multiplier * factor
-        self._note(factor)
+        self._note(factor, is_calm=factor < 1 and not (redo or was_first))
         named = {f"loss_at_{factor:g}": loss for factor, loss in losses.items()}
         measures = {"loss_before": start, **named} | ({} if replaceable else {"loss_after": end})
         decision = Decision("lr_multiplier", before, self.multiplier, reason, measures)
@@ -253,7 +259,9 @@ class RateRule:
         self.num += 1
         progress, slower, faster = self.sums
         numbers = f"progress {progress:.3g}, at half {slower:+.3g}, at twice {faster:+.3g}"
-        if self.num >= min(self.patience, _PATIENCE_TO_LOWER) and slower > max(progress, 0.0):
+        lower = slower > max(progress + self.rested, 0.0)
+        self.rested /= 2
+        if self.num >= min(self.patience, _PATIENCE_TO_LOWER) and lower:
             return 0.5, False, f"{numbers}: half the rate gains more than training did"
         if self.num < self.patience:
             return 1.0, False, f"{numbers}: {self.patience - self.num} more windows to see"
@@ -274,15 +282,16 @@ class RateRule:
         gain = before - after
         return gain if abs(gain) > _RESOLUTION * abs(before) else 0.0
 
-    def _note(self, factor: float) -> None:
+    def _note(self, factor: float, is_calm: bool) -> None:
         if factor == 1.0:
             self.gap = min(max(1, 2 * self.gap), self.settings.longest_gap)
             return
         direction = 1 if factor > 1 else -1
         if direction < self.direction:  # the last raise, or the rate at first, was too high
             self.patience = min(2 * self.patience, 16)
-        self.direction, self.num, self.sums = direction, 0, [0.0, 0.0, 0.0]
-        self.gap = 0  # the next window says whether the change was right
+        self.direction, self.num, self.sums, self.rested = direction, 0, [0.0, 0.0, 0.0], 0.0
+        if not is_calm:
+            self.gap = 0  # the next window says whether the change was right
 
 
 def as_integers(settings: object, *names: str) -> None:
