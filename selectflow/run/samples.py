@@ -1,4 +1,4 @@
-"""The samples that a run scored highest and lowest, as pictures or text, on stdout and at W&B.
+"""The samples that a run scored highest and lowest, as pictures or text, on stdout and in sinks.
 
 A table of the recent ones is shown with each evaluation, one of the whole run at its end.
 """
@@ -337,7 +337,7 @@ class SampleDisplay:
     """Shows the samples of a run; none where its scores do not compare samples.
 
     Args:
-        config: the run; `track.samples` is the number at each end, 0: W&B alone, at the end.
+        config: the run; `track.samples` is the number at each end, 0: in sinks alone, at the end.
         task: whose samples they are.
         tracker: of the run.
     """
@@ -364,7 +364,7 @@ class SampleDisplay:
         self._table.clear()
 
     def show_all(self) -> None:
-        """Show the extremes by mean score over the whole run; at W&B also where `samples` is 0."""
+        """Show the extremes by mean score over the run; in sinks also where `samples` is 0."""
         source, run_dir = self._source, self._run_dir
         if source is None or not self._is_scored:
             return
