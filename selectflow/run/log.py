@@ -340,13 +340,18 @@ class RunLog:
             self._decisions.load_state_dict(state["decisions"])
 
     def summary(self) -> str:
-        """The last flush in a few words, for a progress line."""
+        """The last flush in a few words, for a progress line: the most wanted first."""
         shown = {
-            "loss": metrics.TRAIN_LOSS,
-            "accuracy": metrics.TEST_ACCURACY,
-            "altered": metrics.kept_share("altered"),
+            metrics.TRAIN_LOSS: "loss {:.3f}",
+            metrics.KEPT_FRACTION: "kept {:.0%}",
+            metrics.HORIZON: "H {:.3g}",
+            metrics.LEARNING_RATE: "lr {:.2g}",
+            metrics.TEST_ACCURACY: "accuracy {:.3f}",
+            metrics.kept_share("altered"): "altered {:.3f}",
         }
-        return "  ".join(f"{k} {self._last[n]:.3f}" for k, n in shown.items() if n in self._last)
+        return "  ".join(
+            text.format(self._last[name]) for name, text in shown.items() if name in self._last
+        )
 
 
 def log_state_of(states: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:
