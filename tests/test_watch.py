@@ -152,6 +152,17 @@ def test_the_newest_samples_are_those_of_the_last_step(digits, tmp_path):
     assert "score +1.34 sd" in words(second)  # (4 - 2.5) / sqrt(5 / 4)
 
 
+def test_a_pool_whose_scores_are_equal_is_said_to_be_so(digits, tmp_path):
+    keys = list(read_metadata(digits, "train"))[:4]
+    run = make_run(tmp_path / "run", [0.5], data={"name": "digits", "root": str(digits)})
+    write_ledger(run.folder, [dict.fromkeys(keys, 2.0)])
+    assert "deviations from the mean of the pool. All are equal." in words(
+        LivePage([str(run.folder)]).page()
+    )
+    write_ledger(run.folder, [dict(zip(keys, range(4), strict=True))], first=2)
+    assert "All are equal" not in LivePage([str(run.folder)]).page()
+
+
 def test_the_newest_step_of_several_processes_is_one_that_all_have_written(tmp_path):
     pools = [{f"{step}": 1.0, f"{step}'": 2.0, f"{step}''": 3.0} for step in range(6)]
     assert newest_step(tmp_path / "selection") is None

@@ -149,7 +149,7 @@ class LivePage:
         if runs:
             try:
                 values |= self._compared(runs, used) | {"compared": True}
-            except ReportError as error:
+            except _EXPECTED as error:
                 values["problem"] = str(error)
         self._svgs = used
         values |= {"watched": watched, "version": version, "patterns": ", ".join(self._patterns)}

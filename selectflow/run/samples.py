@@ -93,6 +93,12 @@ class Newest(NamedTuple):
     kept: list[Shown]
     rejected: list[Shown]
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all scores of the pool are equal, as where the learning rate is 0."""
+        ends = [part[0].sample.score for part in (self.kept, self.rejected) if part]
+        return len(ends) == 2 and ends[0] == ends[1]
+
 
 def extremes(
     ranked: Any, root: Sources, metadata: Mapping[str, Mapping[str, Any]], num: int
