@@ -60,12 +60,12 @@ class Writer:
 
 
 def log(run: Writer, metrics: Mapping[str, float | int]) -> None:
-    """Write the metrics of one step, with all their digits."""
+    """Write the metrics of one step, as float32: TensorBoard does not show float64."""
     step = int(metrics[STEP])
     events = run.open(step)
     for name, value in metrics.items():
         if name != STEP:
-            events.add_scalar(name, value, step, new_style=True, double_precision=True)
+            events.add_scalar(name, value, step, new_style=True)
     events.flush()
 
 
