@@ -353,6 +353,20 @@ def compare(
 
 
 @app.command()
+def watch(
+    runs: list[str] = _argument("RUN", "Run directory, folder of them, or glob; may come later."),
+    port: int | None = _option("N", "Port (default: the first free one from 8765 on).", min=0),
+) -> None:
+    """The page of `compare` while runs go on, at an address of this machine alone."""
+    from selectflow.report.live import LivePage
+    from selectflow.report.server import open_server
+
+    with open_server(LivePage(runs), port) as server, suppress(KeyboardInterrupt):
+        _tell(f"watching {', '.join(runs)} at {server.url} (Ctrl-C ends it)")
+        server.serve_forever()
+
+
+@app.command()
 def audit(
     config: Path = _argument("CONFIG", "YAML of an audit."),
     overrides: list[str] = _argument("KEY=VALUE", "As in seeds=1.", None),

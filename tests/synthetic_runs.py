@@ -51,9 +51,9 @@ def make_run(
     return load_run(path)
 
 
-def write_ledger(run_dir, pools, first=1):
+def write_ledger(run_dir, pools, first=1, rank=0, size=1):
     """A ledger of pools given as {key: score} from step `first`, of each the two largest kept."""
-    ledger = Ledger(run_dir)
+    ledger = Ledger(run_dir, rank=rank, size=size)
     for step, pool in enumerate(pools, first):
         scores = torch.tensor(list(pool.values()), dtype=torch.float64)
         best = scores.argsort(descending=True)[:2]

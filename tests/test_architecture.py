@@ -19,6 +19,7 @@ ONLY_IN = {  # a library -> the only places that may import it
     "torch.distributed": ("distributed.py", "run/spread.py"),
     "webdataset": ("data/",),
     "wandb": ("run/wandb.py", "tune/wandb.py"),
+    "torch.utils.tensorboard": ("run/tensorboard.py",),
 }
 
 FLOOR = {room: i for i, rooms in enumerate(ROOMS.split(" < ")) for room in rooms.split(", ")}
@@ -63,8 +64,8 @@ def test_trainers_are_never_imported():
 def test_importing_selectflow_is_light():
     """Neither the data and tracking libraries nor heavy integrations come with the import."""
     heavy = (
-        "wandb webdataset torchvision matplotlib transformers peft trl accelerate tokenizers "
-        "datasets lightning optuna sklearn safetensors pyarrow scipy typer"
+        "wandb tensorboard webdataset torchvision matplotlib transformers peft trl accelerate "
+        "tokenizers datasets lightning optuna sklearn safetensors pyarrow scipy typer"
     )
     code = f"import sys, selectflow; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run(

@@ -146,7 +146,7 @@ def test_wandb_continues_under_the_id_it_is_given(tmp_path):
 
 def test_wandb_that_fails_later_is_switched_off_with_one_warning(tmp_path):
     tracker = Tracker(tmp_path, {}, name="a", mode="offline")
-    tracker._wandb.finish()  # W&B now refuses whatever is sent to it
+    tracker._sinks.open["W&B"][1].finish()  # W&B now refuses whatever is sent to it
     with pytest.warns(UserWarning, match="W&B failed and is switched off"):
         tracker.log(1, {"train/loss": 2.0})
     with warnings.catch_warnings(action="error"):

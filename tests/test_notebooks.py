@@ -2,13 +2,16 @@
 
 import json
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted(Path(__file__).parents[1].joinpath("notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_KIB = 250
 TIMEOUT_S = 300  # of one cell, on a machine that does other things too
 
@@ -38,6 +41,24 @@ def test_what_a_notebook_imports_exists(path):
     imports = re.findall(r"^from selectflow.*$", "\n".join(cells), re.MULTILINE)
     assert imports
     exec("\n".join(imports), {})
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_says_what_one_will_see_and_needs_the_package_alone(path):
+    first, *cells = nbformat.read(path, 4).cells
+    assert first.cell_type == "markdown"
+    assert "**What you will see:**" in first.source
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    assert not re.search(r"\.\./|\b(configs|trainers|tests|to_pandas)\b", code)
+    needed = {"sklearn" if name == "scikit-learn" else name for name in required()}
+    used = {name.partition(".")[0] for name in re.findall(r"^(?:from|import) ([\w.]+)", code, re.M)}
+    assert used <= needed | set(sys.stdlib_module_names) | {"selectflow"}
+
+
+def required():
+    """Names of the packages that come with selectflow, without extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [re.match(r"[\w-]+", each)[0] for each in project["dependencies"]]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from selectflow.run.ledger import read_ledger
 from selectflow.run.log import Stopwatch
 from selectflow.run.loop import RunError, Task, resolve_device, train
 from selectflow.run.sections import ScheduleConfig, SelectConfig
+from selectflow.run.terminal import progress_bar, show_progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -286,11 +288,32 @@ def test_progress_is_a_plain_line_with_each_evaluation(digits, tmp_path, capsys)
     evaluated = read_lines(run_dir / "metrics.jsonl")[1:]
     expected = [
         f"trial {line['train/step']}/7 loss {line['train/loss']:.3f}  "
-        f"altered {line['select/kept_altered']:.3f}"
+        f"kept {line['select/kept_fraction']:.0%}  H {line['select/horizon']:.3g}  "
+        f"lr {line['train/lr']:.2g}  altered {line['select/kept_altered']:.3f}  "
         for line in evaluated
     ]
-    assert capsys.readouterr().out.splitlines() == expected
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == len(expected)
+    for line, start in zip(shown, expected, strict=True):
+        assert line.startswith(start)
+        assert re.fullmatch(r"[\d.]+ (steps/s|s/step)(  \d+ s left)?", line.removeprefix(start))
     assert [line.split()[1] for line in expected] == ["3/7", "6/7", "7/7"]
+
+
+def test_the_pace_counts_the_steps_of_this_process_alone(capsys):
+    """A run that was resumed after 40 of 100 steps, 2 seconds each."""
+    now = 0.0
+    with progress_bar("a", 100, get_time=lambda: now) as bar:
+        for step in range(41, 46):
+            now += 2.0
+            show_progress(bar, step, "loss 0.5", with_line=True)
+        now += 0.0625
+        show_progress(bar, 100, "loss 0.5", with_line=True)
+    first, second, *_, fifth, last = capsys.readouterr().out.splitlines()
+    assert first == "a 41/100 loss 0.5"
+    assert second == "a 42/100 loss 0.5  2.0 s/step  116 s left"
+    assert fifth == "a 45/100 loss 0.5  2.0 s/step  110 s left"
+    assert last == "a 100/100 loss 0.5  7.3 steps/s"  # 59 steps in 8.0625 s
 
 
 def test_progress_is_a_bar_at_a_terminal(digits, tmp_path, capsys, monkeypatch):

@@ -180,7 +180,7 @@ def selection(
 def kept_shares(comparison: Comparison, metrics: Iterable[str]) -> list[Panel]:
     """Shares among the kept over steps, by the metrics that say them; none where all are 0."""
     noise = comparison.task.get("data.label_noise")
-    known = isinstance(noise, int | float)
+    known = isinstance(noise, int | float) and comparison.task.get("data.name") == "digits"
     panels = []
     for shown in map(quantity, metrics):
         panel = _panel(comparison.runs, shown, AXES[0], _KEPT_BINS, from_zero=True)
@@ -312,7 +312,9 @@ def _draw_lines(axes: Axes, panel: Panel) -> dict[str, Any]:
         # x in shares of the panel, y in data
         axes.text(0.99, y, name, font, transform=axes.get_yaxis_transform())
     if panel.from_zero:
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        low, high = axes.get_ylim()
+        is_zero = not any(line.curve.mean.any() for line in panel.lines)  # a horizon of 0
+        axes.set_ylim(min(0, low), 1 if is_zero else high)
     if panel.edges is not None:
         axes.legend(frameon=False, fontsize=9, labelcolor=_SOFT)
     return handles

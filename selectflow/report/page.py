@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import count
@@ -77,22 +77,44 @@ def _pictures(comparison: Comparison, examined: Sequence[Examined]) -> dict[str,
 
 def render(comparison: Comparison, examined: Sequence[Examined]) -> str:
     """The page, with what one run of each group selected, of those that keep a ledger."""
-    # Imported here, so that the other commands start without them.
-    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415
+    return fill("page.html", values_of(comparison, examined))
+
+
+def fill(name: str, values: Mapping[str, Any]) -> str:
+    """A template of this folder with its values; text in them is escaped."""
+    # Imported here, so that the other commands start without it.
+    from jinja2 import Environment, FunctionLoader, StrictUndefined  # noqa: PLC0415
+
+    folder = files("selectflow.report")
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
+        loader=FunctionLoader(lambda file: folder.joinpath(file).read_text("utf-8")),
+    )  # fmt: skip
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    style = folder.joinpath("page.css").read_text("utf-8")
+    return environment.get_template(name).render(values, style=_markup(style)) + "\n"
+
+
+def _markup(text: str) -> Any:
+    """Text that is not escaped: it is ours."""
     from markupsafe import Markup  # noqa: PLC0415
 
-    numbers, folder = count(), files("selectflow.report")
+    return Markup(text)
+
+
+def values_of(
+    comparison: Comparison,
+    examined: Sequence[Examined],
+    to_svg: Callable[[Panel, str], str] = figures.to_svg,
+) -> dict[str, Any]:
+    """The values of page.html; `to_svg` draws a panel, as `figures.to_svg` does."""
+    numbers = count()
 
     def drawn(panels: Sequence[Panel]) -> list[Any]:
-        return [Markup(figures.to_svg(panel, f"p{next(numbers)}")) for panel in panels]
+        return [_markup(to_svg(panel, f"p{next(numbers)}")) for panel in panels]
 
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
-    values: dict[str, Any] = {
+    return {
         "title": f"{quantity(comparison.quality).title.capitalize()} by strategy",
-        "style": Markup(folder.joinpath("page.css").read_text("utf-8")),
         "task": describe_task(comparison),
         "groups": _legend(comparison),
         "sentences": sentences(comparison),
@@ -106,8 +128,6 @@ def render(comparison: Comparison, examined: Sequence[Examined]) -> str:
         "examined": [(run, drawn(_histograms(run))) for run in examined],
         "baseline": comparison.baseline,
     }
-    template = environment.from_string(folder.joinpath("page.html").read_text("utf-8"))
-    return template.render(values) + "\n"
 
 
 def _shares_of(examined: Sequence[Examined]) -> dict[str, dict[str, Points]]:
@@ -146,7 +166,9 @@ def describe_task(comparison: Comparison) -> str:
         if value is not None and not key.startswith(unused)
         if key in ("data.name", "model.name") or value != defaults.get(key)
     ]
-    return "; ".join([f"{len(comparison.all_runs)} runs", *([", ".join(parts)] if parts else [])])
+    num = len(comparison.all_runs)
+    runs = f"{num} run{'s' if num > 1 else ''}"
+    return "; ".join([runs, *([", ".join(parts)] if parts else [])])
 
 
 def to_report(comparison: Comparison, written: list[Path]) -> Report:

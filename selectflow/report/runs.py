@@ -89,11 +89,7 @@ def find_runs(patterns: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, Path] = {}  # a run named by two patterns is one run
     for pattern in patterns:
-        if glob.has_magic(pattern) and not Path(pattern).is_dir():
-            matches = [Path(match) for match in sorted(glob.glob(pattern))]
-            paths = [path for path in matches if (path / "metrics.jsonl").is_file()]
-        else:
-            paths = [Path(pattern)]
+        paths = matching(pattern, "metrics.jsonl")
         if not paths:
             raise ReportError(f"no runs found: {pattern} matches no directory with metrics.jsonl")
         for path in paths:
@@ -101,6 +97,15 @@ def find_runs(patterns: Sequence[str]) -> list[Path]:
     if not found:
         raise ReportError("no runs found: name at least one run directory")
     return list(found.values())
+
+
+def matching(pattern: str, file: str) -> list[Path]:
+    """The directories with a file that a glob matches; any other pattern is a path itself."""
+    if not glob.has_magic(pattern) or Path(pattern).is_dir():
+        return [Path(pattern)]
+    return [
+        path for match in sorted(glob.glob(pattern)) if ((path := Path(match)) / file).is_file()
+    ]
 
 
 def load_run(path: str | Path) -> Run:

@@ -103,6 +103,9 @@ class TrackConfig(Section, use_attribute_docstrings=True):
 
     wandb: Literal["disabled", "offline", "online"] | None = None
     """Weights & Biases; offline needs no login; null: WANDB_MODE, or disabled"""
+    tensorboard: bool = False
+    """write the same metrics and samples for TensorBoard, into `tensorboard/` of the run directory
+    (extra `tensorboard`)"""
     project: str | None = Field(default=None, min_length=1)
     """W&B project; null: WANDB_PROJECT, or selectflow"""
     group: str | None = None
@@ -116,7 +119,7 @@ class TrackConfig(Section, use_attribute_docstrings=True):
     all that they say is read before the first step"""
     samples: int = Field(default=0, ge=0)
     """examples of the highest and as many of the lowest scores that are shown with each evaluation,
-    and at the end for the whole run: on stdout, and at W&B where it is used"""
+    and at the end for the whole run: on stdout, and at W&B and TensorBoard where they are used"""
 
 
 class RunConfig(Configuration, use_attribute_docstrings=True):

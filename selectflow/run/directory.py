@@ -12,12 +12,13 @@ import os
 import random
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy, deepcopy
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -134,10 +135,10 @@ def lock(run_dir: Path) -> Iterator[None]:
     if path in _held:  # the file must not be opened: closing it would release the lock
         raise refusal
     with path.open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise refusal from None
+        if not _try_lock(file, fcntl.LOCK_EX):
+            time.sleep(0.1)  # `is_locked` of another process may be looking just now
+            if not _try_lock(file, fcntl.LOCK_EX):
+                raise refusal
         _held.add(path)
         try:
             yield
@@ -151,11 +152,16 @@ def is_locked(run_dir: Path) -> bool:
     if path in _held or not path.exists():
         return path in _held
     with path.open("rb") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
-    return False
+        return not _try_lock(file, fcntl.LOCK_SH)
+
+
+def _try_lock(file: IO[Any], kind: int) -> bool:
+    """Take a record lock of a file, without waiting; whether it was free."""
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def wait_until_free(run_dir: Path) -> None:

@@ -137,6 +137,22 @@ def last_whole_step(parts: dict[Writer, list[Part]]) -> float:
     return max((min(steps) for size, steps in last.items() if len(steps) == size), default=0)
 
 
+def newest_step(folder: Path) -> Any:
+    """The rows of the last step that all processes have written: step, key, score and kept.
+
+    None where there is none yet. However long the run is, the last parts alone are read.
+
+    Raises:
+        LedgerError: a part cannot be read.
+    """
+    parts = parts_of(folder)
+    if not parts or not (upto := last_whole_step(parts)):
+        return None
+    last = {writer: own[-2:] for writer, own in parts.items()}  # one may be a part ahead of another
+    *_, table = merged(last, ["step", "key", "score", "kept"], upto)
+    return table.filter(_steps(table) == _last_step(table))
+
+
 def _until(table: Any, part: Part, upto: float) -> Any:
     """The rows of a part up to a step; it may have been read without its steps."""
     return table.filter(_steps(read_part(part.path, ["step"])) <= upto)

@@ -1,6 +1,6 @@
-"""What a run reports while it trains: metrics.jsonl, decisions.jsonl, summary.json, W&B; its clock.
+"""What a run reports while it trains: metrics.jsonl, decisions.jsonl, summary.json; its clock.
 
-metrics.jsonl is the source of truth; W&B is a sink of it.
+metrics.jsonl is the source of truth; W&B and TensorBoard are sinks of it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from selectflow.control.rules import Decision
 from selectflow.core.batches import num_examples
 from selectflow.core.files import atomic_file, size_on_disk
 from selectflow.distributed import ALONE, Group
-from selectflow.run import metrics, wandb
+from selectflow.run import metrics, tensorboard, wandb
 from selectflow.run.ledger import Ledger
+from selectflow.run.sinks import Sinks
 from selectflow.strategies import Selection
 
 DECISIONS = "decisions.jsonl"
@@ -44,10 +46,10 @@ class Stopwatch:
 
 
 class Tracker:
-    """The metrics of a run, kept in its directory and copied to W&B.
+    """The metrics of a run, kept in its directory and copied to W&B and TensorBoard.
 
-    When W&B fails, it is switched off with one warning and the run goes on. An error in writing
-    our own files always raises.
+    When one of these fails, it is switched off with one warning and the run goes on. An error in
+    writing our own files always raises.
 
     Args:
         run_dir: directory of the run; made if it does not exist.
@@ -62,6 +64,7 @@ class Tracker:
         tags: W&B tags; none: those of WANDB_TAGS.
         run_id: id of an earlier W&B run that this one continues; None starts a new one.
         timeout_s: seconds that W&B may take to start, and again to upload the rest at the end.
+        with_tensorboard: whether events for TensorBoard are written.
 
     Raises:
         OSError: the directory cannot be written.
@@ -80,23 +83,28 @@ class Tracker:
         tags: Sequence[str] = (),
         run_id: str | None = None,
         timeout_s: float = 30.0,
+        with_tensorboard: bool = False,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir, self._metrics = run_dir, run_dir / "metrics.jsonl"
         self._last: dict[str, Any] = {}
         self._resumed_at: list[int] = []  # steps of the last evaluation before each resumption
+        self.run_id: str | None = None
         _cut_torn_line(self._metrics)
-        self._wandb = None
+        self._sinks = Sinks(self._metrics)
         if (used := wandb.mode_of(mode)) != "disabled":
             options = {
                 "dir": str(run_dir), "config": dict(config), "name": name, "project": project,
                 "group": group, "job_type": job_type, "tags": list(tags) or None, "id": run_id,
             }  # fmt: skip
-            self._wandb = wandb.start(options, used, timeout_s)
-        self.run_id: str | None = self._wandb.id if self._wandb else None
+            if run := wandb.start(options, used, timeout_s):
+                self._sinks.add(wandb, run)
+                self.run_id = run.id
+        if with_tensorboard:
+            self._sinks.add(tensorboard, tensorboard.Writer(run_dir))
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Append one line to metrics.jsonl, then send it to W&B.
+        """Append one line to metrics.jsonl, then send it to the sinks.
 
         Args:
             step: optimizer steps done.
@@ -111,7 +119,7 @@ class Tracker:
         line: dict[str, float | int] = {metrics.STEP: step} | found
         _append_line(self._metrics, metrics.to_json(line))
         self._last |= line
-        self._to_wandb(lambda run: wandb.log(run, line))
+        self._sinks.send(lambda sink, run: sink.log(run, line))
 
     def state_dict(self) -> dict[str, Any]:
         """The W&B run and how long metrics.jsonl is, all of it on the disk."""
@@ -131,16 +139,17 @@ class Tracker:
     def show(
         self, samples: Callable[[], Sequence[Mapping[str, Any]]], name: str = "samples"
     ) -> None:
-        """Send samples to W&B, as pictures or text; without W&B they are not asked for.
+        """Send samples to the sinks, as pictures or text; without one they are not asked for.
 
         Args:
             samples: call for rows of equal keys: plain values, and maybe under "png" a picture.
             name: what they are logged under.
         """
-        self._to_wandb(lambda run: wandb.show(run, samples(), name))
+        once = cache(samples)
+        self._sinks.send(lambda sink, run: sink.show(run, once(), name))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json and close W&B, which takes the ledger and what was selected along.
+        """Write summary.json and close the sinks; W&B takes along what was selected.
 
         Args:
             summary: what to add to the last logged value of each metric, as "status" and "steps".
@@ -154,19 +163,8 @@ class Tracker:
         with atomic_file(self._run_dir / "summary.json") as file:
             text = json.dumps(metrics.to_json(values), indent=2, allow_nan=False)
             file.write(f"{text}\n".encode())
-        self._to_wandb(lambda run: wandb.finish(run, values, self._run_dir))
-        self._wandb = None
-
-    def _to_wandb(self, send: Callable[[Any], object]) -> None:
-        if self._wandb is None:
-            return
-        try:
-            send(self._wandb)
-        except Exception as error:  # W&B raises anything, and none of it is worth losing a run
-            self._wandb = None
-            wandb.warn(
-                f"W&B failed and is switched off, the run goes on with {self._metrics}", error
-            )
+        self._sinks.send(lambda sink, run: sink.finish(run, values, self._run_dir))
+        self._sinks.open.clear()
 
 
 class DecisionLog:
@@ -342,13 +340,18 @@ class RunLog:
             self._decisions.load_state_dict(state["decisions"])
 
     def summary(self) -> str:
-        """The last flush in a few words, for a progress line."""
+        """The last flush in a few words, for a progress line: the most wanted first."""
         shown = {
-            "loss": metrics.TRAIN_LOSS,
-            "accuracy": metrics.TEST_ACCURACY,
-            "altered": metrics.kept_share("altered"),
+            metrics.TRAIN_LOSS: "loss {:.3f}",
+            metrics.KEPT_FRACTION: "kept {:.0%}",
+            metrics.HORIZON: "H {:.3g}",
+            metrics.LEARNING_RATE: "lr {:.2g}",
+            metrics.TEST_ACCURACY: "accuracy {:.3f}",
+            metrics.kept_share("altered"): "altered {:.3f}",
         }
-        return "  ".join(f"{k} {self._last[n]:.3f}" for k, n in shown.items() if n in self._last)
+        return "  ".join(
+            text.format(self._last[name]) for name, text in shown.items() if name in self._last
+        )
 
 
 def log_state_of(states: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:

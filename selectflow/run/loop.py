@@ -24,7 +24,7 @@ import torch
 from selectflow.core.batches import Batch, MicroBatches, to_device
 from selectflow.core.wrappers import unwrap
 from selectflow.distributed import Group, here, is_from_elsewhere, joined, reshard, share_buffers
-from selectflow.run import metrics
+from selectflow.run import metrics, tensorboard
 from selectflow.run.build import (
     build_losses,
     build_optimizer,
@@ -106,6 +106,8 @@ def train(config: RunConfig, task: Task) -> Path:
         if is_over:
             return config.run_dir
         with group.together(ValueError, OSError):
+            if config.track.tensorboard:
+                tensorboard.check_installed()
             if config.select.is_offline:  # a signal ends it at once: there is nothing to save yet
                 task, upfront_s = select_offline(config, task, group)
         check_parallel(config, task, group)
@@ -370,6 +372,7 @@ def _tracker(config: RunConfig, run_id: str | None) -> Tracker:
         job_type=track.job_type or os.environ.get("WANDB_JOB_TYPE") or strategy,
         tags=track.tags,
         run_id=run_id,
+        with_tensorboard=track.tensorboard,
     )
 
 

@@ -1,4 +1,4 @@
-"""The samples that a run scored highest and lowest, as pictures or text, on stdout and at W&B.
+"""The samples that a run scored highest and lowest, as pictures or text, on stdout and in sinks.
 
 A table of the recent ones is shown with each evaluation, one of the whole run at its end.
 """
@@ -27,7 +27,14 @@ from selectflow.data import (
     read_samples,
 )
 from selectflow.run.config import RunConfig
-from selectflow.run.ledger import rank_samples, read_scored, sum_samples
+from selectflow.run.ledger import (
+    LEDGER_FOLDER,
+    rank_samples,
+    read_scored,
+    standardised,
+    sum_samples,
+)
+from selectflow.run.ledger_files import newest_step
 from selectflow.run.log import Tracker
 from selectflow.run.task import Task
 from selectflow.strategies import Selection
@@ -44,7 +51,7 @@ class Sample(NamedTuple):
     Attributes:
         key: its id.
         score: mean of its scores, each in standard deviations from the mean of its pool.
-        times: pools it was in.
+        times: pools it was in; 0: its score is that of one pool.
         kept: times it was kept.
     """
 
@@ -73,6 +80,26 @@ class Shown:
     altered: bool | None
 
 
+class Newest(NamedTuple):
+    """A pool of a run and what became of its samples.
+
+    Attributes:
+        step: the optimizer step that it was for.
+        kept: samples that were kept, highest score first.
+        rejected: samples that were not, lowest first.
+    """
+
+    step: int
+    kept: list[Shown]
+    rejected: list[Shown]
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all scores of the pool are equal, as where the learning rate is 0."""
+        ends = [part[0].sample.score for part in (self.kept, self.rejected) if part]
+        return len(ends) == 2 and ends[0] == ends[1]
+
+
 def extremes(
     ranked: Any, root: Sources, metadata: Mapping[str, Mapping[str, Any]], num: int
 ) -> tuple[list[Shown], list[Shown]]:
@@ -94,21 +121,52 @@ def extremes(
     best, worst = ranked.slice(0, num), ranked.slice(len(ranked) - num)
     ends = [[Sample(**row) for row in part.to_pylist()] for part in (best, worst)]
     ends[1].reverse()
+    highest, lowest = _shown(ends, root, metadata)
+    return highest, lowest
+
+
+def newest(run_dir: Path, root: Sources, num: int) -> Newest | None:
+    """What a run that goes on chose at its last step on the disk; None where it has chosen nothing.
+
+    Args:
+        run_dir: its directory.
+        root: the dataset, as `PoolStream` takes it.
+        num: samples of each kind, at most.
+
+    Raises:
+        DataError: the dataset cannot be read.
+        LedgerError: the ledger cannot be read.
+    """
+    table = newest_step(run_dir / LEDGER_FOLDER)
+    if table is None:
+        return None
+    steps, kept = table["step"].to_numpy(), table["kept"].to_numpy()
+    scores, keys = standardised(table["score"].to_numpy(), steps), table["key"].to_pylist()
+    order = np.argsort(-scores, kind="stable")
+    chosen = (order[kept[order]][:num], order[~kept[order]][::-1][:num])
+    ends = [[Sample(keys[i], float(scores[i]), 0, 0) for i in part] for part in chosen]
+    return Newest(int(steps[0]), *_shown(ends, root))
+
+
+def _shown(
+    ends: Sequence[Sequence[Sample]],
+    root: Sources,
+    metadata: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[list[Shown]]:
+    """Samples as a reader sees them, without those that the dataset does not hold.
+
+    `metadata` None: what is recorded of them is read with them.
+    """
     found = read_samples(root, "train", [sample.key for part in ends for sample in part])
     tokenizers = _tokenizers(root)
 
-    def source_of(key: str) -> str:
-        return key.partition("/")[0] if isinstance(root, Mapping) else ""
+    def shown(sample: Sample) -> Shown:
+        key = sample.key
+        source = key.partition("/")[0] if isinstance(root, Mapping) else ""
+        made = found[key].get("json", {}) if metadata is None else metadata.get(key, {})
+        return show(sample, found[key], made, tokenizers.get(source))
 
-    highest, lowest = (
-        [
-            show(s, found[s.key], metadata.get(s.key, {}), tokenizers.get(source_of(s.key)))
-            for s in part
-            if s.key in found
-        ]
-        for part in ends
-    )
-    return highest, lowest
+    return [[shown(sample) for sample in part if sample.key in found] for part in ends]
 
 
 def extreme_rows(run_dir: Path, source: Sources, num: int = 16) -> list[dict[str, Any]]:
@@ -163,7 +221,9 @@ def show(
         made: what the writer of the data recorded about it.
         tokenizer: of its tokens; None: bytes are text, others stay ids.
     """
-    facts = [f"score {sample.score:+.2f} sd", f"kept {sample.kept} of {sample.times}"]
+    facts = [f"score {sample.score:+.2f} sd"]
+    if sample.times:
+        facts.append(f"kept {sample.kept} of {sample.times}")
     if "cls" in fields:
         facts.insert(0, f"label {fields['cls']}")
     altered = bool(made["altered"]) if "altered" in made else None
@@ -285,7 +345,7 @@ class SampleDisplay:
     """Shows the samples of a run; none where its scores do not compare samples.
 
     Args:
-        config: the run; `track.samples` is the number at each end, 0: W&B alone, at the end.
+        config: the run; `track.samples` is the number at each end, 0: in sinks alone, at the end.
         task: whose samples they are.
         tracker: of the run.
     """
@@ -312,7 +372,7 @@ class SampleDisplay:
         self._table.clear()
 
     def show_all(self) -> None:
-        """Show the extremes by mean score over the whole run; at W&B also where `samples` is 0."""
+        """Show the extremes by mean score over the run; in sinks also where `samples` is 0."""
         source, run_dir = self._source, self._run_dir
         if source is None or not self._is_scored:
             return

@@ -28,6 +28,7 @@ _AXES = {"by_samples": SAMPLES_SEEN, "by_seconds": WALL_S}
 _EVALUATIONS = ("test/", "target/")
 
 
+NAME = "W&B"
 Mode = Literal["offline", "online"]
 _PROJECT = "selectflow"
 # WANDB_MODE -> mode; "run" and "dryrun" are W&B's earlier names, "shared" is one run of many nodes
@@ -115,7 +116,7 @@ def _open(options: dict[str, Any], mode: Mode, timeout_s: float) -> Any:
 
 
 def warn(message: str, error: Exception) -> None:
-    """Warn once, with the first line of an error of W&B."""
+    """Warn once, with the first line of an error of W&B, or of another sink."""
     warnings.warn(f"{message} ({_first_line(error)})", stacklevel=2)
 
 
