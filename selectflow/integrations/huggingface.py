@@ -24,10 +24,11 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
-from selectflow.core.batches import Batch, num_examples, to_device
+from selectflow.core.batches import Batch, num_examples
 from selectflow.core.files import atomic_file
 from selectflow.core.passes import LossFn
 from selectflow.core.wrappers import without_autocast
+from selectflow.integrations.resumed import load_state
 from selectflow.integrations.trainer_checks import (
     RowsChecked,
     check_loss,
@@ -211,11 +212,8 @@ class SelectTrainerMixin(_Base):
                 path,
             )
             return
-        self.selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        rate, device = self.selector.state.rate, self.args.device
-        if rate is not None and (window := rate.window) is not None:  # its batches are replayed
-            window.target = to_device(window.target, device)
-            window.batches = [[to_device(b, device) for b in parts] for parts in window.batches]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        load_state(self.selector, state, self.args.device)
 
     def _target_batches(self) -> list[Batch]:
         dataset = self._target
