@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_huggingface import KEEP, POOL, arguments, llama, texts, weights
-from test_huggingface_trl import pairs, trainer_of
+from test_huggingface_parallel import as_torchrun
+from test_huggingface_trl import conversations, trainer_of
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
 
 from selectflow.core.batches import take
@@ -14,6 +15,12 @@ from selectflow.integrations.huggingface import SelectTrainerMixin
 
 # between the three libraries, each at its own pace
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
+
+
+def pairs(num):
+    """One prompt each, and answers of unlike lengths."""
+    rows = conversations(num, 1).rename_column("completion", "chosen")
+    return rows.add_column("rejected", conversations(num, 2)["completion"])
 
 
 def reward_model(seed=0):
@@ -39,6 +46,7 @@ def pair_trainer(name, folder, args=None, **options):
     made = {"DPO": llama, "Reward": reward_model}[name]
     if name == "DPO":
         options = {"ref_model": llama(seed=4)} | options
+    options = {"rows": pairs(24)} | options
     return watched(trainer_of(name, folder, model=made(), settings=args, **options))
 
 
@@ -62,7 +70,9 @@ SETTINGS = {
 def test_pairs_are_scored_by_the_trainers_loss_and_kept_whole(tmp_path, name):
     """The score of a pair is -gamma . gradient of the Trainer's loss of this pair alone."""
     kind, args = SETTINGS[name]
-    trainer = pair_trainer(kind, tmp_path, args)
+    # the first step of Adam takes the sign of a gradient, whose size then says nothing
+    trainer = pair_trainer(kind, tmp_path, {"learning_rate": 1e-2, "optim": "sgd"} | args)
+    trainer._select_options |= {"horizon": 1}
     model = {"DPO": llama, "Reward": reward_model}[kind]()  # as it is at the first step
     model.config.pad_token_id = trainer.model.config.pad_token_id
     trainer.train()
@@ -248,3 +258,35 @@ def test_rows_that_went_astray_are_refused():
     half = {name: value[:6] for name, value in batch.items()}
     with pytest.raises(ValueError, match="switch dispatch_batches and split_batches"):
         grouped(half, "Ranks")
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def in_group(folder, port):
+    as_torchrun(port)
+    options = {"max_steps": 3, "learning_rate": 1e-2}
+    options |= {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+    trainer = pair_trainer("DPO", folder, options, rows=pairs(48))
+    trainer._select_options |= {"horizon": 2}
+    trainer.train()
+    kept = [
+        list(zip(texts_of(batch, 0), texts_of(batch, 1), strict=True))
+        for batch in trainer.trained_on
+    ]
+    stream = trainer.train_dataset
+    given = [
+        (row["prompt_ids"] + row["chosen_ids"], row["prompt_ids"] + row["rejected_ids"])
+        for row in stream
+    ]
+    return kept, given, weights(trainer.model)
+
+
+@pytest.mark.slow
+def test_pairs_in_two_processes(two, tmp_path):
+    first, second = two.run(in_group, str(tmp_path), 29500)
+    assert torch.equal(first[2], second[2])
+    seen = [pair for kept, _, _ in (first, second) for batch in kept for pair in batch]
+    assert len(seen) == 2 * 3 * KEEP
+    assert all(pair in first[1] for pair in seen)
+    assert len({str(pair) for pair in seen}) == len(seen)  # each pool is one process's alone
