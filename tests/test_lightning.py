@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from problems import image_loss, images, mlp
@@ -157,6 +157,30 @@ def test_a_loader_without_length_is_not_selected_ahead_of_the_step(tmp_path):
     assert torch.equal(weights(module), weights(expected))
 
 
+def test_validation_and_reloaded_loaders_change_nothing(tmp_path):
+    """The pools are those of `train_dataloader`, made anew at each epoch."""
+
+    class Validated(Module):
+        def train_dataloader(self):
+            return selection.pools(loader())
+
+        def val_dataloader(self):
+            return loader()
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", image_loss(self, batch).mean())
+
+    expected = own_loop()
+    selection = SelectCallback(image_loss, target(), KEEP, **OPTIONS)
+    module = Validated()
+    trainer = trainer_of(
+        tmp_path, selection, val_check_interval=3, reload_dataloaders_every_n_epochs=1
+    )
+    trainer.fit(module)
+    assert module.trained_on == expected.trained_on
+    assert torch.equal(weights(module), weights(expected))
+
+
 def test_manual_optimization(tmp_path):
     expected = own_loop(2)
     own = {"pools_per_update": 2, "max_grad_norm": 0.5}
@@ -263,6 +287,28 @@ def test_a_checkpoint_after_training_resumes(tmp_path, shards):
     rest, *_ = fit_stream(tmp_path, shards, seed=9, resume=path, max_steps=12, **options)
     assert rest.trained_on == whole.trained_on[7:]
     assert torch.equal(weights(rest), weights(whole))
+
+
+def test_resumes_with_a_datamodule(tmp_path, shards):
+    """Its loader is asked for after the checkpoint was loaded."""
+
+    class Data(LightningDataModule):
+        def train_dataloader(self):
+            return selection.pools(stream_of(shards))
+
+    path, found = tmp_path / "saved.ckpt", []
+    for resume in (None, path):
+        selection = SelectCallback(image_loss, [next(stream_of(shards))], 3, **OPTIONS)
+        module = OnStream(9 if resume else 0)
+        trainer = trainer_of(
+            tmp_path, selection, max_epochs=-1, max_steps=9,
+            callbacks=[selection, Saves(path, None if resume else 4)],
+        )  # fmt: skip
+        trainer.fit(module, datamodule=Data(), ckpt_path=resume)
+        found.append((module.trained_on, weights(module)))
+    (whole, ours), (rest, theirs) = found
+    assert rest == whole[4:]
+    assert torch.equal(ours, theirs)
 
 
 def test_an_open_window_of_the_rate_resumes(tmp_path, shards):

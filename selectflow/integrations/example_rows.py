@@ -102,7 +102,7 @@ class RowsChecked:
 
     def __call__(self, examples: list[Any]) -> Batch:
         num = len(examples)  # before the collator, which may take the list apart
-        first = copy.deepcopy(examples[:2]) if self._is_blocks is None else []
+        first = list(map(copy.copy, examples[:2])) if self._is_blocks is None else []
         batch = self._collator(examples)
         name = getattr(self._collator, "__name__", type(self._collator).__name__)
         k = rows_per_example(batch, num, name, self._trainer)
@@ -116,7 +116,8 @@ class RowsChecked:
 
     def _finds_blocks(self, first: list[Any], batch: Batch, num: int, k: int, name: str) -> bool:
         """Whether a row of an example is `num` rows after its last one, by collating it alone."""
-        singles = [self._collator([example]) for example in first]
+        with torch.random.fork_rng(devices=[]):
+            singles = [self._collator([example]) for example in first]
         places = [(at, row) for at in range(len(first)) for row in range(k)]
         for is_blocks in (True, False):
             if all(

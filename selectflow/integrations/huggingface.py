@@ -72,7 +72,8 @@ class SelectTrainerMixin(_Base):
         loss_fn: `loss_fn(model, batch)` of a batch as the collator makes it -> one loss for each
             example, shape (N,), of which the training loss is the mean. The default is that of the
             task, `task_losses.TaskLosses`, in which an example weighs by its tokens, as in the
-            Trainer's mean over tokens: of the batch, or of the first pool with `chunk_size`.
+            Trainer's mean over tokens: of each micro-batch, where the Trainer's is over all of an
+            update; with `chunk_size`, of the first pool.
             On single examples of the first micro-batch it is compared, in eval mode, with the
             Trainer's `compute_loss`; one of your own that differs is told of in a warning.
         select_options: further arguments of `Selector`, as `{"horizon": 0, "params": ["!*wte*"]}`.
