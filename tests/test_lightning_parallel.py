@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from problems import image_loss
-from test_lightning import KEEP, OPTIONS, POOL, Module, Saves, examples, target, trainer_of
+from test_lightning import KEEP, OPTIONS, POOL, Module, examples, target, trainer_of
+from test_lightning_resume import Saves
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
