@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
 from selectflow.core.batches import take
 from selectflow.integrations.example_rows import Grouped, RowsChecked, collated, grouped
 from selectflow.integrations.huggingface import SelectTrainerMixin
+from selectflow.models.language import token_window
 
 # between the three libraries, each at its own pace
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
@@ -152,6 +153,13 @@ def test_resumes_with_pairs(tmp_path, name):
 def test_other_losses_of_pairs_are_refused(tmp_path, args, says):
     with pytest.raises(ValueError, match=f"that of DPO pairs, must .*{says}.*; pass loss_fn, as"):
         pair_trainer("DPO", tmp_path, args).train()
+
+
+def test_a_view_of_rows_is_refused(tmp_path):
+    trainer = pair_trainer("DPO", tmp_path)
+    trainer._select_options |= {"score_view": token_window(4)}
+    with pytest.raises(ValueError, match="score_view must be None where an example has several"):
+        trainer.train()
 
 
 # --- rows of any collator -------------------------------------------------------------------------

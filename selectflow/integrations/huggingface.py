@@ -29,6 +29,7 @@ from selectflow.core.files import atomic_file
 from selectflow.core.passes import LossFn
 from selectflow.core.wrappers import without_autocast
 from selectflow.integrations.example_rows import (
+    Grouped,
     RowsChecked,
     check_rows,
     collated,
@@ -250,6 +251,11 @@ class SelectTrainerMixin(_Base):
     def _by_examples(self, batch: Batch) -> Batch:
         """A collated batch by examples, with what the losses need of a reference model."""
         batch = grouped(batch, type(self).__name__)
+        if isinstance(batch, Grouped) and self._select_options.get("score_view") is not None:
+            raise ValueError(
+                "score_view must be None where an example has several rows, got a view, which is "
+                "of batches of one row each; cut the texts in the data_collator"
+            )
         return batch if self._task is None else self._task.with_constants(batch)
 
     def _checked(self, collated_pool: Batch) -> Batch:
