@@ -122,5 +122,5 @@ def test_lightning_resumes_the_stream(tmp_path):
     whole = keys_of(islice(stream_of(tmp_path), 12))
     trainer, before = fit(7)
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
-    _, after = fit(12, ckpt_path=tmp_path / "saved.ckpt", weights_only=False)
+    _, after = fit(12, ckpt_path=tmp_path / "saved.ckpt")
     assert before + after == whole

@@ -31,11 +31,6 @@ SIZE = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }  # fmt: skip
-DEEP = {
-    "vocab_size": VOCABULARY, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
-    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-}  # fmt: skip
 
 
 def trainer_of(folder, model, examples, kind=SelectTrainer, loss_fn=None, **options):
@@ -63,55 +58,36 @@ def examples_of(labels):
     return [{"input_ids": row, "labels": labels(row)} for row in rows]
 
 
-def t5():
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
-            decoder_start_token_id=0,
-        )
-    )  # fmt: skip
+def classified(row):
+    return row[0] % 3
 
 
-OTHERS = {
-    "masked": (lambda: bert("MaskedLM"), lambda row: torch.where(row % 3 == 0, row, -100)),
-    "tokens": (lambda: bert("TokenClassification"), lambda row: row % 3),
-    "sequence": (lambda: bert("SequenceClassification"), lambda row: row[0] % 3),
-    "t5": (t5, lambda row: row),
-    "bart": (
-        lambda: transformers.BartForConditionalGeneration(
-            transformers.BartConfig(**DEEP, max_position_embeddings=32)
-        ),
-        lambda row: row,
-    ),
-}
-SAYS = {
-    "masked": r"example 0 .*must be the one|must be the one .*example 0 .*is 3\.\d+, where "
-    r"SelectTrainer trains BertForMaskedLM by 3\.\d+; pass loss_fn\(model, batch\)",
-    "tokens": r"trains BertForTokenClassification by 1\.\d+; pass loss_fn",
-    "sequence": r"got BertForSequenceClassification with .*labels.*must be one for each token.*"
-    r"pass loss_fn",
-    "t5": r"got T5ForConditionalGeneration with .*without an encoder.*pass loss_fn",
-    "bart": r"got BartForConditionalGeneration with .*without an encoder.*pass loss_fn",
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_the_default_loss_is_refused_where_the_model_has_another(tmp_path, name):
-    make, labels = OTHERS[name]
-    torch.manual_seed(0)
-    with pytest.raises(ValueError, match=SAYS[name]):
-        trainer_of(tmp_path, make(), examples_of(labels)).train()
+def test_losses_that_are_not_known_are_refused(tmp_path):
+    """With the two lines that a user adds."""
+    examples = [
+        {"input_ids": row, "start_positions": row[0] % 4, "end_positions": row[0] % 4 + 2}
+        for row in texts(40, 1)
+    ]
+    says = (
+        "the default loss, that of causal language models, must take .* got "
+        r"BertForQuestionAnswering with .*start_positions.*; pass loss_fn, as in\n"
+        r"    def loss_fn\(model, batch\): return ...  # trained loss of each example.*\n"
+        r"    trainer = SelectTrainer\(..., loss_fn=loss_fn\)"
+    )
+    with pytest.raises(ValueError, match=says):
+        trainer_of(tmp_path, bert("QuestionAnswering"), examples).train()
 
 
 def test_both_losses_are_named(tmp_path):
-    make, labels = OTHERS["masked"]
+    """A causal model under a loss of its own, which the default cannot know."""
     torch.manual_seed(0)
-    model, examples = make().eval(), examples_of(labels)
+    model, examples = llama().eval(), dataset(texts(40, 1))
     first = {name: value[None] for name, value in examples[0].items()}
     with torch.no_grad():
-        true, ours = model(**first).loss.item(), causal_lm_losses(model, first).item()
+        ours = causal_lm_losses(model, first).item()
+        true = ours + 10 * model.lm_head.weight.square().mean().item()
     with pytest.raises(ValueError, match=f"it is {ours:.6g}, where .* by {true:.6g};"):
-        trainer_of(tmp_path, model, examples).train()
+        trainer_of(tmp_path, model, examples, kind=OwnLoss).train()
 
 
 def test_a_loss_of_the_users_own_for_another_model(tmp_path, caplog):
@@ -119,14 +95,12 @@ def test_a_loss_of_the_users_own_for_another_model(tmp_path, caplog):
         logits = model(input_ids=batch["input_ids"]).logits
         return F.cross_entropy(logits, batch["labels"], reduction="none")
 
-    make, labels = OTHERS["sequence"]
+    model, examples = bert("SequenceClassification"), examples_of(classified)
     with caplog.at_level(logging.WARNING, "selectflow"):
-        trainer_of(tmp_path, make(), examples_of(labels), loss_fn=losses).train()
+        trainer_of(tmp_path, model, examples, loss_fn=losses).train()
     assert "the loss that is scored" not in caplog.text
     with caplog.at_level(logging.WARNING, "selectflow"):
-        trainer_of(
-            tmp_path, make(), examples_of(labels), loss_fn=lambda *args: 2 * losses(*args)
-        ).train()
+        trainer_of(tmp_path, model, examples, loss_fn=lambda *args: 2 * losses(*args)).train()
     assert caplog.text.count("the loss that is scored must be the one that is trained") == 1
 
 
@@ -272,7 +246,7 @@ def patches(rows):
 @pytest.mark.parametrize(
     ("collator", "says"),
     [
-        (doubled, r"but doubled in SelectTrainer made others: got 16 rows of 8 examples.*pairs"),
+        (doubled, r"language models does not have several rows; pass loss_fn, as in"),
         (patches, r"that of patches in SelectTrainer has not.*input_ids: 8.*pixel_values: 24"),
         (lambda rows: rows, r"got 12 rows of 8 examples"),
         (lambda rows: collated(rows[:3]), r"got 3 rows of 8 examples"),

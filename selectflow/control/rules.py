@@ -37,7 +37,7 @@ from typing import Any, Literal
 
 from selectflow.core.counts import is_count
 
-_PATIENCE_TO_LOWER = 2  # windows at most before the rate is lowered
+_PATIENCE_TO_LOWER = 2  # windows before the rate is lowered
 _NOTICEABLE = 0.01  # share of the target loss that twice the rate must gain
 _PROPORTIONAL = 0.8  # share of the progress that twice the rate must add, and half halve
 _RESOLUTION = 1e-6  # relative difference of two losses below which they are the same
@@ -261,7 +261,7 @@ class RateRule:
         numbers = f"progress {progress:.3g}, at half {slower:+.3g}, at twice {faster:+.3g}"
         lower = slower > max(progress + self.rested, 0.0)
         self.rested /= 2
-        if self.num >= min(self.patience, _PATIENCE_TO_LOWER) and lower:
+        if self.num >= _PATIENCE_TO_LOWER and lower:
             return 0.5, False, f"{numbers}: half the rate gains more than training did"
         if self.num < self.patience:
             return 1.0, False, f"{numbers}: {self.patience - self.num} more windows to see"
@@ -282,7 +282,7 @@ class RateRule:
         gain = before - after
         return gain if abs(gain) > _RESOLUTION * abs(before) else 0.0
 
-    def _note(self, factor: float, is_calm: bool) -> None:
+    def _note(self, factor: float, *, is_calm: bool = False) -> None:
         if factor == 1.0:
             self.gap = min(max(1, 2 * self.gap), self.settings.longest_gap)
             return

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +28,16 @@ from selectflow.core.batches import Batch, PeekedPools, num_examples
 from selectflow.core.files import atomic_file
 from selectflow.core.passes import LossFn
 from selectflow.core.wrappers import without_autocast
-from selectflow.integrations.trainer_checks import (
+from selectflow.integrations.example_rows import (
+    Grouped,
     RowsChecked,
-    check_loss,
     check_rows,
+    collated,
     counts_rows,
+    grouped,
 )
-from selectflow.models.language import causal_lm_losses
+from selectflow.integrations.task_losses import TaskLosses
+from selectflow.integrations.trainer_checks import check_loss
 from selectflow.run import metrics
 from selectflow.selector import Selector
 
@@ -54,8 +57,10 @@ class SelectTrainerMixin(_Base):
 
     `per_device_train_batch_size` is then P, the size of a pool, and `keep` the batch that is
     trained on. Gradient accumulation, clipping, the schedule and the seed are read from the
-    training arguments; a look-ahead follows them. Scoring and look-ahead run as the training does:
-    under bf16 autocast where it is; under fp16 they are in the precision of the parameters.
+    training arguments; a look-ahead follows them. An example may be several rows of a batch, as
+    the pairs of TRL's DPOTrainer and RewardTrainer are: they are kept together or not at all.
+    Scoring and look-ahead run as the training does: under bf16 autocast where it is; under fp16
+    they are in the precision of the parameters.
 
     Args:
         args: of the Trainer.
@@ -64,9 +69,11 @@ class SelectTrainerMixin(_Base):
             `per_device_eval_batch_size` examples to a look-ahead, and held in memory.
         keep: examples kept of each micro-batch: a count, or a fraction in (0, 1]. With a count, set
             `dataloader_drop_last`, or the last pool of an epoch may be too small.
-        loss_fn: per-example losses, of which the training loss is the mean; the default is that of
-            a causal language model. (The Trainer's own mean is over tokens: where examples have
-            different numbers of them, the longer ones weigh more in training than in scores.)
+        loss_fn: `loss_fn(model, batch)` of a batch as the collator makes it -> one loss for each
+            example, shape (N,), of which the training loss is the mean. The default is that of the
+            task, `task_losses.TaskLosses`, in which an example weighs by its tokens, as in the
+            Trainer's mean over tokens: of each micro-batch, where the Trainer's is over all of an
+            update; with `chunk_size`, of the first pool.
             On single examples of the first micro-batch it is compared, in eval mode, with the
             Trainer's `compute_loss`; one of your own that differs is told of in a warning.
         select_options: further arguments of `Selector`, as `{"horizon": 0, "params": ["!*wte*"]}`.
@@ -77,8 +84,8 @@ class SelectTrainerMixin(_Base):
 
     Raises:
         ValueError: several devices in a process, or DeepSpeed; no such target; a micro-batch that
-            is not one row for each example, as collators of pairs and without padding make; a loss
-            that is trained, by the model or the Trainer, other than the default one.
+            is not the same number of rows for each example, as collators without padding make; a
+            loss that is trained, by the model or the Trainer, other than the default one.
         TypeError: an optimizer or schedule that is not modelled.
     """
 
@@ -87,13 +94,15 @@ class SelectTrainerMixin(_Base):
         *args: Any,
         target: Any,
         keep: int | float,
-        loss_fn: LossFn = causal_lm_losses,
+        loss_fn: LossFn | None = None,
         select_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.selector: Selector | None = None
         self._target, self._keep, self._loss_fn = target, keep, loss_fn
+        self._task: TaskLosses | None = None  # where there is no loss_fn
+        self._mean_tokens: float | None = None  # of an example, where pools are scored in chunks
         self._is_compared = False  # whether the losses that are trained and scored were
         self._counts_rows = False  # whether the collator's rows are counted against its examples
         self._select_options = dict(select_options or {})
@@ -115,15 +124,21 @@ class SelectTrainerMixin(_Base):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
-        """As of the Trainer; its collator must make one row of each example."""
+        """As of the Trainer; its collator must make as many rows of each example as of others."""
+        with self._rows_counted():
+            loader = super().get_train_dataloader()
+        self._counts_rows = counts_rows(loader)
+        return loader
+
+    @contextmanager
+    def _rows_counted(self) -> Iterator[None]:
+        """Let the collator say which rows are of one example."""
         collator = self.data_collator
         self.data_collator = RowsChecked(collator, type(self).__name__)
         try:
-            loader = super().get_train_dataloader()
+            yield
         finally:
             self.data_collator = collator
-        self._counts_rows = counts_rows(loader)
-        return loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -142,7 +157,7 @@ class SelectTrainerMixin(_Base):
             ahead = {metrics.LOOKAHEAD_TARGET_LOSS: last.target_loss}
             self._means.add(metrics.of_selection(last) | ahead)
             self._select_s += last.seconds
-            kept.append(batch)
+            kept.append(collated(batch))
         return super().get_batch_samples(iter(kept), num_batches, device)
 
     def _kept(self, pools: PeekedPools) -> Iterator[Batch]:
@@ -181,6 +196,7 @@ class SelectTrainerMixin(_Base):
             "seed": args.seed,
         } | self._select_options
         assert isinstance(self.model_wrapped, nn.Module)
+        self._task = TaskLosses(self) if self._loss_fn is None else None
         self.selector = Selector(
             self.model_wrapped if args.world_size > 1 else self.model,  # type: ignore[arg-type]
             self.optimizer,  # type: ignore[arg-type]
@@ -189,7 +205,7 @@ class SelectTrainerMixin(_Base):
             self._keep,
             **options,
         )
-        self._source, self._is_compared = None, False
+        self._source, self._is_compared, self._mean_tokens = None, False, None
         self._means, self._select_s = metrics.Means(), 0.0
         if self._resume_from is not None:
             self._load(Path(self._resume_from, self._state_file()))
@@ -200,8 +216,10 @@ class SelectTrainerMixin(_Base):
         Pools that were only peeked at are left out: a resumed Trainer draws them again.
         """
         assert self.selector is not None
+        state = self.selector.state_dict(with_peeked=False)
+        state["mean_tokens"] = self._mean_tokens
         with atomic_file(folder / self._state_file()) as file:
-            torch.save(self.selector.state_dict(with_peeked=False), file)
+            torch.save(state, file)
 
     def _state_file(self) -> str:
         """In each checkpoint folder; of several processes each has its own."""
@@ -217,7 +235,9 @@ class SelectTrainerMixin(_Base):
                 path,
             )
             return
-        self.selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.selector.load_state_dict(state)
+        self._mean_tokens = state.get("mean_tokens")
 
     def _target_batches(self) -> list[Batch]:
         dataset = self._target
@@ -229,25 +249,56 @@ class SelectTrainerMixin(_Base):
                     f"and the names {sorted(named)}; pass eval_dataset={{{dataset!r}: ...}}"
                 )
             dataset = named[dataset]
-        with torch.random.fork_rng(devices=[]):  # a loader draws a seed, which is not ours to use
-            return list(self.get_test_dataloader(dataset))
+        with torch.random.fork_rng(devices=[]), self._rows_counted():
+            # a loader draws a seed, which is not ours to use
+            return list(map(self._by_examples, self.get_test_dataloader(dataset)))
 
-    def _checked(self, pool: Batch) -> Batch:
+    def _by_examples(self, batch: Batch) -> Batch:
+        """A collated batch by examples, with what the losses need of a reference model."""
+        batch = grouped(batch, type(self).__name__)
+        if isinstance(batch, Grouped) and self._select_options.get("score_view") is not None:
+            raise ValueError(
+                "score_view must be None where an example has several rows, got a view, which is "
+                "of batches of one row each; cut the texts in the data_collator"
+            )
+        return batch if self._task is None else self._task.with_constants(batch)
+
+    def _checked(self, collated_pool: Batch) -> Batch:
         """A micro-batch, also from a loader of the user's own; the first one is looked at."""
-        rows, expected = num_examples(pool), self.args.per_device_train_batch_size
-        if not self._counts_rows and (rows > expected or rows == 1 < expected):
-            check_rows(pool, expected, "the loader", type(self).__name__)
+        expected = self.args.per_device_train_batch_size
+        if not self._counts_rows:
+            rows = num_examples(collated_pool)
+            if rows > expected or rows == 1 < expected:
+                check_rows(collated_pool, expected, "the loader", type(self).__name__)
+        pool = self._by_examples(collated_pool)
         if not self._is_compared:
             self._is_compared = True
             assert isinstance(self.model, nn.Module)
+            task = None if self._task is None else self._task.task
             with without_autocast(self.model):
-                check_loss(self, pool, self._loss_fn, self._loss_fn is causal_lm_losses)
+                check_loss(self, pool, self._losses, task)
+            self._weigh_alike(pool)
         return pool
+
+    def _weigh_alike(self, pool: Batch) -> None:
+        """Where pools are scored in chunks, let tokens weigh alike in all of them."""
+        if self._task is None or self._select_options.get("chunk_size") is None:
+            return
+        if self._mean_tokens is None and (num := self._task.num_tokens(pool)) is not None:
+            assert self.selector is not None
+            self._mean_tokens = float(self.selector.group.numbers([num]).mean())
+        self._task.mean_tokens = self._mean_tokens
+
+    def _losses(self, model: nn.Module, batch: Batch) -> Any:
+        if self._loss_fn is None:
+            assert self._task is not None
+            return self._task(model, batch)
+        return self._loss_fn(model, collated(batch))
 
     def _scored_losses(self, model: nn.Module, batch: Batch) -> Any:
         # Accelerate's autocast to bf16 is followed; fp16 would need the scaler's loss scale.
         with without_autocast(model) if self.args.fp16 else nullcontext():
-            return self._loss_fn(model, batch)
+            return self._losses(model, batch)
 
 
 class _SelectorCallback(TrainerCallback):
