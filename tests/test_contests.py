@@ -362,7 +362,7 @@ def test_a_target_loss_that_rises_makes_a_contest_due():
         for param in model.parameters():
             param.mul_(3)
     held = []
-    for _ in islice(stream, 140):  # one at 128
+    for _ in islice(stream, 70):  # one at 128
         held += selector.last.decisions
         optimizer.step()
     assert [decision.what for decision in held] == ["horizon"]

@@ -53,16 +53,37 @@ def test_half_the_rate_must_gain_more_than_training_did():
         return {0.5: 0.85, 2.0: 1.0}[factor]  # gains 0.05 over an end of 0.9
 
     rule = settled()
-    slow, _ = rule.decide(0.94, 0.9, replay)  # training gained 0.04
-    assert slow.after == 0.5
+    once, _ = rule.decide(0.94, 0.9, replay)  # training gained 0.04
+    again, _ = rule.decide(0.94, 0.9, replay)
+    assert (once.after, again.after) == (1.0, 0.5)
     rule = settled()
-    fast, _ = rule.decide(0.96, 0.9, replay)  # training gained 0.06
-    assert fast.after == 1.0
+    fast = [rule.decide(0.96, 0.9, replay)[0] for _ in range(2)]  # training gained 0.06
+    assert fast[-1].after == 1.0
+
+
+@pytest.mark.parametrize(("fall", "after"), [(0.02, 0.5), (0.04, 1.0), (-0.02, 0.5)])
+def test_what_training_gains_between_windows_counts(fall, after):
+    """Of two windows P = .06 and G = .075; what fell between them counts whole, as P does."""
+    rule = settled()
+    rule.decide(0.94, 0.9, lambda factor: {0.5: 0.85, 2.0: 1.0}[factor])
+    rule.rest(0.9, 0.9 - fall)
+    decision, _ = rule.decide(0.94, 0.9, lambda factor: {0.5: 0.85, 2.0: 1.0}[factor])
+    assert decision.after == after
+
+
+def test_a_calm_fall_of_the_rate_leaves_time_to_see():
+    rule = settled()
+    for _ in range(2):
+        gap = rule.gap
+        rule.decide(0.94, 0.9, lambda factor: {0.5: 0.85, 2.0: 1.0}[factor])
+    assert rule.multiplier == 0.5
+    assert rule.gap == gap > 0
+    rule.decide(0.9, 1.2, lambda factor: 0.85)  # a rise is looked at again at once
+    assert rule.gap == 0
 
 
 def test_sums_forget_by_halves():
-    # by hand: P = 0.08 / 4 + 0.0 / 2 + 0.0 = 0.02 < G = 0.03 (1/4 + 1/2 + 1) = 0.0525; before the
-    # third window 0.08 / 2 = 0.04 < 0.045 already
+    # by hand: in the second window 0.08 / 2 = 0.04 < 0.03 (1/2 + 1) = 0.045
     rule = settled()
     rule.gap = 0
     first, _ = rule.decide(0.98, 0.9, lambda f: 0.87 if f < 1 else 1.0)

@@ -125,7 +125,7 @@ def test_replays_and_simulated_policies_skip_them_too(case):
         assert (end.params[name] - param).abs().max() < 1e-12
 
     selector = Selector(model, optimizer, loss_fn, [target], keep=6, horizon="auto")
-    upcoming = Upcoming(reader.updates(6), reader.state(), batches, target)
+    upcoming = Upcoming(reader.updates(5), reader.state(), batches, target)
     *_, (rolled, _) = selector._policy.select_and_train(0, upcoming, torch.Generator())
     expected, expected_optimizer = clone(model, optimizer)
     for batch in batches[:5]:

@@ -214,7 +214,7 @@ class HorizonControl:
             loss = math.inf
         if loss > state.lowest + _RISE * abs(state.lowest):
             self.alarm()
-        elif loss < state.seen - _FALL * abs(loss):  # also at the first look, which says nothing
+        elif loss < state.seen - _FALL * abs(loss) and math.isfinite(state.seen):
             state.next_at = max(state.next_at, state.next_look)
         state.seen, state.lowest = loss, min(loss, state.lowest)
 
