@@ -212,8 +212,12 @@ class Selector:
         if isinstance(pools, Sized):  # a process that ran out early would leave the others waiting
             self._group.check_same("pools of the stream", len(pools))
         source = PeekedPools(pools, self.state.peeked)
+        follow = getattr(pools, "follow", None)  # of a stream whose shares may be live
         for pool in source:
-            yield self.select(pool, source.upcoming())
+            batch = self.select(pool, source.upcoming())
+            if follow is not None:
+                follow(self.last)
+            yield batch
 
     def select(self, pool: Batch, upcoming: Iterable[Batch] = ()) -> Batch:
         """The part of one pool to train on now.
@@ -259,6 +263,7 @@ class Selector:
             lookahead_s=found.lookahead_s,
             control_s=found.control_s,
             score_error=state.forms.errors.get("losses"),
+            is_ranked=not found.is_zero and self.options.strategy != "uniform",
             seconds=time.perf_counter() - began,
         )
         return kept

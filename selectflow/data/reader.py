@@ -324,8 +324,17 @@ PoolRead = tuple[Batch | DataError, list[Fault]]
 """A pool, or why there is none, and its samples that cannot be read."""
 
 
-def read_pools(reader: ShardReader, rows: Iterator[Ints], num_workers: int) -> Iterator[PoolRead]:
-    """Read a pool for each array of rows, as a model takes it: here, or in `num_workers` others."""
+def read_pools(
+    reader: ShardReader, rows: Iterator[Ints], num_workers: int, most_ahead: int | None = None
+) -> Iterator[PoolRead]:
+    """Read a pool for each array of rows, as a model takes it: here, or in `num_workers` others.
+
+    Args:
+        reader: of the shards.
+        rows: of each pool.
+        num_workers: processes that read.
+        most_ahead: pools that may be asked for before the first is handed out; None: any number.
+    """
     pools: Iterator[PoolRead]
     if num_workers == 0:
         pools = map(_pool, map(reader.read, rows))
@@ -335,6 +344,8 @@ def read_pools(reader: ShardReader, rows: Iterator[Ints], num_workers: int) -> I
             batch_size=None,
             sampler=rows,
             num_workers=num_workers,
+            # half of what may be ahead is for look-aheads
+            prefetch_factor=2 if most_ahead is None or 4 * num_workers <= most_ahead else 1,
             collate_fn=_shared_pool,
             worker_init_fn=partial(_end_with_parent, os.getpid()),
             generator=torch.Generator(),  # else it draws from the generator that training uses

@@ -256,6 +256,7 @@ class _Run:
         for pool in islice(self.pools, steps * num):
             batch = self.selector.select(pool, self.pools.upcoming())
             assert self.selector.last is not None
+            self.pools.follow(self.selector.last)
             parts.append((batch, self.selector.last))
             if len(parts) == num:
                 yield parts
