@@ -61,9 +61,9 @@ class AutoShares:
 
     follow: Literal["kept", "loss"] = "kept"
     start: Mapping[str, float] | None = None
-    strength: float = 4.0
-    memory: float = 50.0
-    prior: float = 32.0
+    strength: float = 8.0
+    memory: float = 100.0
+    prior: float = 128.0
     floor: float = 0.1
     drift: float = 1.0
     delay: int = 16
