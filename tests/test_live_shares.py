@@ -31,7 +31,9 @@ def sources(tmp_path_factory):
 
 def selection(pool, is_ranked=True):
     """Keeps a third: those of source b, then the lowest numbers."""
-    worth = [(name != "b", int(label)) for name, label in zip(pool["source"], pool["label"], strict=True)]
+    worth = [
+        (name != "b", int(label)) for name, label in zip(pool["source"], pool["label"], strict=True)
+    ]
     order = sorted(range(len(worth)), key=worth.__getitem__)
     return SimpleNamespace(
         pool=pool, indices=torch.tensor(order[: len(order) // 3]), is_ranked=is_ranked,

@@ -57,7 +57,7 @@ class Decision:
     """What was decided, from what, and why.
 
     Attributes:
-        what: "horizon" or "lr_multiplier".
+        what: "horizon", "lr_multiplier" or the "share" of a source.
         before: its value so far.
         after: its value from now on.
         reason: in words.
@@ -65,7 +65,7 @@ class Decision:
         step: optimizer updates made before it.
     """
 
-    what: Literal["horizon", "lr_multiplier"]
+    what: Literal["horizon", "lr_multiplier", "share"]
     before: float
     after: float
     reason: str

@@ -36,6 +36,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from selectflow.control.rules import Decision
 from selectflow.core.counts import is_count
 
 Floats = npt.NDArray[np.float64]
@@ -145,6 +146,31 @@ def _tilted(start: Floats, gains: Floats, strength: float) -> Floats:
     logs = strength * gains
     found = start * np.exp(logs - logs.max())
     return np.asarray(found / found.sum())
+
+
+def moved_most(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    kept: Mapping[str, float | None],
+    step: int,
+) -> Decision | None:
+    """What live shares did over some steps, told of the source whose share rose most.
+
+    Args:
+        before: shares by source; {} where they are not known.
+        after: shares `step` optimizer updates after the start.
+        kept: of each source the part of its candidates that was kept meanwhile; None: it had none.
+        step: optimizer updates made.
+
+    Returns:
+        None where no share changed, or the source had no candidates.
+    """
+    name = max(before, key=lambda name: after[name] - before[name], default="")
+    part = kept.get(name)
+    if part is None or after[name] == before[name]:
+        return None
+    reason = f"of all sources, {name} rose most: {part:.1%} of its candidates were kept"
+    return Decision("share", before[name], after[name], reason, {"kept": part}, step)
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ class _Run:
         """Train to the end of the run, or until a stop is requested; returns how it ended."""
         config, group = self.config, self.group
         if self.step == 0:
-            self.log.flush(0, 0.0, self.upfront_s, self.evaluate())
+            self.log.flush(0, 0.0, self.upfront_s, self.evaluate(), self.pools.shares)
         with progress_bar(config.run_name, config.steps, is_shown=group.rank == 0) as bar:
             self.watch.start()
             for parts in self.kept(config.steps - self.step):
@@ -219,7 +219,7 @@ class _Run:
                 is_last = self.step == config.steps or wall_s >= (config.max_wall_s or math.inf)
                 is_evaluated = self.step % config.eval_every == 0 or is_last
                 if is_evaluated:
-                    self.log.flush(self.step, lr, wall_s, self.evaluate())
+                    self.log.flush(self.step, lr, wall_s, self.evaluate(), self.pools.shares)
                     if self.samples:
                         self.samples.show_recent(self.step)
                 if self.step % config.checkpoint_every == 0 or is_last or stopped_by:

@@ -192,7 +192,9 @@ class PoolSource:
         present = self._present()
         if self._iterator is None:
             return present
-        if isinstance(present, Mapping) and "told" in present:  # of later pools, too, which stay as they are
+        if (
+            isinstance(present, Mapping) and "told" in present
+        ):  # of later pools, too, which stay as they are
             return self._position | {"told": present["told"]}
         return self._position
 

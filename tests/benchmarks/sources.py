@@ -68,7 +68,9 @@ def noisy(noises: tuple[float, ...], seed: int) -> dict[str, Path]:
     """A fifth of the digits for each share of wrong labels, other ones with each seed."""
     places = np.random.default_rng([seed, 5]).permutation(1197)  # not those of the altered
     found = {}
-    for index, (noise, part) in enumerate(zip(noises, np.array_split(places, len(noises)), strict=True)):
+    for index, (noise, part) in enumerate(
+        zip(noises, np.array_split(places, len(noises)), strict=True)
+    ):
         root = ROOT / f"digits-{noise}-{seed}"
         make_digits(root, label_noise=noise, seed=seed)
         samples = list(read_split(root, "train"))
