@@ -233,10 +233,10 @@ def ls(
         return
     root = roots[0]
     print(f"{'split':12} {'shards':>8} {'samples':>10} {'MiB':>10}")
-    for split in find_splits(root):
-        held = open_catalog(root, split)
+    for each in find_splits(root):
+        held = open_catalog(root, each)
         size = held.num_bytes / 2**20
-        print(f"{split:12} {len(held.entries):8} {held.num_samples:10} {size:10.2f}")
+        print(f"{each:12} {len(held.entries):8} {held.num_samples:10} {size:10.2f}")
     first = held.entries[0]
     print(f"fields: {', '.join(first.schema.names)}; samples of a record: {first.pack}")
     try:

@@ -78,7 +78,8 @@ def test_metrics_ledger_and_decisions_say_what_became_of_each_source(digits, tmp
     assert [each.before for each in made] == pytest.approx([1 - x for x in shares[:2]])
     assert [each.after for each in made] == pytest.approx([1 - x for x in shares[1:]])
     part = lines[1]["select/source_kept/False"]
-    assert made[0].reason == f"of all sources, False rose most: {part:.1%} of its candidates were kept"  # fmt: skip
+    why = f"of all sources, False rose most: {part:.1%} of its candidates were kept"
+    assert made[0].reason == why
 
 
 def test_shares_and_kept_parts_are_drawn(digits, tmp_path):

@@ -6,7 +6,8 @@ candidates at that rate added to each source, its relative kept rate is
 
     a_i = (k_i + m r) / ((n_i + m) r)        1: as all; 2: kept twice as often; without unit
 
-A source of few candidates stays near 1: its own rate would be noise. Of all shares p the live ones
+A source of few candidates stays near 1: its own rate would be noise. (The standard error of log a_i
+is largest for a source of n_i = m, about sqrt((1 - r) / (r m)) / 3.) Of all shares p the live ones
 make the mean log a the largest at a price for the drift from the starting shares q,
 
     max_p  sum_i p_i log a_i - KL(p || q) / s        =>        p_i ~ q_i a_i^s
@@ -41,6 +42,7 @@ from selectflow.core.counts import is_count
 
 Floats = npt.NDArray[np.float64]
 
+_STRENGTH = {"kept": 16.0, "loss": 1.0}
 _HALVINGS = 60  # of the interval of the exponent: to the last bit of a float64
 
 
@@ -51,7 +53,8 @@ class AutoShares:
     Attributes:
         follow: "kept": the kept rate of each source; "loss": its mean loss, a baseline.
         start: starting share of each source, on any positive scale; None: in proportion to size.
-        strength: s, the exponent of the relative kept rate, > 0.
+        strength: s, the exponent of the relative kept rate, > 0; per unit of loss where these are
+            followed. None: 16, and 1 per unit of loss.
         memory: pools after which a count has lost about two thirds, >= 1.
         prior: m, candidates of the mean rate that are added to each source, > 0.
         floor: share of its starting share that a source keeps in any case, in (0, 1].
@@ -62,9 +65,9 @@ class AutoShares:
 
     follow: Literal["kept", "loss"] = "kept"
     start: Mapping[str, float] | None = None
-    strength: float = 8.0
+    strength: float | None = None
     memory: float = 100.0
-    prior: float = 128.0
+    prior: float = 512.0
     floor: float = 0.1
     drift: float = 1.0
     delay: int = 16
@@ -75,7 +78,7 @@ class AutoShares:
         if not is_count(self.delay, 0):
             raise ValueError(f"delay must be an integer >= 0, got {self.delay!r}; it is of pools")
         rules = {
-            "strength": 0 < self.strength < math.inf,
+            "strength": 0 < self.exponent < math.inf,
             "memory": 1 <= self.memory < math.inf,
             "prior": 0 < self.prior < math.inf,
             "floor": 0 < self.floor <= 1,
@@ -86,6 +89,11 @@ class AutoShares:
                 "live shares must have finite strength > 0, memory >= 1, prior > 0, floor in "
                 f"(0, 1] and drift > 0, got {wrong[0]}={getattr(self, wrong[0])}"
             )
+
+    @property
+    def exponent(self) -> float:
+        """The strength that holds."""
+        return _STRENGTH[self.follow] if self.strength is None else self.strength
 
 
 def log_rates(num: Floats, kept: Floats, prior: float) -> Floats:
@@ -124,9 +132,9 @@ def live_shares(start: Floats, gains: Floats, settings: AutoShares) -> Floats:
         gains: log a_i, shape (S,).
         settings: strength, drift and floor of them.
     """
-    found = _tilted(start, gains, settings.strength)
+    found = _tilted(start, gains, settings.exponent)
     if drift(found, start) > settings.drift:
-        low, high = 0.0, settings.strength
+        low, high = 0.0, settings.exponent
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             fits = drift(_tilted(start, gains, middle), start) <= settings.drift

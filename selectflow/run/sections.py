@@ -74,8 +74,8 @@ class TextConfig(_Section):
 class LiveSharesConfig(_Section):
     """How live shares of sources move: p in proportion to q a^strength."""
 
-    strength: Positive = AutoShares.strength
-    """exponent of a, the kept rate of a source over that of all"""
+    strength: Positive | None = AutoShares.strength
+    """exponent of a, the kept rate of a source over that of all; null: 16 (1 for losses)"""
     memory: float = Field(default=AutoShares.memory, ge=1)
     """pools after which a count has lost about two thirds"""
     prior: Positive = AutoShares.prior

@@ -7,7 +7,7 @@ Keep 32 of 128 by an MLP (64-128-128-10) and AdamW at 3e-3. Studies, all of them
     shares      fixed, live, of losses, the oracle's; selecting or not
     alike       five sources that do not differ, of 40% wrong labels each
     classes     a source for each class, the first ones rare
-    turning     the cleanest source has random labels for a third of the run
+    turning     the cleanest source has random labels from --steps on, for as many steps
     rules       the exponent, the memory and the drift of live shares
     throughput  samples a second of a stream of 1 and of 200 sources
 
@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -33,6 +33,7 @@ import torch
 
 from selectflow import Selector
 from selectflow.control.shares import AutoShares
+from selectflow.core.batches import take
 from selectflow.data import (
     Manifest,
     PoolStream,
@@ -43,11 +44,11 @@ from selectflow.data import (
     write_split,
 )
 from selectflow.models.vision import evaluate, image_losses, mlp
+from selectflow.run.task import PoolSource
 
 POOL, KEEP, LR = 128, 32, 3e-3
 NOISES = (0.0, 0.2, 0.4, 0.6, 0.8)
 ROOT = Path(tempfile.gettempdir(), "selectflow-sources")
-STUDIES = ("shares", "alike", "classes", "turning", "rules", "throughput")
 Batch = dict[str, Any]
 
 
@@ -138,37 +139,17 @@ def train(
     model = mlp(64, 10, (128, 128))
     optimizer = torch.optim.AdamW(model.parameters(), LR)
     target, test = held_out()
-    options = {"horizon": 0, "keep": KEEP} | options
-    selector = Selector(model, optimizer, image_losses, target, seed=seed, **options)
+    options = {"horizon": 0, "keep": KEEP, "seed": seed} | options
+    selector = Selector(model, optimizer, image_losses, target, **options)
     pools = PoolStream(sources, pool=POOL, seed=seed, shares=shares)
     random = torch.Generator().manual_seed(seed)
     found, kept, began = [], Counter(), time.perf_counter()
-    queue: list[Batch] = []
-
-    def changed() -> Iterator[Batch]:
-        for step, pool in enumerate(pools):
-            yield change(step, pool)
-
-    given = changed()
-
-    def upcoming() -> Iterator[Batch]:
-        place = 0
-        while True:
-            if place == len(queue):
-                queue.append(next(given))
-            yield queue[place]
-            place += 1
-
-    for _ in range(steps):
-        pool = queue.pop(0) if queue else next(given)
-        batch = selector.select(pool, upcoming())
+    given = PoolSource((change(*each) for each in enumerate(pools)), torch.device("cpu"))
+    for pool in islice(given, steps):
+        batch = selector.select(pool, given.upcoming())
         pools.follow(selector.last)
         if at_random:
-            places = torch.randperm(POOL, generator=random)[:KEEP].tolist()
-            batch = {
-                name: value[places] if torch.is_tensor(value) else [value[i] for i in places]
-                for name, value in pool.items()
-            }
+            batch = take(pool, torch.randperm(POOL, generator=random)[:KEEP])
         kept.update(key in wrong(seed) for key in batch["key"])
         optimizer.zero_grad()
         image_losses(model, batch).mean().backward()
@@ -181,20 +162,182 @@ def train(
     return Result(means["loss"], means["accuracy"], kept[True] / kept.total(), found, seconds)
 
 
-def row(name: str, results: list[Result], source: str) -> None:
-    """Print the means over the seeds, with the standard deviation of the loss."""
-    losses = [each.loss for each in results]
-    spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-    mean = statistics.fmean
+# --- studies --------------------------------------------------------------------------------------
+
+
+def show(name: str, results: list[Result], source: str, plain: list[Result] | None = None) -> None:
+    """Print means over the seeds, the spread of the loss, and its difference from `plain` runs."""
+    mean, losses = statistics.fmean, [each.loss for each in results]
+    gain = "" if plain is None else paired(losses, [each.loss for each in plain])
     print(
-        f"| {name} | {mean(losses):.3f} ± {spread:.3f} | {mean(e.accuracy for e in results):.3f} | "
-        f"{mean(e.kept_wrong for e in results):.0%} | "
-        f"{mean(e.shares[-1].get(source, 0.0) for e in results):.0%} | "
-        f"{mean(e.seconds for e in results):.1f} |",
+        f"| {name} | {mean(losses):.3f} ± {statistics.stdev(losses):.3f} | {gain} | "
+        f"{mean(each.accuracy for each in results):.3f} | "
+        f"{mean(each.kept_wrong for each in results):.0%} | "
+        f"{mean(each.shares[-1][source] for each in results):.0%} | "
+        f"{mean(each.seconds for each in results):.1f} |",
         flush=True,
     )
 
 
-def head(source: str) -> None:
-    print(f"| | test loss | accuracy | wrong among the kept | share of {source} at the end | s |")
-    print("| --- | --- | --- | --- | --- | --- |")
+def paired(losses: list[float], plain: list[float]) -> str:
+    """Mean difference and its standard error, seed by seed."""
+    found = [ours - theirs for ours, theirs in zip(losses, plain, strict=True)]
+    return f"{statistics.fmean(found):+.3f} ± {statistics.stdev(found) / len(found) ** 0.5:.3f}"
+
+
+def head(title: str, source: str) -> None:
+    print(f"\n### {title}\n")
+    print(
+        f"| | test loss | against the first, paired | accuracy | wrong among the kept | "
+        f"{source} at the end | s |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+
+
+def compare(title: str, sources: Sources, source: str, cells: Cells, args: Any) -> None:
+    """A table of `cells`, name -> arguments of `train`, for all seeds."""
+    head(title, source)
+    first: list[Result] | None = None
+    for name, options in cells.items():
+        results = [
+            train(sources(seed), seed=seed, steps=args.steps, **options)
+            for seed in range(args.seeds)
+        ]
+        show(name, results, source, first)
+        first = first or results
+
+
+def study_shares(args: Any) -> None:
+    best = next(iter(noisy(NOISES, 0)))
+    oracle = {name: 1.0 if name == best else 1e-9 for name in noisy(NOISES, 0)}
+    adaptive = {"horizon": "auto", "lr": "auto"}
+    cells: Cells = {
+        "H = 0, fixed shares": {"shares": "size"},
+        "H = 0, live shares": {"shares": "auto"},
+        "adaptive, fixed shares": {"shares": "size"} | adaptive,
+        "adaptive, live shares": {"shares": AutoShares(delay=40)} | adaptive,
+        "kept at random, fixed shares": {"shares": "size", "strategy": "uniform"},
+        "kept at random, live shares by H = 0": {"shares": "auto", "at_random": True},
+        "kept at random, shares by losses": {"shares": "loss", "at_random": True},
+        "H = 0, shares by losses": {"shares": "loss"},
+        "H = 0, the cleanest alone": {"shares": oracle},
+        "kept at random, the cleanest alone": {"shares": oracle, "strategy": "uniform"},
+    }
+    compare("Five sources of rising noise", lambda seed: noisy(NOISES, seed), best, cells, args)
+
+
+def study_alike(args: Any) -> None:
+    cells: Cells = {"fixed": {"shares": "size"}, "live": {"shares": "auto"}}
+    alike = (0.4,) * 5
+    compare("Sources that do not differ", lambda s: noisy(alike, s), "part 0", cells, args)
+
+
+def study_classes(args: Any) -> None:
+    cells: Cells = {
+        "kept at random, fixed": {"shares": "size", "strategy": "uniform"},
+        "H = 0, fixed": {"shares": "size"},
+        "H = 0, live": {"shares": "auto"},
+        "H = 0, alike": {"shares": {f"class {label}": 1 for label in range(10)}},
+    }
+    compare("A source for each class, five of them rare", by_class, "class 0", cells, args)
+
+
+def study_rules(args: Any) -> None:
+    cells: Cells = {"fixed": {"shares": "size"}}
+    for strength, prior in ((4, 128), (8, 256), (12, 512), (16, 512)):
+        settings = {"strength": strength, "prior": prior}
+        cells[f"{settings}"] = {"shares": AutoShares(**settings)}
+    for memory in (50, 200):
+        cells[f"memory {memory}"] = {"shares": AutoShares(memory=memory)}
+    cells["delay 0"] = {"shares": AutoShares(delay=0)}
+    best = next(iter(noisy(NOISES, 0)))
+    for title, noises, source in (
+        ("Settings, rising noise", NOISES, best),
+        ("Settings, sources alike", (0.4,) * 5, "part 0"),
+    ):
+        compare(title, lambda seed, noises=noises: noisy(noises, seed), source, cells, args)
+
+
+def study_turning(args: Any) -> None:
+    """The cleanest source has random labels from a third of the steps to two thirds."""
+    begin, end = args.steps, 2 * args.steps
+    best = next(iter(noisy(NOISES, 0)))
+    generator = torch.Generator().manual_seed(0)
+
+    def turned(step: int, pool: Batch) -> Batch:
+        if not begin <= step < end:
+            return pool
+        bad = torch.tensor([name == best for name in pool["source"]])
+        random = torch.randint(10, pool["label"].shape, generator=generator)
+        return pool | {"label": torch.where(bad, random, pool["label"])}
+
+    print(f"\n### The cleanest of five turns bad at step {begin} and recovers at step {end}\n")
+    for seed in range(args.seeds):
+        result = train(noisy(NOISES, seed), "auto", seed, 3 * args.steps, turned)
+        shares = [each[best] for each in result.shares]
+        start, high = shares[0], shares[begin - 1]
+        left = next((i for i, x in enumerate(shares[begin:end]) if x < start), None)
+        found = next((i for i, x in enumerate(shares[end:]) if x > start), None)
+        print(
+            f"seed {seed}: share {start:.0%} at first, {high:.0%} at step {begin}; below "
+            f"{start:.0%} after {left} steps, {min(shares[begin:end]):.0%} at the least; above it "
+            f"again after {found} steps, {shares[-1]:.0%} at the end",
+            flush=True,
+        )
+
+
+def study_throughput(args: Any) -> None:
+    print("\n### Samples a second of the stream, pools of 64\n")
+    make_digits(ROOT / "digits-0.0-0")
+    samples = list(read_split(ROOT / "digits-0.0-0", "train"))
+    one = {"all": write(ROOT / "one", samples)}
+    many = {
+        f"part {i:03d}": write(ROOT / f"of-200-{i}", [samples[p] for p in part])
+        for i, part in enumerate(np.array_split(np.arange(len(samples)), 200))
+    }
+    for memory_gib, place in ((1.0, "in memory"), (0.0, "read from shards")):
+        for name, sources, shares in (
+            ("1 source", one, None), ("200, fixed", many, "size"), ("200, live", many, "auto"),
+        ):  # fmt: skip
+            pools = PoolStream(sources, pool=64, seed=0, shares=shares, memory_gib=memory_gib)
+            times = []
+            for _ in range(400):
+                began = time.perf_counter()
+                pool = next(pools)
+                pools.follow(Kept(pool, torch.arange(16), torch.zeros(64)))
+                times.append(time.perf_counter() - began)
+            print(f"{place}, {name}: {64 / statistics.median(times):,.0f}", flush=True)
+
+
+@dataclass
+class Kept:
+    """A selection that keeps the first ones."""
+
+    pool: Batch
+    indices: torch.Tensor
+    scores: torch.Tensor
+    losses: torch.Tensor | None = None
+    is_ranked: bool = True
+
+
+Sources = Callable[[int], Mapping[str, Path]]
+Cells = dict[str, dict[str, Any]]
+STUDIES = {
+    name.removeprefix("study_"): study
+    for name, study in list(globals().items())
+    if name.startswith("study_")
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("studies", nargs="*", choices=[[], *STUDIES], default=[])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=400)
+    args = parser.parse_args()
+    for name in args.studies or STUDIES:
+        STUDIES[name](args)
+
+
+if __name__ == "__main__":
+    main()
