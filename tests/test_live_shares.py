@@ -326,7 +326,7 @@ def test_what_cannot_be_followed_is_refused(sources):
         ({"shares": "live"}, "shares must be .* got 'live'"),
         ({"shares": AutoShares(start={"a": 1})}, "for each of the sources"),
         ({"shares": ShareSchedule([(0, {"a": 1})])}, "for each of the sources"),
-        ({"shares": SETTINGS, "num_workers": 6}, "num_workers must be < 6"),
+        ({"shares": SETTINGS, "num_workers": 6}, "num_workers must be <= 5"),
         ({"by": "key"}, "by must be left out where sources are given by name"),
         ({"max_epochs": 0}, "max_epochs must be >= 1, got 0"),
         ({"max_epochs": 2, "resample": True}, "max_epochs must be left out with resample"),

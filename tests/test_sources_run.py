@@ -19,7 +19,7 @@ from selectflow.report.runs import load_run
 from selectflow.run.config import ConfigError, load
 from selectflow.run.ledger import read_ledger
 from selectflow.run.log import read_decisions
-from selectflow.run.loop import train
+from selectflow.run.loop import RunError, train
 
 __all__ = ["digits"]  # the fixture
 
@@ -151,6 +151,12 @@ def test_offline_selection_takes_fixed_shares_alone(tmp_path, vision, capsys):
     ) == 0, capsys.readouterr().err  # fmt: skip
     found = json.loads((tmp_path / "run" / "offline.json").read_text())
     assert found["samples_kept"] > 0
+
+
+def test_a_look_ahead_beyond_the_delay_is_refused_before_the_first_step(digits, tmp_path):
+    select = {"horizon": 8}  # peeks at 7 pools
+    with pytest.raises(RunError, match="the 7 pools that a look-ahead peeks at, got room for 6"):
+        train(config(tmp_path, select=select), mixed(digits))
 
 
 def test_a_run_ends_where_its_sources_do(tmp_path, vision):

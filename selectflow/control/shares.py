@@ -70,7 +70,7 @@ class AutoShares:
     prior: float = 512.0
     floor: float = 0.1
     drift: float = 1.0
-    delay: int = 16
+    delay: int = 24
 
     def __post_init__(self) -> None:
         if self.follow not in ("kept", "loss"):

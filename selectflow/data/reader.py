@@ -325,7 +325,7 @@ PoolRead = tuple[Batch | DataError, list[Fault]]
 
 
 def read_pools(
-    reader: ShardReader, rows: Iterator[Ints], num_workers: int, most_ahead: int | None = None
+    reader: ShardReader, rows: Iterator[Ints], num_workers: int, prefetched: int = 2
 ) -> Iterator[PoolRead]:
     """Read a pool for each array of rows, as a model takes it: here, or in `num_workers` others.
 
@@ -333,7 +333,7 @@ def read_pools(
         reader: of the shards.
         rows: of each pool.
         num_workers: processes that read.
-        most_ahead: pools that may be asked for before the first is handed out; None: any number.
+        prefetched: pools that each of them reads ahead, >= 1.
     """
     pools: Iterator[PoolRead]
     if num_workers == 0:
@@ -344,8 +344,7 @@ def read_pools(
             batch_size=None,
             sampler=rows,
             num_workers=num_workers,
-            # half of what may be ahead is for look-aheads
-            prefetch_factor=2 if most_ahead is None or 4 * num_workers <= most_ahead else 1,
+            prefetch_factor=prefetched,
             collate_fn=_shared_pool,
             worker_init_fn=partial(_end_with_parent, os.getpid()),
             generator=torch.Generator(),  # else it draws from the generator that training uses

@@ -133,9 +133,9 @@ class Shares:
         return self._live.follow if self._live else None
 
     @property
-    def most_ahead(self) -> int | None:
-        """Pools that may be drawn before the first of them is told of; None: any number."""
-        return self._live.delay + 1 if self._live else None
+    def delay(self) -> int | None:
+        """Pools between a selection and the first that may follow it; None: they follow nothing."""
+        return self._live.delay if self._live else None
 
     def at(self, pool: int) -> Floats:
         """The shares of a pool, counted from 0, in sum 1, shape (S,).

@@ -129,11 +129,12 @@ class PoolStream(IterableDataset[Batch]):
             parts = [Part(self._catalog.counts, 0, None, self._catalog.num_samples)]
         self._parts = parts
         self._shares = self._new_shares()
-        self._most_ahead = self._shares.most_ahead if self._shares else None
-        if self._most_ahead is not None and num_workers >= self._most_ahead:
+        # pools that may be drawn ahead of what live shares follow
+        self._delay = self._shares.delay if self._shares else None
+        if self._delay is not None and num_workers > self._delay:
             raise DataError(
-                f"num_workers must be < {self._most_ahead}, the pools that live shares let "
-                f"be read ahead, got {num_workers}; raise AutoShares(delay=)"
+                f"num_workers must be <= {self._delay}, the delay of live shares, of which each "
+                f"reads a pool ahead, got {num_workers}; raise AutoShares(delay=)"
             )
         prints = self._catalog.fingerprints
         self._prints = {name: prints.get(name, self._catalog.fingerprint) for name in names}
@@ -172,6 +173,18 @@ class PoolStream(IterableDataset[Batch]):
     def shares(self) -> dict[str, float]:
         """The newest share of each source, in sum 1; {} where all are ordered as one."""
         return self._shares.now(self._position["rounds"]) if self._shares else {}
+
+    @property
+    def max_peeked(self) -> int | None:
+        """Pools after the next one to be told of that may be drawn; None: any number."""
+        if self._delay is None or self._memory is not None:
+            return self._delay
+        return self._delay - self._num_workers * self._prefetched
+
+    @property
+    def _prefetched(self) -> int:
+        """Pools that each worker reads ahead: together at most half of the delay, or one each."""
+        return 2 if self._delay is None or 4 * self._num_workers <= self._delay else 1
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -314,20 +327,20 @@ class PoolStream(IterableDataset[Batch]):
 
     def _start(self) -> Iterator[PoolRead]:
         """The pools after the present position; `_drawn` gets the samples asked for in each."""
-        order, most_ahead = self._new_order(), self._most_ahead
+        order, is_live = self._new_order(), self._delay is not None
         order.seek(self._position)
         self._drawn: deque[_Drawn] = deque()
         worker = get_worker_info()  # of a DataLoader around the stream
-        if worker and most_ahead:
+        if worker and is_live:
             raise DataError(
                 "live shares need the stream in the process that selects, got one in a worker of a "
                 "DataLoader; give the stream workers of its own (num_workers), or fixed shares"
             )
         rows = _draw(order, self._drawn, **self._cut)
         if self._memory is not None:
-            return _from_memory(self._memory, rows, 1 if most_ahead else self._num_at_once())
+            return _from_memory(self._memory, rows, 1 if is_live else self._num_at_once())
         # a worker of a DataLoader around the stream cannot start workers
-        return read_pools(self._reader, rows, 0 if worker else self._num_workers, most_ahead)
+        return read_pools(self._reader, rows, 0 if worker else self._num_workers, self._prefetched)
 
     def _num_at_once(self) -> int:
         """Pools that are taken from memory at once, small ones several at a time.

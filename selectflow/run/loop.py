@@ -30,6 +30,7 @@ from selectflow.run.build import (
     build_optimizer,
     build_schedule,
     build_selector,
+    check_peeked,
     resolve_device,
     update,
 )
@@ -184,6 +185,7 @@ class _Run:
         self.selector = build_selector(
             config, task, self.optimizer, self.scheduler, target, self.pools.identity, group
         )
+        check_peeked(self.selector, task.pools)
         self.watch = Stopwatch(upfront_s)
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
         self.saved_at: int | None = None  # step of the newest checkpoint

@@ -215,7 +215,7 @@ def study_shares(args: Any) -> None:
         "H = 0, fixed shares": {"shares": "size"},
         "H = 0, live shares": {"shares": "auto"},
         "adaptive, fixed shares": {"shares": "size"} | adaptive,
-        "adaptive, live shares": {"shares": AutoShares(delay=40)} | adaptive,
+        "adaptive, live shares": {"shares": "auto"} | adaptive,
         "kept at random, fixed shares": {"shares": "size", "strategy": "uniform"},
         "kept at random, live shares by H = 0": {"shares": "auto", "at_random": True},
         "kept at random, shares by losses": {"shares": "loss", "at_random": True},
