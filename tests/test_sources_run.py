@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import OPTIONS, Killed, assert_same, killed_at, outcome
+from test_resume import OPTIONS, Killed, assert_same, killed_at, ledger_files, outcome
 from test_run import config, digits, read_lines, task
 
 from selectflow.cli import main
@@ -45,6 +45,32 @@ def test_a_killed_run_resumes_to_the_same_end(digits, tmp_path, select, at):
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
     shares = [line["data/share/True"] for line in read_lines(tmp_path / "whole/metrics.jsonl")]
     assert shares[0] > 2 * shares[-1]
+
+
+def run_of_a_rank(digits, folder, name, at=None):
+    """Train in all processes, which are killed at a step; the shares at the end."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    made = mixed(digits, rank=rank, world_size=size)
+    options = config(folder, name=name, select={"horizon": 2, "interval": 2}, **OPTIONS)
+    try:
+        train(options, made if at is None else killed_at(at, made))
+    except Killed:
+        torch.distributed.barrier()
+    return made.pools.shares
+
+
+@pytest.mark.slow
+def test_two_processes_resume_with_one_share(digits, tmp_path, two):
+    whole = two.run(run_of_a_rank, digits, tmp_path, "whole")
+    two.run(run_of_a_rank, digits, tmp_path, "killed", 11)
+    killed = two.run(run_of_a_rank, digits, tmp_path, "killed")
+    assert whole[0] == whole[1] == killed[0] == killed[1]
+    assert ledger_files(tmp_path / "whole") == ledger_files(tmp_path / "killed")
+    first, again = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
+    for line, other in zip(first, again, strict=True):
+        kept = [key for key in line if not key.startswith("perf/")]
+        assert {key: line[key] for key in kept} == {key: other[key] for key in kept}
+    assert first[0]["data/share/True"] > 2 * first[-1]["data/share/True"]
 
 
 @pytest.mark.parametrize(
