@@ -11,8 +11,7 @@ from test_resume import OPTIONS, Killed, assert_same, killed_at, ledger_files, o
 from test_run import config, digits, read_lines, task
 
 from selectflow.cli import main
-from selectflow.control.shares import AutoShares
-from selectflow.data import PoolStream, find_splits, make_digits
+from selectflow.data import AutoShares, PoolStream, find_splits, make_digits
 from selectflow.report import figures
 from selectflow.report.compare import summarize
 from selectflow.report.runs import load_run

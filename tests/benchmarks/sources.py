@@ -32,9 +32,9 @@ import numpy as np
 import torch
 
 from selectflow import Selector
-from selectflow.control.shares import AutoShares
 from selectflow.core.batches import take
 from selectflow.data import (
+    AutoShares,
     Manifest,
     PoolStream,
     make_digits,
