@@ -43,7 +43,7 @@ from selectflow.core.counts import is_count
 Floats = npt.NDArray[np.float64]
 
 _STRENGTH = {"kept": 16.0, "loss": 1.0}
-_HALVINGS = 60  # of the interval of the exponent: to the last bit of a float64
+_HALVINGS = 30  # of the interval of the exponent: to a billionth of it
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class SourceOrder:
         count = len(self._counts)
         if self._options.resample:
             return self._random(epoch, 0).integers(count, size=count)
-        if self._options.shuffle:
+        if self._options.shuffle and count > 1:
             return self._random(epoch, 0).permutation(count)
         return np.arange(count)
 
@@ -133,6 +133,7 @@ class Order:
         self, parts: Sequence[Part], options: Shuffle, shares: Shares | None = None
     ) -> None:
         self._seed, self._shares = options.seed, shares
+        self._is_endless = options.max_epochs is None
         self._drawn = self._rounds = 0
         self._block: tuple[int, Floats] = (-1, np.empty(0))  # its number, and its random numbers
         self._sources = [SourceOrder(index, part, options) for index, part in enumerate(parts)]
@@ -140,7 +141,7 @@ class Order:
     @property
     def left(self) -> float:
         """Samples that are left of all sources; inf where they are repeated without end."""
-        return sum(source.left for source in self._sources)
+        return math.inf if self._is_endless else sum(source.left for source in self._sources)
 
     def take(self, count: int) -> Ints:
         """The next round of `count` samples: their rows and their epochs, shape (2, count)."""
@@ -184,6 +185,8 @@ class Order:
 
         From where a source ends on, its samples are drawn from the others.
         """
+        if self._is_endless:
+            return _inverse(shares, self._random_numbers(count))
         left = np.array([source.left for source in self._sources])
         shares = _without_ended(shares, left)
         mix = _inverse(shares, self._random_numbers(count))
