@@ -44,6 +44,7 @@ def _argument(metavar: str, text: str, default: Any = ..., **more: Any) -> Any:
 
 
 _ROOT = _argument("DIR", "Dataset directory or its URL.")
+_SOURCES_HELP = "Dataset directory or its URL; NAME=ROOT each, where they are several sources."
 _PER_SHARD = _option("N", "Samples of a shard (default 256; text 4096).")
 _MAX_BYTES = _option("N", "Bytes of contents that close a shard.")
 _PACK = _option("N", "Samples of a record (default 1; text 64).")
@@ -219,15 +220,23 @@ def verify(root: str = _ROOT) -> None:
 
 
 @shards.command()
-def ls(root: str = _ROOT) -> None:
-    """Splits, their sizes and how they were made."""
+def ls(
+    roots: list[str] = _argument("ROOT", _SOURCES_HELP),
+    by: str | None = _option("WHAT", "Its sources: shard, key or json.FIELD, as in data.by."),
+    split: str = _option("SPLIT", "Split of the sources.", "train"),
+) -> None:
+    """Splits, their sizes and how they were made; or the sources of a split."""
     from selectflow.data import DataError, find_manifest, find_splits, open_catalog
 
+    if len(roots) > 1 or by:
+        _list_sources(dict(map(_named, roots)) if len(roots) > 1 else roots[0], split, by)
+        return
+    root = roots[0]
     print(f"{'split':12} {'shards':>8} {'samples':>10} {'MiB':>10}")
-    for split in find_splits(root):
-        held = open_catalog(root, split)
+    for each in find_splits(root):
+        held = open_catalog(root, each)
         size = held.num_bytes / 2**20
-        print(f"{split:12} {len(held.entries):8} {held.num_samples:10} {size:10.2f}")
+        print(f"{each:12} {len(held.entries):8} {held.num_samples:10} {size:10.2f}")
     first = held.entries[0]
     print(f"fields: {', '.join(first.schema.names)}; samples of a record: {first.pack}")
     try:
@@ -237,6 +246,27 @@ def ls(root: str = _ROOT) -> None:
         return
     options = (f"{name}={value}" for name, value in manifest.options.items())
     print(f"made from: {' '.join(options)} seed={manifest.seed}")
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, found, root = text.partition("=")
+    if not found:
+        raise typer.BadParameter(f"must be NAME=ROOT where there are several, got {text!r}")
+    return name, root
+
+
+def _list_sources(source: str | dict[str, str], split: str, by: str | None) -> None:
+    """What `data.sources` or `data.by` make of it: samples and share of each source."""
+    from selectflow.data import open_catalog
+    from selectflow.data.grouping import Grouping
+
+    catalog = open_catalog(source, split)
+    grouping = Grouping(catalog, by)
+    width = max(len("source"), *map(len, grouping.names))
+    print(f"{'source':{width}} {'shards':>8} {'samples':>10} {'share':>8}")
+    for name, part in zip(grouping.names, grouping.parts, strict=True):
+        share = part.size / catalog.num_samples
+        print(f"{name:{width}} {len(part.counts):8} {part.size:10} {share:8.2%}")
 
 
 @shards.command("head")
@@ -292,22 +322,24 @@ def write_shards(
 
     stream = read_stream(run)
     config = load(run / "config.yaml")
-    source = source or str(config.data.directory)
+    trained_on = source or config.data.trained_on
     split = stream.get("split", "train")
-    fingerprint = open_catalog(source, split).fingerprint
+    fingerprint = open_catalog(trained_on, split).fingerprint
     known = stream.get("fingerprint", fingerprint)  # pools of a user's own need not say
     if known != fingerprint:
         raise DataError(
-            f"source must be the dataset of the run, with fingerprint {known}, got {source} with "
-            f"{fingerprint}; pass it by --source"
+            f"source must be the dataset of the run, with fingerprint {known}, got {trained_on} "
+            f"with {fingerprint}; pass it by --source"
         )
     scores = mean_scores(run)
     kept = kept_keys(run) if top is None else scores.top(top)
     made_from: dict[str, Any] = {"run": config.run_name, "steps": last_step(run)}
     made_from |= {"chosen": "kept"} if top is None else {"chosen": "top", "share": top}
-    copied = set(find_splits(source)) - {split}
+    copied: set[str] = set()  # of several sources the train split alone: the others are not theirs
+    if not isinstance(trained_on, dict):
+        copied = set(find_splits(trained_on)) - {split}
     manifest = write_selected(
-        out, scores, kept, source, made_from,
+        out, scores, kept, trained_on, made_from,
         seed=config.seed, split=split, copied=copied, layout=layout,
     )  # fmt: skip
     sizes = (f"{name} {manifest.num_samples(name)}" for name in manifest.splits)

@@ -225,8 +225,12 @@ class Selector:
             self._group.check_same("pools of the stream", len(pools))
         yield from self.rest()
         source = PeekedPools(pools, self.state.peeked)
+        follow = getattr(pools, "follow", None)  # of a stream whose shares may be live
         for pool in source:
-            yield self.select(pool, source.upcoming())
+            batch = self.select(pool, source.upcoming())
+            if follow is not None:
+                follow(self.last)
+            yield batch
             yield from self.rest()
 
     def rest(self) -> Iterator[Batch]:
@@ -316,6 +320,9 @@ class Selector:
             control_s=found.control_s,
             score_error=state.forms.errors.get("losses"),
             seconds=time.perf_counter() - found.began,
+            is_ranked=scores is not None
+            and not found.is_zero
+            and self.options.strategy != "uniform",
         )
         if self._contests is not None:
             self._contests.leave()

@@ -61,7 +61,7 @@ def test_half_the_rate_must_gain_more_than_training_did():
     assert fast[-1].after == 1.0
 
 
-@pytest.mark.parametrize(("fall", "after"), [(0.02, 0.5), (0.04, 1.0), (-0.02, 0.5)])
+@pytest.mark.parametrize(("fall", "after"), [(0.01, 0.5), (0.02, 1.0), (-0.02, 0.5)])
 def test_what_training_gains_between_windows_counts(fall, after):
     """Of two windows P = .06 and G = .075; what fell between them counts whole, as P does."""
     rule = settled()

@@ -233,7 +233,7 @@ def test_state_outside_the_epoch_is_refused_and_changes_nothing(tmp_path, change
         ({"num_workers": -1}, "num_workers must be >= 0"),
         ({"memory_gib": float("nan")}, "memory_gib must be >= 0, got nan"),
         ({"rank": 2, "world_size": 2}, r"rank must be in \[0, 2\), got 2"),
-        ({"weights": {"a": 1}}, r"weights must be .* of the sources \[\], got {'a': 1}"),
+        ({"shares": {"a": 1}}, "shares must be of several sources, got {'a': 1} for one"),
     ],
 )
 def test_stream_options_out_of_range_are_refused(tmp_path, option, message):
@@ -319,7 +319,7 @@ def test_workers_leave_the_random_numbers_of_the_training_alone(tmp_path):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_several_sources_are_one_epoch_without_weights(tmp_path):
+def test_several_sources_are_one_epoch_without_shares(tmp_path):
     make_small(tmp_path / "a")
     make_small(tmp_path / "b", count=5)
     stream = PoolStream({"x": tmp_path / "a", "y": tmp_path / "b"}, pool=15, seed=0)
@@ -328,36 +328,36 @@ def test_several_sources_are_one_epoch_without_weights(tmp_path):
         assert sorted(pool["key"]) == sorted(names)
 
 
-def test_weights_mix_sources_each_in_exact_epochs(tmp_path):
+def test_shares_mix_sources_each_in_exact_epochs(tmp_path):
     make_small(tmp_path / "a")
     make_small(tmp_path / "b", count=5)
     sources = {"x": tmp_path / "a", "y": tmp_path / "b"}
-    stream = PoolStream(sources, pool=50, seed=0, weights={"x": 3, "y": 1})
+    stream = PoolStream(sources, pool=50, seed=0, shares={"x": 3, "y": 1})
     keys = keys_of(islice(stream, 200))
     of = {name: [key for key in keys if key.startswith(name)] for name in sources}
     assert abs(len(of["x"]) / len(keys) - 0.75) < 0.015  # 3.5 standard deviations
     for name, count in {"x": 10, "y": 5}.items():
         epochs = [of[name][i : i + count] for i in range(0, len(of[name]) - count, count)]
         assert all(set(epoch) == {f"{name}/s{i}" for i in range(count)} for epoch in epochs)
-    again = PoolStream(sources, pool=50, seed=0, weights={"x": 3, "y": 1})
+    again = PoolStream(sources, pool=50, seed=0, shares={"x": 3, "y": 1})
     met = Counter()
     for pool in islice(again, 20):
         for key, epoch in zip(pool["key"], pool["epoch"], strict=True):
             assert epoch == met[key]  # of its own source: how often it came before
             met[key] += 1
-    resumed = PoolStream(sources, pool=50, seed=0, weights={"x": 3, "y": 1})
-    stream = PoolStream(sources, pool=30, seed=0, weights={"x": 3, "y": 1})
+    resumed = PoolStream(sources, pool=50, seed=0, shares={"x": 3, "y": 1})
+    stream = PoolStream(sources, pool=30, seed=0, shares={"x": 3, "y": 1})
     for _ in islice(stream, 145):  # beyond the first block of choices
         pass
     resumed.load_state_dict(stream.state_dict())
     assert keys_of(islice(resumed, 10)) == keys[4350:4850]
 
 
-@pytest.mark.parametrize("weights", [{"x": 1}, {"x": 1, "y": 0}, {"x": 1, "y": 1, "z": 1}])
-def test_weights_of_other_sources_are_refused(tmp_path, weights):
+@pytest.mark.parametrize("shares", [{"x": 1}, {"x": 1, "y": 0}, {"x": 1, "y": 1, "z": 1}])
+def test_shares_of_other_sources_are_refused(tmp_path, shares):
     make_small(tmp_path)
-    with pytest.raises(DataError, match=r"weights must be a positive number for each"):
-        PoolStream({"x": tmp_path, "y": tmp_path}, pool=1, seed=0, weights=weights)
+    with pytest.raises(DataError, match=r"shares must be a positive number for each"):
+        PoolStream({"x": tmp_path, "y": tmp_path}, pool=1, seed=0, shares=shares)
 
 
 def test_resampling_is_seeded_and_draws_shards_with_replacement(tmp_path):

@@ -13,7 +13,7 @@ from selectflow.run import ledger as module
 from selectflow.run.ledger import Ledger, LedgerError, read_ledger, read_parts, read_stream
 from selectflow.strategies import Selection
 
-COLUMNS = ["step", "epoch", "key", "score", "loss", "kept", "horizon"]
+COLUMNS = ["step", "epoch", "key", "score", "loss", "kept", "horizon", "source"]
 
 
 def decision(step, size=8, dtype=torch.float32, with_losses=True, **pool):
@@ -67,6 +67,7 @@ def test_every_decision_is_read_back_exactly(tmp_path, dtype):
         expected["loss"] += each.losses.tolist()
         expected["kept"] += [place in each.indices for place in range(8)]
         expected["horizon"] += [step % 4] * 8
+        expected["source"] += [None] * 8
     assert table.to_pydict() == expected
     scores = torch.from_numpy(table["score"].to_numpy().copy()).to(dtype)
     assert torch.equal(scores, torch.cat([each.scores for each in made]))

@@ -94,6 +94,16 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any, model: nn.Module) -> No
         )
 
 
+def check_sources(sources: Mapping[str, Any] | None, tokenizer: Tokenizer) -> None:
+    """Refuse sources of other tokens than those of the target."""
+    for name, source in (sources or {}).items():
+        if not same_vocabulary(open_tokenizer(source), tokenizer):
+            raise ConfigError(
+                f"data.sources must have the tokenizer of the target, got another one in {name!r}; "
+                "write its shards again with it"
+            )
+
+
 def has_bytes(pretrained: str, model: Any) -> bool:
     """Whether a model of a folder reads bytes: there is no tokenizer, and its ids are theirs."""
     folder, ids = Path(pretrained), (model.config.vocab_size, model.config.eos_token_id)
@@ -175,13 +185,14 @@ def build_task(config: RunConfig) -> Task:
     processes = here()
     processes.on_first(lambda: make_data(data))
     tokenizer = open_tokenizer(data.directory)
+    check_sources(data.sources, tokenizer)
     share = {"rank": processes.rank, "world_size": processes.size}
-    reading = {"pool": data.pool, "seed": config.seed} | data.reading | share
-    pools = PoolStream(data.directory, "train", **reading)
+    reading = {"pool": data.pool, "seed": config.seed} | data.reading | data.mixing | share
+    pools = PoolStream(data.trained_on, **reading)
     target = read_batches(data.directory, "target", data.target_batch)
     metadata = {}
     if config.track.kinds:
-        metadata = read_metadata(data.directory, "train", max_errors=data.max_errors)
+        metadata = read_metadata(data.trained_on, "train", max_errors=data.max_errors)
     torch.manual_seed(config.seed)
     model = build_model(config.model, target[0]["tokens"].shape[1], tokenizer)
     check_tokenizer(config.model, tokenizer, model)
@@ -194,7 +205,7 @@ def build_task(config: RunConfig) -> Task:
         target=target,
         test=read_batches(data.directory, "test", EVAL_BATCH),
         kinds=kinds_of(metadata),
-        source=data.directory,
+        source=data.trained_on,
         show=lambda batch, index: tokenizer.decode(batch["tokens"][index].tolist()),
         score_view=partial(score_view, tokenizer.end, data.separate_documents),
         save=partial(save, model, tokenizer),

@@ -94,7 +94,7 @@ def count_classes(config: RunConfig, held_out: Sequence[Batch]) -> int:
         return given
     there = 1 + max(int(batch["label"].max()) for batch in held_out)
     # the target may be of some of the classes alone
-    labels = read_labels(data.directory, "train", max_errors=data.max_errors)
+    labels = read_labels(data.trained_on, "train", max_errors=data.max_errors)
     return max(there, 1 + int(labels.max()))
 
 
@@ -111,20 +111,24 @@ def build_task(config: RunConfig) -> Task:
     check_choice("data.name", data.name, ("digits", "shards"))
     processes = here()
     processes.on_first(lambda: make_data(data))
-    for split in ("train", "target", "test"):
-        check_fields(data.directory, split, ("image", "label"))
+    for root, split in (
+        (data.trained_on, "train"),
+        (data.directory, "target"),
+        (data.directory, "test"),
+    ):
+        check_fields(root, split, ("image", "label"))
     target = read_batches(data.directory, "target", data.target_batch)
     test = read_batches(data.directory, "test", EVAL_BATCH)
     check_classes(config.model.num_classes, [*target, *test])
     share = {"rank": processes.rank, "world_size": processes.size}
-    reading = {"pool": data.pool, "seed": config.seed} | data.reading | share
-    pools = PoolStream(data.directory, "train", num_classes=config.model.num_classes, **reading)
+    reading = {"pool": data.pool, "seed": config.seed} | data.reading | data.mixing | share
+    pools = PoolStream(data.trained_on, num_classes=config.model.num_classes, **reading)
     shape = target[0]["image"].shape[1:]
     splits = {"train": pools.shape, "test": test[0]["image"].shape[1:]}
     check_shapes(config.model.name, shape, splits)
     metadata = {}
     if config.track.kinds:
-        metadata = read_metadata(data.directory, "train", max_errors=data.max_errors)
+        metadata = read_metadata(data.trained_on, "train", max_errors=data.max_errors)
     num_classes = count_classes(config, [*target, *test])
     torch.manual_seed(config.seed)
     model = build_model(config.model, shape, num_classes)
@@ -136,7 +140,7 @@ def build_task(config: RunConfig) -> Task:
         target=target,
         test=test,
         kinds={"altered": frozenset(key for key, made in metadata.items() if made.get("altered"))},
-        source=data.directory,
+        source=data.trained_on,
         show=lambda batch, index: f"label {int(batch['label'][index])}",
     )
 

@@ -128,7 +128,7 @@ class HorizonControl:
     @property
     def largest(self) -> int:
         """Updates whose pools are peeked at, at the most."""
-        return 3 * self._num_rounds(self._settings.largest) + self._settings.largest
+        return 2 * self._num_rounds(self._settings.largest) + self._settings.largest
 
     @property
     def may_be_off(self) -> bool:

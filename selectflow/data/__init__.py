@@ -3,6 +3,7 @@
 Reading needs `os.pread`, which only POSIX systems have.
 """
 
+from selectflow.control.shares import AutoShares, ShareSchedule
 from selectflow.data.cache import Cache
 from selectflow.data.images import make_digits, make_folder, make_torchvision
 from selectflow.data.manifest import DataError, Manifest, Shard, read_manifest, write_manifest
@@ -26,12 +27,14 @@ from selectflow.data.tokenizers import Tokenizer, open_tokenizer
 from selectflow.data.write import Layout, write_split
 
 __all__ = [
+    "AutoShares",
     "Cache",
     "DataError",
     "Layout",
     "Manifest",
     "PoolStream",
     "Shard",
+    "ShareSchedule",
     "Sources",
     "TextOptions",
     "Tokenizer",

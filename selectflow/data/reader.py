@@ -324,8 +324,17 @@ PoolRead = tuple[Batch | DataError, list[Fault]]
 """A pool, or why there is none, and its samples that cannot be read."""
 
 
-def read_pools(reader: ShardReader, rows: Iterator[Ints], num_workers: int) -> Iterator[PoolRead]:
-    """Read a pool for each array of rows, as a model takes it: here, or in `num_workers` others."""
+def read_pools(
+    reader: ShardReader, rows: Iterator[Ints], num_workers: int, prefetched: int = 2
+) -> Iterator[PoolRead]:
+    """Read a pool for each array of rows, as a model takes it: here, or in `num_workers` others.
+
+    Args:
+        reader: of the shards.
+        rows: of each pool.
+        num_workers: processes that read.
+        prefetched: pools that each of them reads ahead, >= 1.
+    """
     pools: Iterator[PoolRead]
     if num_workers == 0:
         pools = map(_pool, map(reader.read, rows))
@@ -335,6 +344,7 @@ def read_pools(reader: ShardReader, rows: Iterator[Ints], num_workers: int) -> I
             batch_size=None,
             sampler=rows,
             num_workers=num_workers,
+            prefetch_factor=prefetched,
             collate_fn=_shared_pool,
             worker_init_fn=partial(_end_with_parent, os.getpid()),
             generator=torch.Generator(),  # else it draws from the generator that training uses

@@ -85,9 +85,12 @@ class Catalog:
     Row i is the i-th sample of all of them in stored order.
     """
 
-    def __init__(self, sources: Sequence[Sequence[Entry]], fingerprint: str) -> None:
-        self.entries = tuple(entry for entries in sources for entry in entries)
-        self.num_shards, self.fingerprint = tuple(map(len, sources)), fingerprint
+    def __init__(self, sources: Mapping[str, tuple[list[Entry], str]], fingerprint: str) -> None:
+        self.names = tuple(sources)  # ("",) of one source without a name
+        self.fingerprints = {name: digest for name, (_, digest) in sources.items()}
+        self.entries = tuple(entry for entries, _ in sources.values() for entry in entries)
+        self.num_shards = tuple(len(entries) for entries, _ in sources.values())
+        self.fingerprint = fingerprint
         self.counts: Ints = np.array([entry.shard.count for entry in self.entries], dtype=np.int64)
         self._ends = self.counts.cumsum()
         self.num_samples = int(self._ends[-1])
@@ -119,13 +122,13 @@ def open_catalog(source: Sources, split: str, cache: Cache | None = None) -> Cat
     cache = cache or Cache()
     if not isinstance(source, Mapping):
         entries, fingerprint = _entries(source, split, "", cache)
-        return Catalog([entries], fingerprint)
+        return Catalog({"": (entries, fingerprint)}, fingerprint)
     if not source:
         raise DataError("source must name at least one dataset, got {}; add one")
     found = {name: _entries(each, split, f"{name}/", cache) for name, each in source.items()}
     check_alike({name: entries[0].schema for name, (entries, _) in found.items()})
     prints = {name: fingerprint for name, (_, fingerprint) in found.items()}
-    return Catalog([entries for entries, _ in found.values()], _digest_of(prints))
+    return Catalog(found, _digest_of(prints))
 
 
 def find_manifest(source: str | Path, cache: Cache | None = None) -> Manifest:

@@ -1,9 +1,8 @@
 """Candidate pools for training, in an order that can be resumed."""
 
 import logging
-import math
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from typing import Any, Self
@@ -14,13 +13,17 @@ from torch.utils.data import IterableDataset, get_worker_info
 from selectflow.data.cache import Cache
 from selectflow.data.fields import FIELDS, Batch, Ints, Sample, collate, finish, num_bytes, pick
 from selectflow.data.form import Rules
+from selectflow.data.grouping import Grouping, Part
 from selectflow.data.manifest import DataError, check_least
 from selectflow.data.order import Order, Shuffle
 from selectflow.data.reader import Fault, PoolRead, ShardReader, read_pools
+from selectflow.data.shares import Selected, ShareOptions, Shares, checked_shares, plain_shares
 from selectflow.data.sources import Sources, open_catalog
+from selectflow.distributed import ALONE, here
 
 _log = logging.getLogger(__name__)
 
+_NO_FAULTS: list[Fault] = []
 _AT_ONCE = 1 << 20  # bytes of pools taken from memory at once
 
 # rows and epochs of the samples asked for in a pool, shape (2, P), and the position after it
@@ -34,6 +37,11 @@ class PoolStream(IterableDataset[Batch]):
     workers, nor of the pool size or number of ranks, which only cut it into pieces. Each epoch
     holds every sample once. Epochs are joined without a gap, so that every pool is full and all
     ranks take as many steps as they like; one pool may span several epochs.
+
+    With shares that change, and where `max_epochs` ends a source, it is one of the pools, too. With
+    live shares ("auto") it also depends on what was kept, which `follow` tells the stream once for
+    each pool; `Selector.stream` and runs do so themselves. Live shares are those that keep the most
+    by the target set's measure: what the target set does not show, they do not see.
 
     Data that fit `memory_gib` are decoded once and held as stacked arrays, from which each pool is
     taken. Other data are read from their shards pool by pool.
@@ -54,8 +62,16 @@ class PoolStream(IterableDataset[Batch]):
             the samples of consecutive shards in groups of this size. The first pool waits for the
             headers and checksums of the shards of a group.
         resample: True draws the shards of an epoch with replacement.
-        weights: Share of each source, by name, on any positive scale; a source that ends starts
-            its next epoch. None: an epoch holds every sample of all sources once.
+        by: What names the source of each sample of one dataset: "shard", its file; "key", what
+            stands before the first slash of its key; "json.<field>", a field of its json, for which
+            (as for "key") all samples are read once. None: sources are those given by name.
+        shares: Share of each source in the pools; a source that ends starts its next epoch. A
+            number for each by name, on any positive scale; "size": in proportion to its samples; a
+            `ShareSchedule`; "auto" or `AutoShares`: in proportion to size at first, then following
+            what is kept (`selectflow.control.shares`); "loss": following the losses, a baseline.
+            None: an epoch holds every sample of all sources once.
+        max_epochs: Times that a sample may come at most; a source that has come so often is left
+            to the others, and where they cannot fill a pool the stream ends. None: any number.
         rank: This process, in [0, world_size): it gets every world_size-th pool.
         world_size: Processes that share the stream, >= 1.
         num_workers: Processes that read and decode, >= 0; unused for data in memory. They help
@@ -81,7 +97,9 @@ class PoolStream(IterableDataset[Batch]):
         shuffle: bool = True,
         buffer: int = 4096,
         resample: bool = False,
-        weights: Mapping[str, float] | None = None,
+        by: str | None = None,
+        shares: ShareOptions | None = None,
+        max_epochs: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
@@ -100,20 +118,35 @@ class PoolStream(IterableDataset[Batch]):
             rule = f"rank must be in [0, {world_size}), got {rank}"
             raise DataError(f"{rule}; check world_size")
         # the pools of this process: of every `world_size` consecutive ones, the one at `rank`
-        self._share = {"pool": pool, "rank": rank, "world_size": world_size}
-        self._shuffle = Shuffle(seed, shuffle, buffer, resample)
+        self._cut = {"pool": pool, "rank": rank, "world_size": world_size}
+        self._shuffle = Shuffle(seed, shuffle, buffer, resample, max_epochs)
         self._num_workers, self._max_errors = num_workers, max_errors
         self._catalog = open_catalog(source, split, cache)
-        self._weights = _checked(weights, source)
+        self._grouping = Grouping(self._catalog, by)
+        names, parts = self._grouping.names, self._grouping.parts
+        self._option = checked_shares(shares, names)
+        if self._option is None:  # ordered as one
+            parts = [Part(self._catalog.counts, 0, None, self._catalog.num_samples)]
+        self._parts = parts
+        self._shares = self._new_shares()
+        # pools that may be drawn ahead of what live shares follow
+        self._delay = self._shares.delay if self._shares else None
+        if self._delay is not None and num_workers > self._delay:
+            raise DataError(
+                f"num_workers must be <= {self._delay}, the delay of live shares, of which each "
+                f"reads a pool ahead, got {num_workers}; raise AutoShares(delay=)"
+            )
+        prints = self._catalog.fingerprints
+        self._prints = {name: prints.get(name, self._catalog.fingerprint) for name in names}
         # everything that the order depends on, besides the position
         self._order_identity = {
             "fingerprint": self._catalog.fingerprint,
             "split": split,
             **asdict(self._shuffle),
-            "weights": self._weights,
+            "by": by,
+            "shares": plain_shares(self._option),
         }
-        # a source uses at most two groups of shards at once: see SourceOrder
-        in_use = 2 * (buffer + int(self._catalog.counts.max())) * len(self._weights or [1])
+        in_use = sum(_num_in_use(part, buffer) for part in parts)
         self._reader = ShardReader(self._catalog, FIELDS, in_use, Rules(num_classes))
         self._faults: dict[int, str] = {}  # row -> shard
         self._logged: set[str] = set()
@@ -124,12 +157,34 @@ class PoolStream(IterableDataset[Batch]):
     @property
     def identity(self) -> dict[str, Any]:
         """All that the pools depend on, in plain values: dataset, order, pool size and rank."""
-        return self._order_identity | self._share
+        return self._order_identity | self._cut
 
     @property
     def num_samples(self) -> int:
         """Samples in the split, of all sources."""
         return self._catalog.num_samples
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the sources; [""] where there is one without a name."""
+        return list(self._grouping.names)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The newest share of each source, in sum 1; {} where all are ordered as one."""
+        return self._shares.now(self._position["rounds"]) if self._shares else {}
+
+    @property
+    def max_peeked(self) -> int | None:
+        """Pools after the next one to be told of that may be drawn; None: any number."""
+        if self._delay is None or self._memory is not None:
+            return self._delay
+        return self._delay - self._num_workers * self._prefetched
+
+    @property
+    def _prefetched(self) -> int:
+        """Pools that each worker reads ahead: together at most half of the delay, or one each."""
+        return 2 if self._delay is None or 4 * self._num_workers <= self._delay else 1
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -151,7 +206,8 @@ class PoolStream(IterableDataset[Batch]):
         Returns:
             "image" float32 (P, ...) and "label" int64 (P,), or "tokens" int64 (P, ...), or "text"
             list of P strings; "key" list of P strings; "epoch" list of P integers, the epoch of
-            its source that each example is of, from 0. Images stored as bytes are in [0, 1].
+            its source that each example is of, from 0; where sources have names, "source" list of
+            P strings. Images stored as bytes are in [0, 1].
 
         Raises:
             DataError: More samples than `max_errors` cannot be read; names shard and key.
@@ -169,20 +225,57 @@ class PoolStream(IterableDataset[Batch]):
             raise
         self._position = position
         if faults:
-            epochs = epochs[~np.isin(rows, [fault.row for fault in faults])]
-        return batch | {"epoch": epochs.tolist()}
+            found = ~np.isin(rows, [fault.row for fault in faults])
+            rows, epochs = rows[found], epochs[found]
+        return batch | {"epoch": epochs.tolist()} | self._sources_of(rows)
+
+    def follow(self, selection: Selected) -> None:
+        """Let live shares follow what was kept of a pool.
+
+        To be called once for each pool, in their order, also where nothing was scored: the shares
+        then stay. Of several processes all call it, and get the same shares, from the counts of
+        all. Other shares take no notice.
+
+        Args:
+            selection: of the pool: `selector.last`.
+
+        Raises:
+            DataError: it is called more often than pools were handed out, the pool has lost its
+                "source", or other processes than those of `world_size` are joined.
+        """
+        if self._shares is None or self._shares.follows is None:
+            return
+        if self._shares.num_told >= self._position["rounds"]:
+            raise DataError(
+                f"follow must be called once for each pool, got a call more than the "
+                f"{self._position['rounds']} that were handed out; leave it out where "
+                "`Selector.stream` is given the stream itself"
+            )
+        world_size = self._cut["world_size"]
+        group = here() if world_size > 1 else ALONE
+        if group.size != world_size:
+            raise DataError(
+                f"live shares need all {world_size} processes of the stream joined in "
+                f"torch.distributed, and no others, got {group.size}; or give fixed shares"
+            )
+        told = self._shares.counts_of(selection)
+        self._shares.tell(group.numbers(told.flatten().tolist()).sum(0).numpy().reshape(told.shape))
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last pool handed out. The same on every rank.
 
         Returns:
             "epoch" and "position" (samples of that epoch handed out to all ranks) of each source,
-            "drawn" (samples of the whole stream), "errors" (shards of the unreadable rows), and
-            what the order depends on. The stream that resumes may have another pool size and other
-            numbers of ranks and workers.
+            "drawn" (samples of the whole stream), "rounds" (pools of each rank), "errors" (shards
+            of the unreadable rows), "told" (what live shares go on from), "sources" (a digest of
+            each), and what the order depends on. The stream that resumes may have another pool size
+            and other numbers of ranks and workers; where it has shares, also further sources after
+            these.
         """
         faults = {str(row): shard for row, shard in self._faults.items()}
-        return self._order_identity | self._position | {"errors": faults}
+        told = self._shares.state_dict() if self._shares else {}
+        also = {"errors": faults, "told": told, "sources": self._prints}
+        return self._order_identity | self._position | also
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where another stream of the same dataset and order was.
@@ -194,36 +287,77 @@ class PoolStream(IterableDataset[Batch]):
             DataError: The state is of another dataset or order, is incomplete, or lies outside
                 the epoch; the stream then stays where it was.
         """
+        new = self._num_new(state)
+        may_differ = {"fingerprint", "shares"} if new else set()
         for name, value in self._order_identity.items():
-            if state.get(name) != value:
+            if name not in may_differ and state.get(name) != value:
                 raise DataError(
                     f"{name} must be {value!r} as in this stream, got {state.get(name)!r} in the "
                     "state; resume with the dataset and options of the run that wrote the state"
                 )
         order = self._new_order()
+        shares = self._new_shares()
         try:
-            order.seek(state)
+            begun = {name: [*state[name], *[0] * new] for name in ("epoch", "position")}
+            order.seek(state | begun)
             faults = {int(row): str(shard) for row, shard in state["errors"].items()}
+            if shares is not None:
+                shares.load_state_dict(state.get("told", {}))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"state must be of a stream like this: {error}; pass what state_dict returned"
             ) from error
         self._position, self._faults, self._batches = order.position(), faults, None
+        self._shares = shares
+
+    def _num_new(self, state: dict[str, Any]) -> int:
+        """How many of the sources the stream of a state did not have: the last ones."""
+        ours, theirs = list(self._prints.items()), list(state.get("sources", {}).items())
+        is_grown = self._shares is not None and 0 < len(theirs) < len(ours)
+        return len(ours) - len(theirs) if is_grown and ours[: len(theirs)] == theirs else 0
+
+    def _new_shares(self) -> Shares | None:
+        if self._option is None:
+            return None
+        sizes = np.array([part.size for part in self._parts])
+        return Shares(self._option, self._grouping.names, sizes)
 
     def _new_order(self) -> Order:
-        catalog = self._catalog
-        return Order(catalog.counts, catalog.num_shards, self._shuffle, self._weights)
+        return Order(self._parts, self._shuffle, self._shares)
 
     def _start(self) -> Iterator[PoolRead]:
         """The pools after the present position; `_drawn` gets the samples asked for in each."""
-        order = self._new_order()
+        order, is_live = self._new_order(), self._delay is not None
         order.seek(self._position)
         self._drawn: deque[_Drawn] = deque()
-        rows = _draw(order, self._drawn, **self._share)
+        worker = get_worker_info()  # of a DataLoader around the stream
+        if worker and is_live:
+            raise DataError(
+                "live shares need the stream in the process that selects, got one in a worker of a "
+                "DataLoader; give the stream workers of its own (num_workers), or fixed shares"
+            )
+        rows = _draw(order, self._drawn, **self._cut)
         if self._memory is not None:
-            return _from_memory(self._memory, rows, self._share["pool"])
+            return _from_memory(self._memory, rows, 1 if is_live else self._num_at_once())
         # a worker of a DataLoader around the stream cannot start workers
-        return read_pools(self._reader, rows, 0 if get_worker_info() else self._num_workers)
+        return read_pools(self._reader, rows, 0 if worker else self._num_workers, self._prefetched)
+
+    def _num_at_once(self) -> int:
+        """Pools that are taken from memory at once, small ones several at a time.
+
+        Taken one by one, each would find this code evicted from the processor's caches by a
+        training step.
+        """
+        assert self._memory is not None
+        size = self._cut["pool"] * num_bytes(self._memory) // len(self._memory["key"])
+        return max(1, min(16, _AT_ONCE // max(1, size)))
+
+    def _sources_of(self, rows: Ints) -> Batch:
+        """The "source" of each row, where sources have names."""
+        names = self._grouping.names
+        if names == [""]:
+            return {}
+        return {"source": [names[place] for place in self._grouping.of(rows)]}
 
     def _count(self, faults: list[Fault]) -> None:
         for fault in faults:
@@ -266,32 +400,21 @@ def _draw(
     """
     worker = get_worker_info()  # of a DataLoader around the stream
     index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-    shape = (workers, world_size, pool)
-    while True:
-        draw = order.take(math.prod(shape)).reshape(2, *shape)[:, index, rank]
+    size = world_size * pool
+    while order.left >= workers * size:
+        rounds = [order.take(size).reshape(2, world_size, pool) for _ in range(workers)]
+        draw = rounds[index][:, rank]
         drawn.append((draw, order.position()))
         yield draw[0]
 
 
-def _from_memory(memory: Batch, rows: Iterator[Ints], pool: int) -> Iterator[PoolRead]:
-    """Pools of data in memory, small ones several at a time.
-
-    Taken one by one, each would find this code evicted from the processor's caches by a training
-    step.
-    """
-    size = pool * num_bytes(memory) // len(memory["key"])
-    num = max(1, min(16, _AT_ONCE // max(1, size)))
-    while True:
-        yield from [(finish(pick(memory, each)), []) for each in islice(rows, num)]
+def _from_memory(memory: Batch, rows: Iterator[Ints], num: int) -> Iterator[PoolRead]:
+    """Pools of data in memory, `num` at a time."""
+    while pools := [(finish(pick(memory, each)), _NO_FAULTS) for each in islice(rows, num)]:
+        yield from pools
 
 
-def _checked(weights: Mapping[str, float] | None, source: Sources) -> list[float] | None:
-    if weights is None:
-        return None
-    names = list(source) if isinstance(source, Mapping) else []
-    if set(weights) != set(names) or not all(0 < weights[name] < math.inf for name in names):
-        raise DataError(
-            f"weights must be a positive number for each of the sources {names}, "
-            f"got {dict(weights)}; leave it out for one epoch over all of them"
-        )
-    return [float(weights[name]) for name in names]
+def _num_in_use(part: Part, buffer: int) -> int:
+    """Samples of shards that a source uses at once: of two groups (see `SourceOrder`), or all."""
+    group = buffer * part.in_shards // part.size + int(part.counts.max())
+    return min(2 * group, part.in_shards)

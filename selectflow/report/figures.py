@@ -6,6 +6,7 @@ import io
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -19,7 +20,15 @@ from selectflow.report.compare import Comparison
 from selectflow.report.groups import Groups
 from selectflow.report.runs import KEPT, KEPT_ALTERED, Points, Run, end, series, total
 from selectflow.report.tables import AXES, DYNAMICS, Quantity, quantity
-from selectflow.run.metrics import HORIZON, KEPT_FRACTION, STEP, TARGET_LOSS, TEST_LOSS
+from selectflow.run.metrics import (
+    HORIZON,
+    KEPT_FRACTION,
+    SOURCE_KEPT,
+    SOURCE_SHARE,
+    STEP,
+    TARGET_LOSS,
+    TEST_LOSS,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +43,7 @@ _VARIABLES = {colour: f"--c{place}" for place, colour in enumerate(COLOURS)} | {
     _TEXT: "--text", _SOFT: "--soft", _RULE: "--rule",
 }  # fmt: skip
 _MAX_POINTS = 200  # of a line: as many as a picture can show
+_MAX_SOURCES = 8  # that are drawn
 _KEPT_BINS = 25  # 16 examples of one step say little about the share of altered labels
 Floats = npt.NDArray[np.float64]
 
@@ -174,7 +184,24 @@ def selection(
         # a constant, as the learning rate may be, says nothing
         if means and (shown.metric == HORIZON or np.ptp(np.concatenate(means))):
             panels.append(panel)
-    return panels + domains(shares or {}, list(comparison.runs))
+    return panels + sources(comparison) + domains(shares or {}, list(comparison.runs))
+
+
+def sources(comparison: Comparison) -> list[Panel]:
+    """Share of each source in the pools and the kept part of it, over steps.
+
+    Of many sources those with the largest share in the last lines of the runs; none where no share
+    was logged.
+    """
+    last: Counter[str] = Counter()
+    for run in comparison.all_runs:
+        for metric, share in (run.metrics[-1] if run.metrics else {}).items():
+            if metric.startswith(SOURCE_SHARE):
+                last[metric.removeprefix(SOURCE_SHARE)] += share
+    metrics = [kind + name for name, _ in last.most_common(_MAX_SOURCES)
+               for kind in (SOURCE_SHARE, SOURCE_KEPT)]  # fmt: skip
+    panels = [_panel(comparison.runs, quantity(each), AXES[0], from_zero=True) for each in metrics]
+    return [panel for panel in panels if panel.lines]
 
 
 def kept_shares(comparison: Comparison, metrics: Iterable[str]) -> list[Panel]:

@@ -22,6 +22,8 @@ from selectflow.run.metrics import (
     LR_MULTIPLIER,
     SAMPLES_SCORED,
     SAMPLES_SEEN,
+    SOURCE_KEPT,
+    SOURCE_SHARE,
     STEP,
     TOKENS_SEEN,
     WALL_S,
@@ -95,6 +97,12 @@ def quantity(metric: str) -> Quantity:
     if metric.startswith(KEPT):
         kind = metric.removeprefix(KEPT).replace("_", " ").replace("/", " ")
         return Quantity(metric, f"{kind} among the kept", "%", 100.0)
+    if metric.startswith(SOURCE_SHARE):
+        name = metric.removeprefix(SOURCE_SHARE)
+        return Quantity(metric, f"share of source {name}", "%", 100.0)
+    if metric.startswith(SOURCE_KEPT):
+        name = metric.removeprefix(SOURCE_KEPT)
+        return Quantity(metric, f"kept of source {name}", "%", 100.0)
     if name == "accuracy":
         return Quantity(metric, title, "%", 100.0)
     return Quantity(metric, title, "nats" if name == "loss" else "as logged")

@@ -133,6 +133,26 @@ def build_selector(
     )
 
 
+def check_peeked(selector: Selector | Replay, pools: object) -> None:
+    """Refuse look-aheads that draw more pools than live shares of sources let be drawn.
+
+    Args:
+        selector: of the run.
+        pools: as of a `Task`.
+
+    Raises:
+        RunError: says how many these are.
+    """
+    most = getattr(pools, "max_peeked", None)
+    needed = selector.max_peeked - 1 if isinstance(selector, Selector) else 0
+    if most is not None and needed > most:
+        raise RunError(
+            f"data.live_shares.delay must leave room for the {needed} pools that a look-ahead "
+            f"peeks at, got room for {most} beside what workers read ahead; raise it by "
+            f"{needed - most}, or lower the horizon or data.num_workers"
+        )
+
+
 def build_horizon(config: SelectConfig, steps: int) -> int | HorizonSchedule | AutoHorizon:
     """The configured horizon of a selector; 0 after offline selection, which looks no further."""
     if config.is_offline:

@@ -197,6 +197,12 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
         is_offline = horizon == math.inf
         if is_offline:
             yield from _of_offline(select)
+            if data["shares"] in ("auto", "loss"):
+                yield (
+                    "data.shares must be fixed when select.horizon is .inf, which keeps nothing "
+                    f"that they could follow while it records, got {data['shares']}; give numbers, "
+                    "or size"
+                )
         schedule = select["horizon_schedule"]
         shape = schedule.get("name") if isinstance(schedule, dict) else None
         if shape in ("linear", "step") and (isinstance(horizon, str) or is_offline):

@@ -12,6 +12,7 @@ step stand together, in the order of its pool. The columns:
     loss     double  at the parameters of the decision; null where the strategy needed none
     kept     bool    whether it was trained on
     horizon  int64   updates that the sensitivity looked ahead; null without a look-ahead
+    source   string  name of the candidate's source; null where the sources have no names
 
 Where several processes train, each writes parts of its own (`ledger_files`); the rows of a step are
 those of rank 0, then those of rank 1, and so on.
@@ -58,7 +59,7 @@ _METADATA = b"selectflow"
 _SCHEMA = pa.schema(
     {
         "step": pa.int64(), "epoch": pa.int64(), "key": pa.string(), "score": pa.float64(),
-        "loss": pa.float64(), "kept": pa.bool_(), "horizon": pa.int64(),
+        "loss": pa.float64(), "kept": pa.bool_(), "horizon": pa.int64(), "source": pa.string(),
     }
 )  # fmt: skip
 
@@ -377,6 +378,7 @@ def _rows(step: int, selection: Selection, schema: Any) -> Any:
         "loss": pa.nulls(size, pa.float64()) if losses is None else losses.double().numpy(),
         "kept": kept.numpy(),
         "horizon": pa.nulls(size, pa.int64()) if horizon is None else np.full(size, horizon),
+        "source": pool.get("source") or pa.nulls(size, pa.string()),
     }
     return pa.RecordBatch.from_pydict(columns, schema)
 

@@ -16,6 +16,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
+ADDED = {"source": pa.string()}
+"""Columns that ledgers of earlier versions do not have."""
+
 _NAME = re.compile(r"part-(\d+)(?:-rank(\d+)of(\d+))?\.parquet")
 
 
@@ -70,14 +73,21 @@ def _named(match: re.Match[str]) -> tuple[Writer, int]:
 
 
 def read_part(path: Path, columns: Sequence[str] | None) -> Any:
-    """The rows of one part.
+    """The rows of one part; columns that an earlier version did not write are null.
 
     Raises:
         LedgerError: it is no whole file.
     """
     try:
         with ParquetFile(path) as file:
-            return file.read(columns, use_threads=False)
+            known = file.schema_arrow.names
+            lacking = [name for name in (ADDED if columns is None else columns) if name in ADDED]
+            lacking = [name for name in lacking if name not in known]
+            wanted = None if columns is None else [name for name in columns if name not in lacking]
+            table = file.read(wanted, use_threads=False)
+            for name in lacking:
+                table = table.append_column(name, pa.nulls(file.metadata.num_rows, ADDED[name]))
+            return table if columns is None else table.select(list(columns))
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise LedgerError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selectflow.control.rules import Decision
+from selectflow.control.shares import moved_most
 from selectflow.core.batches import num_examples
 from selectflow.core.files import atomic_file, size_on_disk
 from selectflow.distributed import ALONE, Group
@@ -253,6 +254,7 @@ class RunLog:
         self._counts = Counter[str]()  # steps since then; samples and tokens since the start
         self._select_s = self._wall_s_before = upfront_s
         self._last: dict[str, float] = {}
+        self._shares: dict[str, float] = {}  # at the last flush
 
     def step(
         self, step: int, parts: Sequence[tuple[Mapping[str, Any], Selection]], loss: float
@@ -279,6 +281,8 @@ class RunLog:
             score = {metrics.SCORE_MEAN: found.pop(metrics.SCORE_MEAN)}
             self._means.add(score, share * len(selection.indices))
         self._means.add(found, share)
+        for name, part, num in metrics.kept_by_source(selection):
+            self._means.add({metrics.SOURCE_KEPT + name: part}, num)
         self._counts["seen"] += kept
         if "tokens" in batch:
             self._counts["tokens"] += batch["tokens"].numel()
@@ -289,7 +293,14 @@ class RunLog:
             for decision in selection.decisions:
                 self._decisions.add(decision)
 
-    def flush(self, step: int, lr: float, wall_s: float, evaluation: Mapping[str, float]) -> None:
+    def flush(
+        self,
+        step: int,
+        lr: float,
+        wall_s: float,
+        evaluation: Mapping[str, float],
+        shares: Mapping[str, float] | None = None,
+    ) -> None:
         """Send the means since the last flush, and an evaluation, to the tracker; write the ledger.
 
         Args:
@@ -297,6 +308,7 @@ class RunLog:
             lr: the learning rate of the last one.
             wall_s: seconds of training so far: data, selection and updates.
             evaluation: metrics by name, as "test/accuracy".
+            shares: of the sources of the pools, where they have any.
         """
         told = self._group.gather((self._means.state_dict(), dict(self._counts), self._select_s))
         self._means.pop()
@@ -311,6 +323,12 @@ class RunLog:
                 metrics.SELECT_S: sum(seconds for _, _, seconds in told) / len(told),
                 metrics.STEP_S: (wall_s - self._wall_s_before) / num_steps,
             }
+        if shares:
+            kept = {name: found.get(metrics.SOURCE_KEPT + name) for name in shares}
+            if self._decisions and (moved := moved_most(self._shares, shares, kept, step)):
+                self._decisions.add(moved)
+            self._shares = dict(shares)
+            found |= {metrics.SOURCE_SHARE + name: share for name, share in shares.items()}
         measured = self._decisions.measured if self._decisions else {}
         found |= measured | {metrics.WALL_S: wall_s} | dict(evaluation)
         if self._tracker is not None:
@@ -327,6 +345,7 @@ class RunLog:
             "wall_s_before": self._wall_s_before,
             "ledger": self._ledger.state_dict(),
             "decisions": self._decisions and self._decisions.state_dict(),
+            "shares": self._shares,
         }
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
@@ -335,6 +354,7 @@ class RunLog:
         self._means.load_state_dict({"weights": dict.fromkeys(state["sums"], steps)} | dict(state))
         self._counts = Counter(state["counts"])
         self._select_s, self._wall_s_before = state["select_s"], state["wall_s_before"]
+        self._shares = dict(state.get("shares", {}))
         self._ledger.load_state_dict(state["ledger"], step)
         if self._decisions is not None:
             self._decisions.load_state_dict(state["decisions"])

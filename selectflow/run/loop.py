@@ -30,6 +30,7 @@ from selectflow.run.build import (
     build_optimizer,
     build_schedule,
     build_selector,
+    check_peeked,
     resolve_device,
     update,
 )
@@ -186,6 +187,7 @@ class _Run:
         self.selector = build_selector(
             config, task, self.optimizer, self.scheduler, target, self.pools.identity, group
         )
+        check_peeked(self.selector, task.pools)
         self.watch = Stopwatch(upfront_s)
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.keep_checkpoints)
         self.saved_at: int | None = None  # step of the newest checkpoint
@@ -207,7 +209,7 @@ class _Run:
         """Train to the end of the run, or until a stop is requested; returns how it ended."""
         config, group = self.config, self.group
         if self.step == 0:
-            self.log.flush(0, 0.0, self.upfront_s, self.evaluate())
+            self.log.flush(0, 0.0, self.upfront_s, self.evaluate(), self.pools.shares)
         with progress_bar(config.run_name, config.steps, is_shown=group.rank == 0) as bar:
             self.watch.start()
             for parts in self.kept(config.steps - self.step):
@@ -221,7 +223,7 @@ class _Run:
                 is_last = self.step == config.steps or wall_s >= (config.max_wall_s or math.inf)
                 is_evaluated = self.step % config.eval_every == 0 or is_last
                 if is_evaluated:
-                    self.log.flush(self.step, lr, wall_s, self.evaluate())
+                    self.log.flush(self.step, lr, wall_s, self.evaluate(), self.pools.shares)
                     if self.samples:
                         self.samples.show_recent(self.step)
                 if self.step % config.checkpoint_every == 0 or is_last or stopped_by:
@@ -269,7 +271,10 @@ class _Run:
         """
         yield from self.selector.rest()
         for pool in self.pools:
-            yield self.selector.select(pool, self.pools.upcoming())
+            batch = self.selector.select(pool, self.pools.upcoming())
+            assert self.selector.last is not None
+            self.pools.follow(self.selector.last)
+            yield batch
             yield from self.selector.rest()
 
     def evaluate(self) -> dict[str, float]:

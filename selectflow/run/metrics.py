@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from selectflow.strategies import Selection
@@ -26,6 +26,10 @@ LR_MULTIPLIER = "select/lr_multiplier"
 LOOKAHEAD_TARGET_LOSS = "select/target_loss"
 """Target loss at the end of the look-ahead."""
 SAMPLES_SEEN = "data/samples_seen"
+SOURCE_SHARE = "data/share/"
+"""Before a source's name: its share of the pools, the newest."""
+SOURCE_KEPT = "select/source_kept/"
+"""Before a source's name: kept part of its candidates."""
 SAMPLES_SCORED = "data/samples_scored"
 TOKENS_SEEN = "data/tokens_seen"
 DATA_ERRORS = "data/errors"
@@ -54,6 +58,17 @@ def kept_share(kind: str) -> str:
 def evaluated(split: str, name: str) -> str:
     """The metric for a mean over a split, as over "test" the "accuracy"."""
     return f"{split}/{name}"
+
+
+def kept_by_source(selection: Selection) -> Iterator[tuple[str, float, int]]:
+    """Of each source of a pool the name, the kept part of its candidates, and how many these are.
+
+    None where the pool has no "source".
+    """
+    sources = selection.pool.get("source", ())
+    kept = Counter(sources[place] for place in selection.indices.tolist()) if sources else {}
+    for name, num in Counter(sources).items():
+        yield name, kept[name] / num, num
 
 
 # --- numbers as JSON ------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from selectflow.core.batches import Batch, num_examples, take
 from selectflow.core.plain import plain, restored
 from selectflow.run.ledger import last_step, num_writers, read_parts, read_stream
 from selectflow.run.log import read_decisions
+from selectflow.run.yaml import read_yaml
 from selectflow.strategies import Selection
 
 
@@ -116,7 +117,7 @@ class Replay:
         size: int = 1,
     ) -> None:
         self._run_dir, self._step, self._num_pools = run_dir, 0, pools_per_update
-        self._rank = rank
+        self._rank, self._is_ranked = rank, _is_ranked(run_dir)
         sizes = num_writers(run_dir)
         if sizes and sizes != {size}:
             there = " and then ".join(map(str, sorted(sizes)))
@@ -210,6 +211,7 @@ class Replay:
             target_loss=None,
             lookahead_s=0.0,
             seconds=time.perf_counter() - began,
+            is_ranked=self._is_ranked and scores is not None and bool((scores != scores[0]).any()),
         )
 
     def state_dict(self, *, with_peeked: bool = True) -> dict[str, Any]:
@@ -221,6 +223,17 @@ class Replay:
         """Go on after `state_dict`."""
         self._step, self._choices = state["step"], None
         self._rest = deque((step, restored(part)) for step, part in state["rest"])
+
+
+def _is_ranked(run_dir: str | Path) -> bool:
+    """Whether a recorded run, or the one that it replayed, did not keep at random."""
+    path: str | Path | None = run_dir
+    select: Mapping[str, Any] = {}
+    while path is not None:
+        config = Path(path, "config.yaml")
+        select = read_yaml(config).get("select", {}) if config.is_file() else {}
+        path = select.get("replay")
+    return bool(select.get("strategy") != "uniform")
 
 
 def _check_equal(run_dir: str | Path, size: int) -> None:

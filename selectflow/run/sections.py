@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from selectflow.control.shares import AutoShares
 from selectflow.core.counts import is_count
 from selectflow.options import Count, Directory, Section, SelectOptions, expanded, must_be
 from selectflow.strategies import STRATEGIES
@@ -39,6 +40,7 @@ def _holds_splits(value: object) -> bool:
 # a path would lose one of the slashes of "s3://"
 Expanded = Annotated[str, BeforeValidator(expanded)]  # a path or a name
 Location = Directory | Annotated[str, Field(pattern="^[a-z0-9+]+://")]
+Place = Annotated[Location, BeforeValidator(_path_or_url), BeforeValidator(expanded)]
 
 
 class _Section(Section, use_attribute_docstrings=True):
@@ -69,6 +71,24 @@ class TextConfig(_Section):
     """examples of the test set"""
 
 
+class LiveSharesConfig(_Section):
+    """How live shares of sources move: p in proportion to q a^strength."""
+
+    strength: Positive | None = AutoShares.strength
+    """exponent of a, the kept rate of a source over that of all; null: 16 (1 for losses)"""
+    memory: float = Field(default=AutoShares.memory, ge=1)
+    """pools after which a count has lost about two thirds"""
+    prior: Positive = AutoShares.prior
+    """candidates of the mean rate that are added to each source, against noise"""
+    floor: float = Field(default=AutoShares.floor, gt=0, le=1)
+    """share of its starting share q that a source keeps in any case"""
+    drift: Positive = AutoShares.drift
+    """most nats between starting and live shares"""
+    delay: int = Field(default=AutoShares.delay, ge=0)
+    """pools between a selection and the first that follows it: more than workers and look-aheads
+    draw ahead"""
+
+
 class DataConfig(_Section):
     """Where the examples come from."""
 
@@ -84,6 +104,21 @@ class DataConfig(_Section):
     ] = None
     """directory of the shards, or its URL (s3, gs, hf, https: extra `remote`); null: data/<name and
     options> for digits and text"""
+    sources: Annotated[dict[str, Place], Field(min_length=1)] | None = None
+    """what is trained on, by name, instead of the split train of root: directories with that split,
+    brace patterns of shards, or URLs; target and test set stay those of root"""
+    by: str | None = None
+    """what names the source of each sample instead: shard, key (what is before its first slash) or
+    json.FIELD; null: nothing"""
+    shares: Literal["size", "auto", "loss"] | dict[str, Positive] | None = None
+    """share of each source in the pools: numbers by name; size: in proportion to its samples; auto:
+    so at first, then following what is kept; loss: following the losses, a baseline; null: an epoch
+    has every sample of all once"""
+    live_shares: LiveSharesConfig = LiveSharesConfig()
+    """how shares move (shares: auto, loss)"""
+    max_epochs: Count | None = None
+    """times that a sample may come; a source that came so often is left to the others, and the run
+    ends with the last; null: any number"""
     label_noise: float = Field(default=0.0, ge=0, lt=1)
     """share of training labels made wrong (digits)"""
     seed: int = Field(default=0, ge=0)
@@ -114,6 +149,20 @@ class DataConfig(_Section):
             options = zlib.crc32(self.text.model_dump_json().encode())
             return Path("data", f"text-{options:08x}-seed{self.seed}")
         return Path("data", f"digits-noise{self.label_noise:g}-seed{self.seed}")
+
+    @property
+    def trained_on(self) -> Path | str | dict[str, Path | str]:
+        """What the pools come from, as `PoolStream` takes it: the sources, or the directory."""
+        return self.sources or self.directory
+
+    @property
+    def mixing(self) -> dict[str, Any]:
+        """Arguments of `PoolStream` that say what is drawn from which source."""
+        shares: Any = self.shares
+        if shares in ("auto", "loss"):
+            follow: Any = {"auto": "kept", "loss": "loss"}[shares]
+            shares = AutoShares(follow=follow, **self.live_shares.model_dump())
+        return {"by": self.by, "shares": shares, "max_epochs": self.max_epochs}
 
     @property
     def reading(self) -> dict[str, Any]:

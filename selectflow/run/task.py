@@ -17,6 +17,7 @@ from selectflow.core.batches import Batch, to_device
 from selectflow.core.passes import LossFn
 from selectflow.data import DataError, Sources
 from selectflow.distributed import ALONE, Group
+from selectflow.strategies import Selection
 
 # what the processes of a group tell each other when they draw
 _HAS_POOL, _HAS_ENDED, _HAS_FAILED = range(3)
@@ -36,8 +37,8 @@ class Task:
         evaluate: `evaluate(model, batches)` -> means over the examples by name, such as loss and
             accuracy.
         pools: the stream of candidate pools: mappings with a list "key" of sample ids. Where they
-            have them, a run also uses `state_dict` and `load_state_dict` to be resumed, `errors`
-            and `identity`, as of `PoolStream`.
+            have them, a run also uses `state_dict` and `load_state_dict` to be resumed, `errors`,
+            `identity`, `follow` and `shares`, as of `PoolStream`.
         target: batches that define the goal; never trained on.
         test: batches that only evaluation sees.
         kinds: ids of training samples by what they are, as "altered" or a domain. For reports:
@@ -117,6 +118,11 @@ class PoolSource:
                     return
             yield self._peeked[place][0]
 
+    def follow(self, selection: Selection) -> None:
+        """Tell the pools what was kept of the last one handed out, where they ask for it."""
+        if hasattr(self._pools, "follow"):
+            self._pools.follow(selection)
+
     def _draw(self) -> tuple[Batch, Any]:
         if self._iterator is None:
             self._iterator = iter(self._pools)
@@ -176,9 +182,21 @@ class PoolSource:
         """What the pools depend on, as `PoolStream.identity`; {} where they do not say."""
         return dict(getattr(self._pools, "identity", {}))
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """The newest share of each source, as `PoolStream.shares`; {} where they have none."""
+        return dict(getattr(self._pools, "shares", {}))
+
     def state_dict(self) -> Any:
         """The position after the last pool handed out; None where the pools have none."""
-        return self._present() if self._iterator is None else self._position
+        present = self._present()
+        if self._iterator is None:
+            return present
+        if (
+            isinstance(present, Mapping) and "told" in present
+        ):  # of later pools, too, which stay as they are
+            return self._position | {"told": present["told"]}
+        return self._position
 
     def load_state_dict(self, state: Any) -> None:
         """Draw again from a position that `state_dict` returned.

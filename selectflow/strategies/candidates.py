@@ -85,6 +85,8 @@ class Selection:
         decisions: what the controller decided before this selection, with its reasons.
         score_error: relative error of the scores that the last check of central differences found;
             0 for exact derivatives, None where nothing was differentiated.
+        is_ranked: whether the scores tell examples apart: not under `uniform`, nor where all
+            sensitivities are 0.
     """
 
     pool: Batch
@@ -101,3 +103,4 @@ class Selection:
     lr_multiplier: float = 1.0
     decisions: tuple[Decision, ...] = ()
     score_error: float | None = None
+    is_ranked: bool = True
