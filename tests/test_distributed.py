@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from selectflow import Selector
+from selectflow import AutoHorizon, Selector
 from selectflow.core.batches import join, take
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.exchange import share_out
@@ -202,7 +202,7 @@ def controlled(wrapper, num_steps, case):
         target,
         keep=KEEP,
         lr="auto",
-        horizon="auto",
+        horizon=AutoHorizon(gap=10, longest_gap=40, share=0.5),  # costs are measured
         derivative="central",
     )
     decisions, pools = [], data(rank, num_steps, POOL, noise=noise)

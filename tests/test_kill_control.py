@@ -19,7 +19,9 @@ from selectflow.run.loop import train
 __all__ = ["digits"]  # the fixture
 
 SETTINGS = {
-    "build_horizon": AutoHorizon(largest=2, gap=3, contest_steps=1),
+    "build_horizon": AutoHorizon(
+        largest=1, gap=3, longest_gap=3, contest_steps=2, share=1.0, costs={0: 1.5, 1: 2.0}
+    ),
     "build_rate": AutoRate(window=3, longest_gap=6, rise=0.001),
 }
 

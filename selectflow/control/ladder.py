@@ -9,7 +9,7 @@ With s and l the losses of the cheaper and the dearer one, its lead in a contest
     lead = sum over rounds of d,   d = (fall of l - fall of s) / larger end,   error = sqrt(n) sd(d)
 
 and over contests the mean with weights 1, 1/2, 1/4, ..., the newest first, since training moves on.
-The dearer one is taken at a lead of twice its error; it is left where the lead is no longer above
+The dearer one is taken at a lead above its error; it is left where the lead is no longer above
 0. In doubt it stays cheap.
 
 A longer horizon also has to be trusted: the relative error rho of first order over the selection of
@@ -34,7 +34,7 @@ from selectflow.core.counts import is_count
 OFF = -1
 """The lowest rung: nothing is selected, every pool is trained on in parts."""
 
-_CLEAR = 2.0  # errors that a lead must exceed to be paid for
+_CLEAR = 1.0  # errors that a lead must exceed to be paid for
 _REMEMBERED = 4  # contests of two rungs
 
 

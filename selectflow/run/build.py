@@ -158,7 +158,12 @@ def build_horizon(config: SelectConfig, steps: int) -> int | HorizonSchedule | A
     if config.is_offline:
         return 0
     if config.horizon == "auto":
-        return AutoHorizon(largest=config.largest_horizon)
+        return AutoHorizon(
+            largest=config.largest_horizon,
+            off=config.allow_plain,
+            share=config.control_share,
+            costs=config.costs,
+        )
     first, schedule = int(config.horizon), config.horizon_schedule
     if schedule.name == "constant" or steps == 1:
         return first

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from selectflow.control.ladder import AutoHorizon
 from selectflow.control.shares import AutoShares
 from selectflow.core.counts import is_count
 from selectflow.options import Count, Directory, Section, SelectOptions, expanded, must_be
@@ -319,6 +320,14 @@ class SelectConfig(SelectOptions, use_attribute_docstrings=True):
     on"""
     largest_horizon: int = Field(default=8, ge=0)
     """the largest horizon that the controller may choose (auto)"""
+    allow_plain: bool = True
+    """whether the controller may also choose not to select, where plain training gains more in the
+    same time (auto): give such a run its time by max_wall_s, and steps enough"""
+    control_share: float = Field(default=AutoHorizon.share, gt=0, le=1)
+    """share of the run's cost that contests of horizons may take (auto)"""
+    costs: dict[int, float] | None = None
+    """steps of plain training that a step selected with each horizon costs, as {0: 3.0, 1: 5.0}
+    (auto): decisions then do not depend on the machine's clock; null: measured"""
     horizon_schedule: HorizonScheduleConfig = HorizonScheduleConfig()
     """how the horizon changes over the run"""
     lr: Literal["schedule", "auto"] = "schedule"

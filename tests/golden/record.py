@@ -49,7 +49,16 @@ SETTINGS = {
     "own update": ("vision", [*DIGITS, "select.horizon=1"]),
     "controlled": (
         "vision",
-        [*DIGITS, "steps=130", "select.horizon=auto", "select.lr=auto", "optimizer.lr=1e-2"],
+        [
+            *DIGITS,
+            "steps=400",
+            "select.horizon=auto",
+            "select.lr=auto",
+            "optimizer.lr=1e-2",
+            "select.largest_horizon=1",
+            "select.costs={0: 2.0, 1: 3.5}",
+            "select.control_share=0.2",
+        ],
     ),
     "offline": (
         "vision",
