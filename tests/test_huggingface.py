@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import Trainer, TrainingArguments
 
-from selectflow import Selector
+from selectflow import AutoHorizon, Selector
 from selectflow.integrations.huggingface import STATE_FILE, SelectTrainerMixin
 from selectflow.models.language import causal_lm_losses
 
@@ -274,3 +274,21 @@ def test_activations_that_are_recomputed_change_nothing(tmp_path, plain, kwargs)
     ids = torch.ones(1, 4, dtype=torch.long)
     with torch.no_grad():  # the hook is there again, for whoever trains on
         assert embedding(ids).requires_grad
+
+
+def test_while_nothing_is_selected_each_pool_gives_one_batch(tmp_path):
+    """The Trainer counts on as many batches as pools: a random part of each, also when resumed."""
+    off = {"horizon": AutoHorizon(gap=3000, largest=0, costs={0: 2.0}), "interval": 1}
+    options = {"save_strategy": "steps", "save_steps": 5, "max_steps": 12}
+    whole = trainer_for(tmp_path / "whole", select_options=off, **options)
+    whole.train()
+    pools = texts(NUM, 1).split(POOL)
+    assert len(whole.trained_on) == 12
+    for batch, pool in zip(whole.trained_on, pools, strict=False):
+        assert len(batch) == POOL // (POOL // KEEP)
+        assert all(row in pool.tolist() for row in batch)
+    assert whole.selector.last.scores is None
+    resumed = trainer_for(tmp_path / "resumed", select_options=off, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert resumed.trained_on == whole.trained_on[5:]
+    assert torch.equal(weights(resumed.model), weights(whole.model))

@@ -238,6 +238,7 @@ class HorizonControl:
         """
         began, state, rule = work_s(self._device), self.state, self.state.rule
         cheap, dear = sorted((rule.horizon, rule.rival()))
+        is_known = dear in state.costs
         state.next_at, state.judge = state.training + rule.gap, None
         rounds = min(self._num_rounds(dear), len(pools) // self._policy.pools_per_update - dear)
         if rounds < 2:
@@ -262,7 +263,8 @@ class HorizonControl:
             else {},
         )
         decision = rule.decide(rule.rival(), outcome)
-        self._pay(2 * rounds * self._cost(dear), work_s(self._device) - began)
+        seconds = work_s(self._device) - began
+        self._pay(2 * rounds * self._cost(dear), seconds if is_known else None)
         state.next_at, state.next_look = state.training + rule.gap, state.training
         return decision
 
@@ -317,10 +319,15 @@ class HorizonControl:
         self._step_s = step_s
         state.costs[horizon] = _held(state.costs.get(horizon), 1 + select_s / step_s)
 
-    def _pay(self, expected: float, seconds: float) -> None:
-        """Count what a contest has cost, in plain steps."""
+    def _pay(self, expected: float, seconds: float | None) -> None:
+        """Count what a contest has cost, in plain steps.
+
+        Args:
+            expected: what its steps cost.
+            seconds: that it took; None: it was the first, in which derivatives are checked, too.
+        """
         state = self.state
-        if self._settings.costs is None:
+        if seconds is not None and self._settings.costs is None and self._step_s > 0:
             found = torch.tensor(seconds / self._step_s / expected, dtype=torch.float64)
             found = self._policy.derivatives.group.mean(found)
             state.overhead = _held(state.overhead, found.item())

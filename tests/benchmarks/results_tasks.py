@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +27,14 @@ Methods = dict[str, tuple[str, Options]]
 
 
 @cache
+def trainer_module(name: str) -> dict[str, Any]:
+    """What a program in trainers/ defines, executed once for all runs."""
+    return runpy.run_path(str(ROOT / f"trainers/{name}.py"))
+
+
 def trainer(name: str) -> Callable[[Sequence[str]], int]:
-    """`main` of a program in trainers/, executed once for all runs."""
-    main: Callable[[Sequence[str]], int] = runpy.run_path(str(ROOT / f"trainers/{name}.py"))["main"]
+    """`main` of a program in trainers/."""
+    main: Callable[[Sequence[str]], int] = trainer_module(name)["main"]
     return main
 
 
