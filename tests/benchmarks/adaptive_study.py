@@ -35,7 +35,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from selectflow import Selector
+from selectflow import AutoHorizon, Selector
 from selectflow.report.runs import load_run
 from selectflow.run.config import load
 from selectflow.run.ledger import read_ledger
@@ -109,6 +109,8 @@ def train_digits(task: str, seed: int, steps: int, rate: float, options: Options
     layers = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)]
     model = nn.Sequential(*layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate * BASE_LR)
+    if options.get("horizon") == "auto":  # for as many steps as the others, it always selects
+        options = options | {"horizon": AutoHorizon(off=False)}
     selector = Selector(model, optimizer, loss_fn, [target], KEEP, seed=seed, **options)
     began = time.process_time()
     mean_horizon = fit(model, optimizer, selector, pools(data, seed), steps)
@@ -138,7 +140,7 @@ def train_text(folder: Path, seed: int, steps: int, rate: float, options: Option
         "schedule.warmup_steps": steps // 10, "optimizer.lr": rate * BASE_LR,
         "data.pool": POOL // 2, "select.keep": KEEP // 2, "data.target_batch": KEEP,
         "data.text.num_train": 4800, "data.text.num_target": 256,
-        "select.interval": interval,
+        "select.interval": interval, "select.allow_plain": "false",
     } | {f"select.{key}": value for key, value in options.items()}  # fmt: skip
     arguments = [f"{key}={value}" for key, value in overrides.items()]
     path = CONFIGS / "text_lora_online.yaml"

@@ -17,12 +17,13 @@ from collections import defaultdict
 import torch
 from adaptive_study import KEEP, STEPS, shown, train_digits
 
+from selectflow import AutoHorizon
 from selectflow.strategies import STRATEGIES
 
 LOOKAHEADS = {
     "influence, H = 0": {"horizon": 0},
     "influence, H = 1": {"horizon": 1},
-    "adaptive H and lr": {"horizon": "auto", "lr": "auto"},
+    "adaptive H and lr": {"horizon": AutoHorizon(off=False), "lr": "auto"},
 }
 METHODS = LOOKAHEADS | {each: {"strategy": each} for each in STRATEGIES if each != "influence"}
 

@@ -87,7 +87,7 @@ DIGITS: Methods = {
     "influence, H = 0": ("digits_online", {"select.horizon": 0}),
     "influence, H = 1": ("digits_online", {"select.horizon": 1}),
     "influence, H = 4": ("digits_online", {"select.horizon": 4}),
-    "adaptive H and lr": ("digits_adaptive", {}),
+    "adaptive H and lr": ("digits_adaptive", {"select.allow_plain": "false"}),
     "offline": ("digits_offline", {}),
 }
 
@@ -145,7 +145,10 @@ def fine_tuning(name: str, **more: tuple[str, Options]) -> Methods:
 LORA: Methods = {
     "influence, H = 1": ("text_lora_online", {"select.horizon": 1}),
     "influence, H = 4": ("text_lora_online", {"select.horizon": 4, "select.interval": 4}),
-    "adaptive H and lr": ("text_lora_online", {"select.horizon": "auto", "select.lr": "auto"}),
+    "adaptive H and lr": (
+        "text_lora_online",
+        {"select.horizon": "auto", "select.lr": "auto", "select.allow_plain": "false"},
+    ),
     "offline": ("text_lora_offline", {}),
 }
 

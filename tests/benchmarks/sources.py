@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from selectflow import Selector
+from selectflow import AutoHorizon, Selector
 from selectflow.core.batches import take
 from selectflow.data import (
     AutoShares,
@@ -210,7 +210,7 @@ def compare(title: str, sources: Sources, source: str, cells: Cells, args: Any) 
 def study_shares(args: Any) -> None:
     best = next(iter(noisy(NOISES, 0)))
     oracle = {name: 1.0 if name == best else 1e-9 for name in noisy(NOISES, 0)}
-    adaptive = {"horizon": "auto", "lr": "auto"}
+    adaptive = {"horizon": AutoHorizon(off=False), "lr": "auto"}
     cells: Cells = {
         "H = 0, fixed shares": {"shares": "size"},
         "H = 0, live shares": {"shares": "auto"},
