@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from selectflow import Selector
+from selectflow import AutoHorizon, Selector
 from selectflow.models.language import causal_lm_losses
 
 
@@ -217,7 +217,7 @@ def test_nothing_is_whole_but_one_block(two, horizon):
 
 
 def resumed(wrapper):
-    """Weights and scores without and with an interruption, at horizon and rate "auto"."""
+    """Weights and scores without and with an interruption, horizon and rate under control."""
     rank = dist.get_rank()
     pools, found = data(rank, 30, POOL), []
     for is_interrupted in (False, True):
@@ -226,8 +226,9 @@ def resumed(wrapper):
 
         def selector(model=model, optimizer=optimizer, target=target):
             return Selector(
-                model, optimizer, losses, target, keep=KEEP, horizon="auto", lr="auto", seed=rank
-            )
+                model, optimizer, losses, target, keep=KEEP, lr="auto", seed=rank,
+                horizon=AutoHorizon(off=False, gap=9, costs={0: 1.0, 1: 2.0}, largest=1),
+            )  # fmt: skip
 
         select, seen = selector(), []
         stream = select.stream(pools)

@@ -277,7 +277,8 @@ class RunLog:
         found = metrics.of_selection(selection) | {metrics.LR_MULTIPLIER: selection.lr_multiplier}
         for kind, keys in self._kinds.items():
             found[metrics.kept_share(kind)] = sum(key in keys for key in batch["key"]) / kept
-        if self._group.size > 1:  # of the best of all pools, some processes had more than others
+        # of the best of all pools, some processes had more than others
+        if self._group.size > 1 and metrics.SCORE_MEAN in found:
             score = {metrics.SCORE_MEAN: found.pop(metrics.SCORE_MEAN)}
             self._means.add(score, share * len(selection.indices))
         self._means.add(found, share)
