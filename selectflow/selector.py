@@ -506,6 +506,8 @@ class Selector:
         decision, replaced = self._rate.before(step)
         if replaced:
             self.state.ahead = None  # it was of the steps that were taken back
+            if self._contests is not None:
+                self._contests.alarm()
         _note(found, decision, step, began)
 
     def _has_slowed(self, seen: Batch, step: int, found: _Found) -> bool:
@@ -551,7 +553,9 @@ class Selector:
             return
         if self.state.serves(step, self._scored_names() or self._optimizer.params()):
             return
-        pools = self._drawn(pool, upcoming, control.num_updates(), found)
+        size = num_examples(pool)
+        num_parts = size // num_kept(self.options.keep, size)
+        pools = self._drawn(pool, upcoming, control.num_updates(num_parts), found)
         began = time.perf_counter()
         target, judge = self._next_target(), self._next_target()
         if self._target.num_batches == 1 or judge is target:

@@ -352,8 +352,9 @@ def test_a_stream_that_was_left_goes_on_with_the_rest_of_its_pool():
 
 def test_a_target_loss_that_rises_makes_a_contest_due():
     problem = PROBLEMS[0]
-    model, optimizer, selector, make, _ = parts(problem, off(gap=300, longest_gap=300))
+    model, optimizer, selector, make, _ = parts(problem, off(gap=50))
     state = selector.state.horizon
+    state.next_at = 3000.0  # as after many contests in which nothing changed
     stream = selector.stream(make(8) for _ in range(99))
     for _ in islice(stream, 70):  # looks at 0 and 64
         assert selector.last.decisions == ()
@@ -366,7 +367,7 @@ def test_a_target_loss_that_rises_makes_a_contest_due():
         held += selector.last.decisions
         optimizer.step()
     assert [decision.what for decision in held] == ["horizon"]
-    assert state.next_at < 300 + 140
+    assert state.next_at < 128 + 2 * 50 + 1
 
 
 def test_other_strategies_are_never_off():

@@ -167,7 +167,7 @@ class HorizonControl:
     def _is_timed(self) -> bool:
         """Whether a contest is near: to wait for the device at every step would cost time."""
         near = 2 * _NUM_TIMES * self._cost(self.state.rule.horizon)
-        return self._settings.costs is None and self.state.training + near >= self.state.next_at
+        return self._settings.costs is None and self.state.training + near >= self._due_at()
 
     def _cost(self, rung: int) -> float:
         """Of a step, in plain steps; a guess where it was not measured."""
@@ -186,16 +186,21 @@ class HorizonControl:
 
     def is_due(self) -> bool:
         """Whether a contest is to be held now, and may cost what it does."""
+        return self._is_first and self.state.training >= self._due_at()
+
+    def _due_at(self) -> float:
+        """Cost of training at which the next contest is due and paid for; infinite: at none."""
         state, settings = self.state, self._settings
-        if len(settings.ladder) == 1 or state.training < state.next_at or not self._is_first:
-            return False
-        allowed = settings.share * max(state.training, settings.expected)
-        return state.spent + self._price(state.rule.rival()) <= allowed
+        if len(settings.ladder) == 1:
+            return math.inf
+        paid_at = (state.spent + self._price(state.rule.rival())) / settings.share
+        return state.next_at if paid_at <= settings.expected else max(state.next_at, paid_at)
 
     def alarm(self) -> None:
-        """Something has changed: the next contest is due, as far as its cost allows."""
-        self.state.next_at = min(self.state.next_at, self.state.training)
-        self.state.rule.gap = self._settings.gap
+        """Training has lost ground: the next contest is due, as far as its cost allows."""
+        if self.state.training >= self._settings.gap:  # before, moments are hardly there
+            self.state.next_at = min(self.state.next_at, self.state.training)
+            self.state.rule.gap = self._settings.gap
 
     @property
     def is_look_due(self) -> bool:
@@ -218,12 +223,18 @@ class HorizonControl:
             state.next_at = max(state.next_at, state.next_look)
         state.seen, state.lowest = loss, min(loss, state.lowest)
 
-    def num_updates(self) -> int:
-        """Updates whose pools the next contest needs."""
+    def num_updates(self, num_parts: int) -> int:
+        """Updates whose pools the next contest needs.
+
+        Args:
+            num_parts: batches that plain training makes of a pool.
+        """
         cheap, dear = sorted((self.state.rule.horizon, self.state.rule.rival()))
         rounds = self._num_rounds(dear)
-        steps = 0 if cheap == OFF else math.ceil(_HELD * rounds * self._ratio(dear, cheap)) + cheap
-        return min(self.largest, max(rounds + dear, steps))
+        room = _HELD if dear in self.state.costs else 2.0  # the guess may be too low
+        steps = room * rounds * self._ratio(dear, cheap)
+        others = steps / num_parts if cheap == OFF else steps + cheap
+        return min(self.largest, max(rounds + dear, math.ceil(others)))
 
     def contest(self, pools: Sequence[Batch], target: Batch, judge: Batch) -> Decision | None:
         """Hold a contest and decide; None where the pools do not last for one.

@@ -351,7 +351,8 @@ class Policy:
         parts: list[Batch] = []
         for pool in upcoming.pools:
             size = num_examples(pool)
-            parts += in_parts(pool, size // num_kept(self.keep, size), generator)
+            num = self.derivatives.group.least(size // num_kept(self.keep, size))
+            parts += in_parts(pool, num, generator)
             while len(parts) >= self.pools_per_update and upcoming.updates:
                 batch = _joined(parts[: self.pools_per_update])
                 del parts[: self.pools_per_update]
