@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from problems import PROBLEMS, image_loss, images
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -326,6 +327,43 @@ def test_what_a_selection_reads_does_not_grow_with_the_parameters(horizon):
             selector.select(batch(), [batch(), batch()])
         counts.append(reads.num)
     assert counts[0] == counts[1] <= 4 + 4 * horizon
+
+
+class Tied(Net):
+    """The block twice, and a head of its weights."""
+
+    def __init__(self, recompute=None):
+        super().__init__(recompute)
+        self.again = nn.Linear(16, 16)
+        self.again.weight = self.block[0].weight
+        self.block = nn.Sequential(self.block, self.again, self.block)
+
+
+def adapted(recompute=None):
+    """Adapters of peft on a frozen net."""
+    how = LoraConfig(r=2, target_modules=["stem", "head"], init_lora_weights=False)
+    return get_peft_model(Net(recompute), how)
+
+
+@pytest.mark.parametrize("horizon", [0, 1, 3])
+@pytest.mark.parametrize("build", [Tied, adapted])
+@pytest.mark.parametrize("around", ["reentrant", "not reentrant", "compiled", "distributed"])
+def test_tied_weights_and_adapters_are_scored_alike_whatever_is_around(
+    group, around, build, horizon
+):
+    found = []
+    for how in (None, around):
+        torch.manual_seed(0)
+        model = build(how if how and "reentrant" in how else None).double()
+        optimizer = trained(model)
+        if how == "compiled":
+            model = torch.compile(model, backend="eager")
+        elif how == "distributed":
+            model = nn.parallel.DistributedDataParallel(model)
+        found.append(scores_of(model, optimizer, horizon=horizon))
+    assert found[0][0].std() > 0
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
 
 
 def test_a_compiled_module_is_scored_compiled():
