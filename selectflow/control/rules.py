@@ -284,7 +284,7 @@ class RateRule:
 
     def _note(self, factor: float, *, is_calm: bool = False) -> None:
         if factor == 1.0:
-            self.gap = min(max(1, 2 * self.gap), self.settings.longest_gap)
+            self.gap = min(max(self.settings.window, 2 * self.gap), self.settings.longest_gap)
             return
         direction = 1 if factor > 1 else -1
         if direction < self.direction:  # the last raise, or the rate at first, was too high
