@@ -48,8 +48,8 @@ def after_writing(step):
     """When parameters and moments were replaced, and nothing else yet."""
     real = OptimizerReader.write
 
-    def write(self, state):
-        real(self, state)
+    def write(self, *args):
+        real(self, *args)
         if self.num_steps() == step:
             kill()
 
