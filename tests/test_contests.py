@@ -142,6 +142,18 @@ def test_a_short_stream_ends_the_contests_not_the_run():
         optimizer.step()
 
 
+def test_pools_that_do_not_last_for_plain_training_decide_nothing():
+    """Of 6 candidates 4 are kept: one batch a pool, and a selected step costs 9 of them."""
+    problem = PROBLEMS[0]
+    _, optimizer, selector, make, _ = parts(
+        problem, restless(largest=0, costs={0: 9.0}, gap=1, contest_steps=8)
+    )
+    for _ in selector.stream([make(6) for _ in range(7)]):
+        assert selector.last.decisions == ()
+        optimizer.step()
+    assert selector.state.horizon.spent > 0  # it was tried
+
+
 def test_auto_is_the_default_settings():
     problem = PROBLEMS[0]
     model, make = problem.make()

@@ -266,14 +266,14 @@ class HorizonControl:
         ratio = self._ratio(dear, cheap)
         curves[cheap] = curve(cheap, ratio)
         num = min(map(len, curves.values()))
-        outcome = Outcome(
-            {rung: losses[:num] for rung, losses in curves.items()},
-            ratio,
-            self.trust(dear, Upcoming(self._optimizer.updates(dear), now, pools, target))
-            if dear > 0
-            else {},
-        )
-        decision = rule.decide(rule.rival(), outcome)
+        decision = None
+        if num > 2:  # else the pools did not last for two rounds of both
+            trust: Mapping[str, float] = {}
+            if dear > 0:
+                updates = self._optimizer.updates(dear)
+                trust = self.trust(dear, Upcoming(updates, now, pools, target))
+            shared = {rung: losses[:num] for rung, losses in curves.items()}
+            decision = rule.decide(rule.rival(), Outcome(shared, ratio, trust))
         seconds = work_s(self._device) - began
         self._pay(2 * rounds * self._cost(dear), seconds if is_known else None)
         state.next_at, state.next_look = state.training + rule.gap, state.training
