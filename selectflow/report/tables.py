@@ -22,6 +22,7 @@ from selectflow.run.metrics import (
     LR_MULTIPLIER,
     SAMPLES_SCORED,
     SAMPLES_SEEN,
+    SELECTED,
     SOURCE_KEPT,
     SOURCE_SHARE,
     STEP,
@@ -78,7 +79,9 @@ AXES = (
 
 _RELATIVE_ERROR, _TRUST = CONTROLLED["relative_error"], CONTROLLED["trust_ratio"]
 DYNAMICS = (
+    Quantity(SELECTED, "steps that were selected for", "%", 100.0),
     Quantity(HORIZON, "horizon H", "optimizer updates"),
+    Quantity(CONTROLLED["lead"], "lead of the dearer one in contests, in equal time", "%", 100.0),
     Quantity(LR_MULTIPLIER, "learning rate over its schedule", "factor"),
     Quantity(LEARNING_RATE, "learning rate", "per update"),
     Quantity(_RELATIVE_ERROR, "relative error by the proxy", "ratio"),

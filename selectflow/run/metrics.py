@@ -45,7 +45,7 @@ DIVERGED_AT = "diverged_at"
 
 CONTROLLED = {
     name: f"select/{name}"
-    for name in ("proxy_first_order", "proxy_second_order", "relative_error", "trust_ratio")
+    for name in ("lead", "proxy_first_order", "proxy_second_order", "relative_error", "trust_ratio")
 }
 """Measure of a controller's decision -> its metric, the last value."""
 
