@@ -173,9 +173,11 @@ class SelectOptions(Section):
     """How examples are chosen: the options of `Selector`, and of `select.*` in a configuration.
 
     *Horizon.* A `HorizonSchedule` or an `AutoHorizon` may stand for the number, and decides at each
-    look-ahead. At the end of a stream the look-ahead is as long as the pools that are left. Longer
-    is not better: no setting was found where H >= 4 selects better than 0 or 1, and on noisy labels
-    H = 8 does worse than a random choice (`tests/benchmarks/long_horizons.py`).
+    look-ahead; under "influence" the latter may also find that plain training gains more in the
+    same time, and then every pool is trained on whole, in parts. At the end of a stream the
+    look-ahead is as long as the pools that are left. Longer is not better: no setting was found
+    where H >= 4 selects better than 0 or 1, and on noisy labels H = 8 does worse than a random
+    choice (`tests/benchmarks/long_horizons.py`).
 
     *Interval.* Steps between two look-aheads use the sensitivities that the last sweep left for
     them, beyond its horizon the last one. Keep it within the horizon where gradients turn fast: in
@@ -205,7 +207,7 @@ class SelectOptions(Section):
     ] = Field(
         default=1,
         description="H: optimizer updates from scoring to reading the target loss; auto: the "
-        "controller's choice",
+        "controller's choice, also not to select",
     )
     interval: Count = Field(default=1, description="K: optimizer steps between two look-aheads")
     strategy: Annotated[Any, BeforeValidator(_known_strategy)] = Field(

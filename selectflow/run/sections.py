@@ -315,9 +315,9 @@ class SelectConfig(SelectOptions, use_attribute_docstrings=True):
         Annotated[int, Field(ge=0)] | Annotated[float, Field(allow_inf_nan=True)] | Literal["auto"],
         must_be("an integer >= 0, auto or .inf", _is_horizon),
     ] = 1
-    """H: optimizer updates from scoring to reading the target loss; auto: the controller's choice;
-    .inf: offline, a run on everything is recorded first, and only its best samples are trained
-    on"""
+    """H: optimizer updates from scoring to reading the target loss; auto: the controller's choice,
+    also not to select; .inf: offline, a run on everything is recorded first, and only its best
+    samples are trained on"""
     largest_horizon: int = Field(default=8, ge=0)
     """the largest horizon that the controller may choose (auto)"""
     allow_plain: bool = True
