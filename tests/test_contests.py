@@ -154,6 +154,16 @@ def test_pools_that_do_not_last_for_plain_training_decide_nothing():
     assert selector.state.horizon.spent > 0  # it was tried
 
 
+def test_a_target_loss_that_is_not_finite_decides_nothing():
+    problem = PROBLEMS[0]
+    *_, selector, make, target = parts(problem, restless())
+    pools, judge = [make(10) for _ in range(9)], make(9)
+    next(tensor for _, tensor in tensors(judge) if tensor.is_floating_point()).fill_(torch.nan)
+    with selector._objective.scoring():
+        assert selector._contests.contest(pools, target, judge) is None
+    assert selector.state.horizon.next_at > 0
+
+
 def test_auto_is_the_default_settings():
     problem = PROBLEMS[0]
     model, make = problem.make()

@@ -301,10 +301,15 @@ def test_ctrl_c_ends_it_quietly(tmp_path):
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        # a shell's background jobs, and their children, ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         line = process.stdout.readline()
         url = re.search(r"watching run at (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)", line)[1]
         assert "no such directory yet" in get(url)
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) == ("", "")
+        try:
+            assert process.communicate(timeout=60) == ("", "")
+        finally:
+            process.kill()
         assert process.returncode == 0

@@ -255,7 +255,10 @@ class HorizonControl:
         if rounds < 2:
             return None  # near the end of the stream
         now = self._optimizer.state()
-        start = self._loss(now, judge)
+        try:
+            start = self._loss(now, judge)
+        except FloatingPointError:
+            return None  # there is nothing to compare with
 
         def curve(rung: int, steps: float) -> list[float]:
             updates = self._optimizer.updates(math.ceil(rounds * steps) + max(0, rung))
