@@ -104,7 +104,7 @@ def test_the_wheel_has_the_data_and_nothing_else(packages):
     expected = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "selectflow").rglob("*")
-        if path.suffix in (".py", ".html", ".css") or path.name == "py.typed"
+        if path.suffix in (".py", ".html", ".css", ".js") or path.name == "py.typed"
     }
     for name in ("trainers/*.py", "configs/*.yaml"):
         expected |= {f"selectflow/starters/{path.relative_to(ROOT)}" for path in ROOT.glob(name)}

@@ -297,12 +297,15 @@ def test_a_run_at_wandb_is_refused():
 
 
 def test_ctrl_c_ends_it_quietly(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "selectflow", "watch", "run", "--port", "0"]
+    # a shell's background jobs, and their children, ignore the signal
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from selectflow.cli import main; raise SystemExit(main())"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, "watch", "run", "--port", "0"]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        # a shell's background jobs, and their children, ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         line = process.stdout.readline()
         url = re.search(r"watching run at (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)", line)[1]
