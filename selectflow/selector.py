@@ -554,8 +554,10 @@ class Selector:
         if self.state.serves(step, self._scored_names() or self._optimizer.params()):
             return
         size = num_examples(pool)
-        num_parts = size // num_kept(self.options.keep, size)
-        pools = self._drawn(pool, upcoming, control.num_updates(num_parts), found)
+        size_kept = num_kept(self.options.keep, size)
+        if size_kept == size:  # there is nothing to choose
+            return
+        pools = self._drawn(pool, upcoming, control.num_updates(size // size_kept), found)
         began = time.perf_counter()
         target, judge = self._next_target(), self._next_target()
         if self._target.num_batches == 1 or judge is target:

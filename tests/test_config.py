@@ -370,3 +370,14 @@ def test_schema_describes_every_field_with_its_range(capsys):
     assert {"type": "integer", "minimum": 1} in keep["anyOf"]
     assert {"type": "number", "exclusiveMinimum": 0, "maximum": 1} in keep["anyOf"]
     assert schema["required"] == ["name"]
+
+
+def test_costs_of_horizons_come_back_from_the_file_of_a_run(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "name: run\nselect: {horizon: auto, largest_horizon: 1, costs: {0: 2.0, 1: 3}}\n"
+    )
+    made = load(path)
+    assert made.select.costs == {0: 2.0, 1: 3.0}
+    path.write_text(yaml.safe_dump(made.model_dump(mode="json")))
+    assert load(path) == made

@@ -352,8 +352,9 @@ def test_select_alone_gives_a_random_part_and_drops_the_rest():
 def test_nothing_is_chosen_from_a_pool_of_as_many_as_are_kept():
     problem = PROBLEMS[0]
     _, optimizer, selector, make, _ = parts(problem, restless(gap=1))
-    for pool in [make(4) for _ in range(9)]:
-        batch = selector.select(pool)
+    pools = [make(4) for _ in range(30)]
+    for batch, pool in zip(selector.stream(pools), pools, strict=True):
+        assert selector.num_peeked == 0
         assert torch.equal(rows(batch).sort(0).values, rows(pool).sort(0).values)
         assert selector.last.decisions == ()
         optimizer.step()

@@ -102,9 +102,8 @@ class HorizonState:
         self.times = deque(saved["times"], _NUM_TIMES)
         judge = saved["judge"]
         self.judge = None if judge is None else to_device(restored(judge), device)
-        for name in ("training", "spent", "next_at", "overhead", "last_step"):
+        for name in vars(self).keys() - {"rule", "generator", "costs", "times", "judge"}:
             setattr(self, name, saved[name])
-        self.seen, self.lowest, self.next_look = saved["seen"], saved["lowest"], saved["next_look"]
 
 
 class HorizonControl:

@@ -325,7 +325,8 @@ class SelectConfig(SelectOptions, use_attribute_docstrings=True):
     same time (auto): give such a run its time by max_wall_s, and steps enough"""
     control_share: float = Field(default=AutoHorizon.share, gt=0, le=1)
     """share of the run's cost that contests of horizons may take (auto)"""
-    costs: dict[int, float] | None = None
+    # a run's config.yaml has the horizons as text, as JSON has all keys
+    costs: dict[Annotated[int, Field(strict=False)], float] | None = None
     """steps of plain training that a step selected with each horizon costs, as {0: 3.0, 1: 5.0}
     (auto): decisions then do not depend on the machine's clock; null: measured"""
     horizon_schedule: HorizonScheduleConfig = HorizonScheduleConfig()
