@@ -4,7 +4,7 @@ from selectflow.control.horizon import HorizonSchedule
 from selectflow.control.ladder import AutoHorizon
 from selectflow.control.rules import AutoRate, Decision
 from selectflow.selector import Selector
-from selectflow.strategies import Candidates, Selection, Strategy
+from selectflow.strategies import Candidates, Scorer, Selection, Strategy
 
 __version__ = "0.1.0"
 
@@ -14,6 +14,7 @@ __all__ = [
     "Candidates",
     "Decision",
     "HorizonSchedule",
+    "Scorer",
     "Selection",
     "Selector",
     "Strategy",

@@ -6,9 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import islice
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,8 +18,10 @@ from selectflow.control.contests import HorizonControl, HorizonState, halves
 from selectflow.control.horizon import Horizon, as_horizon
 from selectflow.control.ladder import AutoHorizon
 from selectflow.control.rate import RateControl, RateState
+from selectflow.control.rollouts import Rollouts, Simulated
 from selectflow.control.rules import AutoRate, Decision, RateRule
 from selectflow.control.state import SelectorState
+from selectflow.control.worth import ScorerWorth, WorthState
 from selectflow.core.batches import (
     Batch,
     PeekedPools,
@@ -37,8 +37,8 @@ from selectflow.core.derivatives import Curvature, Derivatives
 from selectflow.core.examples import ExampleGradients
 from selectflow.core.exchange import keep_best
 from selectflow.core.forms import Forms, Method
-from selectflow.core.lookahead import NominalChoice, Policy, Upcoming
-from selectflow.core.params import Params, scored_names
+from selectflow.core.lookahead import NominalChoice, Policy
+from selectflow.core.params import scored_names
 from selectflow.core.passes import LossFn, Objective
 from selectflow.core.storage import Offload
 from selectflow.core.target import Cycle
@@ -46,40 +46,12 @@ from selectflow.core.torch_optim import OptimizerReader
 from selectflow.core.wrappers import check_group
 from selectflow.distributed import Group
 from selectflow.options import SelectOptions, check_same
-from selectflow.strategies import STRATEGIES, Candidates, Selection, Strategy, checked_scores
-from selectflow.strategies.training import Memory, Training, plain_memory, restore_memory
-
-# Look-aheads, or steps without, between two checks that central differences still agree.
-_RECHECK_EVERY = 100
+from selectflow.strategies import STRATEGIES, Selection, Strategy
+from selectflow.strategies.scorer import LiveScorer, Scorer
+from selectflow.strategies.scoring import Ongoing, Scoring
+from selectflow.strategies.training import plain_memory, restore_memory
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Found:
-    """What the selection of one pool found on its way.
-
-    Attributes:
-        step: optimizer updates made.
-        began: when, by the clock.
-        losses: of the candidates, where the strategy needed them.
-        upcoming: pools after the present one that were drawn for a look-ahead, in order.
-        is_ahead: whether a look-ahead is under way.
-        is_zero: whether the sensitivity is 0, so that no example is better than another.
-        lookahead_s: seconds of the look-ahead.
-        control_s: seconds of the controller.
-        decisions: of the controller.
-    """
-
-    step: int = 0
-    began: float = 0.0
-    losses: Tensor | None = None
-    upcoming: list[Batch] = field(default_factory=list)
-    is_ahead: bool = False
-    is_zero: bool = False
-    lookahead_s: float = 0.0
-    control_s: float = 0.0
-    decisions: list[Decision] = field(default_factory=list)
 
 
 class Selector:
@@ -102,6 +74,8 @@ class Selector:
         autocast: the type of the autocast that the user's loop opens around its own forward pass,
             `torch.bfloat16` or `torch.float16`: scoring then runs in it, too. One that is opened in
             loss_fn or around the selection is followed without a word.
+        scorer: a small model that scores in this one's place, trained beside it; None: the model
+            scores itself.
 
     Of several processes each gives its own pools and its share of the target, and the model as
     `DistributedDataParallel` or `fully_shard` made it. Each scores with its own buffers, such as
@@ -141,65 +115,68 @@ class Selector:
         memory_gib: float | None = None,
         offload: Offload = "none",
         autocast: torch.dtype | None = None,
+        scorer: Scorer | None = None,
     ) -> None:
         given = locals()
         names = SelectOptions.model_fields
         self.options = options = SelectOptions.checked(**{name: given[name] for name in names})
-        horizon = AutoHorizon() if options.horizon == "auto" else options.horizon
-        if isinstance(horizon, AutoHorizon) and options.strategy != "influence":
-            horizon = replace(horizon, off=False)  # contests know no other strategy
         seed = as_count("seed", seed, None)
-        if options.lr == "auto":
-            lr = AutoRate()
+        horizon = _horizon_of(options, scorer)
+        lr = AutoRate() if options.lr == "auto" else options.lr
         self.state = state = SelectorState(
             torch.Generator().manual_seed(seed),
             Forms(),
             HorizonState.begin(horizon, seed) if isinstance(horizon, AutoHorizon) else None,
             RateState(RateRule(lr)) if isinstance(lr, AutoRate) else None,
         )
+        if scorer is not None and state.horizon is None:
+            state.worth = WorthState()
         self._objective = Objective(model, loss_fn, autocast)
         layout = self._objective.layout
         self._group, self._is_sharded = layout.group, layout.is_sharded
         check_group(layout, is_controlled=bool(state.horizon or state.rate))
-        self._derivatives = Derivatives(
-            self._objective, derivative, options.chunk_size, memory_gib, state.forms
-        )
         self._optimizer = OptimizerReader(
             self._objective.model, optimizer, lr_scheduler, max_grad_norm
         )
-        self._examples = ExampleGradients(self._objective, options.chunk_size, memory_gib)
-        self._scored_names()  # a pattern without a match is an error now, not at the first pool
-        self._target = Cycle(target)
-        self._memory: dict[str, Memory] = {}  # of the strategy
-        self._strategy = strategy if callable(strategy) else STRATEGIES[strategy]
-        self._policy = Policy(
-            self._derivatives,
-            self._scored_names,
-            options.keep,
-            options.interval,
-            curvature,
-            nominal,
-            options.pools_per_update,
-            score_view,
-            memory_gib,
-            offload,
-        )
+        self._scorer: LiveScorer | None = None
+        trained = scoring = _simulated(self._objective, self._optimizer, options, state.forms)
+        if scorer is not None:
+            self._scorer = LiveScorer(scorer, loss_fn, self._objective, options.pools_per_update)
+            scoring = _simulated(
+                self._scorer.objective, self._scorer.optimizer, options, state.forms, scorer
+            )
+            trained = _simulated(self._objective, self._optimizer, options, Forms())
+        self._derivatives = trained.policy.derivatives
+        scoring.policy.names()  # a pattern without a match is an error now, not at the first pool
         self._contests: HorizonControl | None = None
         if state.horizon is not None:
-            self._contests = HorizonControl(state.horizon, self._policy, self._optimizer)
+            rollouts = Rollouts(trained, scoring, state.horizon.generator)
+            self._contests = HorizonControl(state.horizon, rollouts)
+        self._worth: ScorerWorth | None = None
+        if state.worth is not None:
+            self._worth = ScorerWorth(state.worth, Rollouts(trained, scoring, state.generator))
         self._horizon: Horizon = self._contests or as_horizon(horizon)  # type: ignore[arg-type]
+        objective = scoring.policy.derivatives.objective
+        self._scoring = Scoring(
+            state,
+            scoring.policy,
+            scoring.optimizer,
+            ExampleGradients(objective, options.chunk_size, memory_gib),
+            Cycle(target),
+            self._horizon,
+        )
+        self._strategy = strategy if callable(strategy) else STRATEGIES[strategy]
         self._rate: RateControl | None = None
         if state.rate is not None:
             self._rate = RateControl(
                 state.rate,
                 self._optimizer,
                 self._derivatives,
-                self._next_target,
+                self._scoring.next_target,
                 options.pools_per_update,
             )
         self._saved_options = options.plain() | {"seed": seed}
         self.last: Selection | None = None
-        self._is_zero_said = False
         self._is_agreed = self._group.size == 1
 
     # --- selecting ------------------------------------------------------------------------
@@ -258,48 +235,56 @@ class Selector:
             FloatingPointError: a loss, derivative or score is not finite; names the optimizer
                 step and the examples.
         """
-        state, found = self.state, _Found()
+        state = self.state
         state.rest.clear()
+        ongoing = Ongoing(pool, through(self.options.score_view, pool), iter(upcoming))
         size_kept = num_kept(self.options.keep, num_examples(pool))
-        seen, pools = through(self.options.score_view, pool), iter(upcoming)
-        with self._deciding(found) as step, _naming(step):
+        with self._deciding(ongoing):
             if not self._is_agreed:
                 self._agree(size_kept)
-            self._adapt_rate(step, found)
-            if self._control_horizon(pool, pools, step, found):
+            self._adapt_rate(ongoing)
+            self._contest(ongoing, size_kept)
+            if self._contests is not None and self._contests.is_off:
                 state.ahead, num = None, num_examples(pool) // size_kept
                 state.rest.extend(in_parts(pool, self._group.least(num), state.generator))
             else:
-                scores = self._scores(pool, seen, pools, step, found)
+                self._check_scorer(ongoing)
+                scores = self._scores(ongoing)
         if state.rest:
-            return self._handed_out(state.rest.popleft(), found)
-        indices, kept = self._keep(pool, scores, size_kept, found)
-        return self._noted(pool, kept, indices, scores, found)
+            return self._handed_out(ongoing, state.rest.popleft())
+        indices, kept = self._keep(scores, size_kept, ongoing)
+        if self._scorer is not None:
+            self._scorer.train_on(kept, state.generator)
+        return self._noted(ongoing, pool, kept, indices, scores)
 
     def _next_part(self) -> Batch:
         """The next part of a pool that is not selected from."""
-        found = _Found()
-        with self._deciding(found) as step, _naming(step):
-            self._adapt_rate(step, found)
-        return self._handed_out(self.state.rest.popleft(), found)
+        part = self.state.rest[0]
+        ongoing = Ongoing(part, part)
+        with self._deciding(ongoing):
+            self._adapt_rate(ongoing)
+        return self._handed_out(ongoing, self.state.rest.popleft())
 
-    def _handed_out(self, part: Batch, found: _Found) -> Batch:
+    def _handed_out(self, ongoing: Ongoing, part: Batch) -> Batch:
         """A part of a pool, of which nothing is known."""
         indices = torch.arange(num_examples(part), device="cpu")
-        return self._noted(part, part, indices, None, found)
+        return self._noted(ongoing, part, part, indices, None)
 
     @contextmanager
-    def _deciding(self, found: _Found) -> Iterator[int]:
-        """Between two steps of the user's loop; gives the optimizer updates made."""
+    def _deciding(self, ongoing: Ongoing) -> Iterator[None]:
+        """Between two steps of the user's loop; errors name the optimizer updates made."""
         with self._objective.placed():
-            found.step = step = self.state.num_steps = self._optimizer.num_steps()
+            ongoing.step = self.state.num_steps = self._optimizer.num_steps()
             if self._contests is not None:
-                self._contests.enter(step)
-            found.began = time.perf_counter()
-            yield step
+                self._contests.enter(ongoing.step)
+            ongoing.began = time.perf_counter()
+            try:
+                yield
+            except FloatingPointError as error:
+                raise FloatingPointError(f"at optimizer step {ongoing.step}: {error}") from error
 
     def _noted(
-        self, pool: Batch, kept: Batch, indices: Tensor, scores: Tensor | None, found: _Found
+        self, ongoing: Ongoing, pool: Batch, kept: Batch, indices: Tensor, scores: Tensor | None
     ) -> Batch:
         """A batch to train on, once `last` says what it is."""
         state = self.state
@@ -309,117 +294,51 @@ class Selector:
             pool=pool,
             indices=indices,
             scores=scores,
-            losses=None if found.losses is None else found.losses.cpu(),
-            step=found.step,
+            losses=None if ongoing.losses is None else ongoing.losses.cpu(),
+            step=ongoing.step,
             horizon=state.ahead.horizon if state.ahead else None,
-            age=found.step - state.ahead_step if state.ahead else 0,
+            age=ongoing.step - state.ahead_step if state.ahead else 0,
             target_loss=state.ahead.target_loss if state.ahead else None,
             lr_multiplier=self._optimizer.lr_multiplier,
-            decisions=tuple(found.decisions),
-            lookahead_s=found.lookahead_s,
-            control_s=found.control_s,
+            decisions=tuple(ongoing.decisions),
+            lookahead_s=ongoing.lookahead_s,
+            control_s=ongoing.control_s,
             score_error=state.forms.errors.get("losses"),
-            seconds=time.perf_counter() - found.began,
+            seconds=time.perf_counter() - ongoing.began,
             is_ranked=scores is not None
-            and not found.is_zero
+            and not ongoing.is_zero
             and self.options.strategy != "uniform",
+            scorer_loss=self._scorer.loss if self._scorer else None,
+            scorer_gain=ongoing.scorer_gain,
         )
         if self._contests is not None:
             self._contests.leave()
         return kept
 
-    def _scores(
-        self, pool: Batch, seen: Batch, upcoming: Iterator[Batch], step: int, found: _Found
-    ) -> Tensor:
-        """What the strategy gives each candidate, shape (P,); again after a step taken back."""
-        candidates = Candidates(
-            pool,
-            num_examples(pool),
-            losses=partial(self._losses, seen, found),
-            influence=partial(self._influence, pool, seen, upcoming, step, found),
-            slopes=partial(self._slopes, seen, step, found),
-            generator=self.state.generator,
-            training=Training(
-                seen,
-                self._derivatives,
-                self._examples,
-                self._optimizer,
-                self._scored_names(),
-                self._next_target,
-                self._target,
-                self.options.score_view,
-                self._memory,
-            ),
-        )
+    def _scores(self, ongoing: Ongoing) -> Tensor:
+        """Score of each candidate, shape (P,); found anew once failed steps are taken back."""
         # What one process takes back, all take back.
         agreeing = nullcontext if self._rate is None else self._group.together
         while True:
             try:
                 with agreeing():
-                    return checked_scores(self._strategy(candidates), candidates.size, pool)
-            except FloatingPointError:
-                if not self._has_slowed(seen, step, found):
+                    return self._scoring.scores(self._strategy, ongoing)
+            except FloatingPointError as error:
+                if self._scorer is not None:
+                    raise FloatingPointError(f"of the scorer, {error}") from error
+                if not self._has_slowed(ongoing):
                     raise
 
-    def _keep(self, pool: Batch, scores: Tensor, size: int, found: _Found) -> tuple[Tensor, Batch]:
+    def _keep(self, scores: Tensor, size: int, ongoing: Ongoing) -> tuple[Tensor, Batch]:
         """Positions in the pool that are kept, best first, and the batch to train on."""
-        indices = self._best_first(scores, found)[:size]
-        if self.options.scope == "local" or self._group.size == 1 or found.is_zero:
-            return indices, take(pool, indices)
-        return keep_best(self._group, pool, scores, size)
-
-    def _best_first(self, scores: Tensor, found: _Found) -> Tensor:
-        """Positions by falling score; of equal ones the first, or any where all are 0."""
         order = torch.arange(len(scores), device="cpu")
-        if found.is_zero:
+        if ongoing.is_zero:  # no example is better: any
             order = torch.randperm(len(scores), generator=self.state.generator, device="cpu")
-        return order[scores[order].argsort(descending=True, stable=True)]
-
-    def _losses(self, seen: Batch, found: _Found) -> Tensor:
-        """Loss of each candidate at the present parameters."""
-        if found.losses is None:
-            with self._objective.scoring():
-                params = self._optimizer.values()
-                found.losses = self._derivatives.losses(params, seen)
-        return found.losses
-
-    def _slopes(self, seen: Batch, step: int, found: _Found, direction: Params) -> Tensor:
-        """Derivative of the loss of each candidate along a direction."""
-        if step % _RECHECK_EVERY == 0:
-            self.state.forms.recheck()
-        with self._objective.scoring():
-            params = self._optimizer.values()
-            found.losses, slopes = self._derivatives.directional(params, direction, seen)
-        return slopes
-
-    def _influence(
-        self, pool: Batch, seen: Batch, upcoming: Iterator[Batch], step: int, found: _Found
-    ) -> Tensor:
-        """-gamma . grad loss of each candidate, after a look-ahead where one is due."""
-        self._contest(pool, upcoming, step, found)
-        params, state = self._optimizer.values(), self.state
-        is_due = not state.serves(step, self._scored_names() or params)
-        num = self._horizon.at(step) if is_due else 0
-        pools = self._drawn(pool, upcoming, num, found)
-        with self._objective.scoring():
-            if is_due:
-                self._look_ahead(step, pools, found)
-            assert state.ahead is not None
-            gamma = state.ahead.gamma(step - state.ahead_step)
-            found.is_zero = state.ahead.is_zero(step - state.ahead_step)
-            found.losses, slopes = self._derivatives.directional(params, gamma, seen)
-        return -slopes
-
-    def _drawn(
-        self, pool: Batch, upcoming: Iterator[Batch], num_updates: int, found: _Found
-    ) -> list[Batch]:
-        """The pools of the next updates, the present one first, as far as they last."""
-        # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
-        num = max(0, num_updates * self.options.pools_per_update - 1)
-        found.upcoming += islice(upcoming, max(0, num - len(found.upcoming)))
-        if num:  # all look ahead as far as the shortest stream lasts
-            num = self._group.least(min(num, len(found.upcoming)))
-        return [pool, *found.upcoming[:num]]
+        # of equal scores the first
+        indices = order[scores[order].argsort(descending=True, stable=True)][:size]
+        if self.options.scope == "local" or self._group.size == 1 or ongoing.is_zero:
+            return indices, take(ongoing.pool, indices)
+        return keep_best(self._group, ongoing.pool, scores, size)
 
     def _agree(self, size_kept: int) -> None:
         """Refuse, in all processes, what would make them go apart; once."""
@@ -432,61 +351,17 @@ class Selector:
                 for index, rule in enumerate(reader.updates(1)[0].rules)
             },
             "examples kept of a pool": size_kept,
-            "batches of the target": self._target.num_batches,
+            "batches of the target": self._scoring.target.num_batches,
         }
+        # kinds of devices may round a norm apart
         if not self._is_sharded:
-            # kinds of devices may round a norm apart
             alike["values of the parameters, by norm,"] = f"{reader.values().norm():.5e}"
+        if self._scorer is not None:
+            norm = self._scorer.optimizer.values().norm()
+            alike["values of the scorer's parameters, by norm,"] = f"{norm:.5e}"
         for what, value in alike.items():
             self._group.check_same(what, value)
         self._is_agreed = True
-
-    # --- looking ahead --------------------------------------------------------------------
-
-    def _look_ahead(self, step: int, pools: Sequence[Batch], found: _Found) -> None:
-        """Find the sensitivities of the next steps."""
-        began, state, horizon = time.perf_counter(), self.state, self._horizon.at(step)
-        target = self._next_target()
-        state.ahead = None  # its memory is of use now; should this fail, the next call looks ahead
-        found.is_ahead = horizon > 0
-        if state.num_lookaheads % _RECHECK_EVERY == 0:
-            state.forms.recheck()
-        updates, now = self._optimizer.updates(max(1, horizon)), self._optimizer.state()
-        ahead = self._policy.look_ahead(
-            horizon, Upcoming(updates, now, pools, target), state.generator
-        )
-        # At a learning rate of 0, as where a warm-up begins, no example does anything. The steps
-        # that follow are to have sensitivities of their own.
-        is_zero = not any(ahead.norms)
-        if is_zero:
-            self._note_zero(max(rule.lr for update in updates for rule in update.rules))
-        state.has_ranked |= not is_zero
-        state.ahead, state.ahead_step, found.is_ahead = ahead, step, False
-        state.ahead_serves = 1 if is_zero else self.options.interval
-        state.num_lookaheads += 1
-        found.lookahead_s = time.perf_counter() - began
-
-    def _note_zero(self, lr: float) -> None:
-        """Say, once, why no example is preferred, or raise where it must be a mistake."""
-        if lr > 0 and not self.state.has_ranked:
-            raise ValueError(
-                f"the target loss must depend on the training, got sensitivities that are all 0 at "
-                f"a learning rate of {lr:.3g}; check that loss_fn uses the model's trained "
-                "parameters (no detach, no no_grad), that `params` leaves some that it uses, and "
-                "that the target loss is not flat"
-            )
-        why = "the target loss is flat here" if lr > 0 else "the learning rate is 0"
-        if not self._is_zero_said:
-            _log.warning("%s: no example is better than another, and any are kept", why)
-        self._is_zero_said = True
-
-    def _scored_names(self) -> tuple[str, ...] | None:
-        return scored_names(self.options.params, self._optimizer.params(), self._objective.model)
-
-    def _next_target(self) -> Batch:
-        """The next batch of the target set, as it is scored."""
-        batch, self.state.target_position = self._target.draw(self.state.target_position)
-        return through(self.options.score_view, batch)
 
     @property
     def forms(self) -> dict[str, str]:
@@ -498,19 +373,19 @@ class Selector:
 
     # --- controlling ----------------------------------------------------------------------
 
-    def _adapt_rate(self, step: int, found: _Found) -> None:
+    def _adapt_rate(self, ongoing: Ongoing) -> None:
         """Let the learning-rate control judge the steps so far."""
         if self._rate is None:
             return
         began = time.perf_counter()
-        decision, replaced = self._rate.before(step)
+        decision, replaced = self._rate.before(ongoing.step)
         if replaced:
             self.state.ahead = None  # it was of the steps that were taken back
             if self._contests is not None:
                 self._contests.alarm()
-        _note(found, decision, step, began)
+        _note(ongoing, decision, began)
 
-    def _has_slowed(self, seen: Batch, step: int, found: _Found) -> bool:
+    def _has_slowed(self, ongoing: Ongoing) -> bool:
         """Whether the learning-rate control has an answer to values that are not finite.
 
         Steps that led to them are taken back. Where the present state is in order and the next
@@ -518,52 +393,69 @@ class Selector:
         """
         if self._rate is None:
             return False
-        began, is_ahead = time.perf_counter(), found.is_ahead
-        found.losses, found.is_ahead = None, False
+        began, is_ahead = time.perf_counter(), ongoing.is_ahead
+        ongoing.losses, ongoing.is_ahead = None, False
         with self._objective.scoring():
-            decision, replaced = self._rate.diverged(step)
+            decision, replaced = self._rate.diverged(ongoing.step)
         if decision is None and is_ahead:
             with self._group.together():
-                self._losses(seen, found)  # raises where the pool itself is at fault
+                self._scoring.losses(ongoing)  # raises where the pool itself is at fault
             decision = self._rate.slow_down(
                 "the look-ahead's own updates are not finite at this rate"
             )
             replaced = decision is not None
         if replaced:
             self.state.ahead = None
-        _note(found, decision, step, began)
+        _note(ongoing, decision, began)
         return replaced
 
-    def _control_horizon(
-        self, pool: Batch, upcoming: Iterator[Batch], step: int, found: _Found
-    ) -> bool:
-        """Whether nothing is to be selected from this pool, as control finds."""
-        if self._contests is None or not self._contests.may_be_off:
-            return False
-        if self._contests.is_look_due:
+    def _contest(self, ongoing: Ongoing, size_kept: int) -> None:
+        """Let the horizon control look at the target loss, and hold a contest, if one is due."""
+        control, size = self._contests, num_examples(ongoing.pool)
+        # a strategy that never looks ahead has no horizon to decide
+        if control is None or not (control.may_be_off or self.state.num_lookaheads):
+            return
+        if control.is_look_due:
             with self._objective.scoring():
-                self._contests.look(self._next_target)
-        self._contest(pool, upcoming, step, found)
-        return self._contests.is_off
-
-    def _contest(self, pool: Batch, upcoming: Iterator[Batch], step: int, found: _Found) -> None:
-        """Let the horizon control hold a contest, if one is due."""
-        control = self._contests
-        if control is None or not control.is_due():
+                control.look(self._scoring.next_target)
+        if size_kept == size or not control.is_due() or not self._scoring.is_due(ongoing.step):
             return
-        if self.state.serves(step, self._scored_names() or self._optimizer.params()):
-            return
-        size = num_examples(pool)
-        size_kept = num_kept(self.options.keep, size)
-        if size_kept == size:  # there is nothing to choose
-            return
-        pools = self._drawn(pool, upcoming, control.num_updates(size // size_kept), found)
         began = time.perf_counter()
-        target, judge = self._next_target(), self._next_target()
-        if self._target.num_batches == 1 or judge is target:
-            target, judge = halves(target)
-        with self._objective.scoring():
-            _note(found, control.contest(pools, target, judge), step, began)
+        pools = ongoing.pools(
+            control.num_updates(size // size_kept) * self.options.pools_per_update, self._group
+        )
+        target, judge = self._target_and_judge()
+        with self._all_scoring():
+            _note(ongoing, control.contest(pools, target, judge), began)
+
+    def _check_scorer(self, ongoing: Ongoing) -> None:
+        """Measure what the scorer's choice is worth, if that is due."""
+        worth, step = self._worth, ongoing.step
+        if worth is None or not worth.is_due(step):
+            return
+        began, horizon = time.perf_counter(), self._horizon.at(step)
+        num = worth.num_updates(horizon) * self.options.pools_per_update
+        pools = ongoing.pools(num, self._group)
+        with self._all_scoring():
+            found = worth.check(step, horizon, pools, *self._target_and_judge())
+        ongoing.scorer_gain = found
+        _note(ongoing, None, began)
+
+    def _target_and_judge(self) -> tuple[Batch, Batch]:
+        """A batch of the target to select by, and one to judge by: what is gained on the former
+        is no merit where the target has others.
+        """
+        target, judge = self._scoring.next_target(), self._scoring.next_target()
+        if self._scoring.target.num_batches == 1 or judge is target:
+            return halves(target)
+        return target, judge
+
+    @contextmanager
+    def _all_scoring(self) -> Iterator[None]:
+        """Passes of the trained model and of its scorer."""
+        scoring = nullcontext() if self._scorer is None else self._scorer.objective.scoring()
+        with self._objective.scoring(), scoring:
+            yield
 
     # --- state ----------------------------------------------------------------------------
 
@@ -575,7 +467,10 @@ class Selector:
     @property
     def max_peeked(self) -> int:
         """Pools of the longest look-ahead there will be; no more are ever peeked at."""
-        return self._horizon.largest * self.options.pools_per_update
+        largest = self._horizon.largest
+        if self._worth is not None:
+            largest = self._worth.num_updates(largest)
+        return largest * self.options.pools_per_update
 
     @property
     def num_peeked(self) -> int:
@@ -596,7 +491,9 @@ class Selector:
         with self._objective.placed():
             self.state.num_steps = self._optimizer.num_steps()
         state = self.state.plain(with_peeked=with_peeked)
-        return {"options": self._saved_options, "memory": plain_memory(self._memory), **state}
+        memory = plain_memory(self._scoring.memory)
+        scorer = self._scorer and self._scorer.plain()
+        return {"options": self._saved_options, "memory": memory, "scorer": scorer, **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, bit for bit, with the model and optimizer of that moment.
@@ -609,27 +506,69 @@ class Selector:
                 of its batches is not imported yet.
         """
         check_same(state["options"], self._saved_options)
+        if (state.get("scorer") is None) != (self._scorer is None):
+            got = "one here" if self._scorer else "one in the saved state"
+            raise ValueError(f"a scorer must be in both the saved state and here, got {got} alone")
+        if self._scorer is not None:
+            self._scorer.load(state["scorer"])
         with self._objective.placed():
-            params, names = self._optimizer.values(), self._scored_names()
-        self.state.load(state, params, params if names is None else params.pick(names))
-        restore_memory(self._memory, state.get("memory", {}), params)
+            params, names = self._optimizer.values(), self._scoring.policy.names()
+        scored = self._scoring.optimizer.values()
+        self.state.load(state, params, scored if names is None else scored.pick(names))
+        restore_memory(self._scoring.memory, state.get("memory", {}), scored)
         self._optimizer.resume_at(self.state.num_steps)
         if self.state.rate is not None:
             self._optimizer.lr_multiplier = self.state.rate.rule.multiplier
 
 
-@contextmanager
-def _naming(step: int) -> Iterator[None]:
-    """Let an error about a value that is not finite name the optimizer step."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise FloatingPointError(f"at optimizer step {step}: {error}") from error
+def _simulated(
+    objective: Objective,
+    optimizer: OptimizerReader,
+    options: SelectOptions,
+    forms: Forms,
+    scorer: Scorer | None = None,
+) -> Simulated:
+    """A model and its optimizer as look-aheads and contests roll them out."""
+    derivatives = Derivatives(
+        objective, options.derivative, options.chunk_size, options.memory_gib, forms
+    )
+    policy = Policy(
+        derivatives,
+        lambda: scored_names(options.params, optimizer.params(), objective.model),
+        options.keep,
+        options.interval,
+        options.curvature,
+        options.nominal,
+        options.pools_per_update,
+        options.score_view,
+        options.memory_gib,
+        options.offload,
+        is_frozen=scorer is not None and scorer.is_frozen,
+    )
+    return Simulated(policy, optimizer)
 
 
-def _note(found: _Found, decision: Decision | None, step: int, began: float) -> None:
+def _horizon_of(options: SelectOptions, scorer: Scorer | None) -> int | Horizon | AutoHorizon:
+    """The horizon, "auto" in full, as far as the strategy and the scorer know it."""
+    is_frozen = scorer is not None and scorer.is_frozen
+    horizon = options.horizon
+    if horizon == "auto":
+        horizon = AutoHorizon(largest=0) if is_frozen else AutoHorizon()
+    if isinstance(horizon, AutoHorizon) and options.strategy != "influence":
+        horizon = replace(horizon, off=False)  # contests know no other strategy
+    largest = horizon if isinstance(horizon, int) else horizon.largest
+    if is_frozen and largest > 0:
+        raise ValueError(
+            f"horizon of a frozen scorer must be 0, since its steps are not known, got {largest}; "
+            "give its optimizer to Scorer, or set horizon=0"
+        )
+    return horizon  # type: ignore[no-any-return]
+
+
+def _note(ongoing: Ongoing, decision: Decision | None, began: float) -> None:
     """Keep a decision of the controller, and the time since `began` as its cost."""
-    found.control_s += time.perf_counter() - began
+    ongoing.control_s += time.perf_counter() - began
     if decision is not None:
-        found.decisions.append(replace(decision, step=step))
-        _log.log(logging.INFO if decision.moved else logging.DEBUG, "%s", found.decisions[-1])
+        ongoing.decisions.append(replace(decision, step=ongoing.step))
+        level = logging.INFO if decision.moved else logging.DEBUG
+        _log.log(level, "%s", ongoing.decisions[-1])

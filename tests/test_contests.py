@@ -9,7 +9,7 @@ from selectflow import AutoHorizon, AutoRate, Selector
 from selectflow.control.contests import halves
 from selectflow.control.ladder import OFF, HorizonRule
 from selectflow.core.batches import in_parts, num_examples, tensors
-from selectflow.core.lookahead import Upcoming
+from selectflow.core.lookahead import Policy, Upcoming
 from tests import reference
 from tests.problems import PROBLEMS
 
@@ -64,7 +64,7 @@ def test_the_policy_of_horizon_0_is_simulated_as_it_is_carried_out(problem, inte
     model, optimizer, selector, make, target = parts(problem, restless(), interval=interval)
     pools, judge = [make(10) for _ in range(8)], make(9)
     with selector._objective.scoring():
-        found = selector._contests._losses(0, upcoming(selector, pools, target), judge, 5, 1.0)
+        found = selector._contests._rollouts.losses(0, pools, target, judge, 5, 1.0)
     twin, other = reference.clone(model, optimizer)
     real = Selector(twin, other, problem.loss_fn, [target], 4, 0, interval=interval)
     twin.eval()
@@ -87,8 +87,7 @@ def test_plain_training_is_simulated_as_it_is_carried_out(pools_per_update):
     generator = torch.Generator().manual_seed(0)  # as the control's own begins
     steps = [part for pool in pools for part in in_parts(pool, 2, generator)]
     with selector._objective.scoring():
-        future = upcoming(selector, pools, target)
-        found = selector._contests._losses(OFF, future, judge, 2, 2.0)
+        found = selector._contests._rollouts.losses(OFF, pools, target, judge, 2, 2.0)
     for number in range(4):
         made = steps[number * pools_per_update : (number + 1) * pools_per_update]
         other.zero_grad()
@@ -182,19 +181,19 @@ def test_auto_is_the_default_settings():
 def watched(selector, monkeypatch):
     """The batches that a contest selects by, and those that it is judged by, as they are used."""
     selected, judged = [], []
-    policy = type(selector._policy)
-    look_ahead, losses = policy.look_ahead, type(selector._contests)._losses
+    rollouts = type(selector._contests._rollouts)
+    look_ahead, losses = Policy.look_ahead, rollouts.losses
 
     def look(self, horizon, future, *rest, **how):
         selected.append(future.target)
         return look_ahead(self, horizon, future, *rest, **how)
 
-    def judge(self, rung, future, batch, *rest):
+    def judge(self, rung, pools, target, batch, *rest):
         judged.append(batch)
-        return losses(self, rung, future, batch, *rest)
+        return losses(self, rung, pools, target, batch, *rest)
 
-    monkeypatch.setattr(policy, "look_ahead", look)
-    monkeypatch.setattr(type(selector._contests), "_losses", judge)
+    monkeypatch.setattr(Policy, "look_ahead", look)
+    monkeypatch.setattr(rollouts, "losses", judge)
     return selected, judged
 
 

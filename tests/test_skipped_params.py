@@ -126,7 +126,7 @@ def test_replays_and_simulated_policies_skip_them_too(case):
 
     selector = Selector(model, optimizer, loss_fn, [target], keep=6, horizon="auto")
     upcoming = Upcoming(reader.updates(5), reader.state(), batches, target)
-    *_, (rolled, _) = selector._policy.select_and_train(0, upcoming, torch.Generator())
+    *_, (rolled, *_) = selector._scoring.policy.select_and_train(0, upcoming, torch.Generator())
     expected, expected_optimizer = clone(model, optimizer)
     for batch in batches[:5]:
         expected_optimizer.zero_grad()

@@ -15,22 +15,20 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
 
 from selectflow.control.ladder import OFF, AutoHorizon, HorizonRule, Outcome
+from selectflow.control.rollouts import Rollouts
 from selectflow.control.rules import Decision, restore, state_of
 from selectflow.core.batches import Batch, num_examples, num_kept, take, to_device
 from selectflow.core.clock import work_s
-from selectflow.core.lookahead import Policy, Upcoming, random_order
-from selectflow.core.optim import State
+from selectflow.core.lookahead import Upcoming, random_order
 from selectflow.core.plain import plain, restored
 from selectflow.core.proxy import probe
-from selectflow.core.torch_optim import OptimizerReader
 from selectflow.core.weight_changes import selection
 
 NextTarget = Callable[[], Batch]
@@ -111,15 +109,14 @@ class HorizonControl:
 
     Args:
         state: what it decides from; is written to.
-        policy: how examples are chosen.
-        optimizer: read for its state and the updates to come.
+        rollouts: of the model that is trained, by what scores.
     """
 
-    def __init__(self, state: HorizonState, policy: Policy, optimizer: OptimizerReader) -> None:
-        self.state, self._policy, self._optimizer = state, policy, optimizer
+    def __init__(self, state: HorizonState, rollouts: Rollouts) -> None:
+        self.state, self._rollouts, self._policy = state, rollouts, rollouts.scoring.policy
         self._settings = state.rule.settings
         self._left_at: float | None = None  # when the user's loop went on
-        self._device = optimizer.values().device
+        self._device = rollouts.trained.optimizer.values().device
         self._is_first = True  # whether this is the first batch of its optimizer step
         self._busy_s = 0.0  # of the present step of the user's loop, so far
         self._step_s = math.nan  # of a step of the user's loop, once it was measured
@@ -213,7 +210,7 @@ class HorizonControl:
         if state.judge is None:
             state.judge, state.seen, state.lowest = next_target(), math.inf, math.inf
         try:
-            loss = self._loss(self._optimizer.state(), state.judge)
+            loss = self._now(state.judge)
         except FloatingPointError:
             loss = math.inf
         if loss > state.lowest + _RISE * abs(state.lowest):
@@ -253,16 +250,16 @@ class HorizonControl:
         rounds = min(self._num_rounds(dear), len(pools) // self._policy.pools_per_update - dear)
         if rounds < 2:
             return None  # near the end of the stream
-        now = self._optimizer.state()
         try:
-            start = self._loss(now, judge)
+            start = self._now(judge)
         except FloatingPointError:
             return None  # there is nothing to compare with
 
         def curve(rung: int, steps: float) -> list[float]:
-            updates = self._optimizer.updates(math.ceil(rounds * steps) + max(0, rung))
-            upcoming = Upcoming(updates, now, pools, target)
-            return [start, *self._losses(rung, upcoming, judge, rounds, steps)]
+            found = self._rollouts.losses(rung, pools, target, judge, rounds, steps)
+            if rung != OFF and self._settings.costs is None and self._rollouts.times:
+                self._measure(rung, self._rollouts.times)
+            return [start, *found]
 
         curves = {dear: curve(dear, 1.0)}  # this first: it measures what the other is given
         ratio = self._ratio(dear, cheap)
@@ -272,50 +269,13 @@ class HorizonControl:
         if num > 2:  # else the pools did not last for two rounds of both
             trust: Mapping[str, float] = {}
             if dear > 0:
-                updates = self._optimizer.updates(dear)
-                trust = self.trust(dear, Upcoming(updates, now, pools, target))
+                trust = self.trust(dear, self._rollouts.scoring.upcoming(dear, pools, target))
             shared = {rung: losses[:num] for rung, losses in curves.items()}
             decision = rule.decide(rule.rival(), Outcome(shared, ratio, trust))
         seconds = work_s(self._device) - began
         self._pay(2 * rounds * self._cost(dear), seconds if is_known else None)
         state.next_at, state.next_look = state.training + rule.gap, state.training
         return decision
-
-    def _losses(
-        self, rung: int, upcoming: Upcoming, judge: Batch, rounds: int, steps: float
-    ) -> list[float]:
-        """Losses of the judge after each round of so many steps, infinite once it diverged."""
-        states = self._plain(upcoming) if rung == OFF else self._selected(rung, upcoming)
-        losses: list[float] = []
-        done = 0
-        try:
-            for number in range(1, rounds + 1):
-                todo = round(number * steps) - done
-                last = deque(islice(states, todo), maxlen=1)
-                if not last:  # the pools do not last for this round
-                    break
-                done += todo
-                losses.append(self._loss(last[0], judge))
-            states.close()
-        except FloatingPointError:
-            losses += [math.inf] * (rounds - len(losses))
-        return losses
-
-    def _plain(self, upcoming: Upcoming) -> Generator[State]:
-        yield from self._policy.train(upcoming, self.state.generator)
-
-    def _selected(self, horizon: int, upcoming: Upcoming) -> Generator[State]:
-        """The states of simulated selection; at its end, what a step of it costs is known."""
-        policy, times = self._policy, list[tuple[float, float]]()
-        began = work_s(self._device)
-        try:
-            for state, select_s in policy.select_and_train(horizon, upcoming, self.state.generator):
-                times.append((select_s, work_s(self._device) - began - select_s))
-                yield state
-                began = work_s(self._device)
-        finally:
-            if times and self._settings.costs is None:
-                self._measure(horizon, times)
 
     def _measure(self, horizon: int, times: Sequence[tuple[float, float]]) -> None:
         """Hold what a selected step costs, in plain steps of the user's own loop."""
@@ -349,8 +309,9 @@ class HorizonControl:
     def _ratio(self, dear: int, cheap: int) -> float:
         return max(1.0, self._cost(dear) / self._cost(cheap))
 
-    def _loss(self, state: State, batch: Batch) -> float:
-        return self._policy.derivatives.mean_loss(state.params, batch)
+    def _now(self, judge: Batch) -> float:
+        """Loss of a batch at the live state."""
+        return self._rollouts.loss(self._rollouts.trained.optimizer.state(), judge)
 
     def trust(self, horizon: int, upcoming: Upcoming) -> Mapping[str, float]:
         """First and second order of the whole selection over a window of `horizon` updates.

@@ -178,7 +178,7 @@ class HorizonRule:
         leads = self.leads.setdefault(f"{cheap}-{dear}", [])
         leads.append(outcome.lead())
         del leads[:-_REMEMBERED]
-        lead, error = _recent(leads)
+        lead, error = recent(leads)
         self.horizon, why = self._winner(cheap, dear, lead, error, outcome)
         self.upward = not self.upward
         is_open = abs(lead) > error and self.horizon != (dear if lead > 0 else cheap)
@@ -217,7 +217,7 @@ class HorizonRule:
         return cheap, "not clearly worth its cost" if lead > 0 else "not worth its cost"
 
 
-def _recent(leads: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def recent(leads: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Mean of leads, each weighing half of the one after it, and its error."""
     weights = [0.5**age for age in range(len(leads))][::-1]
     total = sum(weights)

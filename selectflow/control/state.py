@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selectflow.control.contests import HorizonState
 from selectflow.control.rate import RateState
+from selectflow.control.worth import WorthState
 from selectflow.core.batches import Batch, to_device
 from selectflow.core.forms import Forms
 from selectflow.core.lookahead import LookAhead
@@ -28,6 +29,8 @@ class SelectorState:
         forms: which form the derivatives have.
         horizon: of the horizon control; None: not under control.
         rate: of the learning-rate control; None: not under control.
+        worth: of the checks of a scorer; None: the model scores itself, or the horizon's contests
+            measure what choosing is worth.
         num_steps: optimizer steps taken.
         target_position: batches of the target handed out in its present round.
         ahead: the look-ahead in use; None: the next pool needs one.
@@ -43,6 +46,7 @@ class SelectorState:
     forms: Forms
     horizon: HorizonState | None
     rate: RateState | None
+    worth: WorthState | None = None
     num_steps: int = 0
     target_position: int = 0
     ahead: LookAhead | None = None
@@ -73,6 +77,7 @@ class SelectorState:
             "forms": self.forms.plain(),
             "horizon": self.horizon and self.horizon.plain(),
             "rate": self.rate and self.rate.plain(),
+            "worth": self.worth and self.worth.plain(),
             "num_steps": self.num_steps,
             "target_position": self.target_position,
             "ahead": ahead,
@@ -90,7 +95,7 @@ class SelectorState:
         Args:
             saved: what `plain` returned.
             params: the trained parameters, for the devices of what is restored.
-            scored: those that scores are taken over.
+            scored: those that scores are taken over, of the model that scores.
 
         Raises:
             ValueError: the look-ahead is of other parameters.
@@ -108,6 +113,8 @@ class SelectorState:
             self.horizon.load(saved["horizon"], device)
         if self.rate is not None:
             self.rate.load(saved["rate"], params)
+        if self.worth is not None:
+            self.worth.load(saved["worth"])
         for name in ("num_steps", "target_position", "ahead_step", "ahead_serves"):
             setattr(self, name, saved[name])
         self.num_lookaheads, self.has_ranked = saved["num_lookaheads"], saved["has_ranked"]

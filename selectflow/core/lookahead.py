@@ -243,6 +243,7 @@ class Policy:
         score_view: makes of a batch what is scored; None: the batch itself.
         memory_gib: limit for the states of a look-ahead; None: 1 GiB, or the least that is needed.
         offload: where those states are kept.
+        is_frozen: whether the model stays as it is: it only scores.
     """
 
     derivatives: Derivatives
@@ -255,6 +256,7 @@ class Policy:
     score_view: Callable[[Batch], Batch] | None
     memory_gib: float | None
     offload: Offload = "none"
+    is_frozen: bool = False
 
     def look_ahead(
         self,
@@ -315,7 +317,7 @@ class Policy:
 
     def select_and_train(
         self, horizon: int, upcoming: Upcoming, generator: torch.Generator
-    ) -> Iterator[tuple[State, float]]:
+    ) -> Iterator[tuple[State, Batch, float]]:
         """Select and train in simulation, one step after another.
 
         Args:
@@ -324,7 +326,8 @@ class Policy:
             generator: chooses the nominal batches.
 
         Yields:
-            The state after each step, and the seconds that selecting took.
+            The state after each step, the batch that was kept for it, and the seconds that
+            selecting took.
         """
         per, device = self.pools_per_update, upcoming.state.params.device
         for step in range(min(len(upcoming.updates), len(upcoming.pools) // per)):
@@ -333,10 +336,10 @@ class Policy:
                 ahead = self.look_ahead(horizon, upcoming, generator)
             state, gamma = upcoming.state, ahead.gamma(step % self.interval)
             pools = upcoming.pools[:per]
-            kept = [take(pool, self.positions(gamma, state, pool)) for pool in pools]
+            kept = _joined([take(pool, self.positions(gamma, state, pool)) for pool in pools])
             seconds = work_s(device) - began
-            upcoming = self._trained(upcoming, _joined(kept)).after_pools(per)
-            yield upcoming.state, seconds
+            upcoming = self.trained(upcoming, kept).after_pools(per)
+            yield upcoming.state, kept, seconds
 
     def train(self, upcoming: Upcoming, generator: torch.Generator) -> Iterator[State]:
         """Train on all of the pools in simulation, in parts of as many examples as are kept.
@@ -356,11 +359,13 @@ class Policy:
             while len(parts) >= self.pools_per_update and upcoming.updates:
                 batch = _joined(parts[: self.pools_per_update])
                 del parts[: self.pools_per_update]
-                upcoming = self._trained(upcoming, batch)
+                upcoming = self.trained(upcoming, batch)
                 yield upcoming.state
 
-    def _trained(self, upcoming: Upcoming, batch: Batch) -> Upcoming:
+    def trained(self, upcoming: Upcoming, batch: Batch) -> Upcoming:
         """What comes after one update on a batch."""
+        if self.is_frozen:
+            return upcoming._replace(updates=upcoming.updates[1:])
         grad = self.derivatives.step_gradient(upcoming.state.params, batch)
         update, *later = after_skipping(upcoming.updates, 0, grad)
         return upcoming._replace(updates=later, state=update.advance(upcoming.state, grad))

@@ -8,6 +8,7 @@ A strategy is a function of `Candidates`. It asks for what it needs, and only th
 from selectflow.strategies.baselines import STRATEGIES, Boltzmann, TargetPath
 from selectflow.strategies.candidates import Candidates, Selection, Strategy, checked_scores
 from selectflow.strategies.irreducible import ReducibleLoss
+from selectflow.strategies.scorer import Scorer
 from selectflow.strategies.training import Memory, Training
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Candidates",
     "Memory",
     "ReducibleLoss",
+    "Scorer",
     "Selection",
     "Strategy",
     "TargetPath",

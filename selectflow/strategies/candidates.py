@@ -73,11 +73,12 @@ class Selection:
             `influence`: target loss per unit of example weight, positive = it helps. None where
             nothing was selected: control found that plain training gains more in the same time.
         losses: loss of every candidate at the present parameters, shape (P,), on the CPU; None
-            where the strategy did not need it.
+            where the strategy did not need it. Of the scorer, where there is one.
         step: optimizer updates made before this batch is trained on.
         horizon: updates that the sensitivity in use looked ahead; None without a look-ahead.
         age: optimizer updates since that look-ahead.
-        target_loss: mean target loss at the end of its rollout; None without one.
+        target_loss: mean target loss at the end of its rollout, of the scorer where there is one;
+            None without a look-ahead.
         lookahead_s: seconds of the look-ahead made for this pool, 0 where none was due.
         seconds: seconds of the whole selection, look-ahead and control included.
         control_s: seconds that the controller took.
@@ -87,6 +88,9 @@ class Selection:
             0 for exact derivatives, None where nothing was differentiated.
         is_ranked: whether the scores tell examples apart: not under `uniform`, nor where all
             sensitivities are 0.
+        scorer_loss: mean loss of the scorer's last step, over what was kept; None without one.
+        scorer_gain: how much lower, relative, the trained model's target loss ends a few steps on
+            by the scorer's choice than by chance; None but where that was measured.
     """
 
     pool: Batch
@@ -104,3 +108,5 @@ class Selection:
     decisions: tuple[Decision, ...] = ()
     score_error: float | None = None
     is_ranked: bool = True
+    scorer_loss: float | None = None
+    scorer_gain: float | None = None
