@@ -141,7 +141,9 @@ class Selector:
         self._scorer: LiveScorer | None = None
         trained = scoring = _simulated(self._objective, self._optimizer, options, state.forms)
         if scorer is not None:
-            self._scorer = LiveScorer(scorer, loss_fn, self._objective, options.pools_per_update)
+            self._scorer = LiveScorer(
+                scorer, loss_fn, self._objective, options.pools_per_update, seed
+            )
             scoring = _simulated(
                 self._scorer.objective, self._scorer.optimizer, options, state.forms, scorer
             )
@@ -254,7 +256,7 @@ class Selector:
             return self._handed_out(ongoing, state.rest.popleft())
         indices, kept = self._keep(scores, size_kept, ongoing)
         if self._scorer is not None:
-            self._scorer.train_on(kept, state.generator)
+            self._scorer.train_on(kept)
         return self._noted(ongoing, pool, kept, indices, scores)
 
     def _next_part(self) -> Batch:

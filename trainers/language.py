@@ -55,15 +55,24 @@ EVAL_BATCH = 64
 MODELS = ("gpt2", "llama")
 
 
-def build_model(config: ModelConfig, length: int, tokenizer: Tokenizer) -> nn.Module:
-    """The configured model, which fits sequences of `length` tokens and the tokenizer."""
+def build_model(
+    config: ModelConfig, length: int, tokenizer: Tokenizer, key: str = "model"
+) -> nn.Module:
+    """The configured model, which fits sequences of `length` tokens and the tokenizer.
+
+    Args:
+        config: of the model.
+        length: tokens of the longest sequence.
+        tokenizer: of the data.
+        key: where it is configured, for errors.
+    """
     assert config.name in ("gpt2", "llama")
     options = NO_DROPOUT if config.name == "gpt2" else {}
     if config.pretrained is not None:
         model = pretrained_lm(config.name, config.pretrained, **options)
     elif config.width % config.heads:
         raise ConfigError(
-            f"model.width must be a multiple of model.heads ({config.heads}), got {config.width}"
+            f"{key}.width must be a multiple of {key}.heads ({config.heads}), got {config.width}"
         )
     else:
         sizes = (config.positions or length, config.width, config.layers, config.heads)
@@ -74,12 +83,13 @@ def build_model(config: ModelConfig, length: int, tokenizer: Tokenizer) -> nn.Mo
     if length > positions:
         raise ConfigError(
             f"data.text.block must be at most the model's {positions} positions, got sequences of "
-            f"{length} tokens; shorten it, or raise model.positions"
+            f"{length} tokens; shorten it, or raise {key}.positions"
         )
+    check_tokenizer(config, tokenizer, model, key)
     return with_lora(model, config.name, config.lora_rank) if config.lora_rank else model
 
 
-def check_tokenizer(config: ModelConfig, tokenizer: Any, model: nn.Module) -> None:
+def check_tokenizer(config: ModelConfig, tokenizer: Any, model: nn.Module, key: str) -> None:
     """Refuse weights that were trained on other tokens than those of the shards."""
     if config.pretrained is None:
         return
@@ -89,7 +99,7 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any, model: nn.Module) -> No
         theirs = load_tokenizer(config.pretrained)
     if not same_vocabulary(tokenizer, theirs):
         raise ConfigError(
-            f"data.text.tokenizer must be that of model.pretrained, {config.pretrained!r}, got "
+            f"data.text.tokenizer must be that of {key}.pretrained, {config.pretrained!r}, got "
             "another vocabulary in the shards' manifest; write the shards again with it"
         )
 
@@ -181,6 +191,8 @@ def build_task(config: RunConfig) -> Task:
     """The model, its data and how it is judged; the same for the same configuration."""
     data = config.data
     check_choice("model.name", config.model.name, MODELS)
+    if config.scorer is not None:
+        check_choice("scorer.model.name", config.scorer.model.name, MODELS)
     check_choice("data.name", data.name, ("text", "shards"))
     processes = here()
     processes.on_first(lambda: make_data(data))
@@ -194,8 +206,15 @@ def build_task(config: RunConfig) -> Task:
     if config.track.kinds:
         metadata = read_metadata(data.trained_on, "train", max_errors=data.max_errors)
     torch.manual_seed(config.seed)
-    model = build_model(config.model, target[0]["tokens"].shape[1], tokenizer)
-    check_tokenizer(config.model, tokenizer, model)
+    length = target[0]["tokens"].shape[1]
+    model, scorer = build_model(config.model, length, tokenizer), None
+    if config.scorer is not None:
+        if config.scorer.downscale > 1:
+            raise ConfigError(
+                f"scorer.downscale must be 1 for text, got {config.scorer.downscale}; "
+                "select.score_view scores fewer tokens"
+            )
+        scorer = build_model(config.scorer.model, length, tokenizer, "scorer.model")
     losses = loss_fn(tokenizer.end, data.separate_documents)
     return Task(
         model=model,
@@ -208,6 +227,7 @@ def build_task(config: RunConfig) -> Task:
         source=data.trained_on,
         show=lambda batch, index: tokenizer.decode(batch["tokens"][index].tolist()),
         score_view=partial(score_view, tokenizer.end, data.separate_documents),
+        scorer=scorer,
         save=partial(save, model, tokenizer),
     )
 

@@ -9,7 +9,7 @@ The configuration says everything; `selectflow schema` lists what it can say.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from selectflow.models.vision import cnn, evaluate, image_losses, mlp, resnet18
 from selectflow.options import ConfigError
 from selectflow.run.config import RunConfig, check_choice
 from selectflow.run.loop import trainer_main
-from selectflow.run.sections import DataConfig, ModelConfig
+from selectflow.run.sections import DataConfig, ModelConfig, ScorerConfig
 from selectflow.run.task import Task
 
 Batch = dict[str, Any]
@@ -44,6 +44,27 @@ def build_model(config: ModelConfig, shape: torch.Size, num_classes: int) -> nn.
     if config.name == "cnn":
         return cnn(shape[0], num_classes, config.width)
     return resnet18(shape, num_classes)
+
+
+def build_scorer(
+    config: ScorerConfig, shape: torch.Size, num_classes: int
+) -> tuple[nn.Module, Callable[[Batch], Batch] | None]:
+    """The configured scorer of images of the shape (C, H, W), and what it sees of a batch."""
+    check_choice("scorer.model.name", config.model.name, MODELS)
+    factor = config.downscale
+    if factor == 1:
+        return build_model(config.model, shape, num_classes), None
+    if shape[1] % factor or shape[2] % factor:
+        raise ConfigError(
+            f"scorer.downscale must divide the images' height and width, {tuple(shape[1:])}, got "
+            f"{factor}"
+        )
+
+    def view(batch: Batch) -> Batch:
+        return batch | {"image": nn.functional.avg_pool2d(batch["image"], factor)}
+
+    small = torch.Size((shape[0], shape[1] // factor, shape[2] // factor))
+    return build_model(config.model, small, num_classes), view
 
 
 def check_shapes(model: str, shape: Sequence[int], others: dict[str, Any]) -> None:
@@ -132,6 +153,9 @@ def build_task(config: RunConfig) -> Task:
     num_classes = count_classes(config, [*target, *test])
     torch.manual_seed(config.seed)
     model = build_model(config.model, shape, num_classes)
+    scorer, scorer_view = None, None
+    if config.scorer is not None:
+        scorer, scorer_view = build_scorer(config.scorer, shape, num_classes)
     return Task(
         model=model,
         loss_fn=image_losses,
@@ -142,6 +166,8 @@ def build_task(config: RunConfig) -> Task:
         kinds={"altered": frozenset(key for key, made in metadata.items() if made.get("altered"))},
         source=data.trained_on,
         show=lambda batch, index: f"label {int(batch['label'][index])}",
+        scorer=scorer,
+        scorer_view=scorer_view,
     )
 
 

@@ -18,8 +18,8 @@ from selectflow.control.rollouts import Rollouts
 from selectflow.control.rules import restore, state_of
 from selectflow.core.batches import Batch
 
-_NUM_STEPS = 8
-_FIRST_AT = 128  # optimizer steps; each gap after it is twice the one before
+_NUM_STEPS = 16  # over 8 the sign is often wrong, over 16 it was that of the whole run
+_FIRST_AT = 256  # optimizer steps; each gap after it is twice the one before
 _LONGEST_GAP = 4096
 _REMEMBERED = 4
 

@@ -28,6 +28,7 @@ from selectflow.run.sections import OptimizerConfig, ScheduleConfig, SelectConfi
 from selectflow.run.spread import unsynced
 from selectflow.run.task import RunError, Task
 from selectflow.selector import Selector
+from selectflow.strategies import Scorer
 
 
 def resolve_device(name: str) -> torch.device:
@@ -129,7 +130,29 @@ def build_selector(
         lr=build_rate(config.select),
         score_view=build_view(config.select, task),
         autocast=torch.bfloat16 if config.train.autocast else None,
+        scorer=build_scorer(config, task),
         **config.select.selector_options(),
+    )
+
+
+def build_scorer(config: RunConfig, task: Task) -> Scorer | None:
+    """The configured scorer, with an optimizer of its own on the run's schedule; None: none."""
+    if config.scorer is None:
+        return None
+    if task.scorer is None:
+        raise RunError("scorer must be null for a task that has none, got a configuration of it")
+    autocast = torch.bfloat16 if config.train.autocast else None
+    given = config.scorer.optimizer
+    if given is None:
+        return Scorer(task.scorer, view=task.scorer_view, autocast=autocast)
+    optimizer = build_optimizer(task.scorer, given)
+    return Scorer(
+        task.scorer,
+        optimizer,
+        view=task.scorer_view,
+        lr_scheduler=build_schedule(optimizer, config.schedule, config.steps),
+        max_grad_norm=given.max_grad_norm,
+        autocast=autocast,
     )
 
 

@@ -18,6 +18,7 @@ from selectflow.run.sections import (
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
+    ScorerConfig,
     SelectConfig,
     TrainConfig,
 )
@@ -163,6 +164,9 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
     train: TrainConfig = TrainConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     select: SelectConfig = SelectConfig()
+    scorer: ScorerConfig | None = None
+    """the small model that scores in the place of the trained one, as {model: {name: gpt2, layers:
+    1}}; null: the model scores itself"""
     track: TrackConfig = TrackConfig()
 
     @property
@@ -195,6 +199,10 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
             if key not in known:
                 yield f"name must have known keys in braces, got {{{key}}}{nearest_key(key, known)}"
         is_offline = horizon == math.inf
+        scorer = values.get("scorer")
+        if scorer is not None and (is_offline or select["replay"] is not None):
+            other = "select.horizon is .inf" if is_offline else "select.replay is given"
+            yield f"scorer must be null when {other}, got {scorer!r}; nothing is scored by it then"
         if is_offline:
             yield from _of_offline(select)
             if data["shares"] in ("auto", "loss"):

@@ -174,7 +174,12 @@ class _Run:
         model = task.model
         self.model = spread(model, self.parallel, self.device) if self.parallel else model
         self.model.to(self.device)
-        self.task = task = replace(task, model=self.model)
+        scorer = task.scorer
+        if scorer is not None:
+            scorer = scorer.to(self.device)
+            if self.parallel:  # small: each process has all of it
+                scorer = spread(scorer, "ddp", self.device)
+        self.task = task = replace(task, model=self.model, scorer=scorer)
         self.target, self.test = (
             [(to_device(batch, self.device), num) for batch, num in evaluation_share(whole, group)]
             for whole in (task.target, task.test)

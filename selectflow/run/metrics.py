@@ -25,6 +25,11 @@ HORIZON = "select/horizon"
 LR_MULTIPLIER = "select/lr_multiplier"
 LOOKAHEAD_TARGET_LOSS = "select/target_loss"
 """Target loss at the end of the look-ahead."""
+SCORER_LOSS = "select/scorer_loss"
+"""Mean loss of the scorer over what was kept."""
+SCORER_GAIN = "select/scorer_gain"
+"""How much lower, relative, the target loss ends a few steps on by the scorer's choice than by
+chance; where that was measured."""
 SAMPLES_SEEN = "data/samples_seen"
 SOURCE_SHARE = "data/share/"
 """Before a source's name: its share of the pools, the newest."""
@@ -165,4 +170,6 @@ def of_selection(selection: Selection) -> dict[str, float | None]:
         SCORE_MEAN: float(kept.mean()) if len(kept) else None,  # others may have kept all of theirs
         KEPT_FRACTION: len(selection.indices) / len(scores),
         HORIZON: selection.horizon,
+        SCORER_LOSS: selection.scorer_loss,
+        SCORER_GAIN: selection.scorer_gain,
     }

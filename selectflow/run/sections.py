@@ -219,6 +219,18 @@ class OptimizerConfig(_Section):
     """clip the gradient to this norm; null: no clipping"""
 
 
+class ScorerConfig(_Section):
+    """A small model that scores the candidates, trained beside the one that is trained."""
+
+    model: ModelConfig = ModelConfig()
+    """its network, of the same trainer"""
+    optimizer: OptimizerConfig | None = OptimizerConfig()
+    """its own, stepped on what is kept; null: it stays as it is"""
+    downscale: Count = 1
+    """it sees images of so many times fewer rows and columns, each pixel the mean of a square
+    (mlp, cnn, resnet18)"""
+
+
 class TrainConfig(_Section):
     """How the gradient of an update is computed."""
 

@@ -48,6 +48,8 @@ class Task:
         show: `show(batch, index)` -> an example as text, for tables of samples.
         score_view: `score_view(num_tokens)` -> the `score_view` of a `Selector`, a window of that
             many tokens of each example; None: the examples have none.
+        scorer: a small module that scores in the place of the model; None: the model does.
+        scorer_view: what makes of a batch what the scorer reads; None: the batch itself.
         save: `save(folder, weights)` writes the trained model in its library's own form; weights
             is its `state_dict`, put together where it is sharded. Called in one process alone.
     """
@@ -62,6 +64,8 @@ class Task:
     source: Sources | None = None
     show: Callable[[Batch, int], str] | None = None
     score_view: Callable[[int], Callable[[Batch], Batch]] | None = None
+    scorer: nn.Module | None = None
+    scorer_view: Callable[[Batch], Batch] | None = None
     save: Callable[[Path, Mapping[str, Any]], None] | None = None
 
 

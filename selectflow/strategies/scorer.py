@@ -89,6 +89,7 @@ class LiveScorer:
         loss_fn: of the trained model.
         trained: the trained model's losses.
         pools_per_update: kept batches that make one step.
+        seed: of what is random in its forward pass, such as dropout.
 
     Attributes:
         objective: its losses.
@@ -101,7 +102,12 @@ class LiveScorer:
     """
 
     def __init__(
-        self, scorer: Scorer, loss_fn: LossFn, trained: Objective, pools_per_update: int
+        self,
+        scorer: Scorer,
+        loss_fn: LossFn,
+        trained: Objective,
+        pools_per_update: int,
+        seed: int,
     ) -> None:
         own = scorer.loss_fn or loss_fn
         view = scorer.view
@@ -114,7 +120,7 @@ class LiveScorer:
                 f"the scorer must be whole and joined in as many processes as the model, "
                 f"{layout.group.size}, got {got}; give it as DistributedDataParallel makes it"
             )
-        self.scorer, self._num_pools = scorer, pools_per_update
+        self.scorer, self._num_pools, self._seed = scorer, pools_per_update, seed
         model = self.objective.model
         if not {id(p) for p in model.parameters()}.isdisjoint(map(id, trained.model.parameters())):
             raise ValueError(
@@ -132,10 +138,10 @@ class LiveScorer:
             model, optimizer, scorer.lr_scheduler, scorer.max_grad_norm
         )
         self._kept: list[Batch] = []  # for its next step
-        self._num_skipped = 0
+        self._num_steps, self._num_skipped = 0, 0
         self.loss: float | None = None
 
-    def train_on(self, kept: Batch, generator: torch.Generator) -> None:
+    def train_on(self, kept: Batch) -> None:
         """Step it, once what was kept makes a step.
 
         A step whose gradient is not finite is left out, with a warning. The global random
@@ -143,7 +149,6 @@ class LiveScorer:
 
         Args:
             kept: batch that the other model trains on.
-            generator: seeds what is random in its forward pass, such as dropout.
         """
         if self.scorer.is_frozen or not self.scorer.train:
             return
@@ -153,7 +158,7 @@ class LiveScorer:
         parts, self._kept = self._kept, []
         outside = Randomness.now()
         try:
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            torch.manual_seed(self._seed + self._num_steps)  # resumed without states to save
             self.loss = self._step(parts)
         finally:
             outside.put_back()
@@ -175,6 +180,7 @@ class LiveScorer:
         group = self.objective.layout.group
         both: list[float] = group.mean(torch.stack([total.float(), norm.float()])).tolist()
         mean, norm_here = both
+        self._num_steps += 1
         if math.isfinite(mean) and math.isfinite(norm_here):
             optimizer.step()
         else:
@@ -193,15 +199,6 @@ class LiveScorer:
 
     # --- state ----------------------------------------------------------------------------
 
-    def describe(self) -> dict[str, Any]:
-        """What must be the same where a saved state is loaded."""
-        params = self.objective.model.parameters()
-        return {
-            "parameters": sum(param.numel() for param in params),
-            "frozen": self.scorer.is_frozen,
-            "train": self.scorer.train,
-        }
-
     def plain(self) -> dict[str, Any]:
         """All that its next scores depend on, as plain values: weights and optimizer, too."""
         scheduler = self.scorer.lr_scheduler
@@ -210,6 +207,7 @@ class LiveScorer:
             "optimizer": _copied(self.optimizer.optimizer.state_dict()),
             "scheduler": None if scheduler is None else _copied(scheduler.state_dict()),
             "kept": [plain(batch) for batch in self._kept],
+            "num_steps": self._num_steps,
             "num_skipped": self._num_skipped,
             "loss": self.loss,
         }
@@ -222,7 +220,8 @@ class LiveScorer:
             self.scorer.lr_scheduler.load_state_dict(_copied(saved["scheduler"]))
         device = self.optimizer.values().device
         self._kept = [to_device(restored(batch), device) for batch in saved["kept"]]
-        self._num_skipped, self.loss = saved["num_skipped"], saved["loss"]
+        self._num_steps, self._num_skipped = saved["num_steps"], saved["num_skipped"]
+        self.loss = saved["loss"]
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
