@@ -137,6 +137,11 @@ class Manifest:
         """Number of samples of one split; the errors of `shards`."""
         return sum(shard.count for shard in self.shards(split))
 
+    @property
+    def sizes(self) -> str:
+        """Samples of each split, for people."""
+        return ", ".join(f"{split} {self.num_samples(split)}" for split in self.splits)
+
     def fingerprint(self) -> str:
         """Hex digest of the manifest: equal if and only if samples, order and options are equal."""
         return hashlib.sha256(_to_json(self).encode()).hexdigest()

@@ -174,6 +174,7 @@ def describe_task(comparison: Comparison) -> str:
 def to_report(comparison: Comparison, written: list[Path]) -> Report:
     """The comparison, and the files that `write_outputs` wrote of it, as a W&B run logs them."""
     records = to_records(comparison)
+    groups = {run.config.get("track", {}).get("group") for run in comparison.all_runs}
     charts = {
         f"over_{axis.metric.rpartition('/')[2]}/{panel.title.replace(' ', '_')}": Chart(
             panel.y_label,
@@ -201,6 +202,7 @@ def to_report(comparison: Comparison, written: list[Path]) -> Report:
         tables={"summary": (list(records[0]), [list(record.values()) for record in records])},
         charts=charts,
         files=written,
+        group=groups.pop() if len(groups) == 1 else None,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import signal
 import sys
 import threading
@@ -105,12 +104,3 @@ def stop_request() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def print_anything() -> None:
-    """From here on, print a character that stdout cannot encode as its escape in Python source.
-
-    A run must not end because a terminal, a pipe or a log cannot show a character of its data.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")

@@ -208,6 +208,7 @@ class Report:
         tables: head and rows by name.
         charts: drawn by W&B, by name.
         files: pictures and the page, shown and kept in an artifact, and what else is kept.
+        group: W&B group of all the runs, if they have one.
     """
 
     config: Mapping[str, Any]
@@ -215,6 +216,7 @@ class Report:
     tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]]
     charts: Mapping[str, Chart]
     files: Sequence[Path]
+    group: str | None = None
 
 
 def log_report(
@@ -223,7 +225,6 @@ def log_report(
     *,
     mode: Literal["online", "offline"],
     project: str | None = None,
-    group: str | None = None,
     timeout_s: float = 30.0,
 ) -> str | None:
     """Log a comparison as a run of job type "compare".
@@ -233,7 +234,6 @@ def log_report(
         folder: takes W&B's own files, under wandb/.
         mode: online (offline if W&B cannot be reached) or offline, for `wandb sync`.
         project: W&B project; None: WANDB_PROJECT, or selectflow.
-        group: W&B group, that of the runs.
         timeout_s: seconds that W&B may take to start, and again to upload the rest at the end.
 
     Returns:
@@ -245,7 +245,7 @@ def log_report(
         return None
     options = {
         "dir": str(folder), "config": dict(report.config), "name": "compare", "project": project,
-        "group": group, "job_type": "compare", "tags": ["compare"], "id": None,
+        "group": report.group, "job_type": "compare", "tags": ["compare"], "id": None,
     }  # fmt: skip
     run = start(options, used, timeout_s)
     if run is None:
