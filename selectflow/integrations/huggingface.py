@@ -60,7 +60,9 @@ class SelectTrainerMixin(_Base):
     training arguments; a look-ahead follows them. An example may be several rows of a batch, as
     the pairs of TRL's DPOTrainer and RewardTrainer are: they are kept together or not at all.
     Scoring and look-ahead run as the training does: under bf16 autocast where it is; under fp16
-    they are in the precision of the parameters.
+    they are in the precision of the parameters. Under torchrun each process selects from its own
+    micro-batches. While `horizon="auto"` finds that it is better not to select, a random part of
+    each pool is trained on.
 
     Args:
         args: of the Trainer.

@@ -80,7 +80,8 @@ def train(config: RunConfig, task: Task) -> Path:
     With `select.replay` the run trains on the examples that another run kept, without scoring.
 
     All processes that torch.distributed joins here train one run: call it in each, with pools of
-    its own. They need one file system; the first of them writes logs.
+    its own. They need one file system; the first of them writes logs. A run may go on in another
+    number of processes, at the same position in the data.
 
     Args:
         config: the run.
