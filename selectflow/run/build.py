@@ -21,11 +21,11 @@ from selectflow.control.rules import AutoRate
 from selectflow.core.batches import Batch, chunks, describe, num_examples
 from selectflow.core.passes import LossFn
 from selectflow.core.wrappers import unwrap
-from selectflow.distributed import ALONE, Group, local_rank, whole
+from selectflow.distributed import ALONE, Group, whole
 from selectflow.run.config import RunConfig
 from selectflow.run.replay import Replay
 from selectflow.run.sections import OptimizerConfig, ScheduleConfig, SelectConfig, TrainConfig
-from selectflow.run.spread import unsynced
+from selectflow.run.spread import local_rank, unsynced
 from selectflow.run.task import RunError, Task
 from selectflow.selector import Selector
 

@@ -24,7 +24,7 @@ import torch
 from selectflow.core.batches import Batch, MicroBatches, to_device
 from selectflow.core.files import print_anything
 from selectflow.core.wrappers import unwrap
-from selectflow.distributed import Group, here, is_from_elsewhere, joined, reshard, share_buffers
+from selectflow.distributed import Group, here, is_from_elsewhere, reshard, share_buffers
 from selectflow.run import metrics, tensorboard
 from selectflow.run.build import (
     build_losses,
@@ -60,7 +60,7 @@ from selectflow.run.parallel import (
 )
 from selectflow.run.samples import SampleDisplay
 from selectflow.run.shared_checkpoints import Saved, load_together, own_state, save_together
-from selectflow.run.spread import spread, whole_weights
+from selectflow.run.spread import joined, spread, whole_weights
 from selectflow.run.task import PoolSource, RunError, Task
 from selectflow.run.terminal import StopRequest, progress_bar, show_progress, stop_request
 from selectflow.strategies import Selection
