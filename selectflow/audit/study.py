@@ -262,7 +262,6 @@ def run_study(
     """Measure each learning rate and seed of a study that is not measured yet.
 
     Args:
-        config: of the study.
         read: the rows that the directory holds.
         measure: learning rate, seed -> the rows of that run.
         write: writes the rows of all runs so far; called after each run.
@@ -293,7 +292,6 @@ def read_study(
     """Rows that the directory holds of this configuration, whatever seeds and learning rates.
 
     Args:
-        config: of the study.
         name: of the JSON file with the configuration.
         kind: what it must be of, for the message.
         rows: content of that file -> the rows.

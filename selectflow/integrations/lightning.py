@@ -21,11 +21,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
@@ -114,12 +110,7 @@ class SelectCallback(Callback):
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed, which is not ours to use
             target = [self.prepared(batch) for batch in self._target]
         self.selector = Selector(
-            model,
-            trainer.optimizers[0],
-            self._losses,
-            target,
-            self._keep,
-            **options,
+            model, trainer.optimizers[0], self._losses, target, self._keep, **options
         )
         if self._saved is not None:
             self.selector.load_state_dict(self._saved["selector"])
@@ -138,12 +129,7 @@ class SelectCallback(Callback):
         self._is_selected = False
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what was selected, as means over the processes."""
         assert self.selector is not None

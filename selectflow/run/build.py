@@ -106,13 +106,9 @@ def build_selector(
     """What chooses the examples of each step: a selector, or the replay of a recorded run.
 
     Args:
-        config: of the run.
         task: its model is on the run's device.
-        optimizer: of the model.
-        scheduler: of the optimizer.
         target: the target set on the run's device.
         stream: what the pools depend on, as `PoolStream.identity`; {} where it is not known.
-        group: the processes that train.
     """
     if config.select.replay:
         pools, rank = config.select.pools_per_update, group.rank
@@ -135,10 +131,6 @@ def build_selector(
 
 def check_peeked(selector: Selector | Replay, pools: object) -> None:
     """Refuse look-aheads that draw more pools than live shares of sources let be drawn.
-
-    Args:
-        selector: of the run.
-        pools: as of a `Task`.
 
     Raises:
         RunError: says how many these are.

@@ -88,8 +88,7 @@ def _digest(text: str) -> str:
 
 
 Device = Annotated[
-    str,
-    must_be("auto, cpu, cuda, cuda:N, mps or xpu", _matches(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")),
+    str, must_be("auto, cpu, cuda, cuda:N, mps or xpu", _matches(r"auto|(cpu|cuda|mps|xpu)(:\d+)?"))
 ]
 
 

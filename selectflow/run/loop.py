@@ -69,7 +69,7 @@ __all__ = ["RunError", "Task", "resolve_device", "train"]
 
 
 def train(config: RunConfig, task: Task) -> Path:
-    """Train a task with data selection, and leave a run directory.
+    """Train a task with data selection; returns the run directory, with all that it left.
 
     With `resume: auto` a run that was killed goes on from its newest checkpoint, and gives the
     same samples, scores, losses and weights as one that was not. SIGTERM and Ctrl-C let the
@@ -86,9 +86,6 @@ def train(config: RunConfig, task: Task) -> Path:
     Args:
         config: the run.
         task: the model and its data; moved to the configured device.
-
-    Returns:
-        The run directory.
 
     Raises:
         RunError: the run directory holds another run, or another process is at work in it.
@@ -157,12 +154,7 @@ class _Run:
     """The parts of a run and its loop; all that changes is in `state_dict`."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        task: Task,
-        saved: Saved | None,
-        upfront_s: float,
-        group: Group,
+        self, config: RunConfig, task: Task, saved: Saved | None, upfront_s: float, group: Group
     ) -> None:
         self.config, self.step, self.upfront_s = config, 0, upfront_s
         self.group, self.parallel = group, parallel_of(config, group)
@@ -234,16 +226,11 @@ class _Run:
     def train_on(self, parts: Sequence[tuple[Batch, Selection]]) -> tuple[float, float]:
         """One optimizer step on what was kept; its learning rate and its loss."""
         config, batches = self.config, [batch for batch, _ in parts]
+        batch = batches[0] if len(batches) == 1 else MicroBatches(batches)
         loss = update(
-            self.model,
-            self.losses,
-            batches[0] if len(batches) == 1 else MicroBatches(batches),
-            self.optimizer,
-            self.step,
-            config.optimizer.max_grad_norm,
-            config.train.accumulate,
-            self.group,
-        )
+            self.model, self.losses, batch, self.optimizer, self.step,
+            config.optimizer.max_grad_norm, config.train.accumulate, self.group,
+        )  # fmt: skip
         share_buffers(self.model, self.group)
         lr = self.optimizer.param_groups[0]["lr"] * parts[-1][1].lr_multiplier
         self.scheduler.step()
@@ -364,17 +351,11 @@ def _tracker(config: RunConfig, run_id: str | None) -> Tracker:
     track, select = config.track, config.select
     strategy = "replay" if select.replay else select.strategy
     return Tracker(
-        config.run_dir,
-        config.model_dump(mode="json"),
-        name=config.run_name,
-        mode=track.wandb,
-        project=track.project,
-        group=track.group,
-        job_type=track.job_type or os.environ.get("WANDB_JOB_TYPE") or strategy,
-        tags=track.tags,
-        run_id=run_id,
+        config.run_dir, config.model_dump(mode="json"), name=config.run_name, mode=track.wandb,
+        job_type=track.job_type or os.environ.get("WANDB_JOB_TYPE") or strategy, run_id=run_id,
         with_tensorboard=track.tensorboard,
-    )
+        **track.model_dump(include={"project", "group", "tags"}),
+    )  # fmt: skip
 
 
 # --- the command line of the programs in trainers/ ------------------------------------------------

@@ -157,11 +157,6 @@ def _batches(config: RunConfig, task: Task, device: torch.device) -> Iterator[Ba
 def write_scores(folder: str | Path, scores: SampleScores, kept: Iterable[str]) -> Path:
     """Write `scores.parquet`: a row `key, score, occurrences, kept` for each sample, best first.
 
-    Args:
-        folder: where it goes.
-        scores: of the samples.
-        kept: keys of those that are kept.
-
     Returns:
         The file, which is there whole or not at all.
 
@@ -243,11 +238,9 @@ def write_kept(
     """Write what a run with a ledger kept as a dataset; returns its manifest, and of how many.
 
     Args:
-        run_dir: of the run.
         root: dataset directory, made if missing.
         top: the best share of the candidates by mean score is written, not those kept.
         source: the run's dataset; None: where it was.
-        layout: how to lay the samples out.
 
     Raises:
         LedgerError: there is no ledger, or it cannot be read.

@@ -30,11 +30,6 @@ def parallel_of(config: RunConfig, group: Group) -> Parallel | None:
 def check_same(what: str, values: Mapping[str, Any], group: Group) -> None:
     """Refuse, in all processes, what differs between them.
 
-    Args:
-        what: the values are of.
-        values: by name, sections within sections.
-        group: the processes.
-
     Raises:
         RunError: names a value that differs, and where.
     """
@@ -98,7 +93,6 @@ def target_share(
     Args:
         parts: of `evaluation_share`.
         batches: the whole of which they are parts.
-        group: the processes.
 
     Raises:
         RunError: all batches have fewer examples than there are processes.
@@ -129,10 +123,7 @@ def evaluate(
     """Means over all examples of all processes: sums over each one's, divided by all of them.
 
     Args:
-        evaluate_part: as of a `Task`.
-        model: in evaluation mode.
         parts: of `evaluation_share`.
-        group: the processes.
     """
     if group.size == 1:
         return evaluate_part(model, [batch for batch, _ in parts])

@@ -49,7 +49,6 @@ def read_choices(
     """The choices of a run, step by step, pool by pool.
 
     Args:
-        run_dir: a run directory with a ledger.
         after: the first one is that of step `after` + 1.
         num_pools: pools of a step, all of one size.
         rank: of the process that chose; None: all of them.

@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -43,11 +36,7 @@ def pace(task: Task) -> str:
 
 
 def progress_bar(
-    name: str,
-    steps: int,
-    *,
-    is_shown: bool = True,
-    get_time: Callable[[], float] | None = None,
+    name: str, steps: int, *, is_shown: bool = True, get_time: Callable[[], float] | None = None
 ) -> Progress:
     """A bar on stdout at a terminal, and elsewhere nothing; `get_time` is another clock."""
     console = Console(file=sys.stdout)

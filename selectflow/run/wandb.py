@@ -29,18 +29,16 @@ _EVALUATIONS = ("test/", "target/")
 
 
 NAME = "W&B"
-Mode = Literal["offline", "online"]
+Mode = Literal["disabled", "offline", "online"]
 _PROJECT = "selectflow"
 # WANDB_MODE -> mode; "run" and "dryrun" are W&B's earlier names, "shared" is one run of many nodes
-_MODES: dict[str, Literal["disabled", "offline", "online"]] = {
+_MODES: dict[str, Mode] = {
     "disabled": "disabled", "offline": "offline", "online": "online",
     "dryrun": "offline", "run": "online", "shared": "online",
 }  # fmt: skip
 
 
-def mode_of(
-    asked: Literal["disabled", "offline", "online"] | None,
-) -> Literal["disabled", "offline", "online"]:
+def mode_of(asked: Mode | None) -> Mode:
     """The mode that is used where the caller asks for one, or for none, and WANDB_MODE says its."""
     text = os.environ.get("WANDB_MODE", "").strip().lower()
     said = _MODES.get(text)
@@ -53,9 +51,7 @@ def mode_of(
     return _settled(asked or said or "disabled", said)
 
 
-def _settled(
-    asked: Literal["disabled", "offline", "online"], said: str | None
-) -> Literal["disabled", "offline", "online"]:
+def _settled(asked: Mode, said: str | None) -> Mode:
     if "disabled" in (asked, said):
         return "disabled"
     return "offline" if "offline" in (asked, said) else "online"
@@ -303,7 +299,6 @@ def download_run(path: str, timeout_s: int = 20) -> RemoteRun:
 
     Args:
         path: entity/project/run_id.
-        timeout_s: seconds that a request may take.
 
     Raises:
         TrackingError: no key, no network, or no such run.
