@@ -103,7 +103,7 @@ class RecordedRun:
 def predictions(
     recorded: RecordedRun, horizon: float
 ) -> Iterator[tuple[str, str, RecordedRun, Mapping[str, Any]]]:
-    """All predictions for one horizon, each made when it is asked for: recordings are large.
+    """All predictions for one horizon, made one at a time: recordings are large.
 
     Those of the system level need a recording of their own each, so only the whole run has them.
 

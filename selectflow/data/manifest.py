@@ -1,4 +1,4 @@
-"""The manifest of a dataset directory: which shards it holds, and what was asked for to make it."""
+"""The manifest of a dataset directory: which shards it holds, and the options it was made with."""
 
 import hashlib
 import json

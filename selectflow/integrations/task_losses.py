@@ -39,7 +39,7 @@ class TaskLosses:
 
     Known are causal and masked language models, sequence to sequence, classes of tokens and of
     whole examples (text, images), and of TRL the `DPOTrainer` (sigmoid, hinge, ipo) and the
-    `RewardTrainer`. All else is taken for a causal language model.
+    `RewardTrainer`. Anything else is treated as a causal language model.
 
     Args:
         trainer: its model is there.
@@ -77,7 +77,7 @@ class TaskLosses:
         return replace(batch, constants={_CHOSEN: chosen, _REJECTED: rejected})
 
     def num_tokens(self, batch: Batch) -> float | None:
-        """Tokens that count of an example of the batch, in the mean; None: not a task of tokens."""
+        """Mean number of tokens that count per example; None: not a task of tokens."""
         if self._losses == self._causal:
             return float((shifted_labels(batch) != IGNORED).sum(1).double().mean())
         if self._losses == self._of_tokens:

@@ -37,7 +37,7 @@ Groups = dict[str, list[Run]]
 
 
 def strategy(run: Run) -> str:
-    """uniform, loss, offline, adaptive, online, replay, or the name of a user's own strategy."""
+    """uniform, loss, offline, adaptive, online, replay, or the name of a custom strategy."""
     return _strategy(run.config.get("select", {}))
 
 

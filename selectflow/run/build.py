@@ -130,7 +130,7 @@ def build_selector(
 
 
 def check_peeked(selector: Selector | Replay, pools: object) -> None:
-    """Refuse look-aheads that draw more pools than live shares of sources let be drawn.
+    """Refuse look-aheads that draw more pools than live shares of sources allow.
 
     Raises:
         RunError: says how many these are.

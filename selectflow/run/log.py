@@ -102,7 +102,7 @@ class Tracker:
         Args:
             step: optimizer steps done.
             values: by metric name; one that is not finite is written as "NaN", "Infinity" or
-                "-Infinity", so that it is told from one that was not measured.
+                "-Infinity", unlike one that was not measured.
 
         Raises:
             OSError: the line cannot be written; it names the file.
@@ -132,7 +132,7 @@ class Tracker:
     def show(
         self, samples: Callable[[], Sequence[Mapping[str, Any]]], name: str = "samples"
     ) -> None:
-        """Send samples to the sinks, as pictures or text; without one they are not asked for.
+        """Send samples to the sinks, as pictures or text; without one, `samples` is not called.
 
         Args:
             samples: call for rows of equal keys: plain values, and maybe under "png" a picture.

@@ -183,7 +183,7 @@ class _Run:
         self.ledger = Ledger(config.run_dir, self.pools.identity, group.rank, group.size)
         self.tracker: Tracker | None = None
         decisions, self.samples = None, None
-        if group.rank == 0:  # the others are silent
+        if group.rank == 0:  # the others do not log
             self.tracker = _tracker(config, own["tracker"]["run_id"] if own else None)
             decisions = DecisionLog(config.run_dir)
             self.samples = SampleDisplay(config, task, self.tracker)
@@ -369,7 +369,7 @@ def trainer_main(
     Args:
         arguments: of the command line: the YAML file and `key=value` overrides.
         build_task: makes the model and its data; the same for the same configuration.
-        usage: printed when asked for, or where there are no arguments.
+        usage: printed for --help, or without arguments.
 
     Returns:
         0, or 2 with a message where the input is at fault.

@@ -250,7 +250,7 @@ def write_kept(
     trained_on = source or config.data.trained_on
     split = stream.get("split", "train")
     fingerprint = open_catalog(trained_on, split).fingerprint
-    known = stream.get("fingerprint", fingerprint)  # pools of a user's own need not say
+    known = stream.get("fingerprint", fingerprint)  # custom pools need not say
     if known != fingerprint:
         raise DataError(
             f"source must be the dataset of the run, with fingerprint {known}, got {trained_on} "

@@ -85,10 +85,10 @@ def evaluation_share(batches: Sequence[Batch], group: Group) -> list[tuple[Batch
 def target_share(
     parts: Sequence[tuple[Batch, int]], batches: Sequence[Batch], group: Group
 ) -> list[Batch]:
-    """Of each target batch what this process scores by: as many examples as each other one.
+    """The part of each target batch that this process scores by, equally large in all processes.
 
-    So each example counts as much in the mean over processes. Of a batch that cannot be split
-    evenly some examples, fewer than processes, are left out, which is said.
+    So each example has the same weight in the mean over processes. If a batch cannot be split
+    evenly, fewer examples than there are processes are left out, with a warning.
 
     Args:
         parts: of `evaluation_share`.

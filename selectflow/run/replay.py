@@ -260,7 +260,7 @@ def _check_same(run_dir: str | Path, theirs: Mapping[str, Any], ours: Mapping[st
     differing = [
         f"{name}: {theirs[name]!r} there, {ours[name]!r} here"
         for name in theirs
-        if name in ours and theirs[name] != ours[name]  # pools of a user's own need not say
+        if name in ours and theirs[name] != ours[name]  # custom pools need not say
     ]
     if differing:
         listed = ", ".join(differing)

@@ -81,7 +81,7 @@ class Shown:
 
 
 class Newest(NamedTuple):
-    """A pool of a run and what became of its samples.
+    """A pool of a run, and which of its samples were kept.
 
     Attributes:
         step: the optimizer step that it was for.
@@ -126,7 +126,7 @@ def extremes(
 
 
 def newest(run_dir: Path, root: Sources, num: int) -> Newest | None:
-    """What a run that goes on chose at its last step on the disk; None where it has chosen nothing.
+    """What a run chose at its last step on the disk; None if it has chosen nothing yet.
 
     Args:
         root: the dataset, as `PoolStream` takes it.

@@ -1,7 +1,7 @@
 """Checkpoints of several processes: a folder in which each has written its part.
 
 `step-<n>/` holds `state/`, model and optimizer by torch.distributed.checkpoint; `rank-<r>.pt`, what
-else the rest of the run of that process depends on; and `files.json`. The folder gets its name when
+else that process needs to continue; and `files.json`. The folder gets its name when
 all parts are on the disk.
 """
 
@@ -35,7 +35,7 @@ def save_together(
     """Write a checkpoint, each process its part.
 
     Args:
-        folder: its name; another one of that name is replaced.
+        folder: its name; an earlier one of that name is replaced.
         own: what this process's part holds besides the model and the optimizer.
 
     Raises:

@@ -3,8 +3,8 @@
 The only file of a run that imports wandb, and only where W&B is used: a run without it does not
 pay for the import. W&B raises anything. An error of its own costs a warning and never a run.
 
-What the caller names goes before W&B's environment variables and settings files, and these before
-our defaults, as in `wandb.init`. Only "disabled" goes before all, and "offline" before "online".
+Arguments of the caller override W&B's environment variables and settings files, and these our
+defaults, as in `wandb.init`. But "disabled" from any of them wins, and "offline" over "online".
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MODES: dict[str, Mode] = {
 
 
 def mode_of(asked: Mode | None) -> Mode:
-    """The mode that is used where the caller asks for one, or for none, and WANDB_MODE says its."""
+    """The mode used, from the one the caller asks for, if any, and WANDB_MODE."""
     text = os.environ.get("WANDB_MODE", "").strip().lower()
     said = _MODES.get(text)
     if text and said is None:

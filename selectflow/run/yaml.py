@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put in what is merged: own keys go before it, and of several the first."""
+        """Insert merged mappings: own keys override them, and the first of several wins."""
         merged, own = [], []
         for key, value in node.value:
             if key.tag != f"{_TAG}merge":
@@ -103,7 +103,7 @@ def parse_yaml(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"must be YAML: {error.problem}{where}") from error
-    except (yaml.YAMLError, ValueError) as error:  # !!int and !!float of what is none
+    except (yaml.YAMLError, ValueError) as error:  # !!int and !!float of other text
         raise ConfigError(f"must be YAML: {error}") from error
 
 
@@ -166,7 +166,7 @@ class Configuration(Section):
         """What is wrong between fields that are right each, one line for each.
 
         Args:
-            values: plain values, as read from a file; single fields may be wrong or missing.
+            values: plain values, as read from a file; some fields may be wrong or missing.
 
         Raises:
             TypeError: a field has a wrong type.
