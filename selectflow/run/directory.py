@@ -219,7 +219,9 @@ class Checkpoints:
         return self._directory / f"step-{step:08d}"
 
     def drop_others(self, path: Path) -> None:
-        """Remove those that are too old beside a new one, later ones, and halves of folders."""
+        """Remove those that are too old beside a new one, later ones, and halves left by a kill."""
+        for half in self._directory.glob(".step-*.tmp"):
+            half.unlink()
         for half in self._directory.glob("step-*.tmp/"):
             shutil.rmtree(half)
         paths = self.paths()
