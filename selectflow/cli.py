@@ -1,7 +1,4 @@
-"""The command line: `selectflow init | shards | select | compare | audit | tune | doctor | ...`.
-
-`--install-completion` makes the shell complete them.
-"""
+"""The command line: `selectflow init | shards | select | compare | audit | tune | doctor | ...`."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from selectflow.run.terminal import print_anything
+from selectflow.core.files import print_anything
 
 if TYPE_CHECKING:
     from selectflow.data import Layout
@@ -51,16 +48,10 @@ _PACK = _option("N", "Samples of a record (default 1; text 64).")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command; `argv` None: the arguments of the process.
 
-    Args:
-        argv: arguments without the program's name; None for those of the process.
-
-    Returns:
-        0, or 2 for an error of the user, which is printed to stderr.
-
-    Raises:
-        SystemExit: with 2, after a message, where the arguments cannot be read.
+    Returns 0, or 2 for an error of the user, which is printed to stderr. Arguments that cannot be
+    read end the process with 2, by SystemExit.
     """
     print_anything()
     words = _with_wandb_mode(sys.argv[1:] if argv is None else argv)
@@ -190,8 +181,7 @@ def make(
     else:
         write = data.make_torchvision if kind == "torchvision" else data.make_folder
         manifest = write(root, argument, **options, seed=seed, layout=layout)
-    sizes = (f"{split} {manifest.num_samples(split)}" for split in manifest.splits)
-    print(f"wrote {root}: {', '.join(sizes)}")
+    print(f"wrote {root}: {manifest.sizes}")
 
 
 def _layout(given: dict[str, Any], **defaults: int) -> Layout:
@@ -226,26 +216,13 @@ def ls(
     split: str = _option("SPLIT", "Split of the sources.", "train"),
 ) -> None:
     """Splits, their sizes and how they were made; or the sources of a split."""
-    from selectflow.data import DataError, find_manifest, find_splits, open_catalog
+    from selectflow.data.listing import list_sources, list_splits
 
+    lines = list_splits(roots[0])
     if len(roots) > 1 or by:
-        _list_sources(dict(map(_named, roots)) if len(roots) > 1 else roots[0], split, by)
-        return
-    root = roots[0]
-    print(f"{'split':12} {'shards':>8} {'samples':>10} {'MiB':>10}")
-    for each in find_splits(root):
-        held = open_catalog(root, each)
-        size = held.num_bytes / 2**20
-        print(f"{each:12} {len(held.entries):8} {held.num_samples:10} {size:10.2f}")
-    first = held.entries[0]
-    print(f"fields: {', '.join(first.schema.names)}; samples of a record: {first.pack}")
-    try:
-        manifest = find_manifest(root)
-    except DataError:
-        print("made from: not known, without a manifest")
-        return
-    options = (f"{name}={value}" for name, value in manifest.options.items())
-    print(f"made from: {' '.join(options)} seed={manifest.seed}")
+        lines = list_sources(dict(map(_named, roots)) if len(roots) > 1 else roots[0], split, by)
+    for line in lines:
+        print(line)
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -253,20 +230,6 @@ def _named(text: str) -> tuple[str, str]:
     if not found:
         raise typer.BadParameter(f"must be NAME=ROOT where there are several, got {text!r}")
     return name, root
-
-
-def _list_sources(source: str | dict[str, str], split: str, by: str | None) -> None:
-    """What `data.sources` or `data.by` make of it: samples and share of each source."""
-    from selectflow.data import open_catalog
-    from selectflow.data.grouping import Grouping
-
-    catalog = open_catalog(source, split)
-    grouping = Grouping(catalog, by)
-    width = max(len("source"), *map(len, grouping.names))
-    print(f"{'source':{width}} {'shards':>8} {'samples':>10} {'share':>8}")
-    for name, part in zip(grouping.names, grouping.parts, strict=True):
-        share = part.size / catalog.num_samples
-        print(f"{name:{width}} {len(part.counts):8} {part.size:10} {share:8.2%}")
 
 
 @shards.command("head")
@@ -314,36 +277,10 @@ def write_shards(
     pack: int | None = _PACK,
 ) -> None:
     """What a run kept, as a dataset of its own."""
-    layout = _layout(locals())
-    from selectflow.data import DataError, find_splits, open_catalog
-    from selectflow.run.config import load
-    from selectflow.run.ledger import kept_keys, last_step, mean_scores, read_stream
-    from selectflow.run.offline import write_selected
+    from selectflow.run.offline import write_kept
 
-    stream = read_stream(run)
-    config = load(run / "config.yaml")
-    trained_on = source or config.data.trained_on
-    split = stream.get("split", "train")
-    fingerprint = open_catalog(trained_on, split).fingerprint
-    known = stream.get("fingerprint", fingerprint)  # pools of a user's own need not say
-    if known != fingerprint:
-        raise DataError(
-            f"source must be the dataset of the run, with fingerprint {known}, got {trained_on} "
-            f"with {fingerprint}; pass it by --source"
-        )
-    scores = mean_scores(run)
-    kept = kept_keys(run) if top is None else scores.top(top)
-    made_from: dict[str, Any] = {"run": config.run_name, "steps": last_step(run)}
-    made_from |= {"chosen": "kept"} if top is None else {"chosen": "top", "share": top}
-    copied: set[str] = set()  # of several sources the train split alone: the others are not theirs
-    if not isinstance(trained_on, dict):
-        copied = set(find_splits(trained_on)) - {split}
-    manifest = write_selected(
-        out, scores, kept, trained_on, made_from,
-        seed=config.seed, split=split, copied=copied, layout=layout,
-    )  # fmt: skip
-    sizes = (f"{name} {manifest.num_samples(name)}" for name in manifest.splits)
-    print(f"wrote {out}: {', '.join(sizes)}; of {len(scores.keys)} candidates")
+    manifest, num = write_kept(run, out, top, source, _layout(locals()))
+    print(f"wrote {out}: {manifest.sizes}; of {num} candidates")
 
 
 _WANDB_HELP = """Log the comparison as a W&B run: online (the default, offline where W&B cannot be
@@ -377,10 +314,7 @@ def compare(
     print(f"wrote {', '.join(map(str, written))}")
     if wandb:
         report = to_report(comparison, written)
-        groups = {run.config.get("track", {}).get("group") for run in comparison.all_runs}
-        group = groups.pop() if len(groups) == 1 else None
-        run_id = log_report(report, out, mode=wandb, project=project, group=group)
-        if run_id:
+        if run_id := log_report(report, out, mode=wandb, project=project):
             print(f"logged to W&B as run {run_id}")
 
 

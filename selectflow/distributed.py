@@ -12,12 +12,10 @@ that hold the shards of one copy.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -114,12 +112,14 @@ class Group:
                 made = make()
             except Exception as found:  # all processes raise it: none waits for this one
                 error = found
-        own = None if error is None else _Said(type(error), str(error))
-        made, said = self.first((made, own))
+        # not the error itself: the attributes of some cannot be sent
+        told = None if error is None else (type(error), str(error))
+        made, told = self.first((made, told))
         if error is not None:
             raise error
-        if said is not None:
-            raise said.kind(said.text) from _Elsewhere()
+        if told is not None:
+            kind, text = told
+            raise kind(text) from _Elsewhere()
         return made  # type: ignore[no-any-return]
 
     def wait(self) -> None:
@@ -190,18 +190,14 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        fits = size + tensor.nbytes <= _BUCKET_BYTES
-        if bucket and not (fits and _kind(tensor) == _kind(bucket[0])):
+        is_alike = bucket and (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and not (is_alike and size + tensor.nbytes <= _BUCKET_BYTES):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)
         size += tensor.nbytes
     if bucket:
         yield bucket
-
-
-def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
-    return tensor.dtype, tensor.device
 
 
 # --- how a model is spread ------------------------------------------------------------------------
@@ -242,7 +238,8 @@ class Layout:
                     "FullyShardedDataParallel (FSDP1); use torch.distributed.fsdp.fully_shard"
                 )
         reshard(model)
-        sharded: list[Any] = [p for p in _all_params(model) if is_sharded(p)]
+        held = (p for module in model.modules() for p in module._parameters.values())
+        sharded: list[Any] = [p for p in held if p is not None and is_sharded(p)]
         if not sharded:
             return cls()
         meshes = {group.mesh_info.mesh for group in _param_groups(model)}
@@ -253,12 +250,8 @@ class Layout:
                 f"{(other or sorted(map(str, meshes)))[0]}; tensor parallel and several meshes are "
                 "not supported"
             )
-        whole_ones = [
-            name
-            for name, param in model.named_parameters()
-            if param.requires_grad and not is_sharded(param)
-        ]
-        if whole_ones:
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        if whole_ones := [name for name, param in trained if not is_sharded(param)]:
             raise ValueError(
                 "all trained parameters must be sharded where some are, got whole ones, whose "
                 f"gradients fully_shard does not average: {', '.join(whole_ones[:5])}; apply "
@@ -278,10 +271,6 @@ class Layout:
 
 def _unless_alone(processes: dist.ProcessGroup | None) -> Group:
     return Group(processes) if processes is not None and processes.size() > 1 else ALONE
-
-
-def _all_params(model: nn.Module) -> Iterator[Tensor]:
-    return (p for m in model.modules() for p in m._parameters.values() if p is not None)
 
 
 def _sharded_modules(model: nn.Module) -> Iterator[Any]:
@@ -390,52 +379,9 @@ def over_shards(sums: Tensor) -> Tensor:
     return _SHARDS.get().sum(sums)
 
 
-# --- a job of several processes -------------------------------------------------------------------
-
-
-@contextmanager
-def joined(device: torch.device, timeout_s: float = 600.0) -> Iterator[Group]:
-    """The processes that torchrun has started, joined for as long as the context lasts.
-
-    Alone where torchrun has started none. A group that the caller has joined before is used.
-
-    Args:
-        device: where this process computes; of several with CUDA the current one from here on.
-        timeout_s: a process that waits longer for another in a collective raises.
-    """
-    if num_processes() > 1:
-        yield here()
-        return
-    if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    try:
-        yield here()
-    finally:
-        dist.destroy_process_group()
-
-
 def here() -> Group:
     """All the processes that are joined here."""
     return Group(dist.group.WORLD) if num_processes() > 1 else ALONE
-
-
-def local_rank() -> int | None:
-    """The number that torchrun gave this process among those of its machine; None: alone."""
-    rank = os.environ.get("LOCAL_RANK")
-    return int(rank) if rank and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-
-
-@dataclass(frozen=True)
-class _Said:
-    """An error that another process can raise: the attributes of some cannot be sent."""
-
-    kind: type[Exception]
-    text: str
 
 
 class _Elsewhere(Exception):

@@ -28,10 +28,11 @@ from selectflow.data import (
     write_manifest,
     write_split,
 )
-from selectflow.distributed import here, joined
+from selectflow.distributed import here
 from selectflow.run.config import RunConfig
 from selectflow.run.directory import lock
 from selectflow.run.loop import train
+from selectflow.run.spread import joined
 from selectflow.run.task import Task
 
 POOL, KEEP, STEPS = 24, 6, 9

@@ -61,14 +61,25 @@ def test_trainers_are_never_imported():
         assert not any(name.split(".")[0] == "trainers" for name in imported(path))
 
 
-def test_importing_selectflow_is_light():
+def imported_with(statement, names):
+    """Which of the modules a new process has after a statement."""
+    code = f"import sys; {statement}; print(*(m for m in {names.split()} if m in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_importing_the_selector_is_light():
     """Neither the data and tracking libraries nor heavy integrations come with the import."""
     heavy = (
         "wandb tensorboard webdataset torchvision matplotlib transformers peft trl accelerate "
         "tokenizers datasets lightning optuna sklearn safetensors pyarrow scipy typer"
     )
-    code = f"import sys, selectflow; print([m for m in {heavy.split()} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+    assert imported_with("from selectflow import Selector", heavy) == []
+
+
+def test_the_command_line_starts_without_torch():
+    """Help and completion are quick: a command imports what it needs when it runs."""
+    assert imported_with("import selectflow.cli", "torch numpy pydantic rich yaml") == []
+    assert imported_with("from selectflow import Selector", "torch") == ["torch"]

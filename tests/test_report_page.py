@@ -15,10 +15,10 @@ from selectflow.offline.score import SampleScores
 from selectflow.report import figures
 from selectflow.report.compare import summarize
 from selectflow.report.figures import EDGES, domains
-from selectflow.report.groups import flat
 from selectflow.report.page import describe_task, examine, read_selected, render
 from selectflow.run.offline import write_scores
 from selectflow.run.sections import DataConfig
+from selectflow.run.yaml import flat
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ class RecordedRun:
 def predictions(
     recorded: RecordedRun, horizon: float
 ) -> Iterator[tuple[str, str, RecordedRun, Mapping[str, Any]]]:
-    """All predictions for one horizon, each made when it is asked for: recordings are large.
+    """All predictions for one horizon, made one at a time: recordings are large.
 
     Those of the system level need a recording of their own each, so only the whole run has them.
 
@@ -162,7 +162,6 @@ def run_audit(config: AuditConfig, progress: Callable[[str], None] = lambda _: N
     """Measure every prediction at every learning rate, horizon and seed that is not measured yet.
 
     Args:
-        config: of the audit.
         progress: told what was finished, in words.
 
     Returns:
@@ -317,7 +316,6 @@ def write_scatter(truth: Tensor, scores: Mapping[str, Tensor], folder: Path) -> 
     Args:
         truth: shape (num_pairs, Q), of one run.
         scores: row -> its scores of the same run, same shape.
-        folder: where the picture goes.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415
 

@@ -289,7 +289,7 @@ def _warmed(config: AuditConfig, seed: int) -> dict[str, Tensor]:
 
 
 class ProxyRun:
-    """A run that goes on when it is told to; deterministic, as scores are: dropout is off.
+    """A run trained in stretches; deterministic, as scores are: dropout is off.
 
     Args:
         config: of the study.
@@ -334,7 +334,7 @@ class ProxyRun:
         return self.reader.updates(max(*self.config.horizons, 1))
 
     def train(self, steps: int) -> None:
-        """Go on for so many plain training steps."""
+        """Take plain training steps."""
         loss_fn = PROBLEMS[self.config.model.kind].loss_fn
         for _ in range(steps):
             self.optimizer.zero_grad()

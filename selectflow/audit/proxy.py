@@ -238,7 +238,6 @@ def run_proxy(
     """Measure every change at every learning rate, horizon and seed that is not measured yet.
 
     Args:
-        config: of the study.
         progress: told what was finished, in words.
 
     Returns:

@@ -53,8 +53,6 @@ def rerun(trajectory: Trajectory, queries: Batch, removals: Sequence[Removal]) -
     all share does not enter the difference.
 
     Args:
-        trajectory: the recorded run.
-        queries: N examples.
         removals: M of them; the reruns begin at the first update of any.
 
     Returns:
@@ -87,11 +85,6 @@ def expand(
 
     The weights move from nominal (alpha = 0) to the removal (alpha = 1); with phi(alpha) the
     query's loss, I = phi'(0) and Q = phi''(0) / 2, by forward tangents (`tangents`).
-
-    Args:
-        trajectory: the recorded run.
-        queries: N examples.
-        removals: M of them.
 
     Returns:
         I and Q, both of shape (M, N).
@@ -148,7 +141,6 @@ def effects(
     the present preconditioner, then after each update really made.
 
     Args:
-        derivatives: of the training loss.
         updates: H >= 1 updates, in order.
         state: the state before the first.
         perturbation: H batches and their M shifts, at learning rates at rest.

@@ -1,7 +1,7 @@
 """A study: its configuration, the loop over its runs, and the files that they leave.
 
 A run is one learning rate and seed. The files are written whole after each, and a later start with
-the same configuration goes on behind the runs that they hold.
+the same configuration continues after the runs that they hold.
 """
 
 import csv
@@ -22,14 +22,14 @@ from selectflow.options import ConfigError, Count, Directory, Section
 from selectflow.run.sections import Beta, Positive
 from selectflow.run.yaml import Configuration, load_as, read_yaml
 
-# What may differ between two starts of an audit: where it is, and which runs are asked for.
+# What may differ between two starts of an audit: its place, and which runs it measures.
 _NOT_MEASURED = {"name", "root", "overwrite", "seeds", "lrs", "num_threads"}
 
 
 class MLPModel(Section):
     """A multilayer perceptron on the digits."""
 
-    is_large: ClassVar[bool] = False  # so that double precision would be a burden
+    is_large: ClassVar[bool] = False  # whether double precision costs too much
     kind: Literal["mlp"] = "mlp"
     hidden: tuple[Count, ...] = Field(
         default=(16, 16), strict=False, description="units of each hidden layer"
@@ -67,7 +67,7 @@ class _TextModel(Section):
 
     @property
     def is_large(self) -> bool:
-        """Whether double precision would be a burden."""
+        """Whether double precision costs too much."""
         return self.shape != "small" or self.pretrained is not None
 
 
@@ -185,7 +185,10 @@ class ProxyConfig(Study):
         description="learning rates; each is that of a whole run",
     )
     horizons: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(0, 1, 2, 4, 8, 16, 32), strict=False, min_length=1, description="where one reads"
+        default=(0, 1, 2, 4, 8, 16, 32),
+        strict=False,
+        min_length=1,
+        description="updates until the target is read",
     )
     warm_steps: Count = Field(default=100, description="steps before the first window of a run")
     num_windows: Count = Field(default=2, description="windows of a run")
@@ -262,7 +265,6 @@ def run_study(
     """Measure each learning rate and seed of a study that is not measured yet.
 
     Args:
-        config: of the study.
         read: the rows that the directory holds.
         measure: learning rate, seed -> the rows of that run.
         write: writes the rows of all runs so far; called after each run.
@@ -293,7 +295,6 @@ def read_study(
     """Rows that the directory holds of this configuration, whatever seeds and learning rates.
 
     Args:
-        config: of the study.
         name: of the JSON file with the configuration.
         kind: what it must be of, for the message.
         rows: content of that file -> the rows.

@@ -1,7 +1,12 @@
-"""Files that are there whole or not at all, also when the process or the machine dies."""
+"""Files that are there whole or not at all, also when the process or the machine dies.
+
+And a standard output that takes any character.
+"""
 
 import errno
+import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,3 +56,12 @@ def size_on_disk(path: Path) -> int:
     with path.open("ab") as file:
         os.fsync(file.fileno())
         return file.tell()
+
+
+def print_anything() -> None:
+    """From here on, print a character that stdout cannot encode as its escape in Python source.
+
+    A run must not end because a terminal, a pipe or a log cannot show a character of its data.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

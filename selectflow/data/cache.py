@@ -126,7 +126,7 @@ class Cache:
         return file
 
     def read(self, url: str) -> bytes:
-        """The contents of a small file, which is asked for anew and not kept.
+        """The contents of a small file, which is fetched each time and not kept.
 
         Raises:
             DataError: it cannot be fetched in all attempts.

@@ -117,7 +117,7 @@ def split_docstrings(source: str) -> tuple[str, str]:
 
 
 def text_files(folder: str | Path) -> list[DocumentGroup]:
-    """The files `<folder>/<domain>/**/*.txt` and `.md`, in any case, as they are.
+    """The files `<folder>/<domain>/**/*.txt` and `.md`, in upper or lower case, as they are.
 
     Hidden files and those of other endings are left out, which a warning counts.
 

@@ -191,7 +191,7 @@ def finish(batch: Batch) -> Batch:
     }
 
 
-_has_gpu = cache(torch.cuda.is_available)  # asked for every field of every pool
+_has_gpu = cache(torch.cuda.is_available)  # needed for every field of every pool
 
 
 def _typed(name: str, leaf: Any) -> torch.Tensor:

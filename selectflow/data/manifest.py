@@ -1,4 +1,4 @@
-"""The manifest of a dataset directory: which shards it holds, and what was asked for to make it."""
+"""The manifest of a dataset directory: which shards it holds, and the options it was made with."""
 
 import hashlib
 import json
@@ -136,6 +136,11 @@ class Manifest:
     def num_samples(self, split: str) -> int:
         """Number of samples of one split; the errors of `shards`."""
         return sum(shard.count for shard in self.shards(split))
+
+    @property
+    def sizes(self) -> str:
+        """Samples of each split, for people."""
+        return ", ".join(f"{split} {self.num_samples(split)}" for split in self.splits)
 
     def fingerprint(self) -> str:
         """Hex digest of the manifest: equal if and only if samples, order and options are equal."""

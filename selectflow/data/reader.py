@@ -330,8 +330,6 @@ def read_pools(
     """Read a pool for each array of rows, as a model takes it: here, or in `num_workers` others.
 
     Args:
-        reader: of the shards.
-        rows: of each pool.
         num_workers: processes that read.
         prefetched: pools that each of them reads ahead, >= 1.
     """

@@ -1,6 +1,6 @@
 """The shares of the sources of a stream, pool by pool: fixed, scheduled, or following a selection.
 
-The shares of a pool are a function of its number and of what was told of the pools up to `delay`
+The shares of a pool depend on its number and on what was reported of the pools up to `delay`
 before it. So they are the same whoever draws the pool and when: a look-ahead, workers that read
 ahead, or a stream that was resumed.
 """

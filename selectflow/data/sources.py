@@ -29,7 +29,7 @@ from selectflow.data.schema import Census, Schema, check_alike, find_schema, has
 from selectflow.data.tar_index import scan
 from selectflow.data.urls import expand, is_listed, is_remote, member, name_of, root_of
 
-_AT_ONCE = 8  # shards that are asked for their version
+_AT_ONCE = 8  # shards whose versions are requested at once
 _FORMAT = 3  # of what is remembered of a shard
 _SETTLED_NS = 50_000_000  # a file that changed so lately may change again at an equal time
 

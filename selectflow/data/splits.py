@@ -215,8 +215,6 @@ def head(root: str | Path, split: str, count: int) -> list[Sample]:
     """The first samples of a split, in stored order.
 
     Args:
-        root: Dataset directory, or any other source of `PoolStream`.
-        split: Name of the split.
         count: Samples, >= 1.
 
     Raises:

@@ -229,9 +229,6 @@ def _read(root: str | Path, manifest: Manifest) -> bytes:
 def open_tokenizer(root: str | Path) -> Tokenizer:
     """The tokenizer that a dataset was written with.
 
-    Args:
-        root: Dataset directory, local or remote.
-
     Raises:
         DataError: The dataset has no tokens, or its tokenizer is missing or another one.
     """

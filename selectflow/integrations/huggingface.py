@@ -60,7 +60,9 @@ class SelectTrainerMixin(_Base):
     training arguments; a look-ahead follows them. An example may be several rows of a batch, as
     the pairs of TRL's DPOTrainer and RewardTrainer are: they are kept together or not at all.
     Scoring and look-ahead run as the training does: under bf16 autocast where it is; under fp16
-    they are in the precision of the parameters.
+    they are in the precision of the parameters. Under torchrun each process selects from its own
+    micro-batches. While `horizon="auto"` finds that it is better not to select, a random part of
+    each pool is trained on.
 
     Args:
         args: of the Trainer.
@@ -75,7 +77,7 @@ class SelectTrainerMixin(_Base):
             Trainer's mean over tokens: of each micro-batch, where the Trainer's is over all of an
             update; with `chunk_size`, of the first pool.
             On single examples of the first micro-batch it is compared, in eval mode, with the
-            Trainer's `compute_loss`; one of your own that differs is told of in a warning.
+            Trainer's `compute_loss`; if your own differs, a warning says so.
         select_options: further arguments of `Selector`, as `{"horizon": 0, "params": ["!*wte*"]}`.
         kwargs: of the Trainer.
 
@@ -115,7 +117,7 @@ class SelectTrainerMixin(_Base):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """As of the Trainer; the selector is resumed with the rest of the checkpoint."""
+        """As in the Trainer; the selector is resumed with the rest of the checkpoint."""
         if resume_from_checkpoint is True:
             # the Trainer says so if there is none
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # type: ignore[no-untyped-call]
@@ -124,7 +126,7 @@ class SelectTrainerMixin(_Base):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
-        """As of the Trainer; its collator must make as many rows of each example as of others."""
+        """As in the Trainer; its collator must make equally many rows of each example."""
         with self._rows_counted():
             loader = super().get_train_dataloader()
         self._counts_rows = counts_rows(loader)
@@ -167,7 +169,7 @@ class SelectTrainerMixin(_Base):
             yield self.selector.select(pool, pools.upcoming())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As of the Trainer; with the training loss go the means of what was selected."""
+        """As in the Trainer; means of what was selected are added to the training loss."""
         if "loss" in logs and self.selector is not None:
             every = self.selector.group.gather((self._means.state_dict(), self._select_s))
             states, seconds = zip(*every, strict=True)

@@ -5,8 +5,8 @@
     trainer.fit(module, selection.pools(loader))  # was: trainer.fit(module, loader)
 
 Lightning draws one batch ahead where it does not know how many there are, and restarts loaders at
-each epoch. So the callback owns the way of the pools: what Lightning draws is the promise of a
-batch, which is kept where it is unpacked, after the last optimizer step.
+each epoch. So the callback holds the pools: Lightning draws a placeholder, and the
+batch is selected when the placeholder is unpacked, after the last optimizer step.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
@@ -60,7 +56,7 @@ class SelectCallback(Callback):
         target: batches of clean examples that define the goal; held on the device. Of several
             processes each gives its share, or all of them the whole.
         keep: examples kept of each pool: a count, or a fraction in (0, 1].
-        options: further arguments of `Selector`; they go before what is read from the Trainer.
+        options: further arguments of `Selector`; they override what is read from the Trainer.
             `lr_scheduler` may be a function of the module that returns it.
 
     Attributes:
@@ -101,7 +97,7 @@ class SelectCallback(Callback):
     # --- hooks of Lightning -------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called before checkpoints are loaded and loaders are asked for."""
+        """Called before checkpoints are loaded and loaders are requested."""
         self._trainer, self._saved = trainer, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,12 +110,7 @@ class SelectCallback(Callback):
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed, which is not ours to use
             target = [self.prepared(batch) for batch in self._target]
         self.selector = Selector(
-            model,
-            trainer.optimizers[0],
-            self._losses,
-            target,
-            self._keep,
-            **options,
+            model, trainer.optimizers[0], self._losses, target, self._keep, **options
         )
         if self._saved is not None:
             self.selector.load_state_dict(self._saved["selector"])
@@ -138,12 +129,7 @@ class SelectCallback(Callback):
         self._is_selected = False
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what was selected, as means over the processes."""
         assert self.selector is not None
@@ -159,11 +145,11 @@ class SelectCallback(Callback):
         pl_module.log_dict(known, batch_size=1)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the Trainer: another one must have the callback, too."""
+        """Forget the Trainer: the next one must have the callback, too."""
         self._trainer = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Of every process, since rank 0 alone writes: the selector, and pools on their way."""
+        """Of all processes, as rank 0 alone writes: the selector, and pools drawn but not used."""
         if self.selector is None or self._pools is None:
             return {}
         loader = self._pools.loader
@@ -203,7 +189,7 @@ class SelectCallback(Callback):
         return to_device(converted, self._trainer.strategy.root_device)
 
     def resumed(self, loader: Any, *, is_stream: bool) -> list[Batch]:
-        """Pools that a checkpoint had on their way, where the loader goes on behind them.
+        """Pools that were drawn but not used at a checkpoint, if the loader continues after them.
 
         A loader that cannot, or that begins an epoch, gives them again.
         """
@@ -274,7 +260,7 @@ class _Pools(CombinedLoader):
         return loader
 
     def _unpacked(self) -> Iterator[Any]:
-        """The items (batch, its index, index of its loader), when they are asked for."""
+        """The items (batch, its index, index of its loader), made when they are read."""
         pool = next(iter(self._pools))
         self._num_promised -= 1
         yield self._callback.selected(pool, self._pools.upcoming())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from selectflow.core.batches import Batch
 from selectflow.core.wrappers import unadapted, uncompiled, unwrap
 from selectflow.integrations.example_rows import Grouped, collated
-from selectflow.models.language import IGNORED, causal_lm_losses, shifted_labels
+from selectflow.models.language import IGNORED, causal_lm_losses, shifted_labels, token_losses
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -39,7 +39,7 @@ class TaskLosses:
 
     Known are causal and masked language models, sequence to sequence, classes of tokens and of
     whole examples (text, images), and of TRL the `DPOTrainer` (sigmoid, hinge, ipo) and the
-    `RewardTrainer`. All else is taken for a causal language model.
+    `RewardTrainer`. Anything else is treated as a causal language model.
 
     Args:
         trainer: its model is there.
@@ -77,7 +77,7 @@ class TaskLosses:
         return replace(batch, constants={_CHOSEN: chosen, _REJECTED: rejected})
 
     def num_tokens(self, batch: Batch) -> float | None:
-        """Tokens that count of an example of the batch, in the mean; None: not a task of tokens."""
+        """Mean number of tokens that count per example; None: not a task of tokens."""
         if self._losses == self._causal:
             return float((shifted_labels(batch) != IGNORED).sum(1).double().mean())
         if self._losses == self._of_tokens:
@@ -114,11 +114,8 @@ class TaskLosses:
         """Of labels in the place of their logits."""
         labels = batch["labels"]
         logits = _logits(model, batch)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
-        )
         counts: Tensor = (labels != IGNORED).sum(1)
-        means: Tensor = losses.view(labels.shape).sum(1) / counts.clamp(min=1)
+        means: Tensor = token_losses(logits, labels).sum(1) / counts.clamp(min=1)
         return means * self._weights(counts).to(means)
 
     def _weights(self, counts: Tensor) -> Tensor:
@@ -162,10 +159,7 @@ def _dpo(trainer: Any, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     inputs = {k: v for k, v in batch.items() if k not in (_CHOSEN, _REJECTED, "completion_mask")}
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     tokens = batch["input_ids"][:, 1:].masked_fill(mask[:, 1:] == 0, IGNORED)
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), tokens.flatten(), reduction="none", ignore_index=IGNORED
-    )
-    chosen, rejected = (-part for part in losses.view(tokens.shape).sum(1).chunk(2))
+    chosen, rejected = (-part for part in token_losses(logits.float(), tokens).sum(1).chunk(2))
     chosen, rejected = chosen - batch[_CHOSEN], rejected - batch[_REJECTED]
     lengths = mask.sum(1).clamp(min=1).chunk(2)
     by_type: dict[str, Callable[[], Tensor]] = {

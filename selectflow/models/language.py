@@ -76,10 +76,15 @@ def causal_lm_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
             f"{tuple(targets.shape)} + (vocabulary,), got {tuple(logits.shape)}; prefixes that a "
             "model adds (prompt tuning) need a loss_fn of their own"
         )
+    return token_losses(logits, targets).sum(1) / (targets != IGNORED).sum(1)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token, shape (N, L), in nats; 0 where the target is `IGNORED`."""
     losses = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
-    ).view(targets.shape)
-    return losses.sum(1) / (targets != IGNORED).sum(1)
+    )
+    return losses.view(targets.shape)
 
 
 def shifted_labels(batch: Mapping[str, Any]) -> Tensor:

@@ -90,11 +90,7 @@ def mean_curve(lines: Sequence[Points], scale: float = 1.0) -> Curve:
 
 
 def curve(
-    runs: Sequence[Run],
-    metric: str,
-    over: str = STEP,
-    bins: int | None = None,
-    scale: float = 1.0,
+    runs: Sequence[Run], metric: str, over: str = STEP, bins: int | None = None, scale: float = 1.0
 ) -> Curve:
     """The mean line of runs of one group.
 
@@ -102,9 +98,6 @@ def curve(
     the mean value there. So seeds that ran at different speeds are averaged at equal progress.
 
     Args:
-        runs: the runs.
-        metric: what is drawn.
-        over: the x axis.
         bins: average each run to at most this many points first; None for no averaging.
         scale: factor of the values.
 
@@ -241,7 +234,6 @@ def histograms(label: str, counts: Mapping[str, npt.NDArray[np.int64]]) -> list[
     """Standardised scores of kept and rejected, and of altered and clean candidates, of a group.
 
     Args:
-        label: the group.
         counts: kind of candidate -> candidates in the bins of `EDGES`.
     """
     panels = []

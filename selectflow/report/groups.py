@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from selectflow.report.runs import ReportError, Run, broken_at, series
 from selectflow.run.metrics import DIVERGED_AT
+from selectflow.run.yaml import flat
 
 # Runs whose data or model differ are of different tasks; how data are read and stored may differ.
 _TASK = ("data.", "model.", "target.")
@@ -36,7 +37,7 @@ Groups = dict[str, list[Run]]
 
 
 def strategy(run: Run) -> str:
-    """uniform, loss, offline, adaptive, online, replay, or the name of a user's own strategy."""
+    """uniform, loss, offline, adaptive, online, replay, or the name of a custom strategy."""
     return _strategy(run.config.get("select", {}))
 
 
@@ -96,15 +97,6 @@ def groups(runs: Sequence[Run]) -> Groups:
 def task_of(runs: Sequence[Run]) -> dict[str, Any]:
     """The options that make the task, the same for all runs."""
     return {key: value for key, value in flat(runs[0].config) if _is_task(key)}
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Options of a configuration by dotted key."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _divides(key: str, run: Run) -> bool:

@@ -1,4 +1,4 @@
-"""Runs while they go on: the page of their comparison, made anew where their files have changed."""
+"""The page of a comparison while runs go on, made again when their files change."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ _EXPECTED = (ReportError, ConfigError, DataError, LedgerError, OSError)
 
 @dataclass(frozen=True)
 class Watched:
-    """A run as the head of the page tells of it.
+    """A run, as the head of the page describes it.
 
     Attributes:
         name: its directory.
-        state: what it does, or how it ended.
+        state: what it is doing, or how it ended.
         run: its metrics; None: it has none yet, or they cannot be read.
-        facts: (name, value) of what it did last.
+        facts: (name, value) pairs of its latest evaluation.
         newest: the pool that it chose from last; None: it is not known.
         note: why no samples are shown; "" where they are.
     """
@@ -112,7 +112,7 @@ class LivePage:
         self._svgs: dict[tuple[str, bytes], str] = {}
 
     def version(self) -> str:
-        """Another text where a file of a run has changed, or a run has begun or ended."""
+        """A text that changes when a file of a run changes, or a run begins or ends."""
         return _digest(self._stamps())
 
     def page(self) -> str:
@@ -186,7 +186,7 @@ def _runs_of(pattern: str) -> list[Path]:
 
 
 def _stamp(path: Path) -> tuple[Any, ...]:
-    """Another value where a file of a run has changed, or the run has begun or ended."""
+    """A value that changes when a file of the run changes, or the run begins or ends."""
     ledger = sorted((path / LEDGER_FOLDER).glob("*.parquet"), key=lambda part: part.name)
     files = [*(path / name for name in _FILES), *ledger[-64:]]  # the newest, of each process
     return (path.is_dir() and is_locked(path), *filter(None, map(_file_stamp, files)))
@@ -205,7 +205,7 @@ def _digest(stamps: dict[Path, Any]) -> str:
 
 
 def _watch(path: Path) -> Watched:
-    """What there is to tell of a run now; an error in its files is told, too."""
+    """What is known of a run now, or the error in its files."""
     name = str(path)
     if not path.is_dir():
         return Watched(name, "waited for: no such directory yet")

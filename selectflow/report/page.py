@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from selectflow.report import figures
 from selectflow.report.compare import Comparison
 from selectflow.report.figures import EDGES, Curve, Panel
-from selectflow.report.groups import Groups, flat, strategy
+from selectflow.report.groups import Groups, strategy
 from selectflow.report.runs import KEPT_ALTERED, Points, Run
 from selectflow.report.tables import grids, quantity, sentences, to_records, write_csv
 from selectflow.run.ledger import rank_samples, read_scored, sum_samples
@@ -26,6 +26,7 @@ from selectflow.run.metrics import WALL_S
 from selectflow.run.samples import Shown, extremes
 from selectflow.run.sections import DataConfig, ModelConfig
 from selectflow.run.wandb import Chart, Report
+from selectflow.run.yaml import flat
 
 _STRETCHES = 40  # of a run, for shares over steps
 
@@ -34,11 +35,6 @@ Metadata = Mapping[str, Mapping[str, Any]]
 
 def write_outputs(comparison: Comparison, examined: Sequence[Examined], folder: Path) -> list[Path]:
     """Write compare.csv, compare.html and the pictures into a folder, made if missing.
-
-    Args:
-        comparison: what `summarize` returns.
-        examined: what `examine_groups` returns.
-        folder: the folder.
 
     Returns:
         The files: compare.csv, compare.html, and as PNG compare (quality and kept noise), curves
@@ -174,11 +170,10 @@ def describe_task(comparison: Comparison) -> str:
 def to_report(comparison: Comparison, written: list[Path]) -> Report:
     """The comparison, and the files that `write_outputs` wrote of it, as a W&B run logs them."""
     records = to_records(comparison)
+    groups = {run.config.get("track", {}).get("group") for run in comparison.all_runs}
     charts = {
         f"over_{axis.metric.rpartition('/')[2]}/{panel.title.replace(' ', '_')}": Chart(
-            panel.y_label,
-            panel.x_label,
-            lines,
+            panel.y_label, panel.x_label, lines
         )
         for axis in figures.axes_of(comparison)
         for panel in figures.curves(comparison, axis)
@@ -201,6 +196,7 @@ def to_report(comparison: Comparison, written: list[Path]) -> Report:
         tables={"summary": (list(records[0]), [list(record.values()) for record in records])},
         charts=charts,
         files=written,
+        group=groups.pop() if len(groups) == 1 else None,
     )
 
 

@@ -29,7 +29,7 @@ KEPT = kept_share("")
 KEPT_ALTERED = kept_share("altered")
 _COUNTS = (SAMPLES_SEEN, SAMPLES_SCORED, TOKENS_SEEN)  # not logged before the first step: 0 there
 
-# Not what a run is judged by, and not unknown when it diverges.
+# Not judged by, so their last values stay valid when a run diverges.
 _NOT_JUDGED = ("perf/", "data/", "select/", STEP, LEARNING_RATE)
 
 Status = Literal["finished", "diverged", "stopped", "failed", "running", "crashed"]

@@ -13,7 +13,7 @@ from selectflow.report.runs import ReportError
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
-_NUM_PORTS = 20  # that are tried where none is asked for
+_NUM_PORTS = 20  # tried if no port is given
 _HEADERS = {
     "Cache-Control": "no-store",
     # scripts and requests of this server alone, whatever a run or a sample is called
@@ -43,7 +43,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://{HOST}:{self.server_port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a reader who has left; of a defect, its trace."""
+        """Ignore a reader who has left; print the trace of a defect."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -80,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not told."""
+        """Requests are not logged."""
 
 
 def open_server(page: LivePage, port: int | None) -> Server:

@@ -21,11 +21,11 @@ from selectflow.control.rules import AutoRate
 from selectflow.core.batches import Batch, chunks, describe, num_examples
 from selectflow.core.passes import LossFn
 from selectflow.core.wrappers import unwrap
-from selectflow.distributed import ALONE, Group, local_rank, whole
+from selectflow.distributed import ALONE, Group, whole
 from selectflow.run.config import RunConfig
 from selectflow.run.replay import Replay
 from selectflow.run.sections import OptimizerConfig, ScheduleConfig, SelectConfig, TrainConfig
-from selectflow.run.spread import unsynced
+from selectflow.run.spread import local_rank, unsynced
 from selectflow.run.task import RunError, Task
 from selectflow.selector import Selector
 from selectflow.strategies import Scorer
@@ -107,13 +107,9 @@ def build_selector(
     """What chooses the examples of each step: a selector, or the replay of a recorded run.
 
     Args:
-        config: of the run.
         task: its model is on the run's device.
-        optimizer: of the model.
-        scheduler: of the optimizer.
         target: the target set on the run's device.
         stream: what the pools depend on, as `PoolStream.identity`; {} where it is not known.
-        group: the processes that train.
     """
     if config.select.replay:
         pools, rank = config.select.pools_per_update, group.rank
@@ -157,11 +153,7 @@ def build_scorer(config: RunConfig, task: Task) -> Scorer | None:
 
 
 def check_peeked(selector: Selector | Replay, pools: object) -> None:
-    """Refuse look-aheads that draw more pools than live shares of sources let be drawn.
-
-    Args:
-        selector: of the run.
-        pools: as of a `Task`.
+    """Refuse look-aheads that draw more pools than live shares of sources allow.
 
     Raises:
         RunError: says how many these are.

@@ -57,7 +57,7 @@ def plain_name(text: str) -> str:
 
 
 def name_of(value: object) -> str:
-    """A value of a configuration as a part of a name, another one for another value.
+    """A value of a configuration as a part of a name; different values have different names.
 
     A number, a flat list of numbers and a word are told from its text; anything else has a digest.
     """
@@ -89,17 +89,16 @@ def _digest(text: str) -> str:
 
 
 Device = Annotated[
-    str,
-    must_be("auto, cpu, cuda, cuda:N, mps or xpu", _matches(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")),
+    str, must_be("auto, cpu, cuda, cuda:N, mps or xpu", _matches(r"auto|(cpu|cuda|mps|xpu)(:\d+)?"))
 ]
 
 
 class TrackConfig(Section, use_attribute_docstrings=True):
     """Where the metrics go besides metrics.jsonl.
 
-    What is said here goes before W&B's environment variables, and they before what null stands for.
-    But WANDB_MODE=disabled switches W&B off whatever is said here, and offline keeps it offline.
-    Where WANDB_DIR is set, W&B's own files go there, else into the run directory.
+    These settings override W&B's environment variables, which override what null means. But
+    WANDB_MODE=disabled always switches W&B off, and offline always keeps it offline. W&B's own
+    files go into WANDB_DIR if it is set, else into the run directory.
     """
 
     wandb: Literal["disabled", "offline", "online"] | None = None
@@ -116,8 +115,8 @@ class TrackConfig(Section, use_attribute_docstrings=True):
     tags: tuple[str, ...] = Field(default=(), strict=False)
     """W&B tags; none: those of WANDB_TAGS"""
     kinds: bool = True
-    """shares among the kept of what the data say of their samples (altered, where from), for which
-    all that they say is read before the first step"""
+    """log the shares of kinds of samples (altered, by origin) among the kept; the data's records of
+    them are read before the first step"""
     samples: int = Field(default=0, ge=0)
     """examples of the highest and as many of the lowest scores that are shown with each evaluation,
     and at the end for the whole run: on stdout, and at W&B and TensorBoard where they are used"""

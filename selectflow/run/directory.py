@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import random
 import re
 import shutil
@@ -28,8 +27,9 @@ from selectflow.distributed import num_processes
 from selectflow.run.config import RunConfig, load, to_yaml
 from selectflow.run.ledger import LEDGER_FOLDER
 from selectflow.run.log import DECISIONS
-from selectflow.run.shared_checkpoints import num_processes_of
+from selectflow.run.shared_checkpoints import num_processes_of, write_state
 from selectflow.run.task import RunError
+from selectflow.run.yaml import flat
 
 _LARGE = 32 << 20  # bytes of tensors
 # What may differ between a run and the one that resumes it.
@@ -93,24 +93,15 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def _check_same(config: RunConfig, before: RunConfig) -> None:
-    ours, theirs = (_fields(each.model_dump(mode="json")) for each in (config, before))
-    differing = [key for key in ours if ours[key] != theirs.get(key)]
+    ours, theirs = (dict(flat(each.model_dump(mode="json"))) for each in (config, before))
+    fixed = (key for key in ours if not {key, key.partition(".")[0]} & _FREE_ON_RESUME)
+    differing = [key for key in fixed if ours[key] != theirs.get(key)]
     if differing:
         listed = ", ".join(f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in differing)
         raise RunError(
             f"a run must be resumed with its own configuration, got {listed}; choose another "
             "name, or replace the run with overwrite=true"
         )
-
-
-def _fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of all sections that must not change, by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        path = prefix + name
-        if path not in _FREE_ON_RESUME:
-            found |= _fields(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return found
 
 
 _held: set[Path] = set()  # locks of this process: a record lock keeps out other processes alone
@@ -220,16 +211,7 @@ class Checkpoints:
     def _write(self, step: int, state: dict[str, Any]) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"step-{step:08d}.pt"
-        beside = path.with_suffix(".tmp")
-        try:
-            with beside.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            beside.unlink(missing_ok=True)
-            raise OSError(f"checkpoint {path} cannot be written: {_cause(error)}") from error
-        os.replace(beside, path)
+        write_state(path, state)
         self.drop_others(path)
 
     def folder(self, step: int) -> Path:
@@ -237,7 +219,9 @@ class Checkpoints:
         return self._directory / f"step-{step:08d}"
 
     def drop_others(self, path: Path) -> None:
-        """Remove those that are too old beside a new one, later ones, and halves of folders."""
+        """Remove those that are too old beside a new one, later ones, and halves left by a kill."""
+        for half in self._directory.glob(".step-*.tmp"):
+            half.unlink()
         for half in self._directory.glob("step-*.tmp/"):
             shutil.rmtree(half)
         paths = self.paths()
@@ -308,14 +292,6 @@ def _copy(state: Any) -> Any:
     if type(state) in (list, tuple):
         return type(state)(map(_copy, state))
     return deepcopy(state)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error of the disk behind one of torch's writer, which speaks of positions."""
-    behind = error.__cause__ or error.__context__
-    if isinstance(error, OSError) or behind is None:
-        return error
-    return _cause(behind)
 
 
 def generator_states() -> dict[str, Any]:

@@ -77,11 +77,7 @@ class Ledger:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        stream: Mapping[str, Any] | None = None,
-        rank: int = 0,
-        size: int = 1,
+        self, run_dir: Path, stream: Mapping[str, Any] | None = None, rank: int = 0, size: int = 1
     ) -> None:
         self._folder, self._writer = run_dir / LEDGER_FOLDER, Writer(rank, size)
         metadata = {_METADATA: json.dumps({"stream": dict(stream or {})}).encode()}
@@ -186,7 +182,6 @@ def read_ledger(run_dir: str | Path, columns: Sequence[str] | None = None) -> An
     """The ledger of a run, also of one that goes on.
 
     Args:
-        run_dir: the run directory.
         columns: names of those wanted; None: all.
 
     Returns:
@@ -205,8 +200,6 @@ def read_parts(
     """The ledger of a run in tables of whole steps, some 65,000 rows each; as `read_ledger`.
 
     Args:
-        run_dir: the run directory.
-        columns: names of those wanted; None: all.
         rank: of the process whose rows are wanted; None: all.
     """
     parts = parts_of(Path(run_dir, LEDGER_FOLDER))
@@ -231,7 +224,6 @@ def read_stream(run_dir: str | Path, rank: int = 0) -> dict[str, Any]:
     """What the pools of a run depend on, as `PoolStream.identity`; empty where it is not known.
 
     Args:
-        run_dir: the run directory.
         rank: of the process whose pools they are.
 
     Raises:
@@ -259,9 +251,6 @@ def last_step(run_dir: str | Path) -> int:
 
 def read_scored(run_dir: Path) -> Iterator[Any]:
     """The candidates of a run in tables of whole steps, with standardised scores.
-
-    Args:
-        run_dir: its directory.
 
     Yields:
         Tables of step, key, score and kept, of what was scored: those of the ledger, of a run by
@@ -332,9 +321,6 @@ def rank_samples(sums: Sequence[Any]) -> Any:
 
 def mean_scores(run_dir: str | Path) -> SampleScores:
     """The mean score of every candidate over all pools of a run that held it.
-
-    Args:
-        run_dir: a run directory with a ledger.
 
     Raises:
         LedgerError: there is none, or it cannot be read.

@@ -102,8 +102,6 @@ def merged(
     """Tables of whole steps; the rows of a step are those of rank 0, then those of rank 1, ...
 
     Args:
-        parts: of the writers.
-        columns: as of `read_ledger`.
         upto: the last step that is wanted.
     """
     if len(parts) == 1:
@@ -133,11 +131,7 @@ def merged(
 
 
 def last_whole_step(parts: dict[Writer, list[Part]]) -> float:
-    """The last step that all processes have written, of a run that may go on; inf: all there are.
-
-    Args:
-        parts: of all writers, at least one.
-    """
+    """The last step that all processes have written; inf: all there are, of one process."""
     if list(parts) == [Writer()]:
         return math.inf
     last: dict[int, list[int]] = {}  # steps, by the number of processes

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from selectflow.control.rules import Decision
 from selectflow.control.shares import moved_most
@@ -56,19 +56,11 @@ class Tracker:
         run_dir: directory of the run; made if it does not exist.
         config: the resolved configuration in plain values.
         name: name of the run in W&B.
-        mode: disabled, offline (no login needed) or online (offline if W&B cannot be reached);
-            None: WANDB_MODE, or disabled. WANDB_MODE=disabled goes before any, offline before
-            online.
-        project: W&B project; None: WANDB_PROJECT, or selectflow.
-        group: W&B group, the runs that are compared; None: WANDB_RUN_GROUP, or none.
-        job_type: W&B job type; None: WANDB_JOB_TYPE, or none.
-        tags: W&B tags; none: those of WANDB_TAGS.
+        mode, project, group, job_type, tags: as the fields of `TrackConfig`, None for null; they
+            name the run at W&B, which goes offline where it cannot be reached.
         run_id: id of an earlier W&B run that this one continues; None starts a new one.
         timeout_s: seconds that W&B may take to start, and again to upload the rest at the end.
         with_tensorboard: whether events for TensorBoard are written.
-
-    Raises:
-        OSError: the directory cannot be written.
     """
 
     def __init__(
@@ -77,7 +69,7 @@ class Tracker:
         config: Mapping[str, Any],
         *,
         name: str,
-        mode: Literal["disabled", "offline", "online"] | None = None,
+        mode: wandb.Mode | None = None,
         project: str | None = None,
         group: str | None = None,
         job_type: str | None = None,
@@ -110,7 +102,7 @@ class Tracker:
         Args:
             step: optimizer steps done.
             values: by metric name; one that is not finite is written as "NaN", "Infinity" or
-                "-Infinity", so that it is told from one that was not measured.
+                "-Infinity", unlike one that was not measured.
 
         Raises:
             OSError: the line cannot be written; it names the file.
@@ -140,7 +132,7 @@ class Tracker:
     def show(
         self, samples: Callable[[], Sequence[Mapping[str, Any]]], name: str = "samples"
     ) -> None:
-        """Send samples to the sinks, as pictures or text; without one they are not asked for.
+        """Send samples to the sinks, as pictures or text; without one, `samples` is not called.
 
         Args:
             samples: call for rows of equal keys: plain values, and maybe under "png" a picture.
@@ -305,8 +297,6 @@ class RunLog:
         """Send the means since the last flush, and an evaluation, to the tracker; write the ledger.
 
         Args:
-            step: optimizer steps done.
-            lr: the learning rate of the last one.
             wall_s: seconds of training so far: data, selection and updates.
             evaluation: metrics by name, as "test/accuracy".
             shares: of the sources of the pools, where they have any.

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from selectflow.core.batches import Batch, MicroBatches, to_device
+from selectflow.core.files import print_anything
 from selectflow.core.wrappers import unwrap
-from selectflow.distributed import Group, here, is_from_elsewhere, joined, reshard, share_buffers
+from selectflow.distributed import Group, here, is_from_elsewhere, reshard, share_buffers
 from selectflow.run import metrics, tensorboard
 from selectflow.run.build import (
     build_losses,
@@ -59,22 +60,16 @@ from selectflow.run.parallel import (
 )
 from selectflow.run.samples import SampleDisplay
 from selectflow.run.shared_checkpoints import Saved, load_together, own_state, save_together
-from selectflow.run.spread import spread, whole_weights
+from selectflow.run.spread import joined, spread, whole_weights
 from selectflow.run.task import PoolSource, RunError, Task
-from selectflow.run.terminal import (
-    StopRequest,
-    print_anything,
-    progress_bar,
-    show_progress,
-    stop_request,
-)
+from selectflow.run.terminal import StopRequest, progress_bar, show_progress, stop_request
 from selectflow.strategies import Selection
 
 __all__ = ["RunError", "Task", "resolve_device", "train"]
 
 
 def train(config: RunConfig, task: Task) -> Path:
-    """Train a task with data selection, and leave a run directory.
+    """Train a task with data selection; returns the run directory, with all that it left.
 
     With `resume: auto` a run that was killed goes on from its newest checkpoint, and gives the
     same samples, scores, losses and weights as one that was not. SIGTERM and Ctrl-C let the
@@ -85,14 +80,12 @@ def train(config: RunConfig, task: Task) -> Path:
     With `select.replay` the run trains on the examples that another run kept, without scoring.
 
     All processes that torch.distributed joins here train one run: call it in each, with pools of
-    its own. They need one file system; the first of them writes logs.
+    its own. They need one file system; the first of them writes logs. A run may go on in another
+    number of processes, at the same position in the data.
 
     Args:
         config: the run.
         task: the model and its data; moved to the configured device.
-
-    Returns:
-        The run directory.
 
     Raises:
         RunError: the run directory holds another run, or another process is at work in it.
@@ -161,12 +154,7 @@ class _Run:
     """The parts of a run and its loop; all that changes is in `state_dict`."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        task: Task,
-        saved: Saved | None,
-        upfront_s: float,
-        group: Group,
+        self, config: RunConfig, task: Task, saved: Saved | None, upfront_s: float, group: Group
     ) -> None:
         self.config, self.step, self.upfront_s = config, 0, upfront_s
         self.group, self.parallel = group, parallel_of(config, group)
@@ -200,7 +188,7 @@ class _Run:
         self.ledger = Ledger(config.run_dir, self.pools.identity, group.rank, group.size)
         self.tracker: Tracker | None = None
         decisions, self.samples = None, None
-        if group.rank == 0:  # the others are silent
+        if group.rank == 0:  # the others do not log
             self.tracker = _tracker(config, own["tracker"]["run_id"] if own else None)
             decisions = DecisionLog(config.run_dir)
             self.samples = SampleDisplay(config, task, self.tracker)
@@ -243,16 +231,11 @@ class _Run:
     def train_on(self, parts: Sequence[tuple[Batch, Selection]]) -> tuple[float, float]:
         """One optimizer step on what was kept; its learning rate and its loss."""
         config, batches = self.config, [batch for batch, _ in parts]
+        batch = batches[0] if len(batches) == 1 else MicroBatches(batches)
         loss = update(
-            self.model,
-            self.losses,
-            batches[0] if len(batches) == 1 else MicroBatches(batches),
-            self.optimizer,
-            self.step,
-            config.optimizer.max_grad_norm,
-            config.train.accumulate,
-            self.group,
-        )
+            self.model, self.losses, batch, self.optimizer, self.step,
+            config.optimizer.max_grad_norm, config.train.accumulate, self.group,
+        )  # fmt: skip
         share_buffers(self.model, self.group)
         lr = self.optimizer.param_groups[0]["lr"] * parts[-1][1].lr_multiplier
         self.scheduler.step()
@@ -373,17 +356,11 @@ def _tracker(config: RunConfig, run_id: str | None) -> Tracker:
     track, select = config.track, config.select
     strategy = "replay" if select.replay else select.strategy
     return Tracker(
-        config.run_dir,
-        config.model_dump(mode="json"),
-        name=config.run_name,
-        mode=track.wandb,
-        project=track.project,
-        group=track.group,
-        job_type=track.job_type or os.environ.get("WANDB_JOB_TYPE") or strategy,
-        tags=track.tags,
-        run_id=run_id,
+        config.run_dir, config.model_dump(mode="json"), name=config.run_name, mode=track.wandb,
+        job_type=track.job_type or os.environ.get("WANDB_JOB_TYPE") or strategy, run_id=run_id,
         with_tensorboard=track.tensorboard,
-    )
+        **track.model_dump(include={"project", "group", "tags"}),
+    )  # fmt: skip
 
 
 # --- the command line of the programs in trainers/ ------------------------------------------------
@@ -397,7 +374,7 @@ def trainer_main(
     Args:
         arguments: of the command line: the YAML file and `key=value` overrides.
         build_task: makes the model and its data; the same for the same configuration.
-        usage: printed when asked for, or where there are no arguments.
+        usage: printed for --help, or without arguments.
 
     Returns:
         0, or 2 with a message where the input is at fault.

@@ -19,13 +19,23 @@ from pyarrow.parquet import write_table
 
 from selectflow.core.batches import Batch, chunks, num_examples, num_kept, to_device
 from selectflow.core.files import atomic_file
-from selectflow.data import Layout, Manifest, PoolStream, Sources, write_subset
+from selectflow.data import (
+    DataError,
+    Layout,
+    Manifest,
+    PoolStream,
+    Sources,
+    find_splits,
+    open_catalog,
+    write_subset,
+)
 from selectflow.distributed import ALONE, Group
 from selectflow.offline.record import record
 from selectflow.offline.score import SampleScores, score_samples
 from selectflow.offline.trajectory import Trajectory
 from selectflow.run.build import build_optimizer, build_schedule, resolve_device
-from selectflow.run.config import RunConfig
+from selectflow.run.config import RunConfig, load
+from selectflow.run.ledger import kept_keys, last_step, mean_scores, read_stream
 from selectflow.run.task import RunError, Task
 
 _DEFAULT_LAYOUT = Layout()
@@ -147,11 +157,6 @@ def _batches(config: RunConfig, task: Task, device: torch.device) -> Iterator[Ba
 def write_scores(folder: str | Path, scores: SampleScores, kept: Iterable[str]) -> Path:
     """Write `scores.parquet`: a row `key, score, occurrences, kept` for each sample, best first.
 
-    Args:
-        folder: where it goes.
-        scores: of the samples.
-        kept: keys of those that are kept.
-
     Returns:
         The file, which is there whole or not at all.
 
@@ -221,3 +226,45 @@ def write_selected(
     )
     write_scores(root, scores, kept)
     return manifest
+
+
+def write_kept(
+    run_dir: Path,
+    root: Path,
+    top: float | None = None,
+    source: str | Path | None = None,
+    layout: Layout = _DEFAULT_LAYOUT,
+) -> tuple[Manifest, int]:
+    """Write what a run with a ledger kept as a dataset; returns its manifest, and of how many.
+
+    Args:
+        root: dataset directory, made if missing.
+        top: the best share of the candidates by mean score is written, not those kept.
+        source: the run's dataset; None: where it was.
+
+    Raises:
+        LedgerError: there is no ledger, or it cannot be read.
+        DataError: as `write_selected`; source is another dataset.
+    """
+    stream, config = read_stream(run_dir), load(run_dir / "config.yaml")
+    trained_on = source or config.data.trained_on
+    split = stream.get("split", "train")
+    fingerprint = open_catalog(trained_on, split).fingerprint
+    known = stream.get("fingerprint", fingerprint)  # custom pools need not say
+    if known != fingerprint:
+        raise DataError(
+            f"source must be the dataset of the run, with fingerprint {known}, got {trained_on} "
+            f"with {fingerprint}; pass it by --source"
+        )
+    scores = mean_scores(run_dir)
+    kept = kept_keys(run_dir) if top is None else scores.top(top)
+    made_from: dict[str, Any] = {"run": config.run_name, "steps": last_step(run_dir)}
+    made_from |= {"chosen": "kept"} if top is None else {"chosen": "top", "share": top}
+    copied: set[str] = set()  # of several sources the train split alone: the others are not theirs
+    if not isinstance(trained_on, dict):
+        copied = set(find_splits(trained_on)) - {split}
+    manifest = write_selected(
+        root, scores, kept, trained_on, made_from,
+        seed=config.seed, split=split, copied=copied, layout=layout,
+    )  # fmt: skip
+    return manifest, len(scores.keys)

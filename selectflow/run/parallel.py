@@ -30,11 +30,6 @@ def parallel_of(config: RunConfig, group: Group) -> Parallel | None:
 def check_same(what: str, values: Mapping[str, Any], group: Group) -> None:
     """Refuse, in all processes, what differs between them.
 
-    Args:
-        what: the values are of.
-        values: by name, sections within sections.
-        group: the processes.
-
     Raises:
         RunError: names a value that differs, and where.
     """
@@ -90,15 +85,14 @@ def evaluation_share(batches: Sequence[Batch], group: Group) -> list[tuple[Batch
 def target_share(
     parts: Sequence[tuple[Batch, int]], batches: Sequence[Batch], group: Group
 ) -> list[Batch]:
-    """Of each target batch what this process scores by: as many examples as each other one.
+    """The part of each target batch that this process scores by, equally large in all processes.
 
-    So each example counts as much in the mean over processes. Of a batch that cannot be split
-    evenly some examples, fewer than processes, are left out, which is said.
+    So each example has the same weight in the mean over processes. If a batch cannot be split
+    evenly, fewer examples than there are processes are left out, with a warning.
 
     Args:
         parts: of `evaluation_share`.
         batches: the whole of which they are parts.
-        group: the processes.
 
     Raises:
         RunError: all batches have fewer examples than there are processes.
@@ -129,10 +123,7 @@ def evaluate(
     """Means over all examples of all processes: sums over each one's, divided by all of them.
 
     Args:
-        evaluate_part: as of a `Task`.
-        model: in evaluation mode.
         parts: of `evaluation_share`.
-        group: the processes.
     """
     if group.size == 1:
         return evaluate_part(model, [batch for batch, _ in parts])

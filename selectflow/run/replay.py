@@ -49,7 +49,6 @@ def read_choices(
     """The choices of a run, step by step, pool by pool.
 
     Args:
-        run_dir: a run directory with a ledger.
         after: the first one is that of step `after` + 1.
         num_pools: pools of a step, all of one size.
         rank: of the process that chose; None: all of them.
@@ -261,7 +260,7 @@ def _check_same(run_dir: str | Path, theirs: Mapping[str, Any], ours: Mapping[st
     differing = [
         f"{name}: {theirs[name]!r} there, {ours[name]!r} here"
         for name in theirs
-        if name in ours and theirs[name] != ours[name]  # pools of a user's own need not say
+        if name in ours and theirs[name] != ours[name]  # custom pools need not say
     ]
     if differing:
         listed = ", ".join(differing)

@@ -81,7 +81,7 @@ class Shown:
 
 
 class Newest(NamedTuple):
-    """A pool of a run and what became of its samples.
+    """A pool of a run, and which of its samples were kept.
 
     Attributes:
         step: the optimizer step that it was for.
@@ -126,10 +126,9 @@ def extremes(
 
 
 def newest(run_dir: Path, root: Sources, num: int) -> Newest | None:
-    """What a run that goes on chose at its last step on the disk; None where it has chosen nothing.
+    """What a run chose at its last step on the disk; None if it has chosen nothing yet.
 
     Args:
-        run_dir: its directory.
         root: the dataset, as `PoolStream` takes it.
         num: samples of each kind, at most.
 
@@ -171,11 +170,6 @@ def _shown(
 
 def extreme_rows(run_dir: Path, source: Sources, num: int = 16) -> list[dict[str, Any]]:
     """The samples of a run with the highest and the lowest mean score, as rows of a table.
-
-    Args:
-        run_dir: its directory.
-        source: the dataset that it read, as `PoolStream` takes it.
-        num: samples at each end.
 
     Raises:
         DataError: the dataset cannot be read.
@@ -328,7 +322,6 @@ def lines(rows: Sequence[Mapping[str, Any]], title: str) -> str:
 
     Args:
         rows: each with "end", "score", "key", "text" and "origin".
-        title: of the table.
     """
     origins = max((len(row["origin"]) for row in rows), default=0)
     found = [title]

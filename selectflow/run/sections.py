@@ -52,13 +52,13 @@ class TextConfig(_Section):
     """What blocks of text are made of, as `selectflow shards make text` makes them."""
 
     source: Annotated[str, BeforeValidator(_expanded_source)] = "python"
-    """python: what comes with it; files:FOLDER; jsonl:FILE; hf:NAME"""
+    """python: Python's own source and prose; files:FOLDER; jsonl:FILE; hf:NAME"""
     tokenizer: Expanded = "bytes"
     """bytes; bpe:SIZE, trained on the text; or an existing one"""
     block: Annotated[int, Field(ge=2)] = 128
     """tokens of an example"""
     rest: Literal["drop", "pad", "pack"] = "drop"
-    """what becomes of tokens that fill no block"""
+    """what happens to tokens that do not fill a block"""
     target_domain: str | None = "code"
     """domain of the target and test sets; null: all"""
     mixture: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
@@ -82,7 +82,7 @@ class LiveSharesConfig(_Section):
     prior: Positive = AutoShares.prior
     """candidates of the mean rate that are added to each source, against noise"""
     floor: float = Field(default=AutoShares.floor, gt=0, le=1)
-    """share of its starting share q that a source keeps in any case"""
+    """share of its starting share q that a source always keeps"""
     drift: Positive = AutoShares.drift
     """most nats between starting and live shares"""
     delay: int = Field(default=AutoShares.delay, ge=0)
@@ -118,8 +118,8 @@ class DataConfig(_Section):
     live_shares: LiveSharesConfig = LiveSharesConfig()
     """how shares move (shares: auto, loss)"""
     max_epochs: Count | None = None
-    """times that a sample may come; a source that came so often is left to the others, and the run
-    ends with the last; null: any number"""
+    """times that a sample may be drawn; a source that is used up is left out, and the run ends
+    with the last source; null: any number"""
     label_noise: float = Field(default=0.0, ge=0, lt=1)
     """share of training labels made wrong (digits)"""
     seed: int = Field(default=0, ge=0)
@@ -167,7 +167,7 @@ class DataConfig(_Section):
 
     @property
     def reading(self) -> dict[str, Any]:
-        """Arguments of `PoolStream` that say how shards are read, not what comes of them."""
+        """Arguments of `PoolStream` that say how shards are read."""
         return self.model_dump(include={"buffer", "num_workers", "memory_gib", "max_errors"})
 
 

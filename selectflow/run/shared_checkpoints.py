@@ -1,7 +1,7 @@
 """Checkpoints of several processes: a folder in which each has written its part.
 
 `step-<n>/` holds `state/`, model and optimizer by torch.distributed.checkpoint; `rank-<r>.pt`, what
-else the rest of the run of that process depends on; and `files.json`. The folder gets its name when
+else that process needs to continue; and `files.json`. The folder gets its name when
 all parts are on the disk.
 """
 
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from selectflow.core.files import atomic_file
 from selectflow.distributed import Group
 from selectflow.run.log import log_state_of
 from selectflow.run.spread import Parallel, load_state, load_whole_state, save_state
@@ -34,11 +35,8 @@ def save_together(
     """Write a checkpoint, each process its part.
 
     Args:
-        folder: its name; another one of that name is replaced.
+        folder: its name; an earlier one of that name is replaced.
         own: what this process's part holds besides the model and the optimizer.
-        model: spread over the processes.
-        optimizer: of the model.
-        group: the processes.
 
     Raises:
         OSError: a part cannot be written; in all processes.
@@ -47,7 +45,7 @@ def save_together(
     group.on_first(lambda: _renew(beside))
     save_state(beside / "state", model, optimizer)
     with group.together(OSError):
-        _write(beside / f"rank-{group.rank:05d}.pt", own)
+        write_state(beside / f"rank-{group.rank:05d}.pt", own)
     group.on_first(lambda: _complete(beside, folder, group.size))
 
 
@@ -56,22 +54,27 @@ def _renew(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _write(path: Path, state: Mapping[str, Any]) -> None:
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state, whole and on the disk before it has its name; an OSError names the file."""
     try:
-        with path.open("wb") as file:
+        with atomic_file(path, durable=True) as file:
             torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-    except RuntimeError as error:  # torch reports a full disk so
-        raise OSError(f"checkpoint {path} cannot be written: {error}") from error
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise OSError(f"checkpoint {path} cannot be written: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error of the disk behind one of torch's writer, which speaks of positions."""
+    behind = error.__cause__ or error.__context__
+    if isinstance(error, OSError) or behind is None:
+        return error
+    return _cause(behind)
 
 
 def _complete(beside: Path, folder: Path, size: int) -> None:
     listed = {"processes": size, "bytes": _sizes(beside)}
-    with (beside / _FILES).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(listed, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_file(beside / _FILES, durable=True) as file:
+        file.write((json.dumps(listed, indent=2) + "\n").encode())
     shutil.rmtree(folder, ignore_errors=True)  # one that could not be read
     os.replace(beside, folder)
 
@@ -130,13 +133,7 @@ class Saved:
 
 
 def load_together(saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load model and optimizer of a checkpoint of any number of processes into any other.
-
-    Args:
-        saved: the checkpoint.
-        model: spread over the processes that are joined now.
-        optimizer: of the model.
-    """
+    """Load model and optimizer of a checkpoint of any number of processes into any other."""
     if saved.is_of_one:
         load_whole_state(saved.state, model, optimizer)
     else:
@@ -145,11 +142,6 @@ def load_together(saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:
 
 def own_state(saved: Saved, group: Group, parallel: Parallel | None) -> dict[str, Any]:
     """What this process goes on with, besides the model and the optimizer.
-
-    Args:
-        saved: the checkpoint.
-        group: the processes that go on.
-        parallel: how the model is laid out over them.
 
     Returns:
         What this rank saved. Where there were others, a state of all of theirs: at the same

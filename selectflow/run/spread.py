@@ -1,21 +1,56 @@
-"""Models over several processes, by torch: laid out, saved and loaded."""
+"""Models over the processes of a job, by torch: joined, laid out, saved and loaded."""
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from selectflow.core.wrappers import unwrap
-from selectflow.distributed import is_sharded, num_processes
+from selectflow.distributed import ALONE, Group, here, is_sharded, num_processes
 
 Parallel = Literal["ddp", "fsdp2"]
+
+
+@contextmanager
+def joined(device: torch.device, timeout_s: float = 600.0) -> Iterator[Group]:
+    """The processes that torchrun has started, joined for as long as the context lasts.
+
+    Alone where torchrun has started none. A group that the caller has joined before is used.
+
+    Args:
+        device: where this process computes; of several with CUDA the current one from here on.
+        timeout_s: a process that waits longer for another in a collective raises.
+    """
+    if num_processes() > 1:
+        yield here()
+        return
+    if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield here()
+    finally:
+        dist.destroy_process_group()
+
+
+def local_rank() -> int | None:
+    """The number that torchrun gave this process among those of its machine; None: alone."""
+    rank = os.environ.get("LOCAL_RANK")
+    return int(rank) if rank and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def spread(model: nn.Module, parallel: Parallel, device: torch.device) -> nn.Module:

@@ -29,10 +29,6 @@ class StarterError(ValueError):
 def write_starter(kind: str, folder: Path) -> list[Path]:
     """Write a trainer and commented configurations, which run from that folder as they stand.
 
-    Args:
-        kind: one of `KINDS`.
-        folder: made if it does not exist.
-
     Returns:
         The files, the trainer first, then the configuration to begin with.
 

@@ -19,7 +19,7 @@ from selectflow.data import DataError, Sources
 from selectflow.distributed import ALONE, Group
 from selectflow.strategies import Selection
 
-# what the processes of a group tell each other when they draw
+# what the processes of a group report to each other when they draw
 _HAS_POOL, _HAS_ENDED, _HAS_FAILED = range(3)
 
 
@@ -113,7 +113,7 @@ class PoolSource:
         return pool
 
     def upcoming(self) -> Iterator[Batch]:
-        """The pools after the last one handed out, drawn only when they are asked for."""
+        """The pools after the last one handed out, drawn only when they are read."""
         for place in count():
             if place == len(self._peeked):
                 try:
@@ -123,7 +123,7 @@ class PoolSource:
             yield self._peeked[place][0]
 
     def follow(self, selection: Selection) -> None:
-        """Tell the pools what was kept of the last one handed out, where they ask for it."""
+        """Tell the pools what was kept of the last one handed out, if they have `follow`."""
         if hasattr(self._pools, "follow"):
             self._pools.follow(selection)
 

@@ -1,6 +1,6 @@
 """TensorBoard: the metrics of a run under the names of metrics.jsonl, and its samples.
 
-The only file that imports tensorboard, and only where it is asked for (extra `tensorboard`). The
+The only file that imports tensorboard, and only if it is switched on (extra `tensorboard`). The
 files are in `tensorboard/` of the run directory: `tensorboard --logdir runs` shows all runs there.
 TensorBoard draws over steps and time; over samples, `selectflow watch` does.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import signal
 import sys
 import threading
@@ -12,14 +11,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -44,11 +36,7 @@ def pace(task: Task) -> str:
 
 
 def progress_bar(
-    name: str,
-    steps: int,
-    *,
-    is_shown: bool = True,
-    get_time: Callable[[], float] | None = None,
+    name: str, steps: int, *, is_shown: bool = True, get_time: Callable[[], float] | None = None
 ) -> Progress:
     """A bar on stdout at a terminal, and elsewhere nothing; `get_time` is another clock."""
     console = Console(file=sys.stdout)
@@ -105,12 +93,3 @@ def stop_request() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def print_anything() -> None:
-    """From here on, print a character that stdout cannot encode as its escape in Python source.
-
-    A run must not end because a terminal, a pipe or a log cannot show a character of its data.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")

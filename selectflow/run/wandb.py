@@ -3,8 +3,8 @@
 The only file of a run that imports wandb, and only where W&B is used: a run without it does not
 pay for the import. W&B raises anything. An error of its own costs a warning and never a run.
 
-What the caller names goes before W&B's environment variables and settings files, and these before
-our defaults, as in `wandb.init`. Only "disabled" goes before all, and "offline" before "online".
+Arguments of the caller override W&B's environment variables and settings files, and these our
+defaults, as in `wandb.init`. But "disabled" from any of them wins, and "offline" over "online".
 """
 
 from __future__ import annotations
@@ -29,19 +29,17 @@ _EVALUATIONS = ("test/", "target/")
 
 
 NAME = "W&B"
-Mode = Literal["offline", "online"]
+Mode = Literal["disabled", "offline", "online"]
 _PROJECT = "selectflow"
 # WANDB_MODE -> mode; "run" and "dryrun" are W&B's earlier names, "shared" is one run of many nodes
-_MODES: dict[str, Literal["disabled", "offline", "online"]] = {
+_MODES: dict[str, Mode] = {
     "disabled": "disabled", "offline": "offline", "online": "online",
     "dryrun": "offline", "run": "online", "shared": "online",
 }  # fmt: skip
 
 
-def mode_of(
-    asked: Literal["disabled", "offline", "online"] | None,
-) -> Literal["disabled", "offline", "online"]:
-    """The mode that is used where the caller asks for one, or for none, and WANDB_MODE says its."""
+def mode_of(asked: Mode | None) -> Mode:
+    """The mode used, from the one the caller asks for, if any, and WANDB_MODE."""
     text = os.environ.get("WANDB_MODE", "").strip().lower()
     said = _MODES.get(text)
     if text and said is None:
@@ -53,9 +51,7 @@ def mode_of(
     return _settled(asked or said or "disabled", said)
 
 
-def _settled(
-    asked: Literal["disabled", "offline", "online"], said: str | None
-) -> Literal["disabled", "offline", "online"]:
+def _settled(asked: Mode, said: str | None) -> Mode:
     if "disabled" in (asked, said):
         return "disabled"
     return "offline" if "offline" in (asked, said) else "online"
@@ -208,6 +204,7 @@ class Report:
         tables: head and rows by name.
         charts: drawn by W&B, by name.
         files: pictures and the page, shown and kept in an artifact, and what else is kept.
+        group: W&B group of all the runs, if they have one.
     """
 
     config: Mapping[str, Any]
@@ -215,6 +212,7 @@ class Report:
     tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]]
     charts: Mapping[str, Chart]
     files: Sequence[Path]
+    group: str | None = None
 
 
 def log_report(
@@ -223,7 +221,6 @@ def log_report(
     *,
     mode: Literal["online", "offline"],
     project: str | None = None,
-    group: str | None = None,
     timeout_s: float = 30.0,
 ) -> str | None:
     """Log a comparison as a run of job type "compare".
@@ -233,7 +230,6 @@ def log_report(
         folder: takes W&B's own files, under wandb/.
         mode: online (offline if W&B cannot be reached) or offline, for `wandb sync`.
         project: W&B project; None: WANDB_PROJECT, or selectflow.
-        group: W&B group, that of the runs.
         timeout_s: seconds that W&B may take to start, and again to upload the rest at the end.
 
     Returns:
@@ -245,7 +241,7 @@ def log_report(
         return None
     options = {
         "dir": str(folder), "config": dict(report.config), "name": "compare", "project": project,
-        "group": group, "job_type": "compare", "tags": ["compare"], "id": None,
+        "group": report.group, "job_type": "compare", "tags": ["compare"], "id": None,
     }  # fmt: skip
     run = start(options, used, timeout_s)
     if run is None:
@@ -303,7 +299,6 @@ def download_run(path: str, timeout_s: int = 20) -> RemoteRun:
 
     Args:
         path: entity/project/run_id.
-        timeout_s: seconds that a request may take.
 
     Raises:
         TrackingError: no key, no network, or no such run.

@@ -6,7 +6,7 @@ YAML is read as people write it: `1e-3` is a number, `010` is ten, a key given t
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_args
 
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put in what is merged: own keys go before it, and of several the first."""
+        """Insert merged mappings: own keys override them, and the first of several wins."""
         merged, own = [], []
         for key, value in node.value:
             if key.tag != f"{_TAG}merge":
@@ -103,7 +103,7 @@ def parse_yaml(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"must be YAML: {error.problem}{where}") from error
-    except (yaml.YAMLError, ValueError) as error:  # !!int and !!float of what is none
+    except (yaml.YAMLError, ValueError) as error:  # !!int and !!float of other text
         raise ConfigError(f"must be YAML: {error}") from error
 
 
@@ -144,6 +144,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Options of a configuration by dotted key."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 # --- configurations -------------------------------------------------------------------------------
 
 
@@ -157,7 +166,7 @@ class Configuration(Section):
         """What is wrong between fields that are right each, one line for each.
 
         Args:
-            values: plain values, as read from a file; single fields may be wrong or missing.
+            values: plain values, as read from a file; some fields may be wrong or missing.
 
         Raises:
             TypeError: a field has a wrong type.

@@ -42,7 +42,6 @@ def tune(sweep: Sweep, out: Path, jobs: int, tell: Callable[[str], None]) -> Stu
     """Run what is left of a sweep.
 
     Args:
-        sweep: the sweep.
         out: its directory: the record `study.journal`, and `runs/`, a directory for each run.
         jobs: processes at once, >= 1, of one thread each.
         tell: takes a line for each cell that ends.

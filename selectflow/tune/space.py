@@ -177,9 +177,6 @@ class Sweep:
 def load_sweep(path: str | Path) -> Sweep:
     """The sweep in a YAML file, checked together with the configuration that it varies.
 
-    Args:
-        path: a sweep file of W&B.
-
     Returns:
         The sweep. Its paths are taken from the working directory, as W&B's agents do.
 

@@ -37,7 +37,6 @@ def serve(sweep: Sweep, count: int | None = None) -> Cells:
     """Create a sweep on W&B's server, and run its settings here until it has no more.
 
     Args:
-        sweep: the sweep.
         count: most runs that this agent makes; None: no limit.
 
     Returns:
