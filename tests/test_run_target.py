@@ -2,7 +2,9 @@
 
 import json
 import math
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from selectflow.run.target import TargetPools, divided
 
 __all__ = ["digits"]  # the fixture
 
+VISION = Path(__file__).parents[1] / "trainers/vision.py"
 CPU = torch.device("cpu")
 
 
@@ -102,6 +105,18 @@ def test_a_run_on_the_target_alone_leaves_the_stream_alone(digits, tmp_path):
     assert sum(row["kept"] for row in rows) == 7 * 8
     lines = read_lines(tmp_path / "trial" / "metrics.jsonl")
     assert not any("select/kept_altered" in line for line in lines)
+
+
+def test_the_vision_trainer_trains_on_the_target_alone(digits, tmp_path):
+    data = {"name": "shards", "root": digits, "target_share": 1.0, "target_held_out": 0.5}
+    options = config(tmp_path, data=data, select={"strategy": "uniform", "keep": 1.0}, patience=2)
+    run_dir = train(options, runpy.run_path(str(VISION))["build_task"](options))
+    keys = read_ledger(run_dir)["key"].to_pylist()
+    assert len(keys) == 7 * 64
+    assert len({*keys}) == 100
+    last = read_lines(run_dir / "metrics.jsonl")[-1]
+    assert last["data/samples_seen"] == 7 * 64
+    assert last["target/accuracy"] * 100 == pytest.approx(round(last["target/accuracy"] * 100))
 
 
 USES = [
