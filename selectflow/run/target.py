@@ -58,7 +58,7 @@ class TargetPools:
     def identity(self) -> dict[str, Any]:
         """What the pools depend on but for the data themselves."""
         share = {"rank": self._rank, "world_size": self._size}
-        return {"split": "target", "pool": self._num, "seed": self._seed} | share
+        return {"of": "the target set", "pool": self._num, "seed": self._seed} | share
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last pool."""
