@@ -38,7 +38,7 @@ from torch.optim import Optimizer
 
 from selectflow import AutoHorizon, Selector
 from selectflow.core.batches import in_parts, join, num_examples, take
-from selectflow.report.compare import holm, paired, stat
+from selectflow.report.compare import Paired, holm, paired, stat
 from selectflow.report.tables import spread, verdict
 from selectflow.run.metrics import TEST_LOSS
 from selectflow.strategies import STRATEGIES
@@ -56,11 +56,13 @@ class Method(NamedTuple):
         options: of the `Selector`; None: nothing is selected.
         size: examples of the stream in a step; 0: none.
         mixed: examples of the target set in a step.
+        is_shared: whether all of the target set is trained on and selected by, not a half each.
     """
 
     options: dict[str, Any] | None = None
     size: int = KEEP
     mixed: int = 0
+    is_shared: bool = False
 
 
 SOME = round(MIXED * KEEP)
@@ -77,12 +79,15 @@ MAIN = {
     "adaptive": Method({"horizon": AutoHorizon(), "lr": "auto"}),
     "adaptive, always selects": Method({"horizon": AutoHorizon(off=False), "lr": "auto"}),
 }
+SHARED = {
+    "target mixed in, H = 0 by the same": Method({"horizon": 0}, KEEP - SOME, SOME, is_shared=True)
+}
 OTHERS = {  # of the field: dearer, or weaker than those above
     name: Method({"strategy": name})
     for name in STRATEGIES
     if name not in ("uniform", "loss", "rho", "gradient", "influence")
 }
-METHODS = MAIN | OTHERS
+METHODS = MAIN | SHARED | OTHERS
 
 # --- training
 
@@ -121,7 +126,7 @@ def batches(
 ) -> Iterator[Batch]:
     """What each step trains on; `data.target` is what may be used of it."""
     trained_on, selected_by, pools = data.target, data.target, shuffled(data.train, POOL, seed)
-    if method.options is not None and method.mixed:
+    if method.options is not None and method.mixed and not method.is_shared:
         trained_on, selected_by = divided(data.target, num_examples(data.target) // 2)
     clean = shuffled(trained_on, method.mixed, seed) if method.mixed else None
     if not method.size:
@@ -251,8 +256,8 @@ def rows(
     return sorted(found, key=lambda row: statistics.mean(row.losses))
 
 
-def table(found: Sequence[Row]) -> Iterator[str]:
-    """The rows in Markdown, each against the reference."""
+def tested(found: Sequence[Row]) -> list[Paired | None]:
+    """Each row against the reference; None for that itself, or where it is not among them."""
     ours = next((row for row in found if row.name == REFERENCE), None)
     tests = [
         paired([a - b for a, b in zip(row.losses, ours.losses, strict=True)])
@@ -260,9 +265,14 @@ def table(found: Sequence[Row]) -> Iterator[str]:
         else None
         for row in found
     ]
+    return holm(tests)
+
+
+def table(found: Sequence[Row]) -> Iterator[str]:
+    """The rows in Markdown; steps and seconds are those that the budget allowed."""
     yield f"| | loss | accuracy, % | against {REFERENCE} | loss at the end | steps | s | rate |"
     yield "| --- " * 8 + "|"
-    for row, test in zip(found, holm(tests), strict=True):
+    for row, test in zip(found, tested(found), strict=True):
         p = f", p {test.corrected_p:.3f}" if test else ""
         cells = [
             row.name,
@@ -278,16 +288,19 @@ def table(found: Sequence[Row]) -> Iterator[str]:
 
 
 def ranking(found: dict[str, list[Row]], names: Sequence[str]) -> Iterator[str]:
-    """The place of each method in each task, and the mean of its places."""
-    places = {
-        name: [1 + [row.name for row in each].index(name) for each in found.values()]
-        for name in names
-    }
+    """Test loss by task, the place in brackets; bold: better than the reference, slanted: worse."""
+    cells: dict[str, list[str]] = {name: [] for name in names}
+    places: dict[str, list[int]] = {name: [] for name in names}
+    marks = {"better": "**", "worse": "*"}
+    for each in found.values():
+        for place, (row, test) in enumerate(zip(each, tested(each), strict=True), start=1):
+            mark = marks.get(verdict(test, TEST_LOSS), "")
+            cells[row.name].append(f"{mark}{spread(stat(row.losses), 3)}{mark} ({place})")
+            places[row.name].append(place)
     yield f"| | {' | '.join(found)} | mean place |"
     yield "| --- " * (len(found) + 2) + "|"
     for name in sorted(names, key=lambda name: sum(places[name])):
-        cells = [name, *map(str, places[name]), f"{statistics.mean(places[name]):.1f}"]
-        yield f"| {' | '.join(cells)} |"
+        yield f"| {' | '.join([name, *cells[name], f'{statistics.mean(places[name]):.1f}'])} |"
 
 
 def draw_losses(path: Path, found: dict[str, dict[str, list[Row]]], names: Sequence[str]) -> None:
@@ -337,7 +350,7 @@ def main() -> None:
             title = f"{task}, {budget.title}, {args.num_target} of the target, {args.seeds} seeds"
             print("", title, "", *table(each), sep="\n", flush=True)
     for title, of in found.items():
-        print("", f"places, {title}", "", *ranking(of, args.methods), sep="\n")
+        print("", f"all tasks, {title}", "", *ranking(of, args.methods), sep="\n")
     if args.figure:
         draw_losses(args.figure, found, args.methods)
 
