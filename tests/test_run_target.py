@@ -12,6 +12,7 @@ from test_resume import Killed, assert_same, outcome
 from test_run import config, digits, loss_fn, read_lines, task
 from torch import nn
 
+from selectflow import Selector
 from selectflow.core.batches import take
 from selectflow.data import PoolStream
 from selectflow.distributed import ALONE
@@ -94,6 +95,19 @@ def test_a_mixed_run_is_torchs_own_on_what_was_kept_and_mixed_in(digits, tmp_pat
     assert line["data/target_samples_seen"] == 7 * 3
     for name, param in outcome(run_dir)[0].items():
         torch.testing.assert_close(param, model.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_mixed_in_selects(digits, tmp_path):
+    options = config(tmp_path, data={"target_share": 0.25}, select={"horizon": 0}, steps=1)
+    rows = read_ledger(train(options, task(digits)))
+    made = task(digits)
+    _, mixed = divided(options, made, ALONE, CPU)
+    optimizer = torch.optim.AdamW(made.model.parameters(), 3e-3, weight_decay=0.01)
+    for by, is_right in ((mixed.examples, True), (made.target[0], False)):
+        selector = Selector(made.model, optimizer, loss_fn, [by], 8, horizon=0)
+        selector.select(next(iter(PoolStream(digits, pool=32, seed=0))))
+        same = selector.last.scores.tolist() == pytest.approx(rows["score"].to_pylist())
+        assert same == is_right
 
 
 def test_a_run_on_the_target_alone_leaves_the_stream_alone(digits, tmp_path):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from selectflow.core.batches import Batch, MicroBatches, to_device
+from selectflow.core.batches import Batch, MicroBatches, chunks, to_device
 from selectflow.core.wrappers import unwrap
 from selectflow.distributed import Group, here, is_from_elsewhere, joined, reshard, share_buffers
 from selectflow.run import metrics, tensorboard
@@ -184,6 +184,9 @@ class _Run:
             for whole in (task.target, task.test)
         )
         target = target_share(self.target, task.target, group)
+        if self.mixed:  # what is mixed in also selects: the held-out part only judges
+            whole = list(chunks(self.mixed.examples, config.data.target_batch))
+            target = target_share(evaluation_share(whole, group), whole, group)
         self.losses = build_losses(self.model, task.loss_fn, config.train, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)

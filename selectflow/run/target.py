@@ -1,7 +1,8 @@
 """The target set trained on: alone, or mixed into the batches that are kept of the stream.
 
-One part of it is then held out. It alone is selected by, and the target loss is its mean: what was
-trained on would look learnt, and hardly have a gradient to select by.
+One part of it is then held out, and the target loss is its mean: what was trained on looks learnt.
+What is mixed in also selects: in trials that did better than to keep a part for each. Where the
+target set is all that is trained on, the held-out part selects.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ class TargetPools:
     """
 
     def __init__(self, examples: Batch, num: int, seed: int, rank: int = 0, size: int = 1) -> None:
-        self._examples, self._num, self._seed = examples, num, seed
+        self.examples, self._num, self._seed = examples, num, seed
         self._rank, self._size, self._position = rank, size, 0
 
     def at(self, position: int) -> Batch:
         """The pool of this process at a position, from 0."""
-        size = num_examples(self._examples)
+        size = num_examples(self.examples)
         start = (position * self._size + self._rank) * self._num
         rows = [
             _order(size, self._seed, place // size)[place % size]
             for place in range(start, start + self._num)
         ]
-        return take(self._examples, torch.stack(rows))
+        return take(self.examples, torch.stack(rows))
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
