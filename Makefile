@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 SEEDS ?= 0 1 2 3 4
 
-.PHONY: demo test test-slow package test-gpu lint format docs results bench study-proxy study-adaptive clean
+.PHONY: demo test test-slow package test-gpu lint format docs results bench study-baselines study-proxy study-adaptive clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -61,6 +61,12 @@ docs: $(READY)
 TASKS ?= noised clean imbalanced text lora finetune
 results: $(READY)
 	$(BIN)/python tests/benchmarks/results.py --tasks $(TASKS)
+
+# What else one could do with a stream and a target set, on five tasks; about an hour of one core.
+# The photographs and the doctors' visits come with two packages that nothing else here needs.
+study-baselines: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check scikit-image statsmodels
+	$(BIN)/python tests/benchmarks/baselines.py
 
 # Cost of a step and its parts, each printing the figures of notebooks/RESULTS.md.
 bench: $(READY)

@@ -200,6 +200,16 @@ def several(folder, rank):
     return found
 
 
+def mixed(folder, rank):
+    """Target examples in every batch, beside what is kept; stopped early where that is known."""
+    found = {}
+    for parallel, patience in (("ddp", 50), ("fsdp2", None)):
+        data, options = {"target_share": 0.25}, {"parallel": parallel, "patience": patience}
+        config = config_of(folder, f"mixed-{parallel}", INFLUENCE, data, **options)
+        found[parallel] = trained(folder, config)
+    return found
+
+
 def replayed(folder, rank):
     """The run `uniform-ddp` again, by what its ledger says."""
     config = config_of(folder, "replayed", {"replay": folder / "uniform-ddp"})
@@ -237,6 +247,8 @@ def refused(folder, rank):
     found["replay"] = refusal(folder, config_of(folder, "r", {"replay": folder / "alone"}))
     compiled = {"train": {"compile": True}, "parallel": "fsdp2"}
     found["compiled"] = refusal(folder, config_of(folder, "compiled", **compiled))
+    stopping = {"patience": 2, "parallel": "fsdp2"}
+    found["patience"] = refusal(folder, config_of(folder, "patience", **stopping))
     return found
 
 
@@ -336,7 +348,7 @@ def at_random(folder, rank):
 
 
 CASES = (
-    whole, resumed, several, replayed, refused, unequal, damaged, not_finite, changed, begun,
+    whole, resumed, several, mixed, replayed, refused, unequal, damaged, not_finite, changed, begun,
     shortened, killed, revived, at_random,
 )  # fmt: skip
 

@@ -68,6 +68,14 @@ def test_a_run_from_text_to_metrics(tmp_path, data, kind):
     assert lines[-1]["select/kept_altered"] == pytest.approx(lines[-1]["select/kept_shuffled"])
 
 
+def test_target_blocks_are_mixed_in_and_counted(tmp_path, data):
+    mixed = data | {"target_share": 0.2, "target_held_out": 0.25}  # 2 of 6 beside 8
+    run_dir = run(configured(tmp_path, mixed, KINDS["gpt2"]))
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["data/tokens_seen"] == 8 * (8 + 2) * 16
+    assert last["data/target_samples_seen"] == 8 * 2
+
+
 @both
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, data, kind):
     whole = configured(tmp_path / "whole", data, KINDS[kind])

@@ -24,13 +24,14 @@ from torch import nn
 
 from selectflow.core.batches import take
 from selectflow.data import PoolStream, read_batches
-from selectflow.distributed import Group
+from selectflow.distributed import ALONE, Group
 from selectflow.models.language import untrained_lm, with_lora
 from selectflow.run.build import resolve_device
 from selectflow.run.ledger import read_ledger
 from selectflow.run.parallel import evaluation_share
 from selectflow.run.replay import ReplayError
 from selectflow.run.spread import repeated_blocks
+from selectflow.run.target import divided
 from selectflow.run.task import RunError
 
 PROGRAM = Path(worker.__file__)
@@ -66,8 +67,8 @@ def folder(tmp_path_factory):
     assert status != 0
     assert "SIGKILL" in said
     cases = (
-        "whole", "resumed", "several", "replayed", "refused", "unequal", "damaged", "not_finite",
-        "changed", "shortened", "revived",
+        "whole", "resumed", "several", "mixed", "replayed", "refused", "unequal", "damaged",
+        "not_finite", "changed", "shortened", "revived",
     )  # fmt: skip
     status, said = torchrun(folder, *cases)
     assert status == 0, said
@@ -88,8 +89,10 @@ def metrics_of(folder, name):
     return [json.loads(line) for line in lines]
 
 
-def reference(folder, name):
+def reference(folder, name, mixed=None):
     """One process that trains on what the ledger says was kept: weights, and loss of each step.
+
+    Beside it on what `mixed` has for a step, counted from 0.
 
     The gradient is that of the mean loss over all that was kept, whoever had it.
     """
@@ -106,10 +109,15 @@ def reference(folder, name):
         pools = [rows[at : at + worker.POOL] for at in range(0, len(rows), worker.POOL)]
         optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
+        others = worker.loss_fn(model, mixed(step - 1)) if mixed else torch.zeros(0)
+        num = worker.KEEP * len(pools) + len(others)
+        if mixed:
+            (others.sum() / num).backward()
+            total += others.detach().sum() / num
         for pool in pools:
             kept = torch.tensor([place[row["key"]] for row in pool if row["kept"]])
             if len(kept):  # of the best of all pools, none may be of this one
-                loss = worker.loss_fn(model, take(samples, kept)).sum() / (worker.KEEP * len(pools))
+                loss = worker.loss_fn(model, take(samples, kept)).sum() / num
                 loss.backward()
                 total += loss.detach()
         assert sum(row["kept"] for row in rows) == worker.KEEP * len(pools)
@@ -168,6 +176,18 @@ def test_shards_train_as_whole_parameters_do(folder):
 def test_micro_batches_and_pools_of_an_update_are_one_batch(folder, parallel):
     weights, _ = reference(folder, f"s-{parallel}")
     assert difference(found(folder, "several")[parallel], weights) < 1e-10
+
+
+@both
+def test_what_is_mixed_in_is_shared_by_the_processes(folder, parallel):
+    size = {"data": {"target_share": 0.25, "pool": 2 * worker.POOL}}
+    alone = worker.config_of(folder, "alone", {"keep": 2 * worker.KEEP}, **size)
+    _, mixed = divided(alone, worker.task_of(folder), ALONE, torch.device("cpu"))
+    weights, losses = reference(folder, f"mixed-{parallel}", mixed.at)
+    assert difference(found(folder, "mixed")[parallel], weights) < 1e-10
+    last = metrics_of(folder, f"mixed-{parallel}")[-1]
+    assert last["train/loss"] == pytest.approx(losses[-1], abs=1e-10)
+    assert last["data/target_samples_seen"] == worker.STEPS * 4
 
 
 def test_what_is_printed_is_printed_once(folder):
@@ -274,6 +294,7 @@ def check_order(folder, name, numbers):
         ("few", "RunError", "a pool for each of 2 processes, 2 x 700 samples, got 1197"),
         ("replay", "LedgerError", "must have a ledger"),
         ("compiled", "RunError", "compile must be false with parallel fsdp2"),
+        ("patience", "RunError", "patience must be null with parallel fsdp2"),
     ],
 )
 def test_what_cannot_start_is_refused_in_all_processes(folder, case, kind, text):

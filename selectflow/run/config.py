@@ -140,6 +140,9 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
     """stop after these seconds of training, evaluation not counted"""
     eval_every: Count = 50
     """steps between two evaluations"""
+    patience: Count | None = None
+    """evaluations in a row without a lower target loss after which the run ends; the model that it
+    saves at its end is then the one with the lowest. null: no early stopping"""
     device: Device = "auto"
     """torch device; auto: an accelerator if there is one, else cpu"""
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
@@ -202,6 +205,7 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
         if scorer is not None and (is_offline or select["replay"] is not None):
             other = "select.horizon is .inf" if is_offline else "select.replay is given"
             yield f"scorer must be null when {other}, got {scorer!r}; nothing is scored by it then"
+        yield from _of_mixing(data["target_share"], select)
         if is_offline:
             yield from _of_offline(select)
             if data["shares"] in ("auto", "loss"):
@@ -231,6 +235,26 @@ def _of_offline(select: Mapping[str, Any]) -> Iterator[str]:
         if value != only:
             rule = "null" if only is None else only
             yield f"select.{key} must be {rule} when select.horizon is .inf, got {value!r}{fix}"
+
+
+def _of_mixing(share: object, select: Mapping[str, Any]) -> Iterator[str]:
+    """Fields that do not go with target examples that are trained on."""
+    if not isinstance(share, int | float) or not share:
+        return
+    rules: dict[str, tuple[str, set[Any]]] = {"horizon": ("finite", {math.inf})}
+    if share < 1:  # look-aheads may leave out what is mixed in; what decides by them may not
+        rules = {
+            "horizon": ("an integer", {math.inf, "auto"}),
+            "lr": ("schedule", {"auto"}),
+            "scope": ("local", {"global"}),
+        }
+    for key, (rule, others) in rules.items():
+        if select[key] in others:
+            yield (
+                f"select.{key} must be {rule} when data.target_share is {share:g}, got "
+                f"{select[key]}, which does not see the target examples that are trained on; "
+                "change it, or set data.target_share to 0"
+            )
 
 
 def _filled(section: Section, values: Mapping[str, Any], name: str) -> dict[str, Any]:

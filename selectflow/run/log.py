@@ -249,7 +249,11 @@ class RunLog:
         self._shares: dict[str, float] = {}  # at the last flush
 
     def step(
-        self, step: int, parts: Sequence[tuple[Mapping[str, Any], Selection]], loss: float
+        self,
+        step: int,
+        parts: Sequence[tuple[Mapping[str, Any], Selection]],
+        loss: float,
+        mixed: Mapping[str, Any] | None = None,
     ) -> None:
         """Record one optimizer step.
 
@@ -257,11 +261,15 @@ class RunLog:
             step: its number, from 1.
             parts: what was trained on, and the selection it comes from, for each of its pools.
             loss: mean over all of it.
+            mixed: target examples that were trained on, too; they are no candidates, and not in
+                the ledger.
         """
         self._means.add({metrics.TRAIN_LOSS: loss})
         self._counts["steps"] += 1
         for batch, selection in parts:
             self._pool(batch, selection, 1 / len(parts))
+        if mixed is not None:
+            self._counts["target"] += self._seen(mixed)
         self._ledger.add(step, *(selection for _, selection in parts))
 
     def _pool(self, batch: Mapping[str, Any], selection: Selection, share: float) -> None:
@@ -276,15 +284,20 @@ class RunLog:
         self._means.add(found, share)
         for name, part, num in metrics.kept_by_source(selection):
             self._means.add({metrics.SOURCE_KEPT + name: part}, num)
-        self._counts["seen"] += kept
-        if "tokens" in batch:
-            self._counts["tokens"] += batch["tokens"].numel()
+        self._seen(batch)
         if selection.losses is not None:
             self._counts["scored"] += num_examples(selection.pool)
         self._select_s += selection.seconds
         if self._decisions is not None:  # they are the same in all processes
             for decision in selection.decisions:
                 self._decisions.add(decision)
+
+    def _seen(self, batch: Mapping[str, Any]) -> int:
+        """Count a batch that was trained on; its examples."""
+        self._counts["seen"] += (num := num_examples(batch))
+        if "tokens" in batch:
+            self._counts["tokens"] += batch["tokens"].numel()
+        return num
 
     def flush(
         self,
@@ -310,7 +323,14 @@ class RunLog:
                 metrics.LEARNING_RATE: lr,
                 metrics.SAMPLES_SEEN: counts["seen"],
                 metrics.SAMPLES_SCORED: counts["scored"],
-                **({metrics.TOKENS_SEEN: counts["tokens"]} if counts["tokens"] else {}),
+                **{
+                    name: counts[kind]
+                    for name, kind in (
+                        (metrics.TARGET_SAMPLES_SEEN, "target"),
+                        (metrics.TOKENS_SEEN, "tokens"),
+                    )
+                    if counts[kind]
+                },
                 metrics.SELECT_S: sum(seconds for _, _, seconds in told) / len(told),
                 metrics.STEP_S: (wall_s - self._wall_s_before) / num_steps,
             }

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from selectflow.core.batches import Batch, MicroBatches, to_device
+from selectflow.core.batches import Batch, MicroBatches, chunks, to_device
 from selectflow.core.files import print_anything
 from selectflow.core.wrappers import unwrap
 from selectflow.distributed import Group, here, is_from_elsewhere, reshard, share_buffers
@@ -58,9 +58,11 @@ from selectflow.run.parallel import (
     parallel_of,
     target_share,
 )
+from selectflow.run.patience import Patience
 from selectflow.run.samples import SampleDisplay
 from selectflow.run.shared_checkpoints import Saved, load_together, own_state, save_together
 from selectflow.run.spread import joined, spread, whole_weights
+from selectflow.run.target import divided
 from selectflow.run.task import PoolSource, RunError, Task
 from selectflow.run.terminal import StopRequest, progress_bar, show_progress, stop_request
 from selectflow.strategies import Selection
@@ -157,8 +159,10 @@ class _Run:
         self, config: RunConfig, task: Task, saved: Saved | None, upfront_s: float, group: Group
     ) -> None:
         self.config, self.step, self.upfront_s = config, 0, upfront_s
+        self.patience = Patience(config.patience) if config.patience else None
         self.group, self.parallel = group, parallel_of(config, group)
         self.device = resolve_device(config.device)
+        task, self.mixed = divided(config, task, group, self.device)
         model = task.model
         self.model = spread(model, self.parallel, self.device) if self.parallel else model
         self.model.to(self.device)
@@ -173,6 +177,9 @@ class _Run:
             for whole in (task.target, task.test)
         )
         target = target_share(self.target, task.target, group)
+        if self.mixed:  # what is mixed in also selects: the held-out part only judges
+            whole = list(chunks(self.mixed.examples, config.data.target_batch))
+            target = target_share(evaluation_share(whole, group), whole, group)
         self.losses = build_losses(self.model, task.loss_fn, config.train, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_schedule(self.optimizer, config.schedule, config.steps)
@@ -203,20 +210,24 @@ class _Run:
         config, group = self.config, self.group
         if self.step == 0:
             self.log.flush(0, 0.0, self.upfront_s, self.evaluate(), self.pools.shares)
+        elif self.is_over():  # it was killed after its last step
+            return "finished"
         with progress_bar(config.run_name, config.steps, is_shown=group.rank == 0) as bar:
             self.watch.start()
             for parts in self.kept(config.steps - self.step):
-                lr, loss = self.train_on(parts)
+                mixed = self.mixed.at(self.step) if self.mixed else None
+                lr, loss = self.train_on(parts, mixed)
                 self.step += 1
                 wall_s = self.watch.stop()  # evaluation, logging and saving are not counted
                 stopped_by, wall_s = agreed(group, stop.name, wall_s)
-                self.log.step(self.step, parts, loss)
+                self.log.step(self.step, parts, loss, mixed)
                 if self.samples:
                     self.samples.add(self.step, [selection for _, selection in parts])
                 is_last = self.step == config.steps or wall_s >= (config.max_wall_s or math.inf)
                 is_evaluated = self.step % config.eval_every == 0 or is_last
                 if is_evaluated:
                     self.log.flush(self.step, lr, wall_s, self.evaluate(), self.pools.shares)
+                    is_last = is_last or self.is_over()
                     if self.samples:
                         self.samples.show_recent(self.step)
                 if self.step % config.checkpoint_every == 0 or is_last or stopped_by:
@@ -228,9 +239,16 @@ class _Run:
                 self.watch.start()
         return "finished"  # the pools have come to their end
 
-    def train_on(self, parts: Sequence[tuple[Batch, Selection]]) -> tuple[float, float]:
-        """One optimizer step on what was kept; its learning rate and its loss."""
+    def is_over(self) -> bool:
+        """Whether the target loss has not fallen for so long that the run ends early."""
+        return self.patience is not None and self.patience.is_over
+
+    def train_on(
+        self, parts: Sequence[tuple[Batch, Selection]], mixed: Batch | None
+    ) -> tuple[float, float]:
+        """One optimizer step on what was kept and mixed in; its learning rate and its loss."""
         config, batches = self.config, [batch for batch, _ in parts]
+        batches += [] if mixed is None else [mixed]
         batch = batches[0] if len(batches) == 1 else MicroBatches(batches)
         loss = update(
             self.model, self.losses, batch, self.optimizer, self.step,
@@ -280,6 +298,8 @@ class _Run:
         finally:
             self.model.train(training)
             reshard(self.model)
+        if self.patience:
+            self.patience.add(self.step, found[metrics.TARGET_LOSS], self.model)
         seconds = mean_over(self.group, self.pools.seconds)
         errors = sum(self.pools.errors.values())
         return found | {metrics.DATA_ERRORS: errors, metrics.DATA_S: seconds}
@@ -302,6 +322,8 @@ class _Run:
         """Write the rest of the log, how the run ended, and other facts of its end."""
         self.ledger.flush()
         if status == "finished":
+            if self.patience:
+                self.patience.put_back(self.model)
             weights = whole_weights(self.model) if self.task.save else {}
             self.group.wait()  # the ledger is whole
             if self.samples:
@@ -309,10 +331,11 @@ class _Run:
                     self.task.save(self.config.run_dir / "model", weights)
                 self.samples.show_all()
         upfront = {metrics.UPFRONT_S: self.upfront_s} if self.config.select.is_offline else {}
+        lowest = {metrics.LOWEST_AT: self.patience.step} if self.patience else {}
         errors = {"errors_by_shard": errors} if (errors := self.pools.errors) else {}
         if self.tracker:
             ended = {"status": status, "steps": self.step} | dict(facts or {})
-            self.tracker.finish(ended | upfront | errors)
+            self.tracker.finish(ended | upfront | lowest | errors)
 
     def state_dict(self) -> dict[str, Any]:
         """What the rest of the run depends on in this process, but for model and optimizer."""
@@ -328,6 +351,7 @@ class _Run:
             "wall_s": self.watch.seconds,
             "data_s": self.pools.seconds,
             "generators": generator_states(),
+            **({"patience": self.patience.state_dict()} if self.patience else {}),
             **(several if self.parallel else {}),
         }
 
@@ -342,6 +366,8 @@ class _Run:
         self.saved_at, self.pools.seconds = self.step, own.get("data_s", 0.0)
         self.scheduler.load_state_dict(own["scheduler"])
         self.pools.load_state_dict(own["pools"])
+        if self.patience:
+            self.patience.load_state_dict(own["patience"])
         if own["selector"] is not None:
             self.selector.load_state_dict(own["selector"])
         self.log.load_state_dict(own["log"], self.step)

@@ -43,7 +43,8 @@ def check_parallel(config: RunConfig, task: Task, group: Group) -> None:
     """Refuse what several processes cannot do; all of them call it.
 
     Raises:
-        RunError: their tasks differ; an epoch has no pool for each of them; compiled shards.
+        RunError: their tasks differ; an epoch has no pool for each of them; compiled shards;
+            early stopping of shards.
     """
     if group.size == 1:
         return
@@ -57,6 +58,11 @@ def check_parallel(config: RunConfig, task: Task, group: Group) -> None:
             f"the training split must have at least a pool for each of {group.size} processes, "
             f"{group.size} x {pool} samples, got {samples}; lower data.pool, or start fewer "
             "processes"
+        )
+    if config.patience and parallel_of(config, group) == "fsdp2":
+        raise RunError(
+            "patience must be null with parallel fsdp2, whose weights are sharded, got "
+            f"{config.patience}; use parallel=ddp, or stop at max_wall_s or steps"
         )
     if config.train.compile and parallel_of(config, group) == "fsdp2":
         raise RunError(

@@ -140,6 +140,13 @@ class DataConfig(_Section):
     """unreadable samples before the run stops; 0: the first does"""
     target_batch: Count = 200
     """examples of one batch of the target set"""
+    target_share: float = Field(default=0.0, ge=0, le=1)
+    """share of each batch that is of the target set, beside what is kept of the stream: 4 are added
+    to 12 that are kept at 0.25, in a pass of their own. 1: the pools are of the target set alone.
+    Look-aheads simulate steps without them. 0: it is never trained on"""
+    target_held_out: float = Field(default=0.2, gt=0, lt=1)
+    """share of the target set that is not trained on, when target_share is above 0: target/loss is
+    of this part alone. Selection is by what is mixed in, and at a share of 1 by this part"""
 
     @property
     def directory(self) -> Path | str:
