@@ -38,6 +38,7 @@ CONFIG = {"finetune": "text_finetune_online", "random": "text_online"}
 BLOCK = 128  # tokens of an example of text
 SIZES = {"": (4, 256), "tenth": (2, 96), "thirtieth": (1, 64)}  # layers and width of GPT-2
 HIDDEN = {"tenth": 24, "thirtieth": 8}  # units of the MLP's layers; the trained one has 128
+RATE = {"finetune": 2, "random": 2, "digits": 3}  # of a scorer, times the trained model's
 METHODS = ("uniform", "itself", "tenth", "thirtieth", "tenth, frozen", "tenth, random weights",
            "oracle", "plain, same seconds")  # fmt: skip
 Result = dict[str, float]
@@ -91,14 +92,14 @@ def images(method: str, seed: int) -> tuple[Setting, nn.Module | None]:
 
 
 def run(
+    task: str,
     setting: Setting,
     scoring: nn.Module | None,
     method: str,
     seed: int,
-    steps: int,
     seconds: float | None,
 ) -> Result:
-    """Train for so many steps, or for so many seconds of the processor."""
+    """Train for the task's steps, or for so many seconds of the processor."""
     model, optimizer, losses, target, stream, test, keep, clip, warmup = setting
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)))
     batches: Iterator[Batch]
@@ -113,8 +114,8 @@ def run(
         if scoring is not None and "frozen" in method:
             scorer = Scorer(scoring)
         elif scoring is not None:
-            rate = optimizer.param_groups[0]["lr"] / schedule.get_last_lr()[0]
-            own = torch.optim.AdamW(scoring.parameters(), rate * optimizer.defaults["lr"])
+            rate = RATE[task] * optimizer.defaults["lr"]
+            own = torch.optim.AdamW(scoring.parameters(), rate)
             after = LambdaLR(own, lambda step: min(1.0, (step + 1) / max(1, warmup)))
             scorer = Scorer(scoring, own, lr_scheduler=after, max_grad_norm=clip)
         selector = Selector(
@@ -133,7 +134,7 @@ def run(
         schedule.step()
         done += 1
         spent = time.process_time() - began
-        if done == steps if seconds is None else spent >= seconds:
+        if done == STEPS[task] if seconds is None else spent >= seconds:
             break
     return {"test_loss": mean_loss(losses, model, test), "steps": done, "seconds": spent}
 
@@ -152,7 +153,7 @@ def whole_pool_step_s(setting: Setting) -> float:
 
 
 def report(task: str, found: dict[str, list[Result]], whole_s: float) -> None:
-    plain = found["uniform"]
+    plain = found.get("plain, same seconds", found["uniform"])
     step_s = statistics.mean(each["seconds"] / each["steps"] for each in plain)
     print(f"\n{task}, {STEPS[task]} steps; a step on the whole pool costs {whole_s / step_s:.2f}")
     for method, results in found.items():
@@ -190,7 +191,7 @@ def main() -> None:
 
     for task in args.tasks:
         methods = [m for m in args.methods if not (task == "digits" and m == "oracle")]
-        if task == "random":  # its scorers have no other weights
+        if task != "finetune":  # scorers have no other weights
             methods = [m for m in methods if m not in ("tenth, frozen", "tenth, random weights")]
         for seed in range(args.seeds):
             for method in methods:
@@ -199,7 +200,7 @@ def main() -> None:
                 is_timed = method.startswith("plain")
                 seconds = known[f"{task}/tenth/{seed}"]["seconds"] if is_timed else None
                 setting, scoring = made(task, method, seed)
-                known[place] = run(setting, scoring, method, seed, STEPS[task], seconds)
+                known[place] = run(task, setting, scoring, method, seed, seconds)
                 with path.open("a") as file:
                     file.write(json.dumps([place, known[place]]) + "\n")
         found = {m: [known[f"{task}/{m}/{seed}"] for seed in range(args.seeds)] for m in methods}
