@@ -166,3 +166,8 @@ def of_selection(selection: Selection) -> dict[str, float | None]:
         KEPT_FRACTION: len(selection.indices) / len(scores),
         HORIZON: selection.horizon,
     }
+
+
+def of_shares(shares: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of the shares of sources, by source."""
+    return {SOURCE_SHARE + name: share for name, share in shares.items()}

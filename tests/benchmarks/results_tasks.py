@@ -92,14 +92,20 @@ DIGITS: Methods = {
 }
 
 
-def oracle(config: str) -> Options:
-    """As many blocks of the target's domain as the mixture has, and no others: a perfect choice."""
+def oracle(config: str, num_train: int | None = None) -> Options:
+    """As many blocks of the target's domain as the mixture has, and no others: a perfect choice.
+
+    Args:
+        config: whose mixture.
+        num_train: blocks of it; None: as it says.
+    """
     path = CONFIGS / f"{config}.yaml"
     text = load(path).data.text
     domain, mixture = str(text.target_domain), text.mixture or {}
-    if not mixture.get(domain) or text.num_train is None:
+    num_train = num_train or text.num_train
+    if not mixture.get(domain) or num_train is None:
         raise ValueError(f"data.text.mixture of {path} must have {domain}, got {mixture}")
-    there = round(mixture[domain] * text.num_train)
+    there = round(mixture[domain] * num_train)
     return {"data.text.mixture": f"{{{domain}: 1.0}}", "data.text.num_train": there}
 
 
@@ -153,15 +159,19 @@ LORA: Methods = {
 }
 
 
-def shared(name: str, steps: int) -> Methods:
-    """Selection with fixed shares of origins, and with shares that follow what is kept."""
-    online, uniform, fixed = f"{name}_online", f"{name}_uniform", {"steps": steps}
+def shared(name: str, steps: int, num_train: int) -> Methods:
+    """Selection with fixed shares of origins, and with shares that follow what is kept.
+
+    Some seeds have fewer blocks of prose than the configuration of adapters asks for: `num_train`.
+    """
+    online, uniform = f"{name}_online", f"{name}_uniform"
+    fixed: Options = {"steps": steps, "data.text.num_train": num_train}
     live = fixed | {"data.by": "json.origin", "data.shares": "auto"}
     return {
         UNIFORM: (uniform, fixed),
         "H = 0, fixed shares": (online, fixed | {"select.horizon": 0}),
         "H = 0, live shares": (online, live | {"select.horizon": 0}),
-        "oracle": (uniform, fixed | oracle(uniform)),
+        "oracle": (uniform, fixed | oracle(uniform, num_train)),
     }
 
 
@@ -182,11 +192,11 @@ TASKS = {
         from_base("text_finetune_base"), (TEST_LOSS,), ORIGINS, 5,
     ),
     "lora_shares": Task(
-        "Adapters, live shares of origins", "language", shared("text_lora", 100),
+        "Adapters, live shares of origins", "language", shared("text_lora", 100, 17000),
         from_base("text_lora_base"), (TEST_LOSS,), ORIGINS, 5,
     ),
     "finetune_shares": Task(
-        "Fine-tuning, live shares of origins", "language", shared("text_finetune", 100),
+        "Fine-tuning, live shares of origins", "language", shared("text_finetune", 100, 6400),
         from_base("text_finetune_base"), (TEST_LOSS,), ORIGINS, 5,
     ),
 }  # fmt: skip
