@@ -30,10 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWa
 SHARES = AutoShares(delay=2, memory=10, prior=2)  # the look-ahead peeks at one pool
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
+def write_sources(root):
     """Two sources of texts: tokens follow from each other, as in the target set, or do not."""
-    root = tmp_path_factory.mktemp("sources")
     parts = {"text": texts(120, 1)[::2], "noise": torch.randint(1, VOCABULARY, (90, LENGTH))}
     for name, rows in parts.items():
         samples = [{"__key__": f"s{at}", "npy": row.numpy()} for at, row in enumerate(rows)]
@@ -41,6 +39,11 @@ def sources(tmp_path_factory):
         manifest = Manifest({"train": tuple(shards)}, ("npy",), {"name": name}, 0)
         write_manifest(root / name, manifest)
     return {name: root / name for name in parts}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return write_sources(tmp_path_factory.mktemp("sources"))
 
 
 def stream_of(sources, **options):

@@ -22,13 +22,16 @@ KEEP, STEPS = 3, 12
 SHARES = AutoShares(delay=3, memory=10, prior=2)  # one pool is peeked at, one drawn by Lightning
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
+def write_sources(root):
     """Three sources of 40, 20 and 7 images, which hold the number that is their label."""
-    root = tmp_path_factory.mktemp("sources")
     for place, (name, count) in enumerate({"a": 40, "b": 20, "c": 7}.items()):
         make_small(root / name, count, per_shard=6, first=6 * place)
     return {name: root / name for name in "abc"}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return write_sources(tmp_path_factory.mktemp("sources"))
 
 
 def stream_of(sources, **options):
