@@ -92,20 +92,14 @@ DIGITS: Methods = {
 }
 
 
-def oracle(config: str, num_train: int | None = None) -> Options:
-    """As many blocks of the target's domain as the mixture has, and no others: a perfect choice.
-
-    Args:
-        config: whose mixture.
-        num_train: blocks of it; None: as it says.
-    """
+def oracle(config: str) -> Options:
+    """As many blocks of the target's domain as the mixture has, and no others: a perfect choice."""
     path = CONFIGS / f"{config}.yaml"
     text = load(path).data.text
     domain, mixture = str(text.target_domain), text.mixture or {}
-    num_train = num_train or text.num_train
-    if not mixture.get(domain) or num_train is None:
+    if not mixture.get(domain) or text.num_train is None:
         raise ValueError(f"data.text.mixture of {path} must have {domain}, got {mixture}")
-    there = round(mixture[domain] * num_train)
+    there = round(mixture[domain] * text.num_train)
     return {"data.text.mixture": f"{{{domain}: 1.0}}", "data.text.num_train": there}
 
 
@@ -159,19 +153,15 @@ LORA: Methods = {
 }
 
 
-def shared(name: str, steps: int, num_train: int) -> Methods:
-    """Selection with fixed shares of origins, and with shares that follow what is kept.
-
-    Some seeds have fewer blocks of prose than the configuration of adapters asks for: `num_train`.
-    """
-    online, uniform = f"{name}_online", f"{name}_uniform"
-    fixed: Options = {"steps": steps, "data.text.num_train": num_train}
+def shared(name: str, steps: int) -> Methods:
+    """Selection with fixed shares of origins, and with shares that follow what is kept."""
+    online, uniform, fixed = f"{name}_online", f"{name}_uniform", {"steps": steps}
     live = fixed | {"data.by": "json.origin", "data.shares": "auto"}
     return {
         UNIFORM: (uniform, fixed),
         "H = 0, fixed shares": (online, fixed | {"select.horizon": 0}),
         "H = 0, live shares": (online, live | {"select.horizon": 0}),
-        "oracle": (uniform, fixed | oracle(uniform, num_train)),
+        "oracle": (uniform, fixed | oracle(uniform)),
     }
 
 
@@ -192,11 +182,11 @@ TASKS = {
         from_base("text_finetune_base"), (TEST_LOSS,), ORIGINS, 5,
     ),
     "lora_shares": Task(
-        "Adapters, live shares of origins", "language", shared("text_lora", 100, 17000),
-        from_base("text_lora_base"), (TEST_LOSS,), ORIGINS, 5,
+        "Adapters, live shares of origins", "language", shared("text_lora", 100),
+        from_base("text_lora_base"), (TEST_LOSS,), ORIGINS, 3,
     ),
     "finetune_shares": Task(
-        "Fine-tuning, live shares of origins", "language", shared("text_finetune", 100, 6400),
+        "Fine-tuning, live shares of origins", "language", shared("text_finetune", 100),
         from_base("text_finetune_base"), (TEST_LOSS,), ORIGINS, 5,
     ),
 }  # fmt: skip
