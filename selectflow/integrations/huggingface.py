@@ -69,9 +69,10 @@ class SelectTrainerMixin(_Base):
 
     `train_dataset` may be a `PoolStream`, given itself and not in a loader. Its pools are the
     micro-batches: `data_collator` gets their tokens as "input_ids" and "labels", images as
-    "pixel_values" and "labels", texts as "text". It reads with its own workers, shards by its own
-    `rank` and `world_size`, tells its live shares of what is kept, and goes on from a checkpoint
-    where it was, to the bit, with no pool drawn again. Set `max_steps`.
+    "pixel_values" and "labels", texts as "text". It has its own workers, `rank` and `world_size`.
+    Live shares follow what is kept, as always `delay` pools later, by as many as its workers and
+    the look-ahead may be ahead. From a checkpoint it goes on where it was, to the bit. Set
+    `max_steps`. TRL's SFTTrainer refuses it: it takes those of the library datasets alone.
 
     Args:
         args: of the Trainer.
