@@ -62,18 +62,24 @@ def arguments(folder, **options):
     )  # fmt: skip
 
 
-def trainer_for(folder, model=None, select_options=None, kind=SelectTrainer, **options):
+def trainer_for(
+    folder, model=None, select_options=None, kind=SelectTrainer, train_dataset=None, **options
+):
     return kind(
         model or llama(),
         arguments(folder, **options),
-        train_dataset=dataset(texts(NUM, 1)),
+        train_dataset=train_dataset or dataset(texts(NUM, 1)),
         target=dataset(texts(40, 2)[::2]),
         keep=KEEP,
         select_options={"horizon": 2, "interval": 2} | (select_options or {}),
     )
 
 
-def own_loop(num_steps, accumulation, start=0):
+def by_tokens(batch):
+    return {"input_ids": batch["tokens"]}
+
+
+def own_loop(num_steps, accumulation, stream=None):
     """Our loop as the README shows it, with the Trainer's schedule, decay and clipping."""
     model, rows = llama(), texts(NUM, 1)
     named = list(model.named_parameters())
@@ -86,21 +92,24 @@ def own_loop(num_steps, accumulation, start=0):
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 5, num_steps)
     target = texts(40, 2)[::2]
     selector = Selector(
-        model, optimizer, causal_lm_losses, [{"input_ids": part} for part in target.split(10)],
+        model, optimizer, lambda model, batch: causal_lm_losses(model, by_tokens(batch)),
+        [{"tokens": part} for part in target.split(10)],
         keep=KEEP, horizon=2, interval=2, lr_scheduler=scheduler, max_grad_norm=1.0, seed=3,
         pools_per_update=accumulation,
     )  # fmt: skip
 
     def pools():
+        if stream is not None:
+            yield from selector.stream(stream)
         for _ in range(10):  # epochs: no look-ahead goes beyond the end of one
-            yield from selector.stream({"input_ids": pool} for pool in rows.split(POOL))
+            yield from selector.stream({"tokens": pool} for pool in rows.split(POOL))
 
     model.train()
     kept = []
     for index, batch in enumerate(pools(), 1):
-        kept.append(batch["input_ids"].tolist())
-        num_items = accumulation * batch["input_ids"][:, 1:].numel()
-        ids = batch["input_ids"]
+        ids = batch["tokens"]
+        kept.append(ids.tolist())
+        num_items = accumulation * ids[:, 1:].numel()
         model(input_ids=ids, labels=ids, num_items_in_batch=num_items).loss.backward()
         if index % accumulation == 0:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

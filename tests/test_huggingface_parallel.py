@@ -19,6 +19,7 @@ from test_huggingface import (
     texts,
     weights,
 )
+from test_huggingface_stream import Noted, stream_of, write_sources
 from torch.nn.parallel import DistributedDataParallel
 
 from selectflow import Selector
@@ -110,6 +111,31 @@ def test_keeps_and_learns_what_our_own_loop_does(two, port, tmp_path, accumulati
     assert [log["select/score_mean"] for log in found[0][2]] == [
         log["select/score_mean"] for log in found[1][2]
     ]
+
+
+def on_stream(folder, port, sources, resume=None):
+    as_torchrun(port)
+    stream = stream_of(sources, rank=dist.get_rank(), world_size=2)
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10}
+    trainer = trainer_for(folder, llama(9 if resume else 0), rows=stream, **options)
+    trainer.add_callback(noted := Noted(stream))
+    trainer.train(resume)
+    return trainer.trained_on, noted.shares, weights(trainer.model)
+
+
+def test_shares_of_a_stream_follow_both_processes_and_resume(two, port, tmp_path):
+    sources = write_sources(tmp_path)
+    whole = two.run(on_stream, str(tmp_path / "out"), port, sources)
+    rest = two.run(
+        on_stream, str(tmp_path / "out"), port, sources, str(tmp_path / "out" / "checkpoint-4")
+    )
+    assert whole[0][1] == whole[1][1]
+    assert whole[0][1][3] != whole[0][1][6] != whole[0][1][9]
+    assert whole[0][0] != whole[1][0]
+    for (kept, shares, trained), (others, those, ours) in zip(rest, whole, strict=True):
+        assert kept == others[4:]
+        assert shares == those[4:]
+        assert torch.equal(trained, ours)
 
 
 def everything_kept(folder, port, kind):

@@ -9,6 +9,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from problems import image_loss
 from test_lightning import KEEP, OPTIONS, POOL, Module, examples, target, trainer_of
 from test_lightning_resume import Saves
+from test_lightning_stream import trained as trained_on_stream
+from test_lightning_stream import write_sources
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -151,3 +153,26 @@ def test_keeps_and_learns_what_our_own_loop_does_and_resumes(two, tmp_path, name
         assert kept == others[5:]
         assert torch.equal(trained, ours)
         assert logged == before[5:]
+
+
+def on_stream(folder, sources, resume=None):
+    as_torchrun()
+    module, noted = trained_on_stream(
+        folder, sources, None if resume else Saves(f"{folder}/saved", 4), 9 if resume else 0,
+        resume, {"rank": dist.get_rank(), "world_size": 2}, strategy="ddp", devices=2, max_steps=10,
+    )  # fmt: skip
+    return module.trained_on, noted.shares, whole(module)
+
+
+def test_shares_of_a_stream_follow_both_processes_and_resume(two, tmp_path):
+    sources = write_sources(tmp_path)
+    all_of_it = two.run(on_stream, str(tmp_path / "out"), sources)
+    rest = two.run(on_stream, str(tmp_path / "out"), sources, str(tmp_path / "out" / "saved"))
+    shares = all_of_it[0][1]
+    assert shares == all_of_it[1][1]
+    assert shares[3] != shares[6] != shares[9]
+    assert all_of_it[0][0] != all_of_it[1][0]
+    for (kept, those, trained), (others, expected, ours) in zip(rest, all_of_it, strict=True):
+        assert kept == others[4:]
+        assert those == expected[4:]
+        assert torch.equal(trained, ours)

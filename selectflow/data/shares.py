@@ -152,7 +152,8 @@ class Shares:
             raise DataError(
                 f"the shares of pool {pool} follow what was kept of the first {told} pools, but "
                 f"of {self.num_told} alone the stream was told; call follow(selector.last) after "
-                "each selection (`Selector.stream` does so where it is given the stream itself), "
+                "each selection (`Selector.stream`, and the Trainer and Lightning with selection, "
+                "do so where they are given the stream itself), "
                 "or raise AutoShares(delay=), if workers and the look-ahead draw further ahead"
             )
         place = told - self.num_told - 1

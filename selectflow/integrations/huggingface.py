@@ -5,6 +5,8 @@
 
     trainer = SelectTrainer(model, args, train_dataset=data, target=clean, keep=4)
 
+`data` may be a `PoolStream`, whose shares of sources then follow what is kept.
+
 The Trainer's loop is untouched: `get_batch_samples`, where it draws the micro-batches of an update,
 draws selected ones. All else is public, too: a callback saves the selector beside each checkpoint,
 and `log` reports what was selected.
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
@@ -28,6 +31,7 @@ from selectflow.core.batches import Batch, PeekedPools, num_examples
 from selectflow.core.files import atomic_file
 from selectflow.core.passes import LossFn
 from selectflow.core.wrappers import without_autocast
+from selectflow.data import PoolStream
 from selectflow.integrations.example_rows import (
     Grouped,
     RowsChecked,
@@ -36,13 +40,14 @@ from selectflow.integrations.example_rows import (
     counts_rows,
     grouped,
 )
+from selectflow.integrations.stream_batches import micro_batches
 from selectflow.integrations.task_losses import TaskLosses
 from selectflow.integrations.trainer_checks import check_loss
 from selectflow.run import metrics
+from selectflow.run.task import PoolSource
 from selectflow.selector import Selector
 
 if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
     from transformers import Trainer as _Base
 else:
     _Base = object
@@ -63,6 +68,13 @@ class SelectTrainerMixin(_Base):
     they are in the precision of the parameters. Under torchrun each process selects from its own
     micro-batches. While `horizon="auto"` finds that it is better not to select, a random part of
     each pool is trained on.
+
+    `train_dataset` may be a `PoolStream`, given itself and not in a loader. Its pools are the
+    micro-batches: `data_collator` gets their tokens as "input_ids" and "labels", images as
+    "pixel_values" and "labels", texts as "text". It has its own workers, `rank` and `world_size`.
+    Live shares follow what is kept, as always `delay` pools later, by as many as its workers and
+    the look-ahead may be ahead. From a checkpoint it goes on where it was, to the bit. Set
+    `max_steps`. TRL's SFTTrainer refuses it: it takes those of the library datasets alone.
 
     Args:
         args: of the Trainer.
@@ -87,7 +99,8 @@ class SelectTrainerMixin(_Base):
     Raises:
         ValueError: several devices in a process, or DeepSpeed; no such target; a micro-batch that
             is not the same number of rows for each example, as collators without padding make; a
-            loss that is trained, by the model or the Trainer, other than the default one.
+            loss that is trained, by the model or the Trainer, other than the default one; a stream
+            of another pool or other processes, or a checkpoint that has no position of it.
         TypeError: an optimizer or schedule that is not modelled.
     """
 
@@ -111,6 +124,7 @@ class SelectTrainerMixin(_Base):
         self._means, self._select_s = metrics.Means(), 0.0
         self._resume_from: str | None = None
         self._source: Iterator[Batch] | None = None
+        self._stream: PoolSource | None = None  # the micro-batches of a PoolStream
         self._selected: Iterator[Batch] = iter(())
         self.add_callback(_SelectorCallback(self))
 
@@ -123,10 +137,20 @@ class SelectTrainerMixin(_Base):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # type: ignore[no-untyped-call]
         is_path = isinstance(resume_from_checkpoint, str)
         self._resume_from = str(resume_from_checkpoint) if is_path else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        found = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._stream is not None:  # what was only peeked at is drawn again
+            assert isinstance(self.train_dataset, PoolStream)
+            self.train_dataset.load_state_dict(self._stream.state_dict())
+        return found
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """As in the Trainer; its collator must make equally many rows of each example."""
+        if isinstance(self.train_dataset, PoolStream):
+            collator = RowsChecked(self.data_collator, type(self).__name__)
+            self._counts_rows = True
+            self._stream = micro_batches(self.train_dataset, collator, self._checked, self.args)
+            return DataLoader(self.train_dataset, batch_size=None)  # which is not drawn from
+        self._stream = None
         with self._rows_counted():
             loader = super().get_train_dataloader()
         self._counts_rows = counts_rows(loader)
@@ -151,7 +175,8 @@ class SelectTrainerMixin(_Base):
             self._source = epoch_iterator
             # Of an epoch that was stopped early: the Trainer begins each anew.
             (peeked := self.selector.state.peeked).clear()
-            self._selected = self._kept(PeekedPools(map(self._checked, epoch_iterator), peeked))
+            pools = PeekedPools(map(self._checked, epoch_iterator), peeked)
+            self._selected = self._kept(self._stream or pools)
         kept = []
         for batch in islice(self._selected, num_batches):
             last = self.selector.last
@@ -162,20 +187,25 @@ class SelectTrainerMixin(_Base):
             kept.append(collated(batch))
         return super().get_batch_samples(iter(kept), num_batches, device)
 
-    def _kept(self, pools: PeekedPools) -> Iterator[Batch]:
+    def _kept(self, pools: PeekedPools | PoolSource) -> Iterator[Batch]:
         """One batch of each pool, also while nothing is selected: the Trainer counts on as many."""
         assert self.selector is not None
         for pool in pools:
-            yield self.selector.select(pool, pools.upcoming())
+            batch = self.selector.select(pool, pools.upcoming())
+            if isinstance(pools, PoolSource):
+                assert self.selector.last is not None
+                pools.follow(self.selector.last)
+            yield batch
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in the Trainer; means of what was selected are added to the training loss."""
+        """As in the Trainer; means of what was selected, and shares, go with the training loss."""
         if "loss" in logs and self.selector is not None:
             every = self.selector.group.gather((self._means.state_dict(), self._select_s))
             states, seconds = zip(*every, strict=True)
             self._means.pop()
             mean_s = {metrics.SELECT_S: sum(seconds) / len(seconds)}
             logs = logs | metrics.Means.over(states).pop() | mean_s
+            logs |= metrics.of_shares({} if self._stream is None else self._stream.shares)
         super().log(logs, *args, **kwargs)
 
     def start_selecting(self) -> None:
@@ -220,6 +250,7 @@ class SelectTrainerMixin(_Base):
         assert self.selector is not None
         state = self.selector.state_dict(with_peeked=False)
         state["mean_tokens"] = self._mean_tokens
+        state["stream"] = None if self._stream is None else self._stream.state_dict()
         with atomic_file(folder / self._state_file()) as file:
             torch.save(state, file)
 
@@ -231,6 +262,12 @@ class SelectTrainerMixin(_Base):
     def _load(self, path: Path) -> None:
         assert self.selector is not None
         if not path.exists():
+            if self._stream is not None:
+                raise ValueError(
+                    f"a stream must go on from where it was saved, but {path} does not exist: the "
+                    "checkpoint was saved without selection, by another number of processes, or "
+                    "not to its end; start afresh from its model"
+                )
             _log.warning(
                 "%s does not exist: the checkpoint was saved without selection, by another number "
                 "of processes, or not to its end; selection begins afresh here",
@@ -240,6 +277,13 @@ class SelectTrainerMixin(_Base):
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.selector.load_state_dict(state)
         self._mean_tokens = state.get("mean_tokens")
+        if self._stream is not None:
+            if state.get("stream") is None:
+                raise ValueError(
+                    f"the checkpoint has no position of the stream: {path} was saved in a training "
+                    "on another dataset; resume with that one, or start afresh from its model"
+                )
+            self._stream.load_state_dict(state["stream"])
 
     def _target_batches(self) -> list[Batch]:
         dataset = self._target

@@ -84,12 +84,15 @@ class SelectCallback(Callback):
 
         Lightning prepares the loader as ever: samplers of processes, seeds of workers, epochs.
         Its own position in a checkpoint, where it has one, goes with pools that were peeked at.
+        A `PoolStream` is given itself, not in a DataLoader: live shares of its sources then follow
+        what is kept, are logged, and go on from a checkpoint to the bit. Pools that the look-ahead
+        and Lightning draw ahead, at most one, have the shares of their time.
 
         Args:
             loader: of batches with P >= keep examples; with an end or not.
 
         Raises:
-            ValueError: it is a collection of loaders.
+            ValueError: it is a collection of loaders, or has a stream with live shares inside.
         """
         self._pools = _Pools(loader, self)
         return self._pools
@@ -137,6 +140,8 @@ class SelectCallback(Callback):
         assert last is not None
         values = metrics.of_selection(last)
         values |= {metrics.LOOKAHEAD_TARGET_LOSS: last.target_loss, metrics.SELECT_S: last.seconds}
+        assert self._pools is not None
+        values |= metrics.of_shares(getattr(self._pools.loader, "shares", {}))
         # By place: a process that kept nothing has no mean score, but the others wait for it.
         own = [math.nan if value is None else value for value in values.values()]
         means = self.selector.group.numbers(own).nanmean(0)
@@ -204,8 +209,12 @@ class SelectCallback(Callback):
     def selected(self, pool: Batch, upcoming: Iterator[Batch]) -> Batch:
         """What is kept of a pool, given those that follow it."""
         assert self.selector is not None
+        assert self._pools is not None
         self._is_selected = True
-        return self.selector.select(pool, upcoming)
+        kept = self.selector.select(pool, upcoming)
+        if (follow := getattr(self._pools.loader, "follow", None)) is not None:
+            follow(self.selector.last)
+        return kept
 
     def _losses(self, module: nn.Module, batch: Batch) -> Tensor:
         assert self._trainer is not None
@@ -229,6 +238,12 @@ class _Pools(CombinedLoader):
             raise ValueError(
                 "loader must be one, whose batches are pools, got a collection of "
                 f"{len(self.flattened)}; make the batches in one dataset"
+            )
+        if getattr(getattr(loader, "dataset", None), "max_peeked", None) is not None:
+            raise ValueError(
+                "a stream with live shares must be told of what is kept and saved with its "
+                f"position, got one in a {type(loader).__name__}; give the stream itself, which "
+                "has workers of its own (num_workers), or fixed shares"
             )
         self.waiting: deque[Batch] = deque()
         """Pools that were drawn and not selected from, in order."""

@@ -339,7 +339,7 @@ class RunLog:
             if self._decisions and (moved := moved_most(self._shares, shares, kept, step)):
                 self._decisions.add(moved)
             self._shares = dict(shares)
-            found |= {metrics.SOURCE_SHARE + name: share for name, share in shares.items()}
+            found |= metrics.of_shares(shares)
         measured = self._decisions.measured if self._decisions else {}
         found |= measured | {metrics.WALL_S: wall_s} | dict(evaluation)
         if self._tracker is not None:

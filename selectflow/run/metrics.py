@@ -177,3 +177,8 @@ def of_selection(selection: Selection) -> dict[str, float | None]:
         SCORER_LOSS: selection.scorer_loss,
         SCORER_GAIN: selection.scorer_gain,
     }
+
+
+def of_shares(shares: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of the shares of sources, by source."""
+    return {SOURCE_SHARE + name: share for name, share in shares.items()}

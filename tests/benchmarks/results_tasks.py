@@ -153,6 +153,18 @@ LORA: Methods = {
 }
 
 
+def shared(name: str, steps: int) -> Methods:
+    """Selection with fixed shares of origins, and with shares that follow what is kept."""
+    online, uniform, fixed = f"{name}_online", f"{name}_uniform", {"steps": steps}
+    live = fixed | {"data.by": "json.origin", "data.shares": "auto"}
+    return {
+        UNIFORM: (uniform, fixed),
+        "H = 0, fixed shares": (online, fixed | {"select.horizon": 0}),
+        "H = 0, live shares": (online, live | {"select.horizon": 0}),
+        "oracle": (uniform, fixed | oracle(uniform)),
+    }
+
+
 BOTH = (TEST_LOSS, TEST_ACCURACY)
 LABELS = (KEPT_ALTERED,)
 ORIGINS = (f"{KEPT}code", f"{KEPT}shuffled")
@@ -167,6 +179,14 @@ TASKS = {
     ),
     "finetune": Task(
         "Text mixture, fine-tuning of a GPT-2 of 3.3M", "language", fine_tuning("text_finetune"),
+        from_base("text_finetune_base"), (TEST_LOSS,), ORIGINS, 5,
+    ),
+    "lora_shares": Task(
+        "Adapters, live shares of origins", "language", shared("text_lora", 100),
+        from_base("text_lora_base"), (TEST_LOSS,), ORIGINS, 3,
+    ),
+    "finetune_shares": Task(
+        "Fine-tuning, live shares of origins", "language", shared("text_finetune", 100),
         from_base("text_finetune_base"), (TEST_LOSS,), ORIGINS, 5,
     ),
 }  # fmt: skip

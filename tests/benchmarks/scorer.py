@@ -31,7 +31,6 @@ from selectflow.core.batches import Batch, in_parts, num_examples
 from selectflow.report.compare import paired
 from selectflow.run.build import build_optimizer
 from selectflow.run.config import load
-from selectflow.run.directory import is_finished
 
 STEPS = {"finetune": 100, "random": 200, "digits": 400}
 CONFIG = {"finetune": "text_finetune_online", "random": "text_online"}
@@ -51,7 +50,7 @@ def base(size: str, folder: Path) -> Path:
     options += ["name=base_{model.layers}x{model.width}"]
     config = CONFIGS / "text_finetune_base.yaml"
     run_dir = load(config, options).run_dir
-    if not is_finished(run_dir) and trainer("language")([str(config), *options]) != 0:
+    if not (run_dir / "model").exists() and trainer("language")([str(config), *options]) != 0:
         raise SystemExit(f"{run_dir}: the base was not trained")
     return run_dir / "model"
 

@@ -1,165 +1,134 @@
-"""What live shares bring: digits from five sources of 0, 20, 40, 60 and 80% wrong labels.
+"""What live shares bring: images from five sources of 0, 20, 40, 60 and 80% wrong labels.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/sources.py [STUDY ...] [--seeds 5] [--steps 400]
 
-Keep 32 of 128 by an MLP (64-128-128-10) and AdamW at 3e-3. Studies, all of them by default:
+Digits are learnt by an MLP (64-128-128-10), keeping 32 of 128, by AdamW at 3e-3. With --seconds S
+each run takes as many seconds of the processor in place of steps; --rows keeps the rows of a table
+whose names have one of these texts. Studies, all of them by default:
 
-    shares      fixed, live, of losses, the oracle's; selecting or not
+    shares      fixed, live, of losses, searched, the oracle's; selecting or not
+    photographs the same with tiles of 8 x 8 pixels of ten photographs, told apart by an MLP
     alike       five sources that do not differ, of 40% wrong labels each
     classes     a source for each class, the first ones rare
     turning     the cleanest source has random labels from --steps on, for as many steps
     rules       the exponent, the memory and the drift of live shares
     throughput  samples a second of a stream of 1 and of 200 sources
 
-A source has 1197 / 5 digits of its own, unless the study says otherwise.
+A source has a fifth of the samples, its own, unless the study says otherwise. Searched shares are
+the best of 12 drawn at random, by the mean target loss on two other seeds, of the same way to keep;
+the seconds of the search are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from itertools import islice
-from pathlib import Path
+from functools import partial
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import torch
+from sources_data import DIGITS, NOISES, ROOT, TILED, Batch, Sources, Task, by_class, write, wrong
 
 from selectflow import AutoHorizon, Selector
 from selectflow.core.batches import take
-from selectflow.data import (
-    AutoShares,
-    Manifest,
-    PoolStream,
-    make_digits,
-    read_batches,
-    read_split,
-    write_manifest,
-    write_split,
-)
-from selectflow.models.vision import evaluate, image_losses, mlp
+from selectflow.data import AutoShares, PoolStream, read_split
+from selectflow.models.vision import evaluate, image_losses
 from selectflow.run.task import PoolSource
 
 POOL, KEEP, LR = 128, 32, 3e-3
-NOISES = (0.0, 0.2, 0.4, 0.6, 0.8)
-ROOT = Path(tempfile.gettempdir(), "selectflow-sources")
-Batch = dict[str, Any]
-
-
-# --- data -----------------------------------------------------------------------------------------
-
-
-def write(root: Path, samples: list[Batch]) -> Path:
-    """A dataset of one split."""
-    if not (root / "manifest.json").exists():
-        root.mkdir(parents=True, exist_ok=True)
-        shards = write_split(root, "train", samples, 256)
-        fields = tuple(sorted({name for each in samples for name in each} - {"__key__"}))
-        write_manifest(root, Manifest({"train": tuple(shards)}, fields, {"name": "part"}, 0))
-    return root
-
-
-def noisy(noises: tuple[float, ...], seed: int) -> dict[str, Path]:
-    """A fifth of the digits for each share of wrong labels, other ones with each seed."""
-    places = np.random.default_rng([seed, 5]).permutation(1197)  # not those of the altered
-    found = {}
-    for index, (noise, part) in enumerate(
-        zip(noises, np.array_split(places, len(noises)), strict=True)
-    ):
-        root = ROOT / f"digits-{noise}-{seed}"
-        make_digits(root, label_noise=noise, seed=seed)
-        samples = list(read_split(root, "train"))
-        name = f"{noise:.0%} wrong" if len(set(noises)) > 1 else f"part {index}"
-        folder = ROOT / f"part-{index}-{noise}-{seed}"
-        found[name] = write(folder, [samples[place] for place in part])
-    return found
-
-
-def by_class(seed: int) -> dict[str, Path]:
-    """A source for each class: classes 0 to 4 have a tenth of their digits."""
-    make_digits(ROOT / "digits-0.0-0")
-    samples = list(read_split(ROOT / "digits-0.0-0", "train"))
-    found = {}
-    for label in range(10):
-        own = [sample for sample in samples if sample["cls"] == label]
-        own = own[: len(own) // 10] if label < 5 else own
-        found[f"class {label}"] = write(ROOT / f"class-{label}", own)
-    return found
-
-
-@cache
-def held_out() -> tuple[list[Batch], list[Batch]]:
-    make_digits(ROOT / "digits-0.0-0")
-    return tuple(read_batches(ROOT / "digits-0.0-0", split, 400) for split in ("target", "test"))
-
-
-@cache
-def wrong(seed: int) -> frozenset[str]:
-    """Keys of the samples with a wrong label, of every source of a seed."""
-    return frozenset(
-        f"{name}/{sample['__key__']}"
-        for noises in (NOISES, (0.4,) * 5)
-        for name, root in noisy(noises, seed).items()
-        for sample in read_split(root, "train")
-        if sample["json"]["altered"]
-    )
+NUM_SEARCHED, OTHER_SEEDS = 12, (100, 101)  # shares that a search tries, and on which seeds
 
 
 # --- one run --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Length:
+    """Of a run: it ends after so many steps, or seconds of the processor."""
+
+    steps: int | None = None
+    seconds: float = float("inf")
+
+
 @dataclass
 class Result:
-    """Test loss and accuracy, wrong labels among the kept, and the shares after each step."""
+    """Losses and accuracy, wrong labels among the kept, and the shares after each step."""
 
     loss: float
     accuracy: float
+    target_loss: float
     kept_wrong: float
     shares: list[dict[str, float]]
     seconds: float
 
 
 def train(
-    sources: Mapping[str, Path],
+    task: Task,
+    sources: Sources,
     shares: Any,
     seed: int,
-    steps: int,
+    length: Length,
     change: Callable[[int, Batch], Batch] = lambda step, pool: pool,
     at_random: bool = False,
     **options: Any,
 ) -> Result:
     """Train on what is kept; `at_random`: on as many of the pool at random, scored all the same."""
     torch.manual_seed(seed)
-    model = mlp(64, 10, (128, 128))
+    model = task.model()
     optimizer = torch.optim.AdamW(model.parameters(), LR)
-    target, test = held_out()
+    target, test = task.held_out()
     options = {"horizon": 0, "keep": KEEP, "seed": seed} | options
     selector = Selector(model, optimizer, image_losses, target, **options)
     pools = PoolStream(sources, pool=POOL, seed=seed, shares=shares)
     random = torch.Generator().manual_seed(seed)
-    found, kept, began = [], Counter(), time.perf_counter()
+    found, kept, bad = [], Counter(), wrong(tuple(sources.items()))
     given = PoolSource((change(*each) for each in enumerate(pools)), torch.device("cpu"))
-    for pool in islice(given, steps):
+    began = time.process_time()
+    for step in count():
+        seconds = time.process_time() - began
+        if step == length.steps or seconds >= length.seconds:
+            break
+        pool = next(given)
         batch = selector.select(pool, given.upcoming())
         pools.follow(selector.last)
         if at_random:
             batch = take(pool, torch.randperm(POOL, generator=random)[:KEEP])
-        kept.update(key in wrong(seed) for key in batch["key"])
+        kept.update(key in bad for key in batch["key"])
         optimizer.zero_grad()
         image_losses(model, batch).mean().backward()
         optimizer.step()
         found.append(pools.shares)
-    seconds = time.perf_counter() - began
     model.eval()
     with torch.no_grad():
-        means = evaluate(model, test)
-    return Result(means["loss"], means["accuracy"], kept[True] / kept.total(), found, seconds)
+        of_target, means = evaluate(model, target), evaluate(model, test)
+    return Result(
+        means["loss"], means["accuracy"], of_target["loss"], kept[True] / kept.total(), found,
+        seconds,
+    )  # fmt: skip
+
+
+def searched(task: Task, length: Length, **options: Any) -> dict[str, float]:
+    """The fixed shares with the lowest target loss on other seeds, of some drawn at random."""
+    drawn = np.random.default_rng(0).dirichlet(np.ones(len(NOISES)), NUM_SEARCHED)
+    sources = {seed: task.noisy(NOISES, seed) for seed in OTHER_SEEDS}
+    names = list(sources[OTHER_SEEDS[0]])
+    tried = [dict(zip(names, np.maximum(shares, 1e-9).tolist(), strict=True)) for shares in drawn]
+    best = min(
+        tried,
+        key=lambda shares: statistics.fmean(
+            train(task, sources[seed], shares, seed, length, **options).target_loss
+            for seed in OTHER_SEEDS
+        ),
+    )
+    told = ", ".join(f"{name}: {share:.0%}" for name, share in best.items())
+    print(f"found by search, {options or 'H = 0'}: {told}", flush=True)
+    return best
 
 
 # --- studies --------------------------------------------------------------------------------------
@@ -174,6 +143,7 @@ def show(name: str, results: list[Result], source: str, plain: list[Result] | No
         f"{mean(each.accuracy for each in results):.3f} | "
         f"{mean(each.kept_wrong for each in results):.0%} | "
         f"{mean(each.shares[-1][source] for each in results):.0%} | "
+        f"{mean(len(each.shares) for each in results):.0f} | "
         f"{mean(each.seconds for each in results):.1f} |",
         flush=True,
     )
@@ -189,47 +159,68 @@ def head(title: str, source: str) -> None:
     print(f"\n### {title}\n")
     print(
         f"| | test loss | against the first, paired | accuracy | wrong among the kept | "
-        f"{source} at the end | s |"
+        f"{source} at the end | steps | s |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
 
 
-def compare(title: str, sources: Sources, source: str, cells: Cells, args: Any) -> None:
+def compare(
+    title: str, task: Task, sources: Callable[[int], Sources], source: str, cells: Cells, args: Any
+) -> None:
     """A table of `cells`, name -> arguments of `train`, for all seeds."""
     head(title, source)
     first: list[Result] | None = None
     for name, options in cells.items():
+        if not any(text in name for text in args.rows):
+            continue
+        if callable(options["shares"]):
+            options |= {"shares": options["shares"]()}
         results = [
-            train(sources(seed), seed=seed, steps=args.steps, **options)
+            train(task, sources(seed), seed=seed, length=args.length, **options)
             for seed in range(args.seeds)
         ]
         show(name, results, source, first)
         first = first or results
 
 
-def study_shares(args: Any) -> None:
-    best = next(iter(noisy(NOISES, 0)))
-    oracle = {name: 1.0 if name == best else 1e-9 for name in noisy(NOISES, 0)}
+def compare_shares(title: str, task: Task, args: Any) -> None:
+    best, *others = task.noisy(NOISES, 0)
+    oracle = {best: 1.0} | dict.fromkeys(others, 1e-9)
     adaptive = {"horizon": AutoHorizon(off=False), "lr": "auto"}
+    random = {"strategy": "uniform"}
     cells: Cells = {
         "H = 0, fixed shares": {"shares": "size"},
         "H = 0, live shares": {"shares": "auto"},
+        "H = 0, shares searched": {"shares": partial(searched, task, args.length)},
         "adaptive, fixed shares": {"shares": "size"} | adaptive,
         "adaptive, live shares": {"shares": "auto"} | adaptive,
-        "kept at random, fixed shares": {"shares": "size", "strategy": "uniform"},
+        "kept at random, fixed shares": {"shares": "size"} | random,
         "kept at random, live shares by H = 0": {"shares": "auto", "at_random": True},
+        "kept at random, shares searched": {
+            "shares": partial(searched, task, args.length, **random),
+            **random,
+        },
         "kept at random, shares by losses": {"shares": "loss", "at_random": True},
         "H = 0, shares by losses": {"shares": "loss"},
         "H = 0, the cleanest alone": {"shares": oracle},
-        "kept at random, the cleanest alone": {"shares": oracle, "strategy": "uniform"},
+        "kept at random, the cleanest alone": {"shares": oracle} | random,
     }
-    compare("Five sources of rising noise", lambda seed: noisy(NOISES, seed), best, cells, args)
+    compare(title, task, lambda seed: task.noisy(NOISES, seed), best, cells, args)
+
+
+def study_shares(args: Any) -> None:
+    compare_shares("Digits, five sources of rising noise", DIGITS, args)
+
+
+def study_photographs(args: Any) -> None:
+    compare_shares("Photographs, five sources of rising noise", TILED, args)
 
 
 def study_alike(args: Any) -> None:
     cells: Cells = {"fixed": {"shares": "size"}, "live": {"shares": "auto"}}
     alike = (0.4,) * 5
-    compare("Sources that do not differ", lambda s: noisy(alike, s), "part 0", cells, args)
+    title = "Sources that do not differ"
+    compare(title, DIGITS, lambda seed: DIGITS.noisy(alike, seed), "part 0", cells, args)
 
 
 def study_classes(args: Any) -> None:
@@ -239,7 +230,8 @@ def study_classes(args: Any) -> None:
         "H = 0, live": {"shares": "auto"},
         "H = 0, alike": {"shares": {f"class {label}": 1 for label in range(10)}},
     }
-    compare("A source for each class, five of them rare", by_class, "class 0", cells, args)
+    title = "A source for each class, five of them rare"
+    compare(title, DIGITS, lambda seed: by_class(), "class 0", cells, args)
 
 
 def study_rules(args: Any) -> None:
@@ -250,18 +242,19 @@ def study_rules(args: Any) -> None:
     for memory in (50, 200):
         cells[f"memory {memory}"] = {"shares": AutoShares(memory=memory)}
     cells["delay 0"] = {"shares": AutoShares(delay=0)}
-    best = next(iter(noisy(NOISES, 0)))
+    best = next(iter(DIGITS.noisy(NOISES, 0)))
     for title, noises, source in (
         ("Settings, rising noise", NOISES, best),
         ("Settings, sources alike", (0.4,) * 5, "part 0"),
     ):
-        compare(title, lambda seed, noises=noises: noisy(noises, seed), source, cells, args)
+        sources = partial(DIGITS.noisy, noises)
+        compare(title, DIGITS, sources, source, cells, args)
 
 
 def study_turning(args: Any) -> None:
     """The cleanest source has random labels from a third of the steps to two thirds."""
     begin, end = args.steps, 2 * args.steps
-    best = next(iter(noisy(NOISES, 0)))
+    best = next(iter(DIGITS.noisy(NOISES, 0)))
     generator = torch.Generator().manual_seed(0)
 
     def turned(step: int, pool: Batch) -> Batch:
@@ -273,7 +266,8 @@ def study_turning(args: Any) -> None:
 
     print(f"\n### The cleanest of five turns bad at step {begin} and recovers at step {end}\n")
     for seed in range(args.seeds):
-        result = train(noisy(NOISES, seed), "auto", seed, 3 * args.steps, turned)
+        length = Length(3 * args.steps)
+        result = train(DIGITS, DIGITS.noisy(NOISES, seed), "auto", seed, length, turned)
         shares = [each[best] for each in result.shares]
         start, high = 1 / len(NOISES), shares[begin - 1]
         left = next((i for i, x in enumerate(shares[begin:end]) if x < start), None)
@@ -288,8 +282,7 @@ def study_turning(args: Any) -> None:
 
 def study_throughput(args: Any) -> None:
     print("\n### Samples a second of the stream, pools of 64; 200 sources of 240 each, or one\n")
-    make_digits(ROOT / "digits-0.0-0")
-    samples = list(read_split(ROOT / "digits-0.0-0", "train"))
+    samples = list(read_split(DIGITS.whole(0.0, 0), "train"))
     parts = [np.random.default_rng(i).permutation(len(samples))[:240] for i in range(200)]
     one = {"all": write(ROOT / "one", samples)}
     many = {
@@ -321,7 +314,6 @@ class Kept:
     is_ranked: bool = True
 
 
-Sources = Callable[[int], Mapping[str, Path]]
 Cells = dict[str, dict[str, Any]]
 STUDIES = {
     name.removeprefix("study_"): study
@@ -335,7 +327,10 @@ def main() -> None:
     parser.add_argument("studies", nargs="*", choices=[[], *STUDIES], default=[])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seconds", type=float, help="of the processor, in place of steps")
+    parser.add_argument("--rows", nargs="+", default=[""], help="texts in the names of rows")
     args = parser.parse_args()
+    args.length = Length(seconds=args.seconds) if args.seconds else Length(args.steps)
     for name in args.studies or STUDIES:
         STUDIES[name](args)
 
