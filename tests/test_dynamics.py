@@ -9,6 +9,7 @@ from torch import nn
 from selectflow.core import optim as dynamics
 from selectflow.core.optim import SGD, AdamW, Adjoint, State, Update
 from selectflow.core.params import Params
+from selectflow.core.pieces import in_pieces
 from selectflow.core.torch_optim import OptimizerReader
 
 
@@ -115,7 +116,7 @@ def test_clipping_equals_torch(max_grad_norm):
 
 
 @pytest.mark.parametrize("build", [OPTIMIZERS[0][1], OPTIMIZERS[-1][1]], ids=["AdamW", "SGD"])
-@pytest.mark.parametrize("limit", [32, 40])  # `b` has 32 bytes, `s` 8
+@pytest.mark.parametrize("limit", [32, 40])  # `w` has more bytes than that, `b` 32, `s` 8
 def test_an_update_made_in_parts_is_the_same_to_the_bit(monkeypatch, build, limit):
     model = quadratic()
     optimizer = two_groups(model, build)
@@ -336,3 +337,22 @@ class TestRefusals:
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
         with pytest.raises(TypeError, match="ReduceLROnPlateau"):
             OptimizerReader(model, optimizer, scheduler)
+
+
+def test_pieces_of_a_large_tensor_make_the_same_to_the_bit():
+    """Also where some arguments have query dimensions, and the last piece is smaller."""
+    torch.manual_seed(0)
+    state = State(*(Params({"w": torch.randn(7, 3)}) for _ in range(3)))
+    rows = Params({"w": torch.randn(2, 7, 3)})
+    sizes = []
+
+    def function(state, rows):
+        sizes.append(len(state.params["w"]))
+        return rows * state.exp_avg + state.params, State(rows, Params(), state.exp_avg_sq)
+
+    (product, found), whole = in_pieces(function, 24, state, rows), function(state, rows)
+    assert sizes == [2, 2, 2, 1, 7]
+    assert torch.equal(product["w"], whole[0]["w"])
+    assert torch.equal(found.params["w"], rows["w"])
+    assert torch.equal(found.exp_avg_sq["w"], state.exp_avg_sq["w"])
+    assert not found.exp_avg

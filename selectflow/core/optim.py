@@ -37,14 +37,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from selectflow.core.params import Params, merge
+from selectflow.core.pieces import in_pieces
 from selectflow.distributed import are_shards, over_shards
 
 # Bytes of parameters that an update is made of at a time: as many as a processor's caches hold with
@@ -54,6 +56,9 @@ _CLIP_EPS = 1e-6  # torch's, in the norm that it divides by
 # A gradient of this share of the model's typical one is float32 rounding, not a signal. The measure
 # is the whole model: of a bias that batch norm cancels, all entries are rounding.
 NEGLIGIBLE_SHARE = 1e-6
+
+
+_Found = TypeVar("_Found")
 
 
 class State(NamedTuple):
@@ -66,6 +71,8 @@ class State(NamedTuple):
 
 Adjoint = State
 """Derivatives of the target loss in the entries of a `State`."""
+
+_NOTHING = State(Params(), Params(), Params())
 
 
 class Rule(Protocol):
@@ -274,7 +281,7 @@ class Update:
         """
         grad = _scaled(grad, self.clip_scale(grad))
         moved = [
-            rule.advance(part_of(state, names), grad.pick(names))
+            _in_pieces(rule.advance, part_of(state, names), grad.pick(names))
             for rule, names in self.parts(grad)
         ]
         skipped = [name for name in state.params if name not in grad]
@@ -302,13 +309,14 @@ class Update:
         scale = self.clip_scale(grad)
         applied = _scaled(grad, scale)
         gammas: list[Params] = []
-        earlier = [State(Params(), Params(), Params())]  # all there is if nothing is carried
+        earlier = [_NOTHING]  # all there is if nothing is carried
         for rule, names, is_skipped in self._parts_apart(adjoint.params, grad):
             back, now, then = (part_of(each, names) for each in (adjoint, state, after))
             made_with = now.params.zeros_like() if is_skipped else applied.pick(names)
             if is_skipped:
-                then = rule.advance(now, made_with)
-            gamma, before = rule.adjoint(back, now, then, made_with)
+                then = _in_pieces(rule.advance, now, made_with)
+            derive = rule.adjoint if carry and not is_skipped else partial(_sensitivity, rule)
+            gamma, before = _in_pieces(derive, back, now, then, made_with)
             gammas.append(gamma)
             if carry:
                 earlier.append(back if is_skipped else before)
@@ -330,7 +338,9 @@ class Update:
         """
         typical = self.typical(state, 1)
         return merge(
-            rule.immediate(part_of(state, names), grad.pick(names), typical)
+            _in_pieces(
+                partial(rule.immediate, typical=typical), part_of(state, names), grad.pick(names)
+            )
             for rule, names in self.parts(grad)
         )
 
@@ -384,8 +394,7 @@ class Update:
             size = 0
             for name in filter(params.__contains__, rule.names):
                 size += params[name].nbytes
-                most = _PART_BYTES if params[name].is_cpu else _DEVICE_PART_BYTES
-                if names and size > most:
+                if names and size > _most_bytes(params):
                     yield rule, names
                     names, size = [], params[name].nbytes
                 names.append(name)
@@ -411,6 +420,21 @@ def after_skipping(updates: Sequence[Update], index: int, grad: Params) -> Seque
     if not late:
         return updates
     return [*updates[: index + 1], *(update.earlier(late) for update in updates[index + 1 :])]
+
+
+def _most_bytes(params: Params) -> int:
+    return _PART_BYTES if params.device.type == "cpu" else _DEVICE_PART_BYTES
+
+
+def _in_pieces(function: Callable[..., _Found], of: State | Params, *others: Any) -> _Found:
+    """An elementwise function, of a tensor that is larger than a part in pieces of that size."""
+    params = of if isinstance(of, Params) else of.params
+    return in_pieces(function, _most_bytes(params), of, *others)
+
+
+def _sensitivity(rule: Rule, *of: Any) -> tuple[Params, Adjoint]:
+    """The adjoint of a rule, whose second part is not kept."""
+    return rule.adjoint(*of)[0], _NOTHING
 
 
 def part_of(state: State, names: Sequence[str]) -> State:

@@ -1,12 +1,14 @@
 """How scores in low precision rank a pool, against exact float32 scores, on a GPT-2 shape of 14M.
 
-    python tests/benchmarks/precision.py [--steps 120] [--width 384 --layers 7] [--pool 16]
+    python tests/benchmarks/precision.py [--steps 120] [--width 384 --layers 8] [--tokens 96]
+        [--pool 16 --pools 1] [--derivatives auto central]
 
-The model is trained on real text, and scored on the CPU, whose bfloat16 is emulated: a pool of the
-stream as it comes, and one of its first domain alone; H = 0 under AdamW, whose sensitivity is the
+The model is trained on real text, and scored on the CPU, whose bfloat16 is emulated: pools of the
+stream as it comes, and pools of its first domain alone; H = 0 under AdamW, whose sensitivity is the
 preconditioned target gradient, and under SGD, where it is the raw one. TF32 is emulated: what goes
-into each matrix product is rounded to 10 bits. Printed are, for `derivative="auto"` and "central",
-Spearman with the exact float32 scores, and the form and step that were chosen at run time.
+into each matrix product is rounded to 10 bits. Printed are, for each way of `derivatives`, Spearman
+with the exact float32 scores in each pool, and the form and step that were chosen at run time, at
+the first of them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from __future__ import annotations
 import argparse
 import copy
 import runpy
-from itertools import islice
+from contextlib import nullcontext
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +51,12 @@ def _rounded(tensor: Tensor) -> Tensor:
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)  # 13 of 23 bits are dropped
 
 
-def trained(args: argparse.Namespace) -> tuple[Any, Any, list[Any], Any]:
-    """A trained model, its loss, two pools and a batch of the target."""
+def trained(args: argparse.Namespace) -> tuple[Any, Any, dict[str, list[Any]], Any]:
+    """A trained model, its loss, pools by kind and a batch of the target."""
     options = [
         f"model.width={args.width}", f"model.layers={args.layers}", "model.heads=6",
         "data.text.num_train=4000", f"data.target_batch={args.pool}", "num_threads=1",
+        f"data.text.block={args.tokens}",
     ]  # fmt: skip
     run = load(ROOT / "configs/text_online.yaml", options)
     task = runpy.run_path(str(ROOT / "trainers/language.py"))["build_task"](run)
@@ -66,21 +70,24 @@ def trained(args: argparse.Namespace) -> tuple[Any, Any, list[Any], Any]:
         torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    pools = [next(stream) for _ in range(8)]
+    pools = [next(stream) for _ in range(8 * args.pools)]
     metadata = read_metadata(run.data.directory, "train")
-    mixed = take(pools[0], torch.arange(args.pool))
     from_code = [
         take(pool, torch.tensor([at]))
         for pool in pools
         for at, key in enumerate(pool["key"])
         if metadata[key]["origin"] == "code"
     ]
-    one = join(from_code[: args.pool])
-    return task, optimizer, [mixed, one], next(iter(task.target))
+    starts = range(0, args.pools * args.pool, args.pool)
+    kinds = {
+        "mixed": [take(pool, torch.arange(args.pool)) for pool in pools[: args.pools]],
+        "one domain": [join(from_code[start : start + args.pool]) for start in starts],
+    }
+    return task, optimizer, kinds, next(iter(task.target))
 
 
-def scores(task: Any, optimizer: Any, pool: Any, target: Any, how: dict[str, Any]) -> Any:
-    """Scores of a pool, and the form they were found by."""
+def scores(task: Any, optimizer: Any, pools: list[Any], target: Any, how: dict[str, Any]) -> Any:
+    """Scores of each pool, and the form they were found by."""
     how = dict(how)
     model = copy.deepcopy(task.model).to(how.pop("dtype", torch.float32))
     if how.pop("raw"):
@@ -95,26 +102,37 @@ def scores(task: Any, optimizer: Any, pool: Any, target: Any, how: dict[str, Any
         )
     emulated = how.pop("tf32", False)
     selector = Selector(model, twin, task.loss_fn, [target], keep=4, horizon=0, **how)
-    if emulated:
-        with TF32():
+    found = []
+    for pool in pools:
+        with TF32() if emulated else nullcontext():
             selector.select(pool)
-    else:
-        selector.select(pool)
-    assert selector.last is not None
+        assert selector.last is not None
+        found.append(selector.last.scores)
     form = selector.forms["losses"]
     scale = selector.state.forms.scales["losses"]
-    return selector.last.scores, form if form == "exact" else f"central x {scale:.3g}"
+    return found, form if form == "exact" else f"central x {scale:.3g}"
+
+
+def cell(exact: list[Any], *given: Any) -> str:
+    """Rank correlations of the pools, and the form, or why there are none."""
+    try:
+        found, form = scores(*given)
+    except FloatingPointError as error:
+        return f"refused ({str(error)[:60]})"
+    ranks = [spearmanr(*pair).statistic for pair in zip(found, exact, strict=True)]
+    return f"{' '.join(f'{rank:.4f}' for rank in ranks)} ({form})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=7)
-    parser.add_argument("--pool", type=int, default=16)
+    for name, value in (
+        ("steps", 120), ("width", 384), ("layers", 8), ("tokens", 96), ("pool", 16), ("pools", 1)
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--derivatives", nargs="+", default=["auto", "central"])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    task, optimizer, pools, target = trained(args)
+    task, optimizer, kinds, target = trained(args)
     print(f"{sum(p.numel() for p in task.model.parameters()) / 1e6:.1f}M parameters", flush=True)
     arithmetics: dict[str, dict[str, Any]] = {
         "float32": {},
@@ -122,21 +140,16 @@ def main() -> None:
         "bf16 autocast": {"autocast": torch.bfloat16},
         "bf16 parameters": {"dtype": torch.bfloat16},
     }
-    for raw in (False, True):
-        for kind, pool in zip(("mixed", "one domain"), pools, strict=True):
-            exact, _ = scores(task, optimizer, pool, target, {"raw": raw, "derivative": "exact"})
-            for name, options in arithmetics.items():
-                cells = []
-                for derivative in ("auto", "central"):
-                    how = {"raw": raw, "derivative": derivative, **options}
-                    try:
-                        found, form = scores(task, optimizer, pool, target, how)
-                    except FloatingPointError as error:
-                        cells.append(f"refused ({str(error)[:60]})")
-                        continue
-                    cells.append(f"{spearmanr(found, exact).statistic:.4f} ({form})")
-                gamma = "raw" if raw else "preconditioned"
-                print(f"| {gamma}, {kind} | {name} | {' | '.join(cells)} |", flush=True)
+    for raw, kind in product((False, True), kinds):
+        given = task, optimizer, kinds[kind], target
+        exact, _ = scores(*given, {"raw": raw, "derivative": "exact"})
+        for name, options in arithmetics.items():
+            cells = [
+                cell(exact, *given, {"raw": raw, "derivative": derivative, **options})
+                for derivative in args.derivatives
+            ]
+            gamma = "raw" if raw else "preconditioned"
+            print(f"| {gamma}, {kind} | {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
