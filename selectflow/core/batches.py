@@ -145,8 +145,13 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`; without a copy where they are there already."""
-    return map_tensors(lambda tensor: tensor.to(device), batch)
+    """The batch with its tensors on `device`; without a copy where they are there already.
+
+    To an accelerator from pinned memory the copy runs beside what is computed there; back to the
+    processor it is waited for.
+    """
+    goes_on = device.type != "cpu"
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=goes_on), batch)
 
 
 def device_of(batch: Batch) -> torch.device:
