@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from selectflow.control.contests import HorizonControl, HorizonState, halves
-from selectflow.control.horizon import Horizon, as_horizon
+from selectflow.control.contests import HorizonState
+from selectflow.control.controls import Controls
+from selectflow.control.horizon import Horizon
 from selectflow.control.ladder import AutoHorizon
-from selectflow.control.rate import RateControl, RateState
-from selectflow.control.rollouts import Rollouts, Simulated
-from selectflow.control.rules import AutoRate, Decision, RateRule
-from selectflow.control.state import SelectorState
-from selectflow.control.worth import ScorerWorth, WorthState
+from selectflow.control.rate import RateState
+from selectflow.control.rollouts import Simulated
+from selectflow.control.rules import AutoRate, RateRule
+from selectflow.control.state import Ongoing, SelectorState, TargetSet
+from selectflow.control.worth import WorthState
 from selectflow.core.batches import (
     Batch,
     PeekedPools,
@@ -48,7 +49,7 @@ from selectflow.distributed import Group
 from selectflow.options import SelectOptions, check_same
 from selectflow.strategies import STRATEGIES, Selection, Strategy
 from selectflow.strategies.scorer import LiveScorer, Scorer
-from selectflow.strategies.scoring import Ongoing, Scoring
+from selectflow.strategies.scoring import Scoring
 from selectflow.strategies.training import plain_memory, restore_memory
 
 _log = logging.getLogger(__name__)
@@ -148,35 +149,19 @@ class Selector:
                 self._scorer.objective, self._scorer.optimizer, options, state.forms, scorer
             )
             trained = _simulated(self._objective, self._optimizer, options, Forms())
-        self._derivatives = trained.policy.derivatives
         scoring.policy.names()  # a pattern without a match is an error now, not at the first pool
-        self._contests: HorizonControl | None = None
-        if state.horizon is not None:
-            rollouts = Rollouts(trained, scoring, state.horizon.generator)
-            self._contests = HorizonControl(state.horizon, rollouts)
-        self._worth: ScorerWorth | None = None
-        if state.worth is not None:
-            self._worth = ScorerWorth(state.worth, Rollouts(trained, scoring, state.generator))
-        self._horizon: Horizon = self._contests or as_horizon(horizon)  # type: ignore[arg-type]
+        self._target = TargetSet(Cycle(target), score_view, state)
+        self._controls = Controls(state, trained, scoring, self._target, horizon)
         objective = scoring.policy.derivatives.objective
         self._scoring = Scoring(
             state,
             scoring.policy,
             scoring.optimizer,
             ExampleGradients(objective, options.chunk_size, memory_gib),
-            Cycle(target),
-            self._horizon,
+            self._target,
+            self._controls.horizon,
         )
         self._strategy = strategy if callable(strategy) else STRATEGIES[strategy]
-        self._rate: RateControl | None = None
-        if state.rate is not None:
-            self._rate = RateControl(
-                state.rate,
-                self._optimizer,
-                self._derivatives,
-                self._scoring.next_target,
-                options.pools_per_update,
-            )
         self._saved_options = options.plain() | {"seed": seed}
         self.last: Selection | None = None
         self._is_agreed = self._group.size == 1
@@ -244,13 +229,13 @@ class Selector:
         with self._deciding(ongoing):
             if not self._is_agreed:
                 self._agree(size_kept)
-            self._adapt_rate(ongoing)
-            self._contest(ongoing, size_kept)
-            if self._contests is not None and self._contests.is_off:
+            self._controls.adapt_rate(ongoing)
+            self._controls.decide_horizon(ongoing, size_kept, self._scoring.is_due)
+            if self._controls.is_off:
                 state.ahead, num = None, num_examples(pool) // size_kept
                 state.rest.extend(in_parts(pool, self._group.least(num), state.generator))
             else:
-                self._check_scorer(ongoing)
+                self._controls.check_scorer(ongoing)
                 scores = self._scores(ongoing)
         if state.rest:
             return self._handed_out(ongoing, state.rest.popleft())
@@ -264,7 +249,7 @@ class Selector:
         part = self.state.rest[0]
         ongoing = Ongoing(part, part)
         with self._deciding(ongoing):
-            self._adapt_rate(ongoing)
+            self._controls.adapt_rate(ongoing)
         return self._handed_out(ongoing, self.state.rest.popleft())
 
     def _handed_out(self, ongoing: Ongoing, part: Batch) -> Batch:
@@ -277,8 +262,7 @@ class Selector:
         """Between two steps of the user's loop; errors name the optimizer updates made."""
         with self._objective.placed():
             ongoing.step = self.state.num_steps = self._optimizer.num_steps()
-            if self._contests is not None:
-                self._contests.enter(ongoing.step)
+            self._controls.enter(ongoing.step)
             ongoing.began = time.perf_counter()
             try:
                 yield
@@ -290,8 +274,6 @@ class Selector:
     ) -> Batch:
         """A batch to train on, once `last` says what it is."""
         state = self.state
-        if self._rate is not None:
-            self._rate.trained_on(kept)
         self.last = Selection(
             pool=pool,
             indices=indices,
@@ -313,14 +295,13 @@ class Selector:
             scorer_loss=self._scorer.loss if self._scorer else None,
             scorer_gain=ongoing.scorer_gain,
         )
-        if self._contests is not None:
-            self._contests.leave()
+        self._controls.leave(kept)
         return kept
 
     def _scores(self, ongoing: Ongoing) -> Tensor:
         """Score of each candidate, shape (P,); found anew once failed steps are taken back."""
         # What one process takes back, all take back.
-        agreeing = nullcontext if self._rate is None else self._group.together
+        agreeing = self._group.together if self._controls.has_rate else nullcontext
         while True:
             try:
                 with agreeing():
@@ -328,7 +309,7 @@ class Selector:
             except FloatingPointError as error:
                 if self._scorer is not None:
                     raise FloatingPointError(f"of the scorer, {error}") from error
-                if not self._has_slowed(ongoing):
+                if not self._controls.has_slowed(ongoing, self._scoring.losses):
                     raise
 
     def _keep(self, scores: Tensor, size: int, ongoing: Ongoing) -> tuple[Tensor, Batch]:
@@ -353,7 +334,7 @@ class Selector:
                 for index, rule in enumerate(reader.updates(1)[0].rules)
             },
             "examples kept of a pool": size_kept,
-            "batches of the target": self._scoring.target.num_batches,
+            "batches of the target": self._target.cycle.num_batches,
         }
         # kinds of devices may round a norm apart
         if not self._is_sharded:
@@ -373,92 +354,6 @@ class Selector:
         """
         return dict(self.state.forms.decided)
 
-    # --- controlling ----------------------------------------------------------------------
-
-    def _adapt_rate(self, ongoing: Ongoing) -> None:
-        """Let the learning-rate control judge the steps so far."""
-        if self._rate is None:
-            return
-        began = time.perf_counter()
-        decision, replaced = self._rate.before(ongoing.step)
-        if replaced:
-            self.state.ahead = None  # it was of the steps that were taken back
-            if self._contests is not None:
-                self._contests.alarm()
-        _note(ongoing, decision, began)
-
-    def _has_slowed(self, ongoing: Ongoing) -> bool:
-        """Whether the learning-rate control has an answer to values that are not finite.
-
-        Steps that led to them are taken back. Where the present state is in order and the next
-        steps diverge in a look-ahead, they are looked at again at half the rate.
-        """
-        if self._rate is None:
-            return False
-        began, is_ahead = time.perf_counter(), ongoing.is_ahead
-        ongoing.losses, ongoing.is_ahead = None, False
-        with self._objective.scoring():
-            decision, replaced = self._rate.diverged(ongoing.step)
-        if decision is None and is_ahead:
-            with self._group.together():
-                self._scoring.losses(ongoing)  # raises where the pool itself is at fault
-            decision = self._rate.slow_down(
-                "the look-ahead's own updates are not finite at this rate"
-            )
-            replaced = decision is not None
-        if replaced:
-            self.state.ahead = None
-        _note(ongoing, decision, began)
-        return replaced
-
-    def _contest(self, ongoing: Ongoing, size_kept: int) -> None:
-        """Let the horizon control look at the target loss, and hold a contest, if one is due."""
-        control, size = self._contests, num_examples(ongoing.pool)
-        # a strategy that never looks ahead has no horizon to decide
-        if control is None or not (control.may_be_off or self.state.num_lookaheads):
-            return
-        if control.is_look_due:
-            with self._objective.scoring():
-                control.look(self._scoring.next_target)
-        if size_kept == size or not control.is_due() or not self._scoring.is_due(ongoing.step):
-            return
-        began = time.perf_counter()
-        pools = ongoing.pools(
-            control.num_updates(size // size_kept) * self.options.pools_per_update, self._group
-        )
-        target, judge = self._target_and_judge()
-        with self._all_scoring():
-            _note(ongoing, control.contest(pools, target, judge), began)
-
-    def _check_scorer(self, ongoing: Ongoing) -> None:
-        """Measure what the scorer's choice is worth, if that is due."""
-        worth, step = self._worth, ongoing.step
-        if worth is None or not worth.is_due(step):
-            return
-        began, horizon = time.perf_counter(), self._horizon.at(step)
-        num = worth.num_updates(horizon) * self.options.pools_per_update
-        pools = ongoing.pools(num, self._group)
-        with self._all_scoring():
-            found = worth.check(step, horizon, pools, *self._target_and_judge())
-        ongoing.scorer_gain = found
-        _note(ongoing, None, began)
-
-    def _target_and_judge(self) -> tuple[Batch, Batch]:
-        """A batch of the target to select by, and one to judge by: what is gained on the former
-        is no merit where the target has others.
-        """
-        target, judge = self._scoring.next_target(), self._scoring.next_target()
-        if self._scoring.target.num_batches == 1 or judge is target:
-            return halves(target)
-        return target, judge
-
-    @contextmanager
-    def _all_scoring(self) -> Iterator[None]:
-        """Passes of the trained model and of its scorer."""
-        scoring = nullcontext() if self._scorer is None else self._scorer.objective.scoring()
-        with self._objective.scoring(), scoring:
-            yield
-
     # --- state ----------------------------------------------------------------------------
 
     @property
@@ -469,10 +364,7 @@ class Selector:
     @property
     def max_peeked(self) -> int:
         """Pools of the longest look-ahead there will be; no more are ever peeked at."""
-        largest = self._horizon.largest
-        if self._worth is not None:
-            largest = self._worth.num_updates(largest)
-        return largest * self.options.pools_per_update
+        return self._controls.max_peeked
 
     @property
     def num_peeked(self) -> int:
@@ -565,12 +457,3 @@ def _horizon_of(options: SelectOptions, scorer: Scorer | None) -> int | Horizon 
             "give its optimizer to Scorer, or set horizon=0"
         )
     return horizon  # type: ignore[no-any-return]
-
-
-def _note(ongoing: Ongoing, decision: Decision | None, began: float) -> None:
-    """Keep a decision of the controller, and the time since `began` as its cost."""
-    ongoing.control_s += time.perf_counter() - began
-    if decision is not None:
-        ongoing.decisions.append(replace(decision, step=ongoing.step))
-        level = logging.INFO if decision.moved else logging.DEBUG
-        _log.log(level, "%s", ongoing.decisions[-1])

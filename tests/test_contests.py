@@ -64,7 +64,7 @@ def test_the_policy_of_horizon_0_is_simulated_as_it_is_carried_out(problem, inte
     model, optimizer, selector, make, target = parts(problem, restless(), interval=interval)
     pools, judge = [make(10) for _ in range(8)], make(9)
     with selector._objective.scoring():
-        found = selector._contests._rollouts.losses(0, pools, target, judge, 5, 1.0)
+        found = selector._controls._contests._rollouts.losses(0, pools, target, judge, 5, 1.0)
     twin, other = reference.clone(model, optimizer)
     real = Selector(twin, other, problem.loss_fn, [target], 4, 0, interval=interval)
     twin.eval()
@@ -87,7 +87,7 @@ def test_plain_training_is_simulated_as_it_is_carried_out(pools_per_update):
     generator = torch.Generator().manual_seed(0)  # as the control's own begins
     steps = [part for pool in pools for part in in_parts(pool, 2, generator)]
     with selector._objective.scoring():
-        found = selector._contests._rollouts.losses(OFF, pools, target, judge, 2, 2.0)
+        found = selector._controls._contests._rollouts.losses(OFF, pools, target, judge, 2, 2.0)
     for number in range(4):
         made = steps[number * pools_per_update : (number + 1) * pools_per_update]
         other.zero_grad()
@@ -126,7 +126,7 @@ def test_trust_is_the_proxy_of_the_whole_selection():
     *_, selector, make, target = parts(problem, AutoHorizon(largest=4))
     pools = [make(10) for _ in range(8)]
     with selector._objective.scoring():
-        found = selector._contests.trust(4, upcoming(selector, pools, target))
+        found = selector._controls._contests.trust(4, upcoming(selector, pools, target))
     first, second = found["proxy_first_order"], found["proxy_second_order"]
     assert first < 0  # what is selected is expected to lower the target loss
     assert found["relative_error"] == pytest.approx(abs(second / first))
@@ -159,7 +159,7 @@ def test_a_target_loss_that_is_not_finite_decides_nothing():
     pools, judge = [make(10) for _ in range(9)], make(9)
     next(tensor for _, tensor in tensors(judge) if tensor.is_floating_point()).fill_(torch.nan)
     with selector._objective.scoring():
-        assert selector._contests.contest(pools, target, judge) is None
+        assert selector._controls._contests.contest(pools, target, judge) is None
     assert selector.state.horizon.next_at > 0
 
 
@@ -181,7 +181,7 @@ def test_auto_is_the_default_settings():
 def watched(selector, monkeypatch):
     """The batches that a contest selects by, and those that it is judged by, as they are used."""
     selected, judged = [], []
-    rollouts = type(selector._contests._rollouts)
+    rollouts = type(selector._controls._contests._rollouts)
     look_ahead, losses = Policy.look_ahead, rollouts.losses
 
     def look(self, horizon, future, *rest, **how):

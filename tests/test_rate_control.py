@@ -398,7 +398,7 @@ def test_a_look_ahead_that_diverges_slows_the_rate_before_a_step_is_taken(reach,
         return MLP.loss_fn(model, batch) + torch.where(way > reach, math.inf, 0.0)
 
     selector = Selector(model, optimizer, loss_fn, [make(16)], 4, 1, lr="auto")
-    selector._derivatives.method = "central"
+    selector._scoring.policy.derivatives.method = "central"
     if ends:
         with pytest.raises(FloatingPointError, match="at optimizer step 0"):
             selector.select(make(12))  # at 1/64 of the rate, too: said

@@ -342,8 +342,8 @@ def test_a_contest_trains_the_model_on_what_the_scorer_keeps():
     selector = Selector(
         model, optimizer, PROBLEM.loss_fn, [target], 4, "auto", scorer=Scorer(small, other)
     )
-    with selector._all_scoring():
-        found = selector._contests._rollouts.losses(0, pools, target, judge, 5, 1.0)
+    with selector._controls._scoring_both():
+        found = selector._controls._contests._rollouts.losses(0, pools, target, judge, 5, 1.0)
     real = Selector(
         twin, twin_optimizer, PROBLEM.loss_fn, [target], 4, 0,
         scorer=Scorer(copied, adamw(copied)),

@@ -1,23 +1,27 @@
-"""What the next selections depend on: one described state, as it is saved."""
+"""What the next selections depend on, as it is saved; and what one of them has found so far."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selectflow.control.contests import HorizonState
+from selectflow.control.contests import HorizonState, halves
 from selectflow.control.rate import RateState
+from selectflow.control.rules import Decision
 from selectflow.control.worth import WorthState
-from selectflow.core.batches import Batch, to_device
+from selectflow.core.batches import Batch, through, to_device
 from selectflow.core.forms import Forms
 from selectflow.core.lookahead import LookAhead
 from selectflow.core.params import Params
 from selectflow.core.plain import plain, restored
+from selectflow.core.target import Cycle
+from selectflow.distributed import Group
 
 
 @dataclass
@@ -122,6 +126,80 @@ class SelectorState:
         self.peeked.extend(map(restored, saved["peeked"]))
         self.rest.clear()
         self.rest.extend(to_device(restored(part), device) for part in saved["rest"])
+
+
+class TargetSet:
+    """The target set as it is scored: its batches, one after the other, round after round.
+
+    Args:
+        cycle: the batches.
+        view: what makes of a batch what is scored; None: the batch itself.
+        state: has the position, and is written to.
+    """
+
+    def __init__(
+        self, cycle: Cycle, view: Callable[[Batch], Batch] | None, state: SelectorState
+    ) -> None:
+        self.cycle, self._view, self._state = cycle, view, state
+
+    def next(self) -> Batch:
+        """The next batch."""
+        batch, self._state.target_position = self.cycle.draw(self._state.target_position)
+        return through(self._view, batch)
+
+    def next_and_judge(self) -> tuple[Batch, Batch]:
+        """A batch to select by, and one to judge by.
+
+        What is gained on those that one selects by is no merit where the target has others.
+        """
+        target, judge = self.next(), self.next()
+        if self.cycle.num_batches == 1 or judge is target:
+            return halves(target)
+        return target, judge
+
+
+@dataclass
+class Ongoing:
+    """The selection of one pool, as far as it has come.
+
+    Attributes:
+        pool: the candidates, or a part of them that is handed out as it is.
+        seen: what is scored of them.
+        following: the pools after it; drawn from when a look-ahead needs them.
+        step: optimizer updates made.
+        began: when, by the clock.
+        upcoming: pools after the present one that were drawn, in order.
+        losses: of the candidates, where the strategy needed them.
+        is_ahead: whether a look-ahead is under way.
+        is_zero: whether the sensitivity is 0, so that no example is better than another.
+        lookahead_s: seconds of the look-ahead.
+        control_s: seconds of the controller.
+        decisions: of the controller.
+        scorer_gain: what the scorer's choice was found to be worth.
+    """
+
+    pool: Batch
+    seen: Batch
+    following: Iterator[Batch] = field(default_factory=lambda: iter(()))
+    step: int = 0
+    began: float = 0.0
+    upcoming: list[Batch] = field(default_factory=list)
+    losses: Tensor | None = None
+    is_ahead: bool = False
+    is_zero: bool = False
+    lookahead_s: float = 0.0
+    control_s: float = 0.0
+    decisions: list[Decision] = field(default_factory=list)
+    scorer_gain: float | None = None
+
+    def pools(self, num: int, group: Group) -> list[Batch]:
+        """The present pool and those after it, `num` in all, or as many as the stream has left."""
+        # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
+        others = max(0, num - 1)
+        self.upcoming += islice(self.following, max(0, others - len(self.upcoming)))
+        if others:  # all look ahead as far as the shortest stream lasts
+            others = group.least(min(others, len(self.upcoming)))
+        return [self.pool, *self.upcoming[:others]]
 
 
 def _fitting(gamma: Mapping[str, Tensor], params: Params) -> Params:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 
 from torch import Tensor
 
 from selectflow.control.horizon import Horizon
-from selectflow.control.rules import Decision
-from selectflow.control.state import SelectorState
-from selectflow.core.batches import Batch, num_examples, through
+from selectflow.control.state import Ongoing, SelectorState, TargetSet
+from selectflow.core.batches import Batch, num_examples
 from selectflow.core.examples import ExampleGradients
 from selectflow.core.lookahead import Policy, Upcoming
 from selectflow.core.params import Params
-from selectflow.core.target import Cycle
 from selectflow.core.torch_optim import OptimizerReader
-from selectflow.distributed import Group
 from selectflow.strategies.candidates import Candidates, Strategy, checked_scores
 from selectflow.strategies.training import Memory, Training
 
@@ -28,50 +23,6 @@ from selectflow.strategies.training import Memory, Training
 _RECHECK_EVERY = 100
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class Ongoing:
-    """The selection of one pool, as far as it has come.
-
-    Attributes:
-        pool: the candidates, or a part of them that is handed out as it is.
-        seen: what is scored of them.
-        following: the pools after it; drawn from when a look-ahead needs them.
-        step: optimizer updates made.
-        began: when, by the clock.
-        upcoming: pools after the present one that were drawn, in order.
-        losses: of the candidates, where the strategy needed them.
-        is_ahead: whether a look-ahead is under way.
-        is_zero: whether the sensitivity is 0, so that no example is better than another.
-        lookahead_s: seconds of the look-ahead.
-        control_s: seconds of the controller.
-        decisions: of the controller.
-        scorer_gain: what the scorer's choice was found to be worth.
-    """
-
-    pool: Batch
-    seen: Batch
-    following: Iterator[Batch] = field(default_factory=lambda: iter(()))
-    step: int = 0
-    began: float = 0.0
-    upcoming: list[Batch] = field(default_factory=list)
-    losses: Tensor | None = None
-    is_ahead: bool = False
-    is_zero: bool = False
-    lookahead_s: float = 0.0
-    control_s: float = 0.0
-    decisions: list[Decision] = field(default_factory=list)
-    scorer_gain: float | None = None
-
-    def pools(self, num: int, group: Group) -> list[Batch]:
-        """The present pool and those after it, `num` in all, or as many as the stream has left."""
-        # The user's stream is drawn from outside of `scoring`, which would undo its randomness.
-        others = max(0, num - 1)
-        self.upcoming += islice(self.following, max(0, others - len(self.upcoming)))
-        if others:  # all look ahead as far as the shortest stream lasts
-            others = group.least(min(others, len(self.upcoming)))
-        return [self.pool, *self.upcoming[:others]]
 
 
 class Scoring:
@@ -82,7 +33,7 @@ class Scoring:
         policy: of the model that scores.
         optimizer: its own.
         examples: gradients of single examples.
-        target: the target set.
+        target: the target set, as it is scored.
         horizon: of each look-ahead.
     """
 
@@ -92,12 +43,12 @@ class Scoring:
         policy: Policy,
         optimizer: OptimizerReader,
         examples: ExampleGradients,
-        target: Cycle,
+        target: TargetSet,
         horizon: Horizon,
     ) -> None:
         self.state, self.policy, self.optimizer, self.horizon = state, policy, optimizer, horizon
         self._derivatives, self._objective = policy.derivatives, policy.derivatives.objective
-        self._examples, self.target = examples, target
+        self._examples, self._target = examples, target
         self.memory: dict[str, Memory] = {}  # of the strategy
         self._is_zero_said = False
 
@@ -114,8 +65,8 @@ class Scoring:
             self._examples,
             self.optimizer,
             self.policy.names(),
-            self.next_target,
-            self.target,
+            self._target.next,
+            self._target.cycle,
             self.policy.score_view,
             self.memory,
         )
@@ -169,7 +120,7 @@ class Scoring:
     def _look_ahead(self, step: int, pools: Sequence[Batch], ongoing: Ongoing) -> None:
         """Find the sensitivities of the next steps."""
         began, state, horizon = time.perf_counter(), self.state, self.horizon.at(step)
-        target = self.next_target()
+        target = self._target.next()
         state.ahead = None  # its memory is of use now; should this fail, the next call looks ahead
         ongoing.is_ahead = horizon > 0
         if state.num_lookaheads % _RECHECK_EVERY == 0:
@@ -202,8 +153,3 @@ class Scoring:
         if not self._is_zero_said:
             _log.warning("%s: no example is better than another, and any are kept", why)
         self._is_zero_said = True
-
-    def next_target(self) -> Batch:
-        """The next batch of the target set, as it is scored."""
-        batch, self.state.target_position = self.target.draw(self.state.target_position)
-        return through(self.policy.score_view, batch)

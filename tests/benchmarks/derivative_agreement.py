@@ -63,7 +63,7 @@ def pools(
             batch = selector.select(pool, islice(stream, horizon))
             (gamma, *_), derivatives = (
                 selector.state.ahead.sensitivities,
-                selector._derivatives,
+                selector._scoring.policy.derivatives,
             )
             params = selector._optimizer.params()
             with torch.no_grad(), selector._objective.scoring():

@@ -1,0 +1,191 @@
+"""What is decided before a pool is scored: the rate, the horizon, and whether to select at all."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+from torch import Tensor
+
+from selectflow.control.contests import HorizonControl
+from selectflow.control.horizon import Horizon, as_horizon
+from selectflow.control.ladder import AutoHorizon
+from selectflow.control.rate import RateControl
+from selectflow.control.rollouts import Rollouts, Simulated
+from selectflow.control.rules import Decision
+from selectflow.control.state import Ongoing, SelectorState, TargetSet
+from selectflow.control.worth import ScorerWorth
+from selectflow.core.batches import Batch, num_examples
+
+_log = logging.getLogger(__name__)
+
+
+class Controls:
+    """The controllers that a selector's state asks for.
+
+    Args:
+        state: what they decide from; is written to.
+        trained: the model that is trained.
+        scoring: the model that scores: the same, or its scorer.
+        target: the target set.
+        horizon: of look-aheads, where it is not under control.
+
+    Attributes:
+        horizon: of look-aheads.
+    """
+
+    def __init__(
+        self,
+        state: SelectorState,
+        trained: Simulated,
+        scoring: Simulated,
+        target: TargetSet,
+        horizon: int | Horizon | AutoHorizon,
+    ) -> None:
+        self._state, self._trained, self._scoring, self._target = state, trained, scoring, target
+        derivatives, self._per = trained.policy.derivatives, trained.policy.pools_per_update
+        self._objective, self._group = derivatives.objective, derivatives.group
+        self._contests: HorizonControl | None = None
+        if state.horizon is not None:
+            rollouts = Rollouts(trained, scoring, state.horizon.generator)
+            self._contests = HorizonControl(state.horizon, rollouts)
+        self._worth: ScorerWorth | None = None
+        if state.worth is not None:
+            self._worth = ScorerWorth(state.worth, Rollouts(trained, scoring, state.generator))
+        self._rate: RateControl | None = None
+        if state.rate is not None:
+            self._rate = RateControl(
+                state.rate, trained.optimizer, derivatives, target.next, self._per
+            )
+        self.horizon: Horizon = self._contests or as_horizon(horizon)  # type: ignore[arg-type]
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is selected now."""
+        return self._contests is not None and self._contests.is_off
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether the learning rate is under control."""
+        return self._rate is not None
+
+    @property
+    def max_peeked(self) -> int:
+        """Pools of the longest look-ahead, contest or check that there will be."""
+        largest = self.horizon.largest
+        if self._worth is not None:
+            largest = self._worth.num_updates(largest)
+        return largest * self._per
+
+    def enter(self, step: int) -> None:
+        """The user's loop asks for a batch."""
+        if self._contests is not None:
+            self._contests.enter(step)
+
+    def leave(self, kept: Batch) -> None:
+        """The user's loop goes on, with a batch to train on."""
+        if self._rate is not None:
+            self._rate.trained_on(kept)
+        if self._contests is not None:
+            self._contests.leave()
+
+    def adapt_rate(self, ongoing: Ongoing) -> None:
+        """Let the learning-rate control judge the steps so far."""
+        if self._rate is None:
+            return
+        began = time.perf_counter()
+        decision, replaced = self._rate.before(ongoing.step)
+        if replaced:
+            self._state.ahead = None  # it was of the steps that were taken back
+            if self._contests is not None:
+                self._contests.alarm()
+        _note(ongoing, decision, began)
+
+    def has_slowed(self, ongoing: Ongoing, losses: Callable[[Ongoing], Tensor]) -> bool:
+        """Whether the learning-rate control has an answer to values that are not finite.
+
+        Steps that led to them are taken back. Where the present state is in order and the next
+        steps diverge in a look-ahead, they are looked at again at half the rate. Those of a scorer
+        say nothing of the rate.
+
+        Args:
+            ongoing: the selection that came upon them.
+            losses: of the candidates at the present parameters.
+        """
+        if self._rate is None or self._trained is not self._scoring:
+            return False
+        began, is_ahead = time.perf_counter(), ongoing.is_ahead
+        ongoing.losses, ongoing.is_ahead = None, False
+        with self._objective.scoring():
+            decision, replaced = self._rate.diverged(ongoing.step)
+        if decision is None and is_ahead:
+            with self._group.together():
+                losses(ongoing)  # raises where the pool itself is at fault
+            decision = self._rate.slow_down(
+                "the look-ahead's own updates are not finite at this rate"
+            )
+            replaced = decision is not None
+        if replaced:
+            self._state.ahead = None
+        _note(ongoing, decision, began)
+        return replaced
+
+    def decide_horizon(
+        self, ongoing: Ongoing, size_kept: int, is_due: Callable[[int], bool]
+    ) -> None:
+        """Look at the target loss, and hold a contest, if one is due.
+
+        Args:
+            ongoing: the selection before its pool is scored.
+            size_kept: examples kept of the pool.
+            is_due: whether the selection after so many steps needs a look-ahead of its own.
+        """
+        control, size = self._contests, num_examples(ongoing.pool)
+        # a strategy that never looks ahead has no horizon to decide
+        if control is None or not (control.may_be_off or self._state.num_lookaheads):
+            return
+        if control.is_look_due:
+            with self._objective.scoring():
+                control.look(self._target.next)
+        if size_kept == size or not control.is_due() or not is_due(ongoing.step):
+            return
+        num = control.num_updates(size // size_kept) * self._per
+        pools, began = ongoing.pools(num, self._group), time.perf_counter()
+        target, judge = self._target.next_and_judge()
+        with self._scoring_both():
+            _note(ongoing, control.contest(pools, target, judge), began)
+
+    def check_scorer(self, ongoing: Ongoing) -> None:
+        """Measure what the scorer's choice is worth, if that is due."""
+        worth, step = self._worth, ongoing.step
+        if worth is None or not worth.is_due(step):
+            return
+        horizon = self.horizon.at(step)
+        pools = ongoing.pools(worth.num_updates(horizon) * self._per, self._group)
+        began = time.perf_counter()
+        target, judge = self._target.next_and_judge()
+        with self._scoring_both():
+            ongoing.scorer_gain = worth.check(step, horizon, pools, target, judge)
+        _note(ongoing, None, began)
+
+    @contextmanager
+    def _scoring_both(self) -> Iterator[None]:
+        """Passes of the trained model and of the one that scores."""
+        other = self._scoring.policy.derivatives.objective
+        with (
+            self._objective.scoring(),
+            nullcontext() if other is self._objective else other.scoring(),
+        ):
+            yield
+
+
+def _note(ongoing: Ongoing, decision: Decision | None, began: float) -> None:
+    """Keep a decision, and the time since `began` as its cost."""
+    ongoing.control_s += time.perf_counter() - began
+    if decision is not None:
+        ongoing.decisions.append(replace(decision, step=ongoing.step))
+        level = logging.INFO if decision.moved else logging.DEBUG
+        _log.log(level, "%s", ongoing.decisions[-1])
