@@ -91,6 +91,7 @@ class SelectTrainerMixin(_Base):
             On single examples of the first micro-batch it is compared, in eval mode, with the
             Trainer's `compute_loss`; if your own differs, a warning says so.
         select_options: further arguments of `Selector`, as `{"horizon": 0, "params": ["!*wte*"]}`.
+            A `scorer`, of the same task where it has no loss of its own, is to be on the device.
         kwargs: of the Trainer.
 
     Attributes:
