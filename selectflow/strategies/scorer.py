@@ -186,8 +186,8 @@ class LiveScorer:
         else:
             self._num_skipped += 1
             _log.warning(
-                "the scorer's loss is %g and the norm of its gradient %g: its step is left out, "
-                "the %d. so far",
+                "the scorer's loss is %g and the norm of its gradient %g: its step is left out; "
+                "%d left out so far",
                 mean,
                 norm_here,
                 self._num_skipped,
