@@ -51,13 +51,18 @@ def build_scorer(
 ) -> tuple[nn.Module, Callable[[Batch], Batch] | None]:
     """The configured scorer of images of the shape (C, H, W), and what it sees of a batch."""
     check_choice("scorer.model.name", config.model.name, MODELS)
+    if config.model.num_classes not in (None, num_classes):
+        raise ConfigError(
+            f"scorer.model.num_classes must be those of the model, {num_classes}, got "
+            f"{config.model.num_classes}; leave it out"
+        )
     factor = config.downscale
     if factor == 1:
         return build_model(config.model, shape, num_classes), None
     if shape[1] % factor or shape[2] % factor:
         raise ConfigError(
             f"scorer.downscale must divide the images' height and width, {tuple(shape[1:])}, got "
-            f"{factor}"
+            f"{factor}; give a factor of both, or 1"
         )
 
     def view(batch: Batch) -> Batch:

@@ -276,26 +276,29 @@ class Policy:
         updates, state, pools, target = upcoming
         names = self.names()
         if horizon == 0:
-            return immediate(self.derivatives, updates[0], state, target, names)
+            with self.derivatives.objective.summing():
+                return immediate(self.derivatives, updates[0], state, target, names)
         num_updates = min(horizon, math.ceil(len(pools) / self.pools_per_update))
         order = random_order(generator)
         if self.nominal == "policy":
             order = self._immediate_order(updates, target, names)
         nominal = nominal_batches(pools, self.pools_per_update, self.keep, order)
-        return look_ahead(
-            Window(self.derivatives, updates[:num_updates], nominal, self.curvature),
-            state,
-            target,
-            num_sensitivities=num_sensitivities or self.interval,
-            memory_gib=self.memory_gib,
-            names=names,
-            offload=self.offload,
-        )
+        window = Window(self.derivatives, updates[:num_updates], nominal, self.curvature)
+        with self.derivatives.objective.summing():
+            return look_ahead(
+                window,
+                state,
+                target,
+                num_sensitivities=num_sensitivities or self.interval,
+                memory_gib=self.memory_gib,
+                names=names,
+                offload=self.offload,
+            )
 
     def order(self, gamma: Params, state: State, pool: Batch) -> Tensor:
         """Positions in a pool, the best first."""
         seen = through(self.score_view, pool)
-        with self.derivatives.group.together():
+        with self.derivatives.group.together(), self.derivatives.objective.summing():
             _, slopes = self.derivatives.directional(state.params, gamma, seen)
         return slopes.argsort(stable=True)
 
@@ -368,4 +371,5 @@ class Policy:
             return upcoming._replace(updates=upcoming.updates[1:])
         grad = self.derivatives.step_gradient(upcoming.state.params, batch)
         update, *later = after_skipping(upcoming.updates, 0, grad)
-        return upcoming._replace(updates=later, state=update.advance(upcoming.state, grad))
+        with self.derivatives.objective.summing():
+            return upcoming._replace(updates=later, state=update.advance(upcoming.state, grad))

@@ -82,8 +82,14 @@ class Objective:
             return
         reshard(self.model)
         check_reducing(self.model)
-        with sharing(self.layout.shards):
+        with self.summing():
             yield
+
+    def summing(self) -> AbstractContextManager[None]:
+        """Where sums over all entries of vectors are of this model's: of one beside it, which may
+        be whole where the other is sharded, they would count each entry too often, or too rarely.
+        """
+        return sharing(self.layout.shards)
 
     # --- losses and gradients at given values ----------------------------------------------------
 
@@ -356,7 +362,7 @@ class Objective:
         """Deterministic losses: dropout off, batch norm on running statistics.
 
         Modes, buffers, hooks and random generators are as before afterwards, also after an
-        exception.
+        exception. Vectors of parameters are this model's, whole or shards, whatever is around.
         """
         training = [module for module in self.model.modules() if module.training]
         # cuDNN has no backward pass of recurrent layers in eval mode: training without dropout
@@ -367,7 +373,7 @@ class Objective:
                 module.training = module in recurrent
             for module in recurrent:
                 module.dropout = 0.0
-            with without_input_hooks(self.model):
+            with without_input_hooks(self.model), self.summing():
                 outer, self._snapshot = self._snapshot, Snapshot.of(self.model)
                 try:
                     yield

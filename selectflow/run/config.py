@@ -201,10 +201,7 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
             if key not in known:
                 yield f"name must have known keys in braces, got {{{key}}}{nearest_key(key, known)}"
         is_offline = horizon == math.inf
-        scorer = values.get("scorer")
-        if scorer is not None and (is_offline or select["replay"] is not None):
-            other = "select.horizon is .inf" if is_offline else "select.replay is given"
-            yield f"scorer must be null when {other}, got {scorer!r}; nothing is scored by it then"
+        yield from _of_scorer(values.get("scorer"), select)
         yield from _of_mixing(data["target_share"], select)
         if is_offline:
             yield from _of_offline(select)
@@ -235,6 +232,24 @@ def _of_offline(select: Mapping[str, Any]) -> Iterator[str]:
         if value != only:
             rule = "null" if only is None else only
             yield f"select.{key} must be {rule} when select.horizon is .inf, got {value!r}{fix}"
+
+
+def _of_scorer(scorer: object, select: Mapping[str, Any]) -> Iterator[str]:
+    """Where a scorer has nothing to do, or looks ahead without steps of its own."""
+    if scorer is None:
+        return
+    horizon, key = select["horizon"], "horizon"
+    if horizon == math.inf or select["replay"] is not None:
+        other = "select.horizon is .inf" if horizon == math.inf else "select.replay is given"
+        yield f"scorer must be null when {other}, got {scorer!r}; nothing is scored by it then"
+        return
+    if horizon == "auto":
+        horizon, key = select["largest_horizon"], "largest_horizon"
+    if isinstance(scorer, dict) and scorer.get("optimizer", scorer) is None and horizon != 0:
+        yield (
+            f"select.{key} must be 0 when scorer.optimizer is null, got {horizon}: a look-ahead "
+            "follows its steps; change it, or give the scorer an optimizer"
+        )
 
 
 def _of_mixing(share: object, select: Mapping[str, Any]) -> Iterator[str]:

@@ -148,7 +148,8 @@ def own_state(saved: Saved, group: Group, parallel: Parallel | None) -> dict[str
         position of the data, without generators, and without a selector where that held shards.
 
     Raises:
-        RunError: the pools of these processes cannot be split anew.
+        RunError: the pools of these processes cannot be split anew, or a scorer would be lost,
+            whose weights are in the state of the selector.
 
     Warns:
         UserWarning: there were other processes; says what does not go on.
@@ -160,6 +161,12 @@ def own_state(saved: Saved, group: Group, parallel: Parallel | None) -> dict[str
     parts = [saved.part(rank) for rank in range(saved.num_processes)]
     before = parts[0].get("parallel")
     is_whole = "fsdp2" not in (before, parallel)
+    if not is_whole and (parts[0]["selector"] or {}).get("scorer") is not None:
+        raise RunError(
+            f"a run with a scorer and shards must be resumed as it was saved, in {len(parts)} "
+            f"processes ({before or 'alone'}), got {group.size} ({parallel or 'alone'}), in which "
+            "the scorer would begin anew; resume it so, or set parallel=ddp from the start"
+        )
     if group.rank == 0:
         what = "random generators" if is_whole else "random generators and the selector (its "
         what += "" if is_whole else "look-ahead, and what it has found out under auto)"
