@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,12 +41,14 @@ from selectflow.integrations.example_rows import (
     counts_rows,
     grouped,
 )
+from selectflow.integrations.scorers import check_takes, placed
 from selectflow.integrations.stream_batches import micro_batches
 from selectflow.integrations.task_losses import TaskLosses
 from selectflow.integrations.trainer_checks import check_loss
 from selectflow.run import metrics
 from selectflow.run.task import PoolSource
 from selectflow.selector import Selector
+from selectflow.strategies.scorer import Scorer
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -91,7 +94,9 @@ class SelectTrainerMixin(_Base):
             On single examples of the first micro-batch it is compared, in eval mode, with the
             Trainer's `compute_loss`; if your own differs, a warning says so.
         select_options: further arguments of `Selector`, as `{"horizon": 0, "params": ["!*wte*"]}`.
-            A `scorer`, of the same task where it has no loss of its own, is to be on the device.
+            A `Scorer` among them is moved to the Trainer's device, joined by DDP where there are
+            several processes, and saved with the checkpoints. Its loss_fn None is the loss as
+            here, of the same task; under bf16 its passes are under autocast, too.
         kwargs: of the Trainer.
 
     Attributes:
@@ -230,6 +235,8 @@ class SelectTrainerMixin(_Base):
         } | self._select_options
         assert isinstance(self.model_wrapped, nn.Module)
         self._task = TaskLosses(self) if self._loss_fn is None else None
+        if options.get("scorer") is not None:
+            options["scorer"] = self._with_losses(self._placed_scorer())
         self.selector = Selector(
             self.model_wrapped if args.world_size > 1 else self.model,  # type: ignore[arg-type]
             self.optimizer,  # type: ignore[arg-type]
@@ -242,6 +249,28 @@ class SelectTrainerMixin(_Base):
         self._means, self._select_s = metrics.Means(), 0.0
         if self._resume_from is not None:
             self._load(Path(self._resume_from, self._state_file()))
+
+    def _placed_scorer(self) -> Scorer:
+        """The scorer on the Trainer's device; refused where the task's losses are not its own."""
+        args, options = self.args, self._select_options
+        scorer = placed(options["scorer"], args.device, args.world_size)
+        options["scorer"] = scorer  # joined once, also where training begins again
+        if scorer.loss_fn is None and self._task is not None:
+            self._task.check_scorer(scorer.model)
+            if scorer.view is not None and options.get("chunk_size") is not None:
+                raise ValueError(
+                    "the loss of a scorer with a view must be given where pools are scored in "
+                    "chunks, since tokens are counted before the view, got None; pass "
+                    "Scorer(loss_fn=...), or chunk_size=None"
+                )
+        return scorer
+
+    def _with_losses(self, scorer: Scorer) -> Scorer:
+        """The scorer with losses of batches by examples, in the precision of training."""
+        own = scorer.loss_fn
+        losses = self._losses if own is None else lambda model, batch: own(model, collated(batch))
+        low = torch.bfloat16 if self.args.bf16 else None
+        return replace(scorer, loss_fn=losses, autocast=scorer.autocast or low)
 
     def save_selector(self, folder: Path) -> None:
         """Write the selector's state into a checkpoint folder.
@@ -303,11 +332,15 @@ class SelectTrainerMixin(_Base):
     def _by_examples(self, batch: Batch) -> Batch:
         """A collated batch by examples, with what the losses need of a reference model."""
         batch = grouped(batch, type(self).__name__)
-        if isinstance(batch, Grouped) and self._select_options.get("score_view") is not None:
-            raise ValueError(
-                "score_view must be None where an example has several rows, got a view, which is "
-                "of batches of one row each; cut the texts in the data_collator"
-            )
+        scorer = self._select_options.get("scorer")
+        views = {"score_view": self._select_options.get("score_view")}
+        views["view of the scorer"] = None if scorer is None else scorer.view
+        for name, view in views.items():
+            if isinstance(batch, Grouped) and view is not None:
+                raise ValueError(
+                    f"{name} must be None where an example has several rows, got a view, which is "
+                    "of batches of one row each; cut the texts in the data_collator"
+                )
         return batch if self._task is None else self._task.with_constants(batch)
 
     def _checked(self, collated_pool: Batch) -> Batch:
@@ -324,6 +357,9 @@ class SelectTrainerMixin(_Base):
             task = None if self._task is None else self._task.task
             with without_autocast(self.model):
                 check_loss(self, pool, self._losses, task)
+            scorer = self._select_options.get("scorer")
+            if self._task is not None and scorer is not None and scorer.loss_fn is None:
+                check_takes(scorer, self._task, pool)
             self._weigh_alike(pool)
         return pool
 

@@ -16,6 +16,8 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -28,8 +30,10 @@ from torch import Tensor, nn
 from selectflow.core.batches import Batch, PeekedPools, to_device
 from selectflow.core.passes import LossFn
 from selectflow.core.plain import plain, restored
+from selectflow.integrations.scorers import placed
 from selectflow.run import metrics
 from selectflow.selector import Selector
+from selectflow.strategies.scorer import Scorer
 
 _STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 
@@ -57,7 +61,9 @@ class SelectCallback(Callback):
             processes each gives its share, or all of them the whole.
         keep: examples kept of each pool: a count, or a fraction in (0, 1].
         options: further arguments of `Selector`; they override what is read from the Trainer.
-            `lr_scheduler` may be a function of the module that returns it.
+            `lr_scheduler` may be a function of the module that returns it. A `Scorer` is moved to
+            the Trainer's device, in its own type, and joined by DDP where there are several
+            processes; its passes are under the Trainer's autocast to bfloat16, if any.
 
     Attributes:
         selector: the `Selector` of the present or last training; None before.
@@ -110,10 +116,13 @@ class SelectCallback(Callback):
         assert isinstance(model, nn.Module)
         if callable(schedule := options.get("lr_scheduler")):
             options["lr_scheduler"] = schedule(pl_module)
+        if options.get("scorer") is not None:
+            options["scorer"] = self._scorer(trainer)
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed, which is not ours to use
             target = [self.prepared(batch) for batch in self._target]
+        losses = partial(self._losses, self._loss_fn)
         self.selector = Selector(
-            model, trainer.optimizers[0], self._losses, target, self._keep, **options
+            model, trainer.optimizers[0], losses, target, self._keep, **options
         )
         if self._saved is not None:
             self.selector.load_state_dict(self._saved["selector"])
@@ -216,12 +225,18 @@ class SelectCallback(Callback):
             follow(self.selector.last)
         return kept
 
-    def _losses(self, module: nn.Module, batch: Batch) -> Tensor:
+    def _scorer(self, trainer: Trainer) -> Scorer:
+        """The scorer on the device of training, and in its autocast."""
+        scorer = placed(self._options["scorer"], trainer.strategy.root_device, trainer.world_size)
+        self._options["scorer"] = scorer  # joined once, also where training begins again
+        return replace(scorer, loss_fn=partial(self._losses, scorer.loss_fn or self._loss_fn))
+
+    def _losses(self, loss_fn: LossFn, module: nn.Module, batch: Batch) -> Tensor:
         assert self._trainer is not None
         plugin = self._trainer.precision_plugin
         is_scaled = plugin.precision == "16-mixed"  # scores would need the scaler's factor
         with nullcontext() if is_scaled else plugin.train_step_context():
-            return self._loss_fn(module, batch)
+            return loss_fn(module, batch)
 
 
 class _Pools(CombinedLoader):

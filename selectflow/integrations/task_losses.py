@@ -53,7 +53,7 @@ class TaskLosses:
     def __init__(self, trainer: Trainer) -> None:
         self.mean_tokens: float | None = None
         self._trainer = trainer
-        self.task, self._losses = self._find(trainer)
+        self.task, self._losses = self._find(trainer.model)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         if (self.task in (_DPO, _REWARD)) != isinstance(batch, Grouped):
@@ -84,9 +84,39 @@ class TaskLosses:
             return float((batch["labels"] != IGNORED).sum(1).double().mean())
         return None
 
-    def _find(self, trainer: Trainer) -> tuple[str, Callable[[nn.Module, Any], Tensor]]:
+    def check_scorer(self, scorer: nn.Module) -> None:
+        """See that these losses are right for another model than the Trainer's.
+
+        Raises:
+            ValueError: they are of a reference model, of another task, or of other classes.
+        """
+        fix = "pass Scorer(loss_fn=...)"
+        if self.task == _DPO:
+            raise ValueError(
+                f"the loss of a scorer must be given for {_DPO}, since the reference model is that "
+                f"of the trained one, got None; {fix}"
+            )
+        found, _ = self._find(scorer)
+        if found != self.task:
+            raise ValueError(
+                f"the scorer must be a model of the trained one's task, {self.task}, got "
+                f"{type(_own(scorer)).__name__}, of {found}; {fix}"
+            )
+        if "classes" not in found:
+            return
+        configs: list[Any] = [_own(model).config for model in (self._trainer.model, scorer)]
+        for name in ("num_labels", "problem_type"):
+            expected, got = (getattr(config, name) for config in configs)
+            if got != expected and None not in (got, expected):
+                raise ValueError(
+                    f"{name} of the scorer's config must be the trained model's, {expected}, got "
+                    f"{got}; {fix}"
+                )
+
+    def _find(self, of: Any) -> tuple[str, Callable[[nn.Module, Any], Tensor]]:
+        """The task of a model in this Trainer, and its losses."""
+        trainer, model = self._trainer, _own(of)
         bases = {base.__name__ for base in type(trainer).__mro__}
-        model: Any = _own(trainer.model)
         kind = str(getattr(model, "loss_type", None) or "")
         is_seq2seq = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         found: tuple[str, Callable[[nn.Module, Any], Tensor]]
@@ -95,7 +125,7 @@ class TaskLosses:
         elif "RewardTrainer" in bases:
             found = _REWARD, partial(_reward, trainer)
         elif any(kind == f"For{name}Classification" for name in _CLASSES):
-            found = "classes", _classes
+            found = "classes", partial(_classes, trainer)
         elif kind == "ForMaskedLM":
             found = "masked language models", self._of_tokens
         elif kind == "ForTokenClassification":
@@ -128,11 +158,12 @@ class TaskLosses:
 # --- tasks ----------------------------------------------------------------------------------------
 
 
-def _classes(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """One class, several, or values of each example, as the model's configuration says."""
+def _classes(trainer: Any, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """One class, several, or values of each example, as the models' configurations say."""
     labels, logits = batch["labels"], _logits(model, batch)
     config: Any = _own(model).config
-    kind = config.problem_type
+    trained: Any = _own(trainer.model).config
+    kind = config.problem_type or trained.problem_type
     if kind is None:
         is_class = labels.dtype in (torch.long, torch.int)
         kind = "single_label_classification" if is_class else "multi_label_classification"
