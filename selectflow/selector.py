@@ -130,7 +130,13 @@ class Selector:
             HorizonState.begin(horizon, seed) if isinstance(horizon, AutoHorizon) else None,
             RateState(RateRule(lr)) if isinstance(lr, AutoRate) else None,
         )
-        if scorer is not None and state.horizon is None:
+        if scorer is not None and options.strategy == "uniform":
+            raise ValueError(
+                "scorer must be None for strategy 'uniform', which scores nothing, got one; leave "
+                "it out"
+            )
+        # checks and contests choose by influence: of another choice they would say nothing
+        if scorer is not None and state.horizon is None and options.strategy == "influence":
             state.worth = WorthState()
         self._objective = Objective(model, loss_fn, autocast)
         layout = self._objective.layout
@@ -340,7 +346,8 @@ class Selector:
         if not self._is_sharded:
             alike["values of the parameters, by norm,"] = f"{reader.values().norm():.5e}"
         if self._scorer is not None:
-            norm = self._scorer.optimizer.values().norm()
+            with self._scorer.objective.summing():
+                norm = self._scorer.optimizer.values().norm()
             alike["values of the scorer's parameters, by norm,"] = f"{norm:.5e}"
         for what, value in alike.items():
             self._group.check_same(what, value)
@@ -406,8 +413,8 @@ class Selector:
         if self._scorer is not None:
             self._scorer.load(state["scorer"])
         with self._objective.placed():
-            params, names = self._optimizer.values(), self._scoring.policy.names()
-        scored = self._scoring.optimizer.values()
+            params, scored = self._optimizer.values(), self._scoring.optimizer.values()
+            names = self._scoring.policy.names()
         self.state.load(state, params, scored if names is None else scored.pick(names))
         restore_memory(self._scoring.memory, state.get("memory", {}), scored)
         self._optimizer.resume_at(self.state.num_steps)

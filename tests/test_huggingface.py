@@ -79,7 +79,7 @@ def by_tokens(batch):
     return {"input_ids": batch["tokens"]}
 
 
-def own_loop(num_steps, accumulation, stream=None, **select):
+def own_loop(num_steps, accumulation, stream=None):
     """Our loop as the README shows it, with the Trainer's schedule, decay and clipping."""
     model, rows = llama(), texts(NUM, 1)
     named = list(model.named_parameters())
@@ -94,8 +94,8 @@ def own_loop(num_steps, accumulation, stream=None, **select):
     selector = Selector(
         model, optimizer, lambda model, batch: causal_lm_losses(model, by_tokens(batch)),
         [{"tokens": part} for part in target.split(10)],
-        keep=KEEP, lr_scheduler=scheduler, max_grad_norm=1.0, seed=3,
-        pools_per_update=accumulation, **{"horizon": 2, "interval": 2} | select,
+        keep=KEEP, horizon=2, interval=2, lr_scheduler=scheduler, max_grad_norm=1.0, seed=3,
+        pools_per_update=accumulation,
     )  # fmt: skip
 
     def pools():

@@ -104,16 +104,15 @@ def doubled(batch):
     return batch | {"image": batch["image"].double()}
 
 
-def own_loop(accumulation=1, num_epochs=2, module=None, pools=None, **select):
+def own_loop(accumulation=1, num_epochs=2, module=None, pools=None):
     """Our loop as the README shows it, with Lightning's order of accumulated gradients."""
     module = Module() if module is None else module
     module.double()
     (optimizer,), (schedule,) = module.configure_optimizers()
     scheduler = schedule["scheduler"]
     selector = Selector(
-        module, optimizer, image_loss, list(map(doubled, target())), KEEP,
+        module, optimizer, image_loss, list(map(doubled, target())), KEEP, **OPTIONS,
         lr_scheduler=scheduler, max_grad_norm=0.5, pools_per_update=accumulation,
-        **OPTIONS | select,
     )  # fmt: skip
     for _ in range(num_epochs):
         for index, batch in enumerate(selector.stream(map(doubled, pools or loader())), 1):

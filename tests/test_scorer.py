@@ -402,6 +402,22 @@ def test_a_state_with_a_scorer_needs_one():
         with_one.load_state_dict(without.state_dict())
 
 
+def test_a_state_of_a_scorer_trained_otherwise_is_refused():
+    def trained(model):
+        small = Dropped()
+        return Scorer(small, adamw(small))
+
+    with pytest.raises(ValueError, match="saved state, frozen, got by AdamW without a schedule"):
+        build(trained).load_state_dict(build(lambda _: Scorer(Dropped())).state_dict())
+
+
+def test_what_a_choice_is_worth_is_told_of_choices_by_influence_alone():
+    assert build(lambda _: Scorer(Dropped())).state.worth is not None
+    assert build(lambda _: Scorer(Dropped()), strategy="loss").state.worth is None
+    with pytest.raises(ValueError, match="scorer must be None for strategy 'uniform'"):
+        build(lambda _: Scorer(Dropped()), strategy="uniform")
+
+
 def test_a_saved_state_does_not_move_with_the_scorer():
     model, optimizer, selector, _, make = made(per=1)
     pools = [make(10) for _ in range(6)]

@@ -33,8 +33,8 @@ class SelectorState:
         forms: which form the derivatives have.
         horizon: of the horizon control; None: not under control.
         rate: of the learning-rate control; None: not under control.
-        worth: of the checks of a scorer; None: the model scores itself, or the horizon's contests
-            measure what choosing is worth.
+        worth: of the checks of a scorer; None: the model scores itself, it does not choose by
+            influence, or the horizon's contests measure what choosing is worth.
         num_steps: optimizer steps taken.
         target_position: batches of the target handed out in its present round.
         ahead: the look-ahead in use; None: the next pool needs one.

@@ -1,8 +1,8 @@
 """A scorer: a small model that scores candidates for the model that trains.
 
-Scoring two passes of every candidate costs more than training on a quarter of them. A model of a
-tenth of the size ranks them for a tenth of that: what is good to learn from is much the same for
-both. It learns beside the other, from what it chose itself.
+Two passes of every candidate cost more than training on a quarter of them; those of a model of a
+tenth of the size need a tenth of the arithmetic. It learns beside the other, from what it chose
+itself. How much of the gain is left depends on the task, and is measured (`control.worth`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Scorer:
     """The model that scores, where it is another than the one that trains.
 
     Sensitivities, look-aheads and scores are then its own; the horizon, `params` and `score_view`
-    of the selector are about it. What its choice is worth to the trained model is measured.
+    of the selector are about it. What its choice by influence is worth to the trained model is
+    measured now and then.
 
     Attributes:
         model: the module that scores; in several processes `DistributedDataParallel` of it.
@@ -199,10 +200,20 @@ class LiveScorer:
 
     # --- state ----------------------------------------------------------------------------
 
+    def _kind(self) -> str:
+        """How it is trained, in words."""
+        if self.scorer.is_frozen:
+            return "frozen"
+        by = "the selector" if self.scorer.train else "the user"
+        schedule = self.scorer.lr_scheduler
+        scheduled = "without a schedule" if schedule is None else f"under {type(schedule).__name__}"
+        return f"by {type(self.optimizer.optimizer).__name__} {scheduled}, stepped by {by}"
+
     def plain(self) -> dict[str, Any]:
         """All that its next scores depend on, as plain values: weights and optimizer, too."""
         scheduler = self.scorer.lr_scheduler
         return {
+            "kind": self._kind(),
             "model": _copied(self.objective.model.state_dict()),
             "optimizer": _copied(self.optimizer.optimizer.state_dict()),
             "scheduler": None if scheduler is None else _copied(scheduler.state_dict()),
@@ -213,7 +224,16 @@ class LiveScorer:
         }
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Go on from `plain`."""
+        """Go on from `plain`.
+
+        Raises:
+            ValueError: the state is of a scorer that is trained in another way.
+        """
+        if saved["kind"] != self._kind():
+            raise ValueError(
+                f"the scorer must be trained as that of the saved state, {saved['kind']}, got "
+                f"{self._kind()}"
+            )
         self.objective.model.load_state_dict(saved["model"])
         self.optimizer.optimizer.load_state_dict(_copied(saved["optimizer"]))
         if self.scorer.lr_scheduler is not None:

@@ -107,6 +107,16 @@ def mean_loss(losses: Callable[[nn.Module, Batch], Tensor], model: nn.Module, on
     return total / sum(map(num_examples, on))
 
 
+def take_step(setting: Setting, schedule: LambdaLR, batch: Batch) -> None:
+    """One step of training on a batch."""
+    setting.optimizer.zero_grad()
+    setting.losses(setting.model, batch).mean().backward()
+    if setting.clip is not None:
+        nn.utils.clip_grad_norm_(setting.model.parameters(), setting.clip)
+    setting.optimizer.step()
+    schedule.step()
+
+
 def run(setting: Setting, options: dict[str, Any] | None, seconds: float, seed: int) -> Result:
     """Train for so many seconds of the processor."""
     model, optimizer, losses, target, stream, test, keep, clip, warmup = setting
@@ -131,12 +141,7 @@ def run(setting: Setting, options: dict[str, Any] | None, seconds: float, seed: 
         )  # fmt: skip
         batches = selector.stream(stream(elapsed))
     for batch in batches:
-        optimizer.zero_grad()
-        losses(model, batch).mean().backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        schedule.step()
+        take_step(setting, schedule, batch)
         horizon = selector.last.horizon if selector and selector.last else None
         modes.append((elapsed(), -1 if horizon is None else horizon))
         if modes[-1][0] >= 1:

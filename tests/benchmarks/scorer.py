@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from equal_time import CONFIGS, Setting, digits, mean_loss
+from equal_time import CONFIGS, Setting, digits, mean_loss, take_step
 from results_tasks import mixture, oracle, trainer, trainer_module
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -125,12 +125,7 @@ def run(
         batches = selector.stream(stream(lambda: 0.0))
     began, done = time.process_time(), 0
     for batch in batches:
-        optimizer.zero_grad()
-        losses(model, batch).mean().backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        schedule.step()
+        take_step(setting, schedule, batch)
         done += 1
         spent = time.process_time() - began
         if done == STEPS[task] if seconds is None else spent >= seconds:
