@@ -46,14 +46,14 @@ class Killed(BaseException):
 class Blocks(nn.Module):
     """Two blocks between an embedding and a head, in double precision."""
 
-    def __init__(self, dropout=0.0, norm=False):
+    def __init__(self, dropout=0.0, norm=False, width=6):
         super().__init__()
-        self.embed = nn.Linear(64, 6)
+        self.embed = nn.Linear(64, width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(dropout)) for _ in range(2)
+            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout)) for _ in range(2)
         )
-        self.norm = nn.BatchNorm1d(6) if norm else nn.Identity()
-        self.head = nn.Linear(6, 10)
+        self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
+        self.head = nn.Linear(width, 10)
         self.double()
 
     def forward(self, images):
@@ -81,7 +81,13 @@ def digits(folder):
     return folder / "digits"
 
 
-def task_of(folder, *, root=None, pool=POOL, max_errors=0, memory_gib=1.0, **model):
+def small():
+    """A model that scores, smaller than the one that is trained."""
+    torch.manual_seed(1)
+    return Blocks(width=3)
+
+
+def task_of(folder, *, root=None, pool=POOL, max_errors=0, memory_gib=1.0, scorer=None, **model):
     group, root = here(), root or digits(folder)
     reading = {"max_errors": max_errors, "memory_gib": memory_gib}
     share = {"rank": group.rank, "world_size": group.size}
@@ -95,6 +101,7 @@ def task_of(folder, *, root=None, pool=POOL, max_errors=0, memory_gib=1.0, **mod
         test=read_batches(digits(folder), "test", TEST_BATCH),
         source=root,
         save=save,
+        scorer=scorer,
     )
 
 
@@ -207,6 +214,21 @@ def mixed(folder, rank):
         data, options = {"target_share": 0.25}, {"parallel": parallel, "patience": patience}
         config = config_of(folder, f"mixed-{parallel}", INFLUENCE, data, **options)
         found[parallel] = trained(folder, config)
+    return found
+
+
+def scored(folder, rank):
+    """A small model scores: whole, and ended in a step and resumed; its weights, too."""
+    found = {}
+    scorer = {"optimizer": {"lr": 0.02, "max_grad_norm": 0.5}}
+    for parallel, end in product(("ddp", "fsdp2"), ({}, {"die_at": 6})):
+        name = f"scored-{parallel}-{next(iter(end), 'whole')}"
+        options = {"parallel": parallel, "resume": "auto", "checkpoint_every": 3}
+        config = config_of(folder, name, INFLUENCE, scorer=scorer, **options)
+        if end:
+            with suppress(Killed):
+                trained(folder, config, scorer=small(), **end)
+        found[name] = trained(folder, config, scorer=(scoring := small())), weights_of(scoring)
     return found
 
 
@@ -348,8 +370,8 @@ def at_random(folder, rank):
 
 
 CASES = (
-    whole, resumed, several, mixed, replayed, refused, unequal, damaged, not_finite, changed, begun,
-    shortened, killed, revived, at_random,
+    whole, resumed, several, mixed, scored, replayed, refused, unequal, damaged, not_finite,
+    changed, begun, shortened, killed, revived, at_random,
 )  # fmt: skip
 
 

@@ -83,6 +83,21 @@ def test_horizon_and_learning_rate_are_drawn_over_steps(tmp_path):
     assert list(drawn) == ["horizon H"]
 
 
+def test_a_scorer_has_its_loss_and_gain_drawn(tmp_path):
+    run = make_run(tmp_path / "a", [0.5, 0.6])
+    metrics = [
+        {"train/step": 10, "select/scorer_loss": 1.5, "select/scorer_gain": 0.25},
+        {"train/step": 20, "select/scorer_loss": 1.0},  # the gain is measured now and then
+        {"train/step": 30, "select/scorer_loss": 0.5, "select/scorer_gain": -0.125},
+    ]
+    comparison = summarize([type(run)(**{**vars(run), "metrics": metrics})])
+    drawn = {panel.y_label: panel.lines[0].curve for panel in figures.selection(comparison, {})}
+    loss = drawn["loss of the scorer on what is kept (nats)"]
+    assert (loss.x.tolist(), loss.mean.tolist()) == ([10, 20, 30], [1.5, 1.0, 0.5])
+    gain = drawn["target loss spared by the scorer's choice (%)"]
+    assert (gain.x.tolist(), gain.mean.tolist()) == ([10, 30], [25, -12.5])
+
+
 def test_the_palette_is_told_apart_by_the_colour_blind():
     """Any two of the first six groups differ under simulated deuteranopia and protanopia."""
     # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB

@@ -67,8 +67,8 @@ def folder(tmp_path_factory):
     assert status != 0
     assert "SIGKILL" in said
     cases = (
-        "whole", "resumed", "several", "mixed", "replayed", "refused", "unequal", "damaged",
-        "not_finite", "changed", "shortened", "revived",
+        "whole", "resumed", "several", "mixed", "scored", "replayed", "refused", "unequal",
+        "damaged", "not_finite", "changed", "shortened", "revived",
     )  # fmt: skip
     status, said = torchrun(folder, *cases)
     assert status == 0, said
@@ -89,8 +89,8 @@ def metrics_of(folder, name):
     return [json.loads(line) for line in lines]
 
 
-def reference(folder, name, mixed=None):
-    """One process that trains on what the ledger says was kept: weights, and loss of each step.
+def reference(folder, name, mixed=None, model=None):
+    """One process that trains a model on what the ledger says was kept: weights, each step's loss.
 
     Beside it on what `mixed` has for a step, counted from 0.
 
@@ -98,7 +98,7 @@ def reference(folder, name, mixed=None):
     """
     table = read_ledger(folder / name).to_pylist()
     torch.manual_seed(0)
-    model = worker.Blocks()
+    model = model or worker.Blocks()
     config = worker.config_of(folder, name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.01)
     (samples,) = islice(PoolStream(worker.digits(folder), pool=1197, seed=0), 1)
@@ -188,6 +188,21 @@ def test_what_is_mixed_in_is_shared_by_the_processes(folder, parallel):
     last = metrics_of(folder, f"mixed-{parallel}")[-1]
     assert last["train/loss"] == pytest.approx(losses[-1], abs=1e-10)
     assert last["data/target_samples_seen"] == worker.STEPS * 4
+
+
+@both
+def test_a_scorer_learns_beside_the_model_and_goes_on_bit_for_bit(folder, parallel):
+    name = f"scored-{parallel}-whole"
+    expected = [reference(folder, name, model=model)[0] for model in (None, worker.small())]
+    for rank in (0, 1):
+        runs = found(folder, "scored", rank)
+        for trained, again, weights in zip(
+            runs[name], runs[f"scored-{parallel}-die_at"], expected, strict=True
+        ):
+            assert difference(trained, weights) < 1e-10
+            assert difference(trained, again) == 0
+    assert same_records(folder, name, f"scored-{parallel}-die_at")
+    assert all(line["select/scorer_loss"] > 0 for line in metrics_of(folder, name)[1:])
 
 
 def test_what_is_printed_is_printed_once(folder):

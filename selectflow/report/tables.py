@@ -22,6 +22,8 @@ from selectflow.run.metrics import (
     LR_MULTIPLIER,
     SAMPLES_SCORED,
     SAMPLES_SEEN,
+    SCORER_GAIN,
+    SCORER_LOSS,
     SELECTED,
     SOURCE_KEPT,
     SOURCE_SHARE,
@@ -86,6 +88,8 @@ DYNAMICS = (
     Quantity(LEARNING_RATE, "learning rate", "per update"),
     Quantity(_RELATIVE_ERROR, "relative error by the proxy", "ratio"),
     Quantity(_TRUST, "trust ratio, real over predicted change", "ratio"),
+    Quantity(SCORER_LOSS, "loss of the scorer on what is kept", "nats"),
+    Quantity(SCORER_GAIN, "target loss spared by the scorer's choice", "%", 100.0),
 )
 _ALTERED = Quantity(KEPT_ALTERED, "altered samples among the kept", "%", 100.0)
 _KNOWN = {known.metric: known for known in (*AXES, *DYNAMICS, _ALTERED)}
@@ -100,12 +104,10 @@ def quantity(metric: str) -> Quantity:
     if metric.startswith(KEPT):
         kind = metric.removeprefix(KEPT).replace("_", " ").replace("/", " ")
         return Quantity(metric, f"{kind} among the kept", "%", 100.0)
-    if metric.startswith(SOURCE_SHARE):
-        name = metric.removeprefix(SOURCE_SHARE)
-        return Quantity(metric, f"share of source {name}", "%", 100.0)
-    if metric.startswith(SOURCE_KEPT):
-        name = metric.removeprefix(SOURCE_KEPT)
-        return Quantity(metric, f"kept of source {name}", "%", 100.0)
+    for prefix, what in ((SOURCE_SHARE, "share"), (SOURCE_KEPT, "kept")):
+        if metric.startswith(prefix):
+            source = metric.removeprefix(prefix)
+            return Quantity(metric, f"{what} of source {source}", "%", 100.0)
     if name == "accuracy":
         return Quantity(metric, title, "%", 100.0)
     return Quantity(metric, title, "nats" if name == "loss" else "as logged")
