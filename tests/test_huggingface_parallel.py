@@ -2,6 +2,7 @@
 
 import os
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from test_huggingface import (
     texts,
     weights,
 )
+from test_huggingface_scorer import scorer_of
 from test_huggingface_stream import Noted, stream_of, write_sources
 from torch.nn.parallel import DistributedDataParallel
 
 from selectflow import Selector
+from selectflow.integrations.scorers import placed
 from selectflow.models.language import causal_lm_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
@@ -42,12 +45,14 @@ def as_torchrun(port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def trainer_for(folder, model=None, kind=SelectTrainer, keep=KEEP, rows=None, **options):
+def trainer_for(
+    folder, model=None, kind=SelectTrainer, keep=KEEP, rows=None, scorer=None, **options
+):
     how = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False} | options
     given = {"train_dataset": dataset(texts(NUM, 1)) if rows is None else rows}
     if kind is not Trainer:
         given |= {"target": dataset(texts(40, 2)[::2]), "keep": keep}
-        given["select_options"] = {"horizon": 2, "interval": 2}
+        given["select_options"] = {"horizon": 2, "interval": 2, "scorer": scorer}
     return kind(model or llama(), arguments(folder, **how), **given)
 
 
@@ -60,7 +65,7 @@ def by_trainer(folder, port, num_steps, accumulation):
     return trainer.trained_on, weights(trainer.model), logged
 
 
-def by_hand(num_steps, accumulation):
+def by_hand(num_steps, accumulation, scorer=None):
     """Our loop, under DistributedDataParallel; each process has every second pool of the stream."""
     rank = dist.get_rank()
     inner, rows = llama(), texts(NUM, 1)
@@ -76,7 +81,7 @@ def by_hand(num_steps, accumulation):
     selector = Selector(
         model, optimizer, causal_lm_losses, [{"input_ids": part} for part in target],
         keep=KEEP, horizon=2, interval=2, lr_scheduler=scheduler, max_grad_norm=1.0, seed=3,
-        pools_per_update=accumulation,
+        pools_per_update=accumulation, scorer=scorer,
     )  # fmt: skip
     pools = [{"input_ids": pool} for pool in rows.split(POOL)][rank::2]
     model.train()
@@ -177,6 +182,40 @@ def test_keeping_all_is_the_plain_trainer(two, port, tmp_path):
     ours = two.run(everything_kept, str(tmp_path / "b"), port, "select")
     assert ours[0][1] == pytest.approx(plain[0][1], rel=1e-4)
     assert (ours[0][0] - plain[0][0]).abs().max() < 1e-4
+
+
+def scored_by_trainer(folder, port, is_resumed):
+    """The Trainer joins the scorer's model, once."""
+    as_torchrun(port)
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
+    scorer = scorer_of(seed=8 if is_resumed else 5)
+    trainer = trainer_for(folder, llama(seed=9 if is_resumed else 0), scorer=scorer, **options)
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-3" if is_resumed else None)
+    joined = trainer._select_options["scorer"]
+    assert placed(joined, torch.device("cpu"), 2).model is joined.model
+    return trainer.trained_on, weights(trainer.model), weights(scorer.model)
+
+
+def scored_by_hand(num_steps):
+    scorer = scorer_of()
+    joined = replace(scorer, model=DistributedDataParallel(scorer.model))
+    return *by_hand(num_steps, 1, joined), weights(scorer.model)
+
+
+def test_a_scorer_is_joined_and_resumed(two, port, tmp_path):
+    found = two.run(scored_by_trainer, str(tmp_path), port, False)
+    expected = two.run(scored_by_hand, 8)
+    rest = two.run(scored_by_trainer, str(tmp_path), port, True)
+    for rank in range(2):
+        (kept, model, scorer), (others, same, twin) = found[rank], expected[rank]
+        assert kept == others
+        assert (model - same).abs().max() < 1e-6
+        assert torch.equal(scorer, found[0][2])
+        assert (scorer - twin).abs().max() < 1e-6
+        assert rest[rank][0] == kept[3:]
+        assert torch.equal(rest[rank][1], model)
+        assert torch.equal(rest[rank][2], scorer)
+    assert found[0][0] != found[1][0]
 
 
 def with_checkpoint(folder, port, is_resumed):

@@ -1,6 +1,7 @@
 """Selection inside Lightning's Trainer in two processes, against our own loop in two."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from problems import image_loss
 from test_lightning import KEEP, OPTIONS, POOL, Module, examples, target, trainer_of
 from test_lightning_resume import Saves
+from test_lightning_scorer import scorer_of
 from test_lightning_stream import trained as trained_on_stream
 from test_lightning_stream import write_sources
 from torch import nn
@@ -75,11 +77,11 @@ class Resumable(DataLoader):
         self.skip = state["num"]
 
 
-def by_trainer(folder, name, resume=None, step=None):
+def by_trainer(folder, name, resume=None, step=None, scorer=None):
     as_torchrun()
     module = (Sharded if name == "fsdp2" else Single)(9 if resume else 0)
     share = list(map(doubled, target()[dist.get_rank() :: 2]))
-    selection = SelectCallback(image_loss, share, KEEP, **OPTIONS)
+    selection = SelectCallback(image_loss, share, KEEP, **OPTIONS, scorer=scorer)
     logged = []
 
     class Notes(Saves):
@@ -104,7 +106,7 @@ def whole(module):
     return torch.cat([part.detach().flatten() for part in parts])
 
 
-def by_hand(name):
+def by_hand(name, scorer=None):
     """Our loop, under DistributedDataParallel or fully_shard."""
     inner = model = Single()
     if name == "ddp":
@@ -117,6 +119,7 @@ def by_hand(name):
     selector = Selector(
         model, optimizer, image_loss, [doubled(b) for b in target()[dist.get_rank() :: 2]],
         KEEP, **OPTIONS, lr_scheduler=schedule["scheduler"], max_grad_norm=0.5,
+        scorer=scorer,
     )  # fmt: skip
     kept = []
     pools = DataLoader(examples(20 * POOL), batch_size=POOL, sampler=sampler)
@@ -153,6 +156,36 @@ def test_keeps_and_learns_what_our_own_loop_does_and_resumes(two, tmp_path, name
         assert kept == others[5:]
         assert torch.equal(trained, ours)
         assert logged == before[5:]
+
+
+def scored_by_trainer(folder, name, resume=None, step=None):
+    """The callback joins the scorer's model."""
+    scorer = scorer_of(seed=8 if resume else 5)
+    return *by_trainer(folder, name, resume, step, scorer), whole(scorer.model)
+
+
+def scored_by_hand(name):
+    scorer = scorer_of()
+    joined = replace(scorer, model=DistributedDataParallel(scorer.model))
+    return *by_hand(name, joined), whole(scorer.model)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_scorer_is_joined_and_resumed(two, tmp_path, name):
+    """Whole in each process, also where the trained model is sharded."""
+    found = two.run(scored_by_trainer, str(tmp_path), name, None, 5)
+    expected = two.run(scored_by_hand, name)
+    rest = two.run(scored_by_trainer, str(tmp_path), name, f"{tmp_path}/saved", None)
+    for rank in range(2):
+        (kept, model, _, scorer), (others, same, twin) = found[rank], expected[rank]
+        assert kept == others
+        assert (model - same).abs().max() < 1e-10
+        assert torch.equal(scorer, found[0][3])
+        assert (scorer - twin).abs().max() < 1e-10
+        assert rest[rank][0] == kept[5:]
+        assert torch.equal(rest[rank][1], model)
+        assert torch.equal(rest[rank][3], scorer)
+    assert found[0][0] != found[1][0]
 
 
 def on_stream(folder, sources, resume=None):
