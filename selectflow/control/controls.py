@@ -86,7 +86,7 @@ class Controls:
             self._contests.enter(step)
 
     def leave(self, kept: Batch) -> None:
-        """The user's loop goes on, with a batch to train on."""
+        """The user's loop goes on, with a batch to train on, weighted as it is to be."""
         if self._rate is not None:
             self._rate.trained_on(kept)
         if self._contests is not None:
