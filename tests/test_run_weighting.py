@@ -28,6 +28,7 @@ WEIGHTED = {"keep": 1.0, "horizon": 0, "weighting": "relu"}
 def test_a_run_is_the_loop_that_one_would_write(digits, tmp_path):
     given = config(tmp_path, select=WEIGHTED, eval_every=1)
     run_dir, alone = train(given, task(digits)), task(digits)
+    altered, wrong = alone.kinds["altered"], []
     optimizer = build_optimizer(alone.model, given.optimizer)
     selector = Selector(
         alone.model, optimizer, alone.loss_fn, alone.target, 1.0, 0, seed=given.seed,
@@ -37,6 +38,8 @@ def test_a_run_is_the_loop_that_one_would_write(digits, tmp_path):
     for batch in islice(selector.stream(alone.pools), given.steps):
         weights = selector.last.weights
         found.append(weights)
+        is_altered = torch.tensor([key in altered for key in batch["key"]])
+        wrong.append(float(weights[is_altered].sum() / len(weights)))
         optimizer.zero_grad()
         (weights * alone.loss_fn(alone.model, batch)).mean().backward()
         optimizer.step()
@@ -44,7 +47,9 @@ def test_a_run_is_the_loop_that_one_would_write(digits, tmp_path):
     for name, value in alone.model.state_dict().items():
         assert torch.equal(newest["model"][name], value)
     lines = read_lines(run_dir / "metrics.jsonl")[1:]
-    for line, weights in zip(lines, found, strict=True):
+    assert max(wrong) > 0
+    for line, weights, share in zip(lines, found, wrong, strict=True):
+        assert line[metrics.kept_share("altered")] == pytest.approx(share)
         assert line[metrics.POSITIVE_WEIGHTS] == (weights > 0).double().mean()
         size = float(weights.sum() ** 2 / (weights**2).sum())
         assert line[metrics.EFFECTIVE_SIZE] == pytest.approx(size)

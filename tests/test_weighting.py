@@ -9,10 +9,12 @@ from problems import PROBLEMS, image_loss, images
 from reference import per_example_gradients
 
 from selectflow import AutoHorizon, AutoRate, Scorer, Selector
+from selectflow.control.shares import AutoShares
 from selectflow.core.batches import MicroBatches, as_one, weighted
 from selectflow.core.optim import State
 from selectflow.core.weight_changes import selection
 from selectflow.core.weighted import relu_weights
+from selectflow.data.shares import Shares
 
 MLP = PROBLEMS[0]
 
@@ -265,3 +267,16 @@ def test_what_cannot_be_weighted_is_refused(options, says):
     model, optimizer, _, target = setting()
     with pytest.raises(ValueError, match=says):
         selector_for(model, optimizer, target, **options)
+
+
+def test_sources_are_followed_by_what_has_weight():
+    """Shares of sources count an example of weight 0 as one that was not kept."""
+    model, optimizer, pools, target = setting(num_pools=1)
+    pool = pools[0] | {"source": ["a", "b"] * 5}
+    selector = selector_for(model, optimizer, target)
+    selector.select(pool)
+    shares = Shares(AutoShares(), ["a", "b"], [1.0, 1.0])
+    helps = selector.last.scores > 0
+    assert 0 < helps.sum() < 10
+    expected = [[5.0, 5.0], [float(helps[::2].sum()), float(helps[1::2].sum())]]
+    assert shares.counts_of(selector.last).tolist() == expected

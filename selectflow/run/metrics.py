@@ -66,7 +66,7 @@ CONTROLLED = {
 
 
 def kept_share(kind: str) -> str:
-    """The metric for the share of a kind of sample, as "altered", among the kept."""
+    """The metric for the share of a kind of sample, as "altered", among the kept, by weight."""
     return f"select/kept_{kind}"
 
 
