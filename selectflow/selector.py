@@ -427,6 +427,7 @@ class Selector:
         self.state.load(state, params, scored if names is None else scored.pick(names))
         restore_memory(self._scoring.memory, state.get("memory", {}), scored)
         self._optimizer.resume_at(self.state.num_steps)
+        self._weighing.forget()
         if self.state.rate is not None:
             self._optimizer.lr_multiplier = self.state.rate.rule.multiplier
 

@@ -17,6 +17,9 @@ from selectflow.core.weighted import relu_weights
 from selectflow.data.shares import Shares
 
 MLP = PROBLEMS[0]
+RESTLESS = AutoHorizon(
+    largest=1, gap=3, longest_gap=3, contest_steps=2, share=1.0, costs={0: 1.5, 1: 2.0}
+)
 
 
 def setting(lr=3e-3, kind=torch.optim.AdamW, num_pools=12, size=10):
@@ -197,12 +200,24 @@ def test_a_whole_run_is_the_loop_written_out():
 # --- resumption, control, and what is refused ---------------------------------------------------
 
 
+def test_horizons_compete_though_all_is_kept():
+    model, optimizer, pools, target = setting(num_pools=60)
+    selector = selector_for(model, optimizer, target, horizon=RESTLESS)
+    decisions = []
+    for batch in selector.stream(pools):
+        decisions += [made.what for made in selector.last.decisions]
+        optimizer.zero_grad()
+        (selector.last.weights * image_loss(model, batch)).mean().backward()
+        optimizer.step()
+    assert "horizon" in decisions
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"horizon": 1, "interval": 2},
         {"horizon": 0, "lr": AutoRate(), "pools_per_update": 2},
-        {"horizon": AutoHorizon(costs={0: 2.0, 1: 3.0}, largest=1, share=1.0)},
+        {"horizon": RESTLESS},
     ],
     ids=["fixed", "rate", "contests"],
 )
@@ -240,11 +255,13 @@ def test_resumes_to_the_bit(options):
 def test_a_step_without_its_weights_is_an_error():
     model, optimizer, pools, target = setting()
     selector = selector_for(model, optimizer, target, keep=6)
-    stream = selector.stream(pools)
+    state, stream = selector.state_dict(), selector.stream(pools)
     image_loss(model, next(stream)).mean().backward()
     optimizer.step()
     with pytest.raises(ValueError, match=r"selector\.last\.weights"):
         next(stream)
+    selector.load_state_dict(state)  # a loop of another time
+    selector.select(pools[0])
 
 
 def test_without_weighting_there_are_no_weights():
@@ -280,3 +297,13 @@ def test_sources_are_followed_by_what_has_weight():
     assert 0 < helps.sum() < 10
     expected = [[5.0, 5.0], [float(helps[::2].sum()), float(helps[1::2].sum())]]
     assert shares.counts_of(selector.last).tolist() == expected
+
+
+def test_a_state_from_before_there_were_weights_is_one_without():
+    model, optimizer, _, target = setting()
+    plain = selector_for(model, optimizer, target, weighting="none")
+    state = plain.state_dict()
+    del state["options"]["weighting"]
+    plain.load_state_dict(state)
+    with pytest.raises(ValueError, match="weighting: 'none' saved, 'relu' here"):
+        selector_for(model, optimizer, target).load_state_dict(state)

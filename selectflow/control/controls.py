@@ -150,7 +150,8 @@ class Controls:
         if control.is_look_due:
             with self._objective.scoring():
                 control.look(self._target.next)
-        if size_kept == size or not control.is_due() or not is_due(ongoing.step):
+        is_all = size_kept == size and self._scoring.policy.weighting == "none"
+        if is_all or not control.is_due() or not is_due(ongoing.step):
             return
         num = control.num_updates(size // size_kept) * self._per
         pools, began = ongoing.pools(num, self._group), time.perf_counter()

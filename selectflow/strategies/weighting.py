@@ -60,6 +60,10 @@ class Weighing:
         self._last = step, made
         return made
 
+    def forget(self) -> None:
+        """Begin anew, as where training goes on from a saved state."""
+        self._last = None
+
     def check(self, step: int) -> None:
         """See, once `step` updates are made, that nobody forgot the weights.
 
