@@ -144,6 +144,21 @@ def test_a_change_to_weighted_examples_ends_at_their_weighted_mean():
     assert (shift.base + shift.weights[0]).tolist() == pytest.approx(list(expected.values()))
 
 
+def test_trust_is_of_the_weighted_selection():
+    """Where all is kept, weights alone tell it from the nominal: -I is what they are to gain."""
+    model, optimizer, pools, target = setting(0.1, torch.optim.SGD)
+    selector = selector_for(model, optimizer, target, horizon=RESTLESS, derivative="exact")
+    contests, policy = selector._controls._contests, selector._scoring.policy
+    upcoming = contests._rollouts.scoring.upcoming(1, pools[:1], target[0])
+    with selector._objective.scoring():
+        found = contests.trust(1, upcoming)
+        gamma = policy.look_ahead(1, upcoming, selector.state.generator).gamma(0)
+        scores = policy.scores(gamma, upcoming.state, pools[0])
+    gain = (relu_weights(scores) * scores).mean() - scores.mean()
+    assert gain > 0
+    assert found["proxy_first_order"] == pytest.approx(-float(gain), rel=0.02)  # of differences
+
+
 def test_parts_without_weights_count_as_1_beside_others():
     first, second, weights = images(2), images(3), torch.tensor([0.5, 1.5])
     joined = as_one([weighted(first, weights), second])
