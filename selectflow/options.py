@@ -8,7 +8,7 @@ of its errors, are here as well.
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from types import FunctionType
@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 from selectflow.control.ladder import AutoHorizon
 from selectflow.control.rules import AutoRate
 from selectflow.core.counts import is_count
-from selectflow.strategies import STRATEGIES
+from selectflow.strategies import SIGNED, STRATEGIES
 
 # --- what is wrong, in the words of the person who wrote it ---------------------------------------
 
@@ -190,6 +190,11 @@ class SelectOptions(Section):
 
     *Nominal batches.* Under "policy" training fails at H >= 4 (same benchmark).
 
+    *Weighting.* Under "relu" the weight of a kept example is max(0, score), by the mean of these:
+    `selector.last.weights`, which your loop trains with, `(weights * losses).mean()`. With keep=1.0
+    and horizon=0 that is Ren et al. 2018. The parts of later pools that a look-ahead trains on have
+    equal weights, since their scores are not known.
+
     *Parameters.* The look-ahead moves all of them: a score is exactly that part of the influence
     that an example has through its gradient at the chosen ones. At H = 0 that is cheaper, too.
 
@@ -234,6 +239,10 @@ class SelectOptions(Section):
         default="local",
         description="with several processes: each keeps the best of its own pool, or as many of "
         "the best of all pools",
+    )
+    weighting: Literal["none", "relu"] = Field(
+        default="none",
+        description="weights of what is kept: equal, or max(0, score), of mean 1",
     )
     params: tuple[str, ...] | None = Field(
         default=None,
@@ -290,8 +299,44 @@ class SelectOptions(Section):
         return {name: _plain(value) for name, value in self if name not in free}
 
 
+def weighting_problems(options: Mapping[str, Any]) -> Iterator[str]:
+    """What does not go with weights, one line each.
+
+    Args:
+        options: values of `SelectOptions` by name.
+    """
+    if options["weighting"] == "none":
+        return
+    when = f"when weighting is {options['weighting']}"
+    strategy = options["strategy"]
+    if isinstance(strategy, str) and strategy not in SIGNED:
+        yield (
+            f"strategy must be one of {', '.join(SIGNED)}, or a function of Candidates, {when}, "
+            f"got {strategy}: the sign of its scores does not say what helps"
+        )
+    for name, only, why in (
+        ("scope", "local", "each process weighs what it kept of its own pool"),
+        ("nominal", "random", "what a look-ahead trains on has equal weights"),
+    ):
+        if options[name] != only:
+            yield f"{name} must be {only} {when}, got {options[name]}: {why}"
+
+
+def refuse_weights(options: Mapping[str, Any], trainer: str) -> None:
+    """Raise ValueError where a trainer, whose own loss is trained, was given options of weights."""
+    if (weighting := options.get("weighting", "none")) != "none":
+        raise ValueError(
+            f"weighting must be 'none' in {trainer}, whose loss has no weights of examples, got "
+            f"{weighting!r}; train in your own loop, or in a run by select.weighting"
+        )
+
+
 def check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise ValueError, naming the differences, unless a saved selector had our options."""
+    # what an older state does not know of was as by default
+    saved = {name: field.default for name, field in SelectOptions.model_fields.items()} | dict(
+        saved
+    )
     if differing := [name for name in ours if saved[name] != ours[name]]:
         listed = ", ".join(
             f"{name}: {saved[name]!r} saved, {ours[name]!r} here" for name in differing

@@ -38,7 +38,7 @@ from selectflow.core.derivatives import Curvature, Derivatives
 from selectflow.core.examples import ExampleGradients
 from selectflow.core.exchange import keep_best
 from selectflow.core.forms import Forms, Method
-from selectflow.core.lookahead import NominalChoice, Policy
+from selectflow.core.lookahead import NominalChoice, Policy, Weighting
 from selectflow.core.params import scored_names
 from selectflow.core.passes import LossFn, Objective
 from selectflow.core.storage import Offload
@@ -46,11 +46,12 @@ from selectflow.core.target import Cycle
 from selectflow.core.torch_optim import OptimizerReader
 from selectflow.core.wrappers import check_group
 from selectflow.distributed import Group
-from selectflow.options import SelectOptions, check_same
+from selectflow.options import SelectOptions, check_same, weighting_problems
 from selectflow.strategies import STRATEGIES, Selection, Strategy
 from selectflow.strategies.scorer import LiveScorer, Scorer
 from selectflow.strategies.scoring import Scoring
 from selectflow.strategies.training import plain_memory, restore_memory
+from selectflow.strategies.weighting import Weighing, Weights, weighed
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class Selector:
         lr: Literal["schedule", "auto"] | AutoRate = "schedule",
         nominal: NominalChoice = "random",
         scope: Literal["local", "global"] = "local",
+        weighting: Weighting = "none",
         params: Sequence[str] | None = None,
         score_view: Callable[[Batch], Batch] | None = None,
         pools_per_update: int = 1,
@@ -121,6 +123,8 @@ class Selector:
         given = locals()
         names = SelectOptions.model_fields
         self.options = options = SelectOptions.checked(**{name: given[name] for name in names})
+        if problems := list(weighting_problems(dict(options))):
+            raise ValueError("; ".join(problems))
         seed = as_count("seed", seed, None)
         horizon = _horizon_of(options, scorer)
         lr = AutoRate() if options.lr == "auto" else options.lr
@@ -167,6 +171,7 @@ class Selector:
             self._target,
             self._controls.horizon,
         )
+        self._weighing = Weighing(options.weighting, self._optimizer.params)
         self._strategy = strategy if callable(strategy) else STRATEGIES[strategy]
         self._saved_options = options.plain() | {"seed": seed}
         self.last: Selection | None = None
@@ -224,7 +229,8 @@ class Selector:
 
         Raises:
             ValueError: the pool is smaller than keep, its leaves disagree in length, the target
-                is empty, or loss_fn or the strategy returns a wrong shape.
+                is empty, or loss_fn or the strategy returns a wrong shape; a step was taken
+                without the weights of its batch.
             FloatingPointError: a loss, derivative or score is not finite; names the optimizer
                 step and the examples.
         """
@@ -246,9 +252,10 @@ class Selector:
         if state.rest:
             return self._handed_out(ongoing, state.rest.popleft())
         indices, kept = self._keep(scores, size_kept, ongoing)
+        weights = self._weighing.weights(scores[indices], ongoing.step)
         if self._scorer is not None:
-            self._scorer.train_on(kept)
-        return self._noted(ongoing, pool, kept, indices, scores)
+            self._scorer.train_on(weighed(kept, weights))
+        return self._noted(ongoing, pool, kept, indices, scores, weights)
 
     def _next_part(self) -> Batch:
         """The next part of a pool that is not selected from."""
@@ -261,13 +268,15 @@ class Selector:
     def _handed_out(self, ongoing: Ongoing, part: Batch) -> Batch:
         """A part of a pool, of which nothing is known."""
         indices = torch.arange(num_examples(part), device="cpu")
-        return self._noted(ongoing, part, part, indices, None)
+        weights = self._weighing.weights(torch.zeros(len(indices), device="cpu"), ongoing.step)
+        return self._noted(ongoing, part, part, indices, None, weights)
 
     @contextmanager
     def _deciding(self, ongoing: Ongoing) -> Iterator[None]:
         """Between two steps of the user's loop; errors name the optimizer updates made."""
         with self._objective.placed():
             ongoing.step = self.state.num_steps = self._optimizer.num_steps()
+            self._weighing.check(ongoing.step)
             self._controls.enter(ongoing.step)
             ongoing.began = time.perf_counter()
             try:
@@ -276,7 +285,13 @@ class Selector:
                 raise FloatingPointError(f"at optimizer step {ongoing.step}: {error}") from error
 
     def _noted(
-        self, ongoing: Ongoing, pool: Batch, kept: Batch, indices: Tensor, scores: Tensor | None
+        self,
+        ongoing: Ongoing,
+        pool: Batch,
+        kept: Batch,
+        indices: Tensor,
+        scores: Tensor | None,
+        weights: Weights | None,
     ) -> Batch:
         """A batch to train on, once `last` says what it is."""
         state = self.state
@@ -300,8 +315,9 @@ class Selector:
             and self.options.strategy != "uniform",
             scorer_loss=self._scorer.loss if self._scorer else None,
             scorer_gain=ongoing.scorer_gain,
+            weighing=weights,
         )
-        self._controls.leave(kept)
+        self._controls.leave(weighed(kept, weights))
         return kept
 
     def _scores(self, ongoing: Ongoing) -> Tensor:
@@ -418,6 +434,7 @@ class Selector:
         self.state.load(state, params, scored if names is None else scored.pick(names))
         restore_memory(self._scoring.memory, state.get("memory", {}), scored)
         self._optimizer.resume_at(self.state.num_steps)
+        self._weighing.forget()
         if self.state.rate is not None:
             self._optimizer.lr_multiplier = self.state.rate.rule.multiplier
 
@@ -445,6 +462,7 @@ def _simulated(
         options.memory_gib,
         options.offload,
         is_frozen=scorer is not None and scorer.is_frozen,
+        weighting=options.weighting,
     )
     return Simulated(policy, optimizer)
 

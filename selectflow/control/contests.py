@@ -323,16 +323,17 @@ class HorizonControl:
         window = pools[: horizon * policy.pools_per_update : policy.pools_per_update]
         try:
             ahead = policy.look_ahead(horizon, upcoming, generator, num_sensitivities=horizon)
-            selected = [
-                policy.positions(gamma, state, pool)
+            choices = [
+                policy.choice(gamma, state, pool)
                 for gamma, pool in zip(ahead.sensitivities, window, strict=True)
             ]
+            selected, weights = zip(*choices, strict=True)
             order = random_order(generator)
             nominal = [
                 order(index, state, pool)[: num_kept(policy.keep, num_examples(pool))]
                 for index, pool in enumerate(window)
             ]
-            change = selection(window, nominal, [index.cpu() for index in selected])
+            change = selection(window, nominal, [index.cpu() for index in selected], weights)
             found = probe(
                 policy.derivatives, updates[:horizon], state, change, target, horizons={horizon}
             )

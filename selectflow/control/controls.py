@@ -86,7 +86,7 @@ class Controls:
             self._contests.enter(step)
 
     def leave(self, kept: Batch) -> None:
-        """The user's loop goes on, with a batch to train on."""
+        """The user's loop goes on, with a batch to train on, weighted as it is to be."""
         if self._rate is not None:
             self._rate.trained_on(kept)
         if self._contests is not None:
@@ -150,7 +150,8 @@ class Controls:
         if control.is_look_due:
             with self._objective.scoring():
                 control.look(self._target.next)
-        if size_kept == size or not control.is_due() or not is_due(ongoing.step):
+        is_all = size_kept == size and self._scoring.policy.weighting == "none"
+        if is_all or not control.is_due() or not is_due(ongoing.step):
             return
         num = control.num_updates(size // size_kept) * self._per
         pools, began = ongoing.pools(num, self._group), time.perf_counter()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selectflow.control.multiplier import StepMultiplier
 from selectflow.control.rules import Decision, RateRule, restore, state_of
-from selectflow.core.batches import Batch, MicroBatches, to_device
+from selectflow.core.batches import Batch, as_one, to_device
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.optim import State, Update
 from selectflow.core.params import Params
@@ -62,8 +62,7 @@ class Window:
         """The state after the same steps at `factor` times their learning rates."""
         state = self.start
         for update, parts in zip(self.updates, self.batches, strict=True):
-            batch = parts[0] if len(parts) == 1 else MicroBatches(parts)
-            grad = derivatives.step_gradient(state.params, batch)
+            grad = derivatives.step_gradient(state.params, as_one(parts))
             state = update.at_rate(factor).advance(state, grad)
         return state
 

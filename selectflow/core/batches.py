@@ -38,9 +38,40 @@ class MicroBatches:
 
     They need not agree in anything but the loss that takes them, such as the padded length. Only
     `num_examples` and `chunks` look inside.
+
+    Attributes:
+        parts: the batches.
+        weights: of their examples in order, shape (N,): the update is made from the mean of
+            weight times loss; None: 1 each.
     """
 
     parts: Sequence[Batch]
+    weights: Tensor | None = None
+
+
+def weighted(batch: Batch, weights: Tensor | None) -> Batch:
+    """A batch whose examples are trained on with these weights, shape (N,); None: as it is."""
+    return batch if weights is None else MicroBatches([batch], weights)
+
+
+def weights_of(batch: Batch) -> Tensor | None:
+    """Weights of the examples in an update, shape (N,); None: 1 each."""
+    return batch.weights if isinstance(batch, MicroBatches) else None
+
+
+def as_one(parts: Sequence[Batch]) -> Batch:
+    """The batch of the one update that all parts make together, with their weights."""
+    if len(parts) == 1:
+        return parts[0]
+    given = [weights_of(part) for part in parts]
+    if all(weights is None for weights in given):
+        return MicroBatches(parts)
+    like = next(weights for weights in given if weights is not None)
+    every = [
+        like.new_ones(num_examples(part)) if weights is None else weights.to(like)
+        for part, weights in zip(parts, given, strict=True)
+    ]
+    return MicroBatches(parts, torch.cat(every))
 
 
 def num_examples(batch: Batch) -> int:

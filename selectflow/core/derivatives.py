@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from selectflow.core.batches import Batch, chunks, num_examples
+from selectflow.core.batches import Batch, chunks, num_examples, weights_of
 from selectflow.core.chunks import Chunks, ChunkSize, Pass
 from selectflow.core.directions import has_queries, over_queries, split, step_size
 from selectflow.core.forms import NUM_CHECKED, TOLERANCE, Derive, Forms, Method, Use, apart
@@ -150,8 +150,10 @@ class Derivatives:
         Args:
             params: where to differentiate.
             batch: N examples.
-            weights: shape (N,); None: 1/N each, the batch mean.
+            weights: shape (N,); None: 1/N each, the batch mean, times the batch's own weights.
         """
+        if weights is None and (own := weights_of(batch)) is not None:
+            weights = own / len(own)
         weigh = mean_of(batch) if weights is None else parts_of(weights)
         *_, grads = self._vjp(params, batch, weigh, None)
         return Params((name, grad) for name, grad in grads.items() if grad is not None)

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from selectflow.core.batches import (
     Batch,
-    MicroBatches,
+    as_one,
     in_parts,
     num_examples,
     num_kept,
     take,
     through,
+    weighted,
 )
 from selectflow.core.clock import work_s
 from selectflow.core.derivatives import Curvature, Derivatives
@@ -36,8 +37,10 @@ from selectflow.core.optim import Adjoint, State, Update, after_skipping
 from selectflow.core.params import Params
 from selectflow.core.storage import Offload, keeping
 from selectflow.core.sweep import Nominal, SweepStep, Window, sweep, sweep_capacity
+from selectflow.core.weighted import relu_weights
 
 NominalChoice = Literal["random", "policy"]
+Weighting = Literal["none", "relu"]
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def nominal_batches(
         for pool in pools[index * pools_per_update : (index + 1) * pools_per_update]:
             positions = order(index, state, pool)
             parts.append(take(pool, positions[: num_kept(keep, len(positions))]))
-        return _joined(parts)
+        return as_one(parts)
 
     return batch
 
@@ -198,11 +201,6 @@ def random_order(generator: torch.Generator) -> Order:
         return torch.randperm(num_examples(pool), generator=generator, device="cpu")
 
     return order
-
-
-def _joined(parts: Sequence[Batch]) -> Batch:
-    """The batch of one update that its pools' parts make."""
-    return parts[0] if len(parts) == 1 else MicroBatches(parts)
 
 
 # --- the policy: look ahead, score, keep ----------------------------------------------------------
@@ -244,6 +242,7 @@ class Policy:
         memory_gib: limit for the states of a look-ahead; None: 1 GiB, or the least that is needed.
         offload: where those states are kept.
         is_frozen: whether the model stays as it is: it only scores.
+        weighting: how what is kept is weighted in an update.
     """
 
     derivatives: Derivatives
@@ -257,6 +256,7 @@ class Policy:
     memory_gib: float | None
     offload: Offload = "none"
     is_frozen: bool = False
+    weighting: Weighting = "none"
 
     def look_ahead(
         self,
@@ -295,16 +295,23 @@ class Policy:
                 offload=self.offload,
             )
 
-    def order(self, gamma: Params, state: State, pool: Batch) -> Tensor:
-        """Positions in a pool, the best first."""
+    def scores(self, gamma: Params, state: State, pool: Batch) -> Tensor:
+        """-gamma . grad loss of each example of a pool, shape (P,)."""
         seen = through(self.score_view, pool)
         with self.derivatives.group.together(), self.derivatives.objective.summing():
             _, slopes = self.derivatives.directional(state.params, gamma, seen)
-        return slopes.argsort(stable=True)
+        return -slopes
 
-    def positions(self, gamma: Params, state: State, pool: Batch) -> Tensor:
-        """Positions that are kept of a pool, the best first."""
-        return self.order(gamma, state, pool)[: num_kept(self.keep, num_examples(pool))]
+    def choice(self, gamma: Params, state: State, pool: Batch) -> tuple[Tensor, Tensor | None]:
+        """Positions that are kept of a pool, the best first, and their weights; None: 1 each."""
+        scores = self.scores(gamma, state, pool)
+        positions = _best_first(scores)[: num_kept(self.keep, len(scores))]
+        return positions, relu_weights(scores[positions]) if self.weighting == "relu" else None
+
+    def kept(self, gamma: Params, state: State, pool: Batch) -> Batch:
+        """What is kept of a pool, weighted as it is trained on."""
+        positions, weights = self.choice(gamma, state, pool)
+        return weighted(take(pool, positions), weights)
 
     def _immediate_order(
         self, updates: Sequence[Update], target: Batch, names: Sequence[str] | None
@@ -314,7 +321,7 @@ class Policy:
         def order(index: int, state: State, pool: Batch) -> Tensor:
             # A sensitivity of its own for each simulated step: a stale one misleads.
             present = immediate(self.derivatives, updates[index], state, target, names)
-            return self.order(present.gamma(0), state, pool)
+            return _best_first(self.scores(present.gamma(0), state, pool))
 
         return order
 
@@ -339,7 +346,7 @@ class Policy:
                 ahead = self.look_ahead(horizon, upcoming, generator)
             state, gamma = upcoming.state, ahead.gamma(step % self.interval)
             pools = upcoming.pools[:per]
-            kept = _joined([take(pool, self.positions(gamma, state, pool)) for pool in pools])
+            kept = as_one([self.kept(gamma, state, pool) for pool in pools])
             seconds = work_s(device) - began
             upcoming = self.trained(upcoming, kept).after_pools(per)
             yield upcoming.state, kept, seconds
@@ -360,7 +367,7 @@ class Policy:
             num = self.derivatives.group.least(size // num_kept(self.keep, size))
             parts += in_parts(pool, num, generator)
             while len(parts) >= self.pools_per_update and upcoming.updates:
-                batch = _joined(parts[: self.pools_per_update])
+                batch = as_one(parts[: self.pools_per_update])
                 del parts[: self.pools_per_update]
                 upcoming = self.trained(upcoming, batch)
                 yield upcoming.state
@@ -373,3 +380,7 @@ class Policy:
         update, *later = after_skipping(upcoming.updates, 0, grad)
         with self.derivatives.objective.summing():
             return upcoming._replace(updates=later, state=update.advance(upcoming.state, grad))
+
+
+def _best_first(scores: Tensor) -> Tensor:
+    return scores.argsort(descending=True, stable=True)

@@ -72,7 +72,10 @@ def removals(batches: Sequence[Batch], positions: Sequence[int]) -> Perturbation
 
 
 def selection(
-    pools: Sequence[Batch], nominal: Sequence[Tensor], selected: Sequence[Tensor]
+    pools: Sequence[Batch],
+    nominal: Sequence[Tensor],
+    selected: Sequence[Tensor],
+    weights: Sequence[Tensor | None] | None = None,
 ) -> Perturbation:
     """One change: every update is made from the selected examples of its pool, not the nominal.
 
@@ -80,13 +83,16 @@ def selection(
         pools: one for each update of the window, P examples.
         nominal: positions in each pool, shape (B,), int64.
         selected: positions in each pool, shape (B',), int64.
+        weights: of the selected, shape (B',), in an update on their mean; None: 1 each.
 
     Raises:
         ValueError: a position that is not in its pool, or none at all.
     """
     batches, shifts = [], []
-    for pool, now, then in zip(pools, nominal, selected, strict=True):
-        base, goal = (_means(index, num_examples(pool)) for index in (now, then))
+    weights = weights or [None] * len(selected)
+    for pool, now, then, own in zip(pools, nominal, selected, weights, strict=True):
+        size = num_examples(pool)
+        base, goal = _means(now, size), _means(then, size, own)
         used = ((base != 0) | (goal != 0)).nonzero().flatten()  # no other example matters
         batches.append(take(pool, used))
         shifts.append(Shift(base[used], (goal - base)[None, used]))
@@ -112,12 +118,12 @@ def _still(batch: Batch, num: int) -> Shift:
     return Shift(base, base.new_zeros(num, size))
 
 
-def _means(index: Tensor, size: int) -> Tensor:
-    """Weights that make the mean over the examples at `index`, shape (P,)."""
+def _means(index: Tensor, size: int, weights: Tensor | None = None) -> Tensor:
+    """Weights that make the mean over the examples at `index`, weighted or not, shape (P,)."""
     index = index.cpu()
     if not len(index) or not 0 <= int(index.min()) <= int(index.max()) < size:
         raise ValueError(f"positions must be one or more in [0, {size - 1}], got {index.tolist()}")
-    return torch.bincount(index, minlength=size).double() / len(index)
+    return torch.bincount(index, weights, minlength=size).double() / len(index)
 
 
 # --- really rolling the window out ----------------------------------------------------------

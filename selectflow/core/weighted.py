@@ -1,4 +1,4 @@
-"""Gradients of weighted sums of losses, chunk by chunk: the weights, and how parts add up."""
+"""Weights of examples, and gradients of weighted sums of losses: how chunks of a batch add up."""
 
 from __future__ import annotations
 
@@ -12,6 +12,34 @@ from selectflow.core.params import Params
 
 Weigh = Callable[[Tensor, int], Tensor]
 """Losses of a chunk and its first position in the batch -> their weights, (N,) or (Q, N)."""
+
+
+def relu_weights(scores: Tensor) -> Tensor:
+    """Weights of examples by their scores:
+
+        w_i = max(0, score_i) / mean_j max(0, score_j)
+
+    so that the mean of w_i loss_i is a weighted mean of the losses. Ren et al. 2018, "Learning to
+    Reweight Examples for Robust Deep Learning", equations 6 and 7, where the score is the product
+    of the example's gradient with the target's.
+
+    Args:
+        scores: shape (N,); positive where the example helps.
+
+    Returns:
+        Shape (N,), float64, on the CPU, of mean 1; all 1 where no score is positive.
+    """
+    helps = scores.detach().cpu().double().clamp(min=0)
+    largest = helps.max()
+    if not largest:
+        return torch.ones_like(helps)
+    helps = helps / largest  # the sum of the smallest numbers may have no reciprocal
+    return helps / helps.mean()
+
+
+def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean of weight times loss; None: of the losses."""
+    return (losses if weights is None else weights.to(losses) * losses).mean()
 
 
 def mean_of(batch: Batch) -> Weigh:

@@ -91,6 +91,8 @@ class Selected(Protocol):
         scores: of each candidate; None: nothing was scored.
         losses: of each candidate, None where they are not known.
         is_ranked: whether the scores tell the candidates apart.
+
+    One with `weighing` also has weights of what was kept: that of weight 0 is not trained on.
     """
 
     @property
@@ -193,7 +195,8 @@ class Shares:
         if selection.scores is None or not selection.is_ranked:
             return None
         kept = np.zeros(len(selection.scores))
-        kept[selection.indices.numpy()] = 1.0
+        weights = getattr(selection, "weighing", None)
+        kept[selection.indices.numpy()] = 1.0 if weights is None else (weights.values > 0).cpu()
         return kept
 
     def tell(self, counts: Floats) -> None:

@@ -45,6 +45,7 @@ from selectflow.integrations.scorers import check_takes, placed
 from selectflow.integrations.stream_batches import micro_batches
 from selectflow.integrations.task_losses import TaskLosses
 from selectflow.integrations.trainer_checks import check_loss
+from selectflow.options import refuse_weights
 from selectflow.run import metrics
 from selectflow.run.task import PoolSource
 from selectflow.selector import Selector
@@ -103,10 +104,11 @@ class SelectTrainerMixin(_Base):
         selector: the `Selector` of the present or last training; None before.
 
     Raises:
-        ValueError: several devices in a process, or DeepSpeed; no such target; a micro-batch that
-            is not the same number of rows for each example, as collators without padding make; a
-            loss that is trained, by the model or the Trainer, other than the default one; a stream
-            of another pool or other processes, or a checkpoint that has no position of it.
+        ValueError: `weighting` among the options; several devices in a process, or DeepSpeed; no
+            such target; a micro-batch that is not the same number of rows for each example, as
+            collators without padding make; a loss that is trained, by the model or the Trainer,
+            other than the default one; a stream of another pool or other processes, or a checkpoint
+            that has no position of it.
         TypeError: an optimizer or schedule that is not modelled.
     """
 
@@ -119,6 +121,7 @@ class SelectTrainerMixin(_Base):
         select_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_weights(select_options or {}, "the Trainer")
         super().__init__(*args, **kwargs)
         self.selector: Selector | None = None
         self._target, self._keep, self._loss_fn = target, keep, loss_fn

@@ -31,6 +31,7 @@ from selectflow.core.batches import Batch, PeekedPools, to_device
 from selectflow.core.passes import LossFn
 from selectflow.core.plain import plain, restored
 from selectflow.integrations.scorers import placed
+from selectflow.options import refuse_weights
 from selectflow.run import metrics
 from selectflow.selector import Selector
 from selectflow.strategies.scorer import Scorer
@@ -69,15 +70,16 @@ class SelectCallback(Callback):
         selector: the `Selector` of the present or last training; None before.
 
     Raises:
-        ValueError: when training begins: another strategy than one device, DDP or
-            ModelParallelStrategy (FSDP2); several optimizers; clipping that is not by norm; a
-            schedule that moves every few steps; batches that are not those of `pools`.
+        ValueError: `weighting` among the options. When training begins: another strategy than one
+            device, DDP or ModelParallelStrategy (FSDP2); several optimizers; clipping that is not
+            by norm; a schedule that moves every few steps; batches that are not those of `pools`.
         TypeError: an optimizer or schedule that is not modelled.
     """
 
     def __init__(
         self, loss_fn: LossFn, target: Iterable[Batch], keep: int | float, **options: Any
     ) -> None:
+        refuse_weights(options, "Lightning")
         self.selector: Selector | None = None
         self._loss_fn, self._target, self._keep, self._options = loss_fn, target, keep, options
         self._pools: _Pools | None = None

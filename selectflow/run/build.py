@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from selectflow.control.horizon import HorizonSchedule
 from selectflow.control.ladder import AutoHorizon
 from selectflow.control.rules import AutoRate
-from selectflow.core.batches import Batch, chunks, describe, num_examples
+from selectflow.core.batches import Batch, chunks, describe, num_examples, weights_of
 from selectflow.core.passes import LossFn
+from selectflow.core.weighted import weighted_mean
 from selectflow.core.wrappers import unwrap
 from selectflow.distributed import ALONE, Group, whole
 from selectflow.run.config import RunConfig
@@ -285,7 +286,7 @@ def update(
     accumulate: int = 1,
     group: Group = ALONE,
 ) -> float:
-    """One optimizer step on the mean loss of a batch, which it returns.
+    """One optimizer step on the mean loss of a batch, by its weights if any, which it returns.
 
     In several processes it is the mean over them of the mean loss of each one's batch.
 
@@ -305,22 +306,25 @@ def update(
             raised in all processes.
     """
     size = num_examples(batch)
-    parts = [(part, num_examples(part) / size) for part in chunks(batch, -(-size // accumulate))]
+    pieces = list(chunks(batch, -(-size // accumulate)))
+    sizes, weights = list(map(num_examples, pieces)), weights_of(batch)
+    each = [None] * len(pieces) if weights is None else torch.split(weights, sizes)
+    parts = [(part, num / size, own) for part, num, own in zip(pieces, sizes, each, strict=True)]
     if accumulate > 1:  # as many passes in each process: those of a sharded model wait for another
         most = int(group.numbers([len(parts)]).max())
-        parts += [(parts[-1][0], 0.0)] * (most - len(parts))
+        parts += [(parts[-1][0], 0.0, parts[-1][2])] * (most - len(parts))
     optimizer.zero_grad()
     total = torch.zeros(())
-    for place, (part, weight) in enumerate(parts, start=1):
+    for place, (part, share, own) in enumerate(parts, start=1):
         with unsynced(model) if place < len(parts) else nullcontext():
-            loss = losses(part).mean() * weight
+            loss = weighted_mean(losses(part), own) * share
             loss.backward()  # type: ignore[no-untyped-call]
         total = total.to(loss) + loss.detach()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = whole(nn.utils.get_total_norm(grads))
     found = group.numbers([total.item()])
     if not (found.isfinite().all() and norm.isfinite()):
-        _raise_not_finite(found.flatten().tolist(), norm, step, parts, group.rank)
+        _raise_not_finite(found.flatten().tolist(), norm, step, pieces, group.rank)
     if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
     optimizer.step()
@@ -331,10 +335,10 @@ def _raise_not_finite(
     totals: Sequence[float],
     norm: Tensor,
     step: int,
-    parts: Sequence[tuple[Batch, float]],
+    parts: Sequence[Batch],
     rank: int,
 ) -> None:
-    named = ", ".join(describe(part, torch.arange(num_examples(part))) for part, _ in parts)
+    named = ", ".join(describe(part, torch.arange(num_examples(part))) for part in parts)
     where = f"at optimizer step {step} on {named}"
     odd = [other for other, total in enumerate(totals) if not math.isfinite(total)]
     if odd and rank not in odd:

@@ -12,7 +12,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticKnownError
 
-from selectflow.options import ConfigError, Count, Directory, Section, must_be, nearest_key
+from selectflow.options import (
+    ConfigError,
+    Count,
+    Directory,
+    Section,
+    must_be,
+    nearest_key,
+    weighting_problems,
+)
 from selectflow.run.sections import (
     DataConfig,
     ModelConfig,
@@ -201,6 +209,8 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
             if key not in known:
                 yield f"name must have known keys in braces, got {{{key}}}{nearest_key(key, known)}"
         is_offline = horizon == math.inf
+        if select["replay"] is None:  # which has the weights of the run that it repeats
+            yield from (f"select.{problem}" for problem in weighting_problems(select))
         yield from _of_scorer(values.get("scorer"), select)
         yield from _of_mixing(data["target_share"], select)
         if is_offline:
@@ -227,6 +237,7 @@ def _of_offline(select: Mapping[str, Any]) -> Iterator[str]:
         ("replay", None, "; give a finite horizon"),
         ("score_view", None, ""),
         ("pools_per_update", 1, ""),
+        ("weighting", "none", "; what is kept is trained on with equal weights"),
     ):
         value = str(select[key]) if isinstance(select[key], Path) else select[key]
         if value != only:

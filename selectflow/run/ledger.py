@@ -8,7 +8,9 @@ step stand together, in the order of its pool. The columns:
     key      string  the candidate's sample id
     score    double  larger is kept first, the float32 or float64 it was compared as; null where
                      control found that selection does not pay, and all of a pool was trained on:
-                     each step then has the rows of its part alone
+                     each step then has the rows of its part alone; under select.weighting=relu the
+                     weight of a kept one is max(0, score), by the mean of these over the kept of
+                     its pool
     loss     double  at the parameters of the decision; null where the strategy needed none
     kept     bool    whether it was trained on
     horizon  int64   updates that the sensitivity looked ahead; null without a look-ahead

@@ -275,8 +275,11 @@ class RunLog:
     def _pool(self, batch: Mapping[str, Any], selection: Selection, share: float) -> None:
         kept = num_examples(batch)
         found = metrics.of_selection(selection) | {metrics.LR_MULTIPLIER: selection.lr_multiplier}
+        weighing = selection.weighing
+        weights = [1.0] * kept if weighing is None else weighing.values.tolist()
         for kind, keys in self._kinds.items():
-            found[metrics.kept_share(kind)] = sum(key in keys for key in batch["key"]) / kept
+            of_kind = (w for key, w in zip(batch["key"], weights, strict=True) if key in keys)
+            found[metrics.kept_share(kind)] = sum(of_kind) / kept
         # of the best of all pools, some processes had more than others
         if self._group.size > 1 and metrics.SCORE_MEAN in found:
             score = {metrics.SCORE_MEAN: found.pop(metrics.SCORE_MEAN)}

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from selectflow.core.batches import Batch, MicroBatches, chunks, to_device
+from selectflow.core.batches import Batch, as_one, chunks, to_device, weighted
 from selectflow.core.files import print_anything
 from selectflow.core.wrappers import unwrap
 from selectflow.distributed import Group, here, is_from_elsewhere, reshard, share_buffers
@@ -247,9 +247,8 @@ class _Run:
         self, parts: Sequence[tuple[Batch, Selection]], mixed: Batch | None
     ) -> tuple[float, float]:
         """One optimizer step on what was kept and mixed in; its learning rate and its loss."""
-        config, batches = self.config, [batch for batch, _ in parts]
-        batches += [] if mixed is None else [mixed]
-        batch = batches[0] if len(batches) == 1 else MicroBatches(batches)
+        config, batches = self.config, [weighted(batch, chosen.weights) for batch, chosen in parts]
+        batch = as_one(batches if mixed is None else [*batches, mixed])
         loss = update(
             self.model, self.losses, batch, self.optimizer, self.step,
             config.optimizer.max_grad_norm, config.train.accumulate, self.group,

@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from selectflow.strategies import Selection
 
 STEP = "train/step"
@@ -21,6 +23,10 @@ KEPT_FRACTION = "select/kept_fraction"
 SELECTED = "select/share_of_steps"
 """Share of the steps that were selected for; in the others, control found, plain training gains
 more."""
+POSITIVE_WEIGHTS = "select/positive_weights"
+"""Share of the kept examples whose weight is not 0 (select.weighting)."""
+EFFECTIVE_SIZE = "select/effective_size"
+"""Kept examples that count, (sum w)^2 / sum w^2 (select.weighting)."""
 HORIZON = "select/horizon"
 LR_MULTIPLIER = "select/lr_multiplier"
 LOOKAHEAD_TARGET_LOSS = "select/target_loss"
@@ -60,7 +66,7 @@ CONTROLLED = {
 
 
 def kept_share(kind: str) -> str:
-    """The metric for the share of a kind of sample, as "altered", among the kept."""
+    """The metric for the share of a kind of sample, as "altered", among the kept, by weight."""
     return f"select/kept_{kind}"
 
 
@@ -176,7 +182,14 @@ def of_selection(selection: Selection) -> dict[str, float | None]:
         HORIZON: selection.horizon,
         SCORER_LOSS: selection.scorer_loss,
         SCORER_GAIN: selection.scorer_gain,
-    }
+    } | _of_weights(selection.weights)
+
+
+def _of_weights(weights: Tensor | None) -> dict[str, float | None]:
+    if weights is None or not len(weights):
+        return {}
+    effective = weights.sum().square() / weights.square().sum()
+    return {POSITIVE_WEIGHTS: float((weights > 0).float().mean()), EFFECTIVE_SIZE: float(effective)}
 
 
 def of_shares(shares: Mapping[str, float]) -> dict[str, float]:

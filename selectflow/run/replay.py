@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selectflow.core.batches import Batch, num_examples, take
+from selectflow.core.batches import Batch, device_of, num_examples, take
 from selectflow.core.plain import plain, restored
+from selectflow.core.weighted import relu_weights
 from selectflow.run.ledger import last_step, num_writers, read_parts, read_stream
 from selectflow.run.log import read_decisions
 from selectflow.run.yaml import read_yaml
-from selectflow.strategies import Selection
+from selectflow.strategies import Selection, Weights
 
 
 class ReplayError(ValueError):
@@ -116,7 +117,9 @@ class Replay:
         size: int = 1,
     ) -> None:
         self._run_dir, self._step, self._num_pools = run_dir, 0, pools_per_update
-        self._rank, self._is_ranked = rank, _is_ranked(run_dir)
+        self._rank, select = rank, _select_of(run_dir)
+        self._is_ranked = select.get("strategy") != "uniform"
+        self._weighs = select.get("weighting", "none") == "relu"
         sizes = num_writers(run_dir)
         if sizes and sizes != {size}:
             there = " and then ".join(map(str, sorted(sizes)))
@@ -198,7 +201,9 @@ class Replay:
     def _note(
         self, step: int, pool: Batch, indices: Tensor, scores: Tensor | None, began: float
     ) -> None:
-        self._step = step
+        self._step, weights = step, None
+        if self._weighs:  # as those of the run: both are made of its scores in float64
+            weights = relu_weights(indices.double() * 0 if scores is None else scores[indices])
         self.last = Selection(
             pool=pool,
             indices=indices,
@@ -211,6 +216,7 @@ class Replay:
             lookahead_s=0.0,
             seconds=time.perf_counter() - began,
             is_ranked=self._is_ranked and scores is not None and bool((scores != scores[0]).any()),
+            weighing=None if weights is None else Weights(weights.to(device_of(pool))),
         )
 
     def state_dict(self, *, with_peeked: bool = True) -> dict[str, Any]:
@@ -224,15 +230,15 @@ class Replay:
         self._rest = deque((step, restored(part)) for step, part in state["rest"])
 
 
-def _is_ranked(run_dir: str | Path) -> bool:
-    """Whether a recorded run, or the one that it replayed, did not keep at random."""
+def _select_of(run_dir: str | Path) -> Mapping[str, Any]:
+    """How a recorded run, or the one that it replayed, selected; {} where that is not known."""
     path: str | Path | None = run_dir
     select: Mapping[str, Any] = {}
     while path is not None:
         config = Path(path, "config.yaml")
         select = read_yaml(config).get("select", {}) if config.is_file() else {}
         path = select.get("replay")
-    return bool(select.get("strategy") != "uniform")
+    return select
 
 
 def _check_equal(run_dir: str | Path, size: int) -> None:

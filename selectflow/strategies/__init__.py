@@ -5,13 +5,15 @@ A strategy is a function of `Candidates`. It asks for what it needs, and only th
 `baselines` has what else the field scores by, and `STRATEGIES` the names of all.
 """
 
-from selectflow.strategies.baselines import STRATEGIES, Boltzmann, TargetPath
+from selectflow.strategies.baselines import SIGNED, STRATEGIES, Boltzmann, TargetPath
 from selectflow.strategies.candidates import Candidates, Selection, Strategy, checked_scores
 from selectflow.strategies.irreducible import ReducibleLoss
 from selectflow.strategies.scorer import Scorer
 from selectflow.strategies.training import Memory, Training
+from selectflow.strategies.weighting import Weights
 
 __all__ = [
+    "SIGNED",
     "STRATEGIES",
     "Boltzmann",
     "Candidates",
@@ -22,5 +24,6 @@ __all__ = [
     "Strategy",
     "TargetPath",
     "Training",
+    "Weights",
     "checked_scores",
 ]

@@ -255,3 +255,7 @@ STRATEGIES: dict[str, Strategy] = {
     "opus": Boltzmann(),
     "opus_greedy": Boltzmann(temperature=0.0),
 }
+
+SIGNED = ("influence", "gradient", "adam", "target_path", "rho")
+"""Strategies whose scores are positive where an example helps; of the others only the order counts.
+"""

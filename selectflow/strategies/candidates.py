@@ -13,6 +13,7 @@ from selectflow.core.batches import Batch
 from selectflow.core.params import Params
 from selectflow.core.passes import check_finite
 from selectflow.strategies.training import Training
+from selectflow.strategies.weighting import Weights
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Selection:
         scorer_loss: mean loss of the scorer's last step, over what was kept; None without one.
         scorer_gain: how much lower, relative, the trained model's target loss ends a few steps on
             by the scorer's choice than by chance; None but where that was measured.
+        weighing: has the weights.
     """
 
     pool: Batch
@@ -110,3 +112,16 @@ class Selection:
     is_ranked: bool = True
     scorer_loss: float | None = None
     scorer_gain: float | None = None
+    weighing: Weights | None = None
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Weights of the kept examples, in the order of `indices`, shape (B,), of mean 1.
+
+        On the model's device, to be trained with: `(weights * losses).mean()`. All are 1 where no
+        score is positive, or nothing was selected. None under `weighting="none"`.
+        """
+        if self.weighing is None:
+            return None
+        self.weighing.is_read = True
+        return self.weighing.values

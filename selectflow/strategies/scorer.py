@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from selectflow.core.batches import Batch, to_device
+from selectflow.core.batches import Batch, MicroBatches, to_device
 from selectflow.core.passes import LossFn, Objective
 from selectflow.core.plain import plain, restored
 from selectflow.core.snapshot import Randomness
 from selectflow.core.torch_optim import OptimizerReader
+from selectflow.core.weighted import weighted_mean
 
 _log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class LiveScorer:
         generators are as before.
 
         Args:
-            kept: batch that the other model trains on.
+            kept: batch that the other model trains on, weighted as there.
         """
         if self.scorer.is_frozen or not self.scorer.train:
             return
@@ -172,9 +173,12 @@ class LiveScorer:
         optimizer.zero_grad()
         with torch.inference_mode(False), torch.enable_grad():
             for part in parts:
+                weighs = isinstance(part, MicroBatches)  # a kept batch, and its weights
+                batch, weights = (part.parts[0], part.weights) if weighs else (part, None)
                 around = torch.autocast(device.type, scorer.autocast) if scorer.autocast else None
                 with around or nullcontext():
-                    loss = self._loss_fn(scorer.model, part).mean() / len(parts)
+                    losses = self._loss_fn(scorer.model, batch)
+                    loss = weighted_mean(losses, weights) / len(parts)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
         norm = nn.utils.clip_grad_norm_(params, scorer.max_grad_norm or math.inf)

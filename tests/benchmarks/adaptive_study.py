@@ -11,6 +11,10 @@ selection has fitted the target set. The best cell is chosen by the test loss ov
 are, which favours it; the one that a user would choose, by the target loss, stands beside it.
 Finished runs are kept in --out and not repeated.
 
+    python tests/benchmarks/adaptive_study.py --weights --tasks noised clean --steps 400
+
+Instead, at the base rate and H = 0: how many of 64 to keep, and weights instead of a choice.
+
 Text is the fine-tuning of adapters of configs/text_lora_online.yaml at half of its steps and sizes.
 A fixed horizon looks ahead every H steps there: at every step it would cost H times as much.
 """
@@ -98,7 +102,8 @@ def fit(
     for batch in islice(selector.stream(stream), steps):
         horizons += selector.last.horizon or 0
         optimizer.zero_grad()
-        loss_fn(model, batch).mean().backward()
+        losses, weights = loss_fn(model, batch), selector.last.weights
+        (losses if weights is None else weights * losses).mean().backward()
         optimizer.step()
     return horizons / steps
 
@@ -111,7 +116,8 @@ def train_digits(task: str, seed: int, steps: int, rate: float, options: Options
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate * BASE_LR)
     if options.get("horizon") == "auto":  # for as many steps as the others, it always selects
         options = options | {"horizon": AutoHorizon(off=False)}
-    selector = Selector(model, optimizer, loss_fn, [target], KEEP, seed=seed, **options)
+    options = {"keep": KEEP} | options
+    selector = Selector(model, optimizer, loss_fn, [target], seed=seed, **options)
     began = time.process_time()
     mean_horizon = fit(model, optimizer, selector, pools(data, seed), steps)
     seconds = time.process_time() - began
@@ -172,6 +178,25 @@ def runs(horizons: list[int]) -> Iterator[tuple[str, float, Options]]:
             yield f"H = {horizon}", rate, {"horizon": horizon}
 
 
+def compare_weights(task: str, steps: int, seeds: int) -> None:
+    """Print what a choice, weights and all of the pool come to."""
+    methods: dict[str, Options] = {
+        f"keep {keep} of {POOL}": {"horizon": 0, "keep": keep} for keep in (8, 16, 32)
+    }
+    methods[f"keep 32 of {POOL}, weighted"] = {"horizon": 0, "keep": 32, "weighting": "relu"}
+    methods[f"all {POOL}, weighted"] = {"horizon": 0, "keep": POOL, "weighting": "relu"}
+    methods[f"all {POOL}, plain"] = {"strategy": "uniform", "keep": POOL}
+    found: dict[str, list[Result]] = {name: [] for name in methods}
+    for seed in range(seeds):
+        for name, options in methods.items():
+            found[name].append(train_digits(task, seed, steps, 1.0, options))
+    print(f"\n{task}, {steps} steps: test loss, target loss, accuracy; seconds of the processor")
+    for name, results in found.items():
+        values = {key: [result[key] for result in results] for key in results[0]}
+        figures = "  ".join(shown(values[key]) for key in ("test_loss", "target_loss", "accuracy"))
+        print(f"  {name:<25}{figures}  {statistics.mean(values['seconds']):.1f} s")
+
+
 def report(task: str, found: dict[Cell, list[Result]]) -> None:
     def values(metric: str, cell: Cell) -> list[float]:
         return [result[metric] for result in found[cell]]
@@ -230,11 +255,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="of every run; unless given, those of STEPS")
     parser.add_argument("--out", type=Path, default=Path("runs/adaptive"))
+    parser.add_argument("--weights", action="store_true", help="compare weights with a choice")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     for task in args.tasks:
         steps = args.steps or STEPS[task]
+        if args.weights:
+            compare_weights(task, steps, args.seeds)
+            continue
         path = args.out / f"{task}-{steps}.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         known = {tuple(key): result for key, result in map(json.loads, lines)}
