@@ -129,6 +129,10 @@ def _is_horizon(value: object) -> bool:
     return decides or is_count(value, 0) or value == "auto" or isinstance(value, AutoHorizon)
 
 
+def _is_interval(value: object) -> bool:
+    return value == "auto" or is_count(value)
+
+
 def _is_chunk_size(value: object) -> bool:
     return value is None or value == "auto" or is_count(value)
 
@@ -182,7 +186,8 @@ class SelectOptions(Section):
     *Interval.* Steps between two look-aheads use the sensitivities that the last sweep left for
     them, beyond its horizon the last one. Keep it within the horizon where gradients turn fast: in
     a mixture of texts, sensitivities older than that kept shuffled code, and trained worse than a
-    random choice. On digits H = 0 at an interval of 4 does as well as at every step.
+    random choice. On digits H = 0 at an interval of 4 does as well as at every step. "auto" begins
+    with 1, and measures now and then how scores turn (`control.interval`).
 
     *Learning rate.* "auto" or an `AutoRate` multiplies the user's rate, within `optimizer.step()`
     alone. A few steps that made the target loss rise are taken back, or replaced by their replay at
@@ -214,7 +219,12 @@ class SelectOptions(Section):
         description="H: optimizer updates from scoring to reading the target loss; auto: the "
         "controller's choice, also not to select",
     )
-    interval: Count = Field(default=1, description="K: optimizer steps between two look-aheads")
+    interval: Annotated[
+        Count | Literal["auto"], must_be("an integer >= 1, or auto", _is_interval)
+    ] = Field(
+        default=1,
+        description="K: optimizer steps between two look-aheads; auto: by how fast scores turn",
+    )
     strategy: Annotated[Any, BeforeValidator(_known_strategy)] = Field(
         default="influence",
         description="influence: by look-ahead; uniform: at random; loss: largest first; the others "

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from selectflow.control.contests import HorizonState
 from selectflow.control.controls import Controls
 from selectflow.control.horizon import Horizon
+from selectflow.control.interval import IntervalControl, IntervalState
 from selectflow.control.ladder import AutoHorizon
 from selectflow.control.rate import RateState
 from selectflow.control.rollouts import Simulated
@@ -99,7 +101,7 @@ class Selector:
         target: Iterable[Batch],
         keep: int | float,
         horizon: int | Horizon | AutoHorizon | Literal["auto"] = 1,
-        interval: int = 1,
+        interval: int | Literal["auto"] = 1,
         strategy: str | Strategy = "influence",
         derivative: Method = "auto",
         curvature: Curvature = "exact",
@@ -133,6 +135,7 @@ class Selector:
             Forms(),
             HorizonState.begin(horizon, seed) if isinstance(horizon, AutoHorizon) else None,
             RateState(RateRule(lr)) if isinstance(lr, AutoRate) else None,
+            IntervalState() if options.interval == "auto" else None,
         )
         if scorer is not None and options.strategy == "uniform":
             raise ValueError(
@@ -145,20 +148,28 @@ class Selector:
         self._objective = Objective(model, loss_fn, autocast)
         layout = self._objective.layout
         self._group, self._is_sharded = layout.group, layout.is_sharded
-        check_group(layout, is_controlled=bool(state.horizon or state.rate))
+        check_group(layout, is_controlled=bool(state.horizon or state.rate or state.interval))
         self._optimizer = OptimizerReader(
             self._objective.model, optimizer, lr_scheduler, max_grad_norm
         )
         self._scorer: LiveScorer | None = None
-        trained = scoring = _simulated(self._objective, self._optimizer, options, state.forms)
+        serves = partial(_interval_of, options, state)
+        trained = scoring = _simulated(
+            self._objective, self._optimizer, options, serves, state.forms
+        )
         if scorer is not None:
             self._scorer = LiveScorer(
                 scorer, loss_fn, self._objective, options.pools_per_update, seed
             )
             scoring = _simulated(
-                self._scorer.objective, self._scorer.optimizer, options, state.forms, scorer
+                self._scorer.objective,
+                self._scorer.optimizer,
+                options,
+                serves,
+                state.forms,
+                is_frozen=scorer.is_frozen,
             )
-            trained = _simulated(self._objective, self._optimizer, options, Forms())
+            trained = _simulated(self._objective, self._optimizer, options, serves, Forms())
         scoring.policy.names()  # a pattern without a match is an error now, not at the first pool
         self._target = TargetSet(Cycle(target), score_view, state)
         self._controls = Controls(state, trained, scoring, self._target, horizon)
@@ -170,6 +181,7 @@ class Selector:
             ExampleGradients(objective, options.chunk_size, memory_gib),
             self._target,
             self._controls.horizon,
+            IntervalControl(state.interval, trained, scoring) if state.interval else None,
         )
         self._weighing = Weighing(options.weighting, self._optimizer.params)
         self._strategy = strategy if callable(strategy) else STRATEGIES[strategy]
@@ -443,8 +455,10 @@ def _simulated(
     objective: Objective,
     optimizer: OptimizerReader,
     options: SelectOptions,
+    interval: Callable[[], int],
     forms: Forms,
-    scorer: Scorer | None = None,
+    *,
+    is_frozen: bool = False,
 ) -> Simulated:
     """A model and its optimizer as look-aheads and contests roll them out."""
     derivatives = Derivatives(
@@ -454,17 +468,25 @@ def _simulated(
         derivatives,
         lambda: scored_names(options.params, optimizer.params(), objective.model),
         options.keep,
-        options.interval,
+        interval,
         options.curvature,
         options.nominal,
         options.pools_per_update,
         options.score_view,
         options.memory_gib,
         options.offload,
-        is_frozen=scorer is not None and scorer.is_frozen,
+        is_frozen=is_frozen,
         weighting=options.weighting,
     )
     return Simulated(policy, optimizer)
+
+
+def _interval_of(options: SelectOptions, state: SelectorState) -> int:
+    """Optimizer steps between two look-aheads, now."""
+    if state.interval is not None:
+        return state.interval.interval
+    assert options.interval != "auto"
+    return options.interval
 
 
 def _horizon_of(options: SelectOptions, scorer: Scorer | None) -> int | Horizon | AutoHorizon:

@@ -167,7 +167,7 @@ class HorizonControl:
 
     def _cost(self, rung: int) -> float:
         """Of a step, in plain steps; a guess where it was not measured."""
-        simulated = max(0, rung) / self._policy.interval
+        simulated = max(0, rung) / self._policy.interval()
         return 1.0 if rung == OFF else self.state.costs.get(rung, 1 + _GUESS * (1 + simulated))
 
     def _price(self, rival: int) -> float:
@@ -279,7 +279,7 @@ class HorizonControl:
 
     def _measure(self, horizon: int, times: Sequence[tuple[float, float]]) -> None:
         """Hold what a selected step costs, in plain steps of the user's own loop."""
-        interval, state = self._policy.interval, self.state
+        interval, state = self._policy.interval(), self.state
         with_ahead = [select_s for select_s, _ in times[::interval]]
         without = [s for index, (s, _) in enumerate(times) if index % interval]
         select_s = statistics.median(with_ahead)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -15,12 +13,9 @@ from selectflow.control.horizon import Horizon, as_horizon
 from selectflow.control.ladder import AutoHorizon
 from selectflow.control.rate import RateControl
 from selectflow.control.rollouts import Rollouts, Simulated
-from selectflow.control.rules import Decision
 from selectflow.control.state import Ongoing, SelectorState, TargetSet
 from selectflow.control.worth import ScorerWorth
 from selectflow.core.batches import Batch, num_examples
-
-_log = logging.getLogger(__name__)
 
 
 class Controls:
@@ -102,7 +97,7 @@ class Controls:
             self._state.ahead = None  # it was of the steps that were taken back
             if self._contests is not None:
                 self._contests.alarm()
-        _note(ongoing, decision, began)
+        ongoing.note(decision, began)
 
     def has_slowed(self, ongoing: Ongoing, losses: Callable[[Ongoing], Tensor]) -> bool:
         """Whether the learning-rate control has an answer to values that are not finite.
@@ -130,7 +125,7 @@ class Controls:
             replaced = decision is not None
         if replaced:
             self._state.ahead = None
-        _note(ongoing, decision, began)
+        ongoing.note(decision, began)
         return replaced
 
     def decide_horizon(
@@ -157,7 +152,7 @@ class Controls:
         pools, began = ongoing.pools(num, self._group), time.perf_counter()
         target, judge = self._target.next_and_judge()
         with self._scoring_both():
-            _note(ongoing, control.contest(pools, target, judge), began)
+            ongoing.note(control.contest(pools, target, judge), began)
 
     def check_scorer(self, ongoing: Ongoing) -> None:
         """Measure what the scorer's choice is worth, if that is due."""
@@ -170,7 +165,7 @@ class Controls:
         target, judge = self._target.next_and_judge()
         with self._scoring_both():
             ongoing.scorer_gain = worth.check(step, horizon, pools, target, judge)
-        _note(ongoing, None, began)
+        ongoing.note(None, began)
 
     @contextmanager
     def _scoring_both(self) -> Iterator[None]:
@@ -181,12 +176,3 @@ class Controls:
             nullcontext() if other is self._objective else other.scoring(),
         ):
             yield
-
-
-def _note(ongoing: Ongoing, decision: Decision | None, began: float) -> None:
-    """Keep a decision, and the time since `began` as its cost."""
-    ongoing.control_s += time.perf_counter() - began
-    if decision is not None:
-        ongoing.decisions.append(replace(decision, step=ongoing.step))
-        level = logging.INFO if decision.moved else logging.DEBUG
-        _log.log(level, "%s", ongoing.decisions[-1])

@@ -48,7 +48,7 @@ class Decision:
     """What was decided, from what, and why.
 
     Attributes:
-        what: "horizon", "lr_multiplier" or the "share" of a source.
+        what: "horizon", "interval", "lr_multiplier" or the "share" of a source.
         before: its value so far; of a horizon "off" where nothing is selected.
         after: its value from now on.
         reason: in words.
@@ -56,7 +56,7 @@ class Decision:
         step: optimizer updates made before it.
     """
 
-    what: Literal["horizon", "lr_multiplier", "share"]
+    what: Literal["horizon", "interval", "lr_multiplier", "share"]
     before: float | Literal["off"]
     after: float | Literal["off"]
     reason: str

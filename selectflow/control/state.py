@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from selectflow.control.contests import HorizonState, halves
+from selectflow.control.interval import IntervalState
 from selectflow.control.rate import RateState
 from selectflow.control.rules import Decision
 from selectflow.control.worth import WorthState
@@ -23,6 +26,8 @@ from selectflow.core.plain import plain, restored
 from selectflow.core.target import Cycle
 from selectflow.distributed import Group
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class SelectorState:
@@ -33,6 +38,7 @@ class SelectorState:
         forms: which form the derivatives have.
         horizon: of the horizon control; None: not under control.
         rate: of the learning-rate control; None: not under control.
+        interval: of the interval control; None: not under control.
         worth: of the checks of a scorer; None: the model scores itself, it does not choose by
             influence, or the horizon's contests measure what choosing is worth.
         num_steps: optimizer steps taken.
@@ -50,6 +56,7 @@ class SelectorState:
     forms: Forms
     horizon: HorizonState | None
     rate: RateState | None
+    interval: IntervalState | None = None
     worth: WorthState | None = None
     num_steps: int = 0
     target_position: int = 0
@@ -81,6 +88,7 @@ class SelectorState:
             "forms": self.forms.plain(),
             "horizon": self.horizon and self.horizon.plain(),
             "rate": self.rate and self.rate.plain(),
+            "interval": self.interval and self.interval.plain(),
             "worth": self.worth and self.worth.plain(),
             "num_steps": self.num_steps,
             "target_position": self.target_position,
@@ -117,6 +125,8 @@ class SelectorState:
             self.horizon.load(saved["horizon"], device)
         if self.rate is not None:
             self.rate.load(saved["rate"], params)
+        if self.interval is not None:
+            self.interval.load(saved["interval"])
         if self.worth is not None:
             self.worth.load(saved["worth"])
         for name in ("num_steps", "target_position", "ahead_step", "ahead_serves"):
@@ -141,11 +151,24 @@ class TargetSet:
         self, cycle: Cycle, view: Callable[[Batch], Batch] | None, state: SelectorState
     ) -> None:
         self.cycle, self._view, self._state = cycle, view, state
+        self._peeked: tuple[int, tuple[Batch, int]] | None = None
 
     def next(self) -> Batch:
         """The next batch."""
-        batch, self._state.target_position = self.cycle.draw(self._state.target_position)
+        batch, after = self._draw()
+        self._state.target_position, self._peeked = after, None
         return through(self._view, batch)
+
+    def peek(self) -> Batch:
+        """What `next` is going to return."""
+        self._peeked = self._state.target_position, self._draw()
+        return through(self._view, self._peeked[1][0])
+
+    def _draw(self) -> tuple[Batch, int]:
+        position = self._state.target_position
+        if self._peeked is not None and self._peeked[0] == position:
+            return self._peeked[1]  # a loader would have to begin its round again
+        return self.cycle.draw(position)
 
     def next_and_judge(self) -> tuple[Batch, Batch]:
         """A batch to select by, and one to judge by.
@@ -191,6 +214,14 @@ class Ongoing:
     control_s: float = 0.0
     decisions: list[Decision] = field(default_factory=list)
     scorer_gain: float | None = None
+
+    def note(self, decision: Decision | None, began: float) -> None:
+        """Keep a decision, where one was made, and the time since `began` as its cost."""
+        self.control_s += time.perf_counter() - began
+        if decision is not None:
+            self.decisions.append(replace(decision, step=self.step))
+            level = logging.INFO if decision.moved else logging.DEBUG
+            _log.log(level, "%s", self.decisions[-1])
 
     def pools(self, num: int, group: Group) -> list[Batch]:
         """The present pool and those after it, `num` in all, or as many as the stream has left."""

@@ -234,7 +234,7 @@ class Policy:
         derivatives: of the training loss.
         names: gives the parameters that scores are taken over; None: all.
         keep: examples kept of each pool.
-        interval: optimizer steps between two look-aheads.
+        interval: gives the optimizer steps between two look-aheads.
         curvature: Hessian of the look-ahead.
         nominal: which part of each pool the look-ahead simulates.
         pools_per_update: pools that make one optimizer step.
@@ -248,7 +248,7 @@ class Policy:
     derivatives: Derivatives
     names: Callable[[], tuple[str, ...] | None]
     keep: int | float
-    interval: int
+    interval: Callable[[], int]
     curvature: Curvature
     nominal: NominalChoice
     pools_per_update: int
@@ -289,7 +289,7 @@ class Policy:
                 window,
                 state,
                 target,
-                num_sensitivities=num_sensitivities or self.interval,
+                num_sensitivities=num_sensitivities or self.interval(),
                 memory_gib=self.memory_gib,
                 names=names,
                 offload=self.offload,
@@ -340,11 +340,12 @@ class Policy:
             selecting took.
         """
         per, device = self.pools_per_update, upcoming.state.params.device
+        interval = self.interval()
         for step in range(min(len(upcoming.updates), len(upcoming.pools) // per)):
             began = work_s(device)
-            if step % self.interval == 0:
+            if step % interval == 0:
                 ahead = self.look_ahead(horizon, upcoming, generator)
-            state, gamma = upcoming.state, ahead.gamma(step % self.interval)
+            state, gamma = upcoming.state, ahead.gamma(step % interval)
             pools = upcoming.pools[:per]
             kept = as_one([self.kept(gamma, state, pool) for pool in pools])
             seconds = work_s(device) - began

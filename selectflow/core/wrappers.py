@@ -23,7 +23,7 @@ def check_group(layout: Layout, *, is_controlled: bool) -> None:
 
     Args:
         layout: of the model.
-        is_controlled: whether the horizon or the learning rate is decided from measurements.
+        is_controlled: whether something is decided from measurements.
 
     Raises:
         ValueError: under control.
@@ -37,8 +37,8 @@ def check_group(layout: Layout, *, is_controlled: bool) -> None:
     )
     if is_controlled:
         raise ValueError(
-            f"horizon and lr must not be 'auto' in {num} processes whose models nothing joins: "
-            f"each would decide for itself, and they would drift apart; {advice}"
+            f"horizon, interval and lr must not be 'auto' in {num} processes whose models nothing "
+            f"joins: each would decide for itself, and they would drift apart; {advice}"
         )
     warnings.warn(
         f"selection in {num} processes: each scores its own pools by its own target batches "

@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor
 
 from selectflow.control.horizon import Horizon
+from selectflow.control.interval import IntervalControl
 from selectflow.control.state import Ongoing, SelectorState, TargetSet
 from selectflow.core.batches import Batch, num_examples
 from selectflow.core.examples import ExampleGradients
@@ -35,6 +36,7 @@ class Scoring:
         examples: gradients of single examples.
         target: the target set, as it is scored.
         horizon: of each look-ahead.
+        intervals: says how long one serves; None: the policy's interval is fixed.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class Scoring:
         examples: ExampleGradients,
         target: TargetSet,
         horizon: Horizon,
+        intervals: IntervalControl | None = None,
     ) -> None:
         self.state, self.policy, self.optimizer, self.horizon = state, policy, optimizer, horizon
         self._derivatives, self._objective = policy.derivatives, policy.derivatives.objective
-        self._examples, self._target = examples, target
+        self._examples, self._target, self._intervals = examples, target, intervals
         self.memory: dict[str, Memory] = {}  # of the strategy
         self._is_zero_said = False
 
@@ -107,11 +110,41 @@ class Scoring:
         num = self.horizon.at(step) * self.policy.pools_per_update if is_due else 0
         pools = ongoing.pools(num, self._derivatives.group)
         with self._objective.scoring():
+            old = self._old(step) if is_due else None
             if is_due:
                 self._look_ahead(step, pools, ongoing)
             assert state.ahead is not None
             ongoing.is_zero = state.ahead.is_zero(step - state.ahead_step)
-            return -self._directional(ongoing, state.ahead.gamma(step - state.ahead_step))
+            scores = -self._directional(ongoing, state.ahead.gamma(step - state.ahead_step))
+            if old is not None and not ongoing.is_zero:
+                self._adapt_interval(ongoing, old, scores, pools)
+            return scores
+
+    def _old(self, step: int) -> tuple[Params, int] | None:
+        """The sensitivity in use and its age, where a new one is to be compared with it."""
+        ahead, age = self.state.ahead, step - self.state.ahead_step
+        if self._intervals is None or not self._intervals.is_due(step):
+            return None
+        return None if ahead is None or ahead.is_zero(age) else (ahead.gamma(age), age)
+
+    def _adapt_interval(
+        self, ongoing: Ongoing, old: tuple[Params, int], scores: Tensor, pools: Sequence[Batch]
+    ) -> None:
+        """Compare old scores with new ones, and decide how long a look-ahead serves."""
+        assert self._intervals is not None
+        assert self.state.ahead is not None
+        began, horizon = time.perf_counter(), self.state.ahead.horizon
+        decision = self._intervals.measure(
+            ongoing.step,
+            old,
+            (scores, horizon),
+            pools,
+            self._target.peek(),
+            self.state.generator,
+            is_other=horizon > 0 or self._target.cycle.num_batches != 1,
+        )
+        self.state.ahead_serves = self.policy.interval()
+        ongoing.note(decision, began)
 
     def is_due(self, step: int) -> bool:
         """Whether the next scores need a look-ahead of their own."""
@@ -136,7 +169,7 @@ class Scoring:
             self._note_zero(max(rule.lr for update in updates for rule in update.rules))
         state.has_ranked |= not is_zero
         state.ahead, state.ahead_step, ongoing.is_ahead = ahead, step, False
-        state.ahead_serves = 1 if is_zero else self.policy.interval
+        state.ahead_serves = 1 if is_zero else self.policy.interval()
         state.num_lookaheads += 1
         ongoing.lookahead_s = time.perf_counter() - began
 
