@@ -47,6 +47,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "H = 0": {"horizon": 0},
     "auto": {"horizon": AutoHorizon()},
     "auto, rate too": {"horizon": AutoHorizon(), "lr": "auto"},
+    "H = 0, every 4": {"horizon": 0, "interval": 4},
+    "H = 0, interval auto": {"horizon": 0, "interval": "auto"},
 }
 Result = dict[str, Any]
 
@@ -166,7 +168,7 @@ def report(task: str, rate: float, found: dict[str, list[Result]]) -> None:
             statistics.mean(result[key] for result in each)
             for key in ("steps", "selected", "contests")
         )
-        line = f"  {name:<15} {shown(losses[name])}  {steps:6.0f} steps, {selected:4.0%} selected"
+        line = f"  {name:<20} {shown(losses[name])}  {steps:6.0f} steps, {selected:4.0%} selected"
         if name != "plain":
             differences = [a - b for a, b in zip(losses[name], losses["plain"], strict=True)]
             test = paired(differences)
