@@ -1,4 +1,4 @@
-"""The README: its snippets run or import as they stand, and what it names exists."""
+"""The README and the guide: snippets run or import as they stand, and what they name exists."""
 
 import inspect
 import re
@@ -12,8 +12,9 @@ from selectflow import Selector
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "notebooks/RESULTS.md")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "notebooks/GUIDE.md", "notebooks/RESULTS.md")
+GUIDE = (ROOT / "notebooks/GUIDE.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README + GUIDE, re.DOTALL)
 
 
 def snippet():
