@@ -103,6 +103,7 @@ def measure(name: str, options: dict | None, tokens: int, rounds: int, threads: 
         target = [batch(TARGET) for _ in range(2)]
         selector = Selector(model, optimizer, causal_lm_losses, target, KEEP, **options)
         selector.state.forms.decided = {"losses": "central", "gradients": "central"}
+        selector.state.num_lookaheads = 1  # the first would check
     spent, upcoming = defaultdict(list), [batch(POOL) for _ in range(2)]
 
     def train(kept):
