@@ -311,7 +311,7 @@ class Selector:
             pool=pool,
             indices=indices,
             scores=scores,
-            losses=None if ongoing.losses is None else ongoing.losses.cpu(),
+            losses=ongoing.losses,
             step=ongoing.step,
             horizon=state.ahead.horizon if state.ahead else None,
             age=ongoing.step - state.ahead_step if state.ahead else 0,
@@ -348,14 +348,16 @@ class Selector:
 
     def _keep(self, scores: Tensor, size: int, ongoing: Ongoing) -> tuple[Tensor, Batch]:
         """Positions in the pool that are kept, best first, and the batch to train on."""
-        order = torch.arange(len(scores), device="cpu")
+        is_apart = self.options.scope == "local" or self._group.size == 1
         if ongoing.is_zero:  # no example is better: any
             order = torch.randperm(len(scores), generator=self.state.generator, device="cpu")
-        # of equal scores the first
-        indices = order[scores[order].argsort(descending=True, stable=True)][:size]
-        if self.options.scope == "local" or self._group.size == 1 or ongoing.is_zero:
-            return indices, take(ongoing.pool, indices)
-        return keep_best(self._group, ongoing.pool, scores, size)
+            scores = scores.cpu()[order]
+            indices = order[scores.argsort(descending=True, stable=True)][:size]
+        elif is_apart:  # of equal scores the first
+            indices = scores.argsort(descending=True, stable=True)[:size]
+        else:  # scores go to all processes, by way of the host
+            return keep_best(self._group, ongoing.pool, scores, size)
+        return indices, take(ongoing.pool, indices)
 
     def _agree(self, size_kept: int) -> None:
         """Refuse, in all processes, what would make them go apart; once."""

@@ -261,12 +261,12 @@ STEP = 1e-6  # of float64, for a weight of 1
 @pytest.mark.parametrize(
     ("unseen", "shared", "waves_are_shared", "expected"),
     [
-        (0.03, 0.0, False, "usual"),
+        (0.02, 0.0, False, "usual"),
         (0.10, 0.0, False, "shorter"),
-        (0.03, 1e3, False, "usual"),
+        (0.02, 1e3, False, "usual"),
         (0.10, 1e3, False, "shorter"),  # 1e-4 of the slopes, but a tenth of what they differ by
         (0.10, 1e3, True, "shorter"),  # no rank moves, but a Fisher product would be wrong
-        (0.03, 1e3, True, "usual"),
+        (0.02, 1e3, True, "usual"),
     ],
 )
 def test_auto_judges_by_what_tells_the_examples_apart(unseen, shared, waves_are_shared, expected):

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from problems import PROBLEMS, image_loss, images
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from selectflow import Selector
@@ -300,33 +299,6 @@ def test_several_processes_are_not_left_to_decide_apart(monkeypatch, group, opti
     else:
         with pytest.warns(UserWarning, match="selection in 2 processes: each scores its own"):
             Selector(model, optimizer, losses, [batch()], keep=4)
-
-
-class Reads(TorchDispatchMode):
-    """Counts values that the host reads from a device."""
-
-    num = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.num += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("horizon", [0, 1, 3])
-def test_what_a_selection_reads_does_not_grow_with_the_parameters(horizon):
-    counts = []
-    for depth in (2, 12):
-        torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(depth)), nn.Linear(6, 3)).double()
-        selector = Selector(
-            model, trained(model), losses, [batch()], keep=4, horizon=horizon, derivative="central"
-        )
-        selector.select(batch(), [batch(), batch()])
-        selector.state.ahead = None
-        with Reads() as reads:
-            selector.select(batch(), [batch(), batch()])
-        counts.append(reads.num)
-    assert counts[0] == counts[1] <= 4 + 4 * horizon
 
 
 class Tied(Net):

@@ -19,6 +19,7 @@ import copy
 import dataclasses
 from collections import UserDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -130,18 +131,26 @@ def num_kept(keep: int | float, size: int) -> int:
 
 
 def take(batch: Batch, index: Tensor | slice) -> Batch:
-    """The examples at `index` (1-d int64 tensor, or a slice), in that order, as the same type."""
+    """The examples at `index` (1-d int64 tensor, or a slice), in that order, as the same type.
+
+    The index may be on any device: it is copied once to each other one that a leaf is on.
+    """
     size = num_examples(batch)
+
+    @cache
+    def on(device: torch.device) -> Tensor | slice:
+        return index if isinstance(index, slice) else index.to(device)
 
     def pick(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return _rows(leaf, index)
-        if isinstance(leaf, np.ndarray):
-            return leaf[index.numpy(force=True) if isinstance(index, Tensor) else index]
-        if not _has_entries(leaf, size):
+            return _rows(leaf, on(leaf.device))
+        if not isinstance(leaf, np.ndarray) and not _has_entries(leaf, size):
             return leaf
-        places = index.tolist() if isinstance(index, Tensor) else range(size)[index]
-        entries = [leaf[place] for place in places]
+        places = on(torch.device("cpu"))
+        if isinstance(leaf, np.ndarray):
+            return leaf[places if isinstance(places, slice) else places.numpy()]
+        chosen = range(size)[places] if isinstance(places, slice) else places.tolist()
+        entries = [leaf[place] for place in chosen]
         return type(leaf)(entries) if isinstance(leaf, list | tuple) else entries
 
     return _map(pick, batch, size)
@@ -361,7 +370,7 @@ def _is_odd(leaf: Tensor) -> bool:
 
 def _rows(leaf: Tensor, index: Tensor | slice) -> Tensor:
     if leaf.layout is torch.strided:
-        return leaf[index.to(leaf.device) if isinstance(index, Tensor) else index]
+        return leaf[index]
     places = torch.arange(len(leaf), device="cpu")[
         index.cpu() if isinstance(index, Tensor) else index
     ]

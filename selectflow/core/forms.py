@@ -3,8 +3,8 @@
 No one step serves every arithmetic. Truncation grows with it, rounding falls, and in bfloat16 the
 rounding of a loss, 1e-3, drowns the step that is best in float32. So the step is checked on a few
 examples at its first use and now and then: against forward mode where that is to be had, else
-against another step. Where the usual step is wrong the best of several is taken, and where none
-is right the exact form, or an error: nothing is ever ranked by noise.
+against another step. Where the step is wrong, or right but not good, the best of several is taken,
+and where none is right the exact form, or an error: nothing is ever ranked by noise.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ NUM_CHECKED = 8  # examples on which forms and steps are compared
 # exact form was 0.99 and more (tests/benchmarks/derivative_agreement.py). A Hessian product is a
 # correction to the adjoint, and across the kinks of ReLU the two forms need not agree.
 TOLERANCE = 0.05
+# Where the error is larger than this, as in bfloat16, a better step is looked for.
+GOOD = TOLERANCE / 2
 BEST_TOLERANCE = 0.1  # between the two steps that agree best, where there is nothing else
 # Steps that are tried, as multiples of the usual one.
 SCALES = (1 / 9, 1 / 3, 1.0, 3.0, 9.0, 27.0, 81.0, 243.0)
@@ -113,9 +115,11 @@ class Forms:
         scale, tolerance = self.scales.get(use, 1.0), TOLERANCE
         reference = derive("central", scale / 2) if exact is None else exact
         error = apart(derive("central", scale), reference, use)
-        if error > tolerance:
-            scale, error = best_step(derive, exact, use)
-            tolerance = BEST_TOLERANCE if exact is None else TOLERANCE
+        if exact is not None and error > GOOD:
+            found = best_step(derive, exact, use)
+            scale, error = min((scale, error), found, key=lambda pair: pair[1])
+        elif error > tolerance:
+            (scale, error), tolerance = midway_step(derive, use), BEST_TOLERANCE
         why = f"{error:.1e} from {against} at {scale:g} times the usual step"
         if error <= tolerance:
             return "central", scale, error, why
@@ -145,18 +149,34 @@ class Forms:
         self.scales, self.errors = dict(plain["scales"]), dict(plain["errors"])
 
 
-def best_step(derive: Derive, exact: Tensor | None, use: Use) -> tuple[float, float]:
+def best_step(derive: Derive, exact: Tensor, use: Use) -> tuple[float, float]:
     """The scale of the step that agrees best with the exact form, and its relative error.
 
-    Without the exact form, midway between the two neighbours that agree best with each other:
-    rounding prevails at the smaller one, truncation at the larger.
+    Beside the best scale s of those that are tried, one between its neighbours is: the smallest sum
+    of squares of rounding, r / s as at the smaller one, and truncation, t s^2 as at the larger,
+
+        s = (r / (sqrt(2) t))^(1/3)
+    """
+    errors = [apart(derive("central", scale), exact, use) for scale in SCALES]
+    best = min(range(len(SCALES)), key=errors.__getitem__)
+    found = [(SCALES[best], errors[best])]
+    is_inside = 0 < best < len(SCALES) - 1 and errors[best] > 0
+    if is_inside and math.isfinite(errors[best - 1] + errors[best + 1]):
+        rounding = errors[best - 1] * SCALES[best - 1]
+        truncation = errors[best + 1] / SCALES[best + 1] ** 2
+        between = (rounding / (math.sqrt(2) * truncation)) ** (1 / 3)
+        found.append((between, apart(derive("central", between), exact, use)))
+    return min(found, key=lambda pair: pair[1])
+
+
+def midway_step(derive: Derive, use: Use) -> tuple[float, float]:
+    """The scale midway between the two that agree best with each other, and how far they do not.
+
+    Rounding prevails at the smaller one, truncation at the larger.
     """
     found = [derive("central", scale) for scale in SCALES]
-    if exact is not None:
-        errors, scales = [apart(one, exact, use) for one in found], list(SCALES)
-    else:
-        errors = [apart(one, other, use) for one, other in pairwise(found)]
-        scales = [math.sqrt(one * other) for one, other in pairwise(SCALES)]
+    errors = [apart(one, other, use) for one, other in pairwise(found)]
+    scales = [math.sqrt(one * other) for one, other in pairwise(SCALES)]
     return min(zip(scales, errors, strict=True), key=lambda pair: pair[1])
 
 

@@ -34,7 +34,7 @@ from selectflow.core.batches import (
 from selectflow.core.clock import work_s
 from selectflow.core.derivatives import Curvature, Derivatives
 from selectflow.core.optim import Adjoint, State, Update, after_skipping
-from selectflow.core.params import Params
+from selectflow.core.params import Params, measured
 from selectflow.core.storage import Offload, keeping
 from selectflow.core.sweep import Nominal, SweepStep, Window, sweep, sweep_capacity
 from selectflow.core.weighted import relu_weights
@@ -61,7 +61,7 @@ class LookAhead:
     @cached_property
     def norms(self) -> list[float]:
         """Euclidean norm of each sensitivity, read from the device once."""
-        return [gamma.norm() for gamma in self.sensitivities]
+        return [size.norm for size in measured(*self.sensitivities)]
 
     def is_zero(self, update: int) -> bool:
         """Whether `gamma(update)` is 0, so that no example is better than another."""

@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -113,11 +114,14 @@ class Measure(NamedTuple):
 
 
 def measured(*vectors: Params) -> list[Measure]:
-    """The size of each vector; of shards, from one reduction over those who hold the rest."""
+    """The size of each vector, from one read; of shards, by one reduction over those who hold the
+    rest.
+    """
     norms = [torch.stack(torch._foreach_norm(list(each.values()))) for each in vectors]
     nums = [sum(tensor.numel() for tensor in each.values()) for each in vectors]
     if not are_shards():
-        sizes = [math.hypot(*part.tolist()) for part in norms]
+        read = iter(torch.cat(norms).tolist())
+        sizes = [math.hypot(*islice(read, len(each))) for each in vectors]
         return list(map(Measure, sizes, nums))
     squares = torch.stack([part.double().square().sum() for part in norms])
     squares, counts = over_shards(torch.stack([squares, squares.new_tensor(nums)])).tolist()

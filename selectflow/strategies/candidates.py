@@ -45,26 +45,53 @@ Strategy = Callable[[Candidates], Tensor]
 """Candidates -> scores, shape (P,); larger is kept first."""
 
 
-def checked_scores(scores: Tensor, size: int, pool: Batch) -> Tensor:
-    """What a strategy gave, on the CPU.
+def checked_scores(scores: Tensor, size: int, pool: Batch, *, are_finite: bool = False) -> Tensor:
+    """What a strategy gave, where it is.
+
+    Args:
+        scores: what it gave.
+        size: examples of the pool.
+        pool: the candidates.
+        are_finite: whether that is known, so that nothing is read from the device.
 
     Raises:
         ValueError: not one score for each of the `size` examples of the pool.
         FloatingPointError: one that is not finite; names the examples.
     """
-    scores = scores.detach().cpu()
+    scores = scores.detach()
     if scores.shape != (size,):
         raise ValueError(
             f"strategy must return one score per example, shape ({size},), "
             f"got {tuple(scores.shape)}"
         )
-    check_finite("scores", scores, pool)
-    return scores if scores.is_floating_point() else scores.double()  # ranks, yes or no
+    if not are_finite:
+        check_finite("scores", scores, pool)
+    # ranks, yes or no: float64, which not every device has
+    return scores if scores.is_floating_point() else scores.cpu().double()
+
+
+class _OnHost:
+    """A tensor that may be on a device, and is copied to the CPU when it is first looked at."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owner: object, _: type) -> Tensor | None:
+        found: Tensor | None = vars(owner)[self._name]
+        if found is not None and found.device.type != "cpu":
+            found = vars(owner)[self._name] = found.cpu()
+        return found
+
+    def __set__(self, owner: object, value: Tensor | None) -> None:
+        vars(owner)[self._name] = value
 
 
 @dataclass(frozen=True)
 class Selection:
     """What was kept of one pool, and why.
+
+    Indices, scores and losses are where they were found until they are looked at: a step that looks
+    at none does not wait for the device.
 
     Attributes:
         pool: the candidates, as given; while nothing is selected, the part of them that is handed
@@ -125,3 +152,7 @@ class Selection:
             return None
         self.weighing.is_read = True
         return self.weighing.values
+
+
+for _name in ("indices", "scores", "losses"):
+    setattr(Selection, _name, _OnHost(_name))

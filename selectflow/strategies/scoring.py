@@ -17,6 +17,7 @@ from selectflow.core.examples import ExampleGradients
 from selectflow.core.lookahead import Policy, Upcoming
 from selectflow.core.params import Params
 from selectflow.core.torch_optim import OptimizerReader
+from selectflow.strategies.baselines import gradient, influence, loss
 from selectflow.strategies.candidates import Candidates, Strategy, checked_scores
 from selectflow.strategies.training import Memory, Training
 
@@ -56,7 +57,7 @@ class Scoring:
         self._is_zero_said = False
 
     def scores(self, strategy: Strategy, ongoing: Ongoing) -> Tensor:
-        """What the strategy gives each candidate, shape (P,), on the CPU.
+        """What the strategy gives each candidate, shape (P,), where it found it.
 
         Raises:
             ValueError: the strategy or loss_fn returned a wrong shape; the target is empty.
@@ -82,7 +83,12 @@ class Scoring:
             generator=self.state.generator,
             training=training,
         )
-        return checked_scores(strategy(candidates), candidates.size, ongoing.pool)
+        return checked_scores(
+            strategy(candidates),
+            candidates.size,
+            ongoing.pool,
+            are_finite=strategy in (influence, gradient, loss),  # as they were found, and checked
+        )
 
     def losses(self, ongoing: Ongoing) -> Tensor:
         """Loss of each candidate at the present parameters."""

@@ -50,6 +50,7 @@ class Weighing:
         """
         if self._weighting == "none":
             return None
+        scores = scores.cpu()  # few numbers, of which several things are asked
         found = relu_weights(scores)
         if not self._is_equal_said and scores.any() and not (scores > 0).any():
             self._is_equal_said = True
