@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/sources_text.py [lora finetune] [--seeds 5]
 
 The tasks are those of configs/text_lora_*.yaml and text_finetune_*.yaml, shortened as TASKS says.
-All rows take as many steps on as many blocks, and two of them go on until they have taken the
-seconds of selection with live shares: seconds of the processor, of reading, scoring and training.
-Selection from pools of n costs what it takes over plain steps on k, the blocks that it keeps, and
+All rows take as many steps on as many blocks, but those that say "as long" go on until they have
+taken the seconds of selection with live shares: of the processor, to read, score and train. Costs
+of a step of selection from pools of n are told in plain steps on the k blocks that it keeps, and
 on n. Finished runs are kept in --out and not repeated.
 """
 
@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from results_tasks import CONFIGS, Options, from_base, oracle, trainer_module
@@ -36,13 +36,25 @@ from selectflow.run.config import load
 from selectflow.run.task import PoolSource
 from selectflow.run.task import Task as Built
 
+
+@dataclass(frozen=True)
+class Task:
+    """Configurations with this prefix, what shortens them, and what rows with live shares add."""
+
+    prefix: str
+    shorter: Options
+    live: Options = field(default_factory=dict)
+
+
 CPU = torch.device("cpu")
-TASKS: dict[str, tuple[str, Options]] = {
+TASKS = {
     # of some seeds there are no more than 3,433 blocks of prose, a fifth of the mixture
-    "lora": ("text_lora", {"steps": 100, "data.text.num_train": 17000}),
-    "finetune": (
+    "lora": Task("text_lora", {"steps": 100, "data.text.num_train": 17000}),
+    # shares that wait for 24 pools would come late: nothing here draws ahead
+    "finetune": Task(
         "text_finetune",
-        {"steps": 80, "data.text.block": 96, "select.score_view": 48},
+        {"steps": 60, "data.text.block": 96, "select.score_view": 48},
+        {"data.live_shares.delay": 0},
     ),
 }
 UNIFORM, FIXED, LIVE = "uniform", "H = 0, fixed shares", "H = 0, live shares"
@@ -55,31 +67,32 @@ class Row:
 
     Attributes:
         config: "online", with pools of n, or "uniform", with pools of the k that are trained on.
-        options: what differs from it.
+        live: whether the shares of origins follow what is kept.
         every: k of each pool at random are trained on, and one pool in so many is scored for the
             shares; None: every pool is, and what the selector keeps is trained on.
-        goes_on: whether it goes on for the seconds of live shares.
-        is_timed: it is there for its seconds alone, of a few steps.
+        steps: how many, or "as long" as the run with live shares of the seed takes; None: as many
+            as of the task.
     """
 
     config: str
-    options: Options = field(default_factory=dict)
+    live: bool = False
     every: int | None = None
-    goes_on: bool = False
-    is_timed: bool = False
+    steps: int | Literal["as long"] | None = None
 
 
-SHARES: Options = {"data.by": "json.origin", "data.shares": "auto"}
 ROWS = {
-    LIVE: Row("online", SHARES),
-    UNIFORM: Row("uniform", goes_on=True),
+    LIVE: Row("online", live=True),
     FIXED: Row("online"),
-    "kept at random, live shares by H = 0": Row("online", SHARES, every=1),
-    "the same by every 4th pool": Row("online", SHARES, every=4, goes_on=True),
     ALONE: Row("uniform"),
-    WHOLE: Row("uniform", is_timed=True),
+    UNIFORM: Row("uniform"),
+    WHOLE: Row("uniform", steps=5),
+    "kept at random, live shares by H = 0": Row("online", live=True, every=1),
+    "kept at random, live shares by every 4th pool": Row("online", live=True, every=4),
+    "uniform, as long": Row("uniform", steps="as long"),
+    "kept at random, live shares by every 4th pool, as long": Row(
+        "online", live=True, every=4, steps="as long"
+    ),
 }
-TIMED_STEPS = 10
 Result = dict[str, Any]
 
 
@@ -88,12 +101,14 @@ Result = dict[str, Any]
 
 def configured(task: str, name: str, seed: int, folder: Path) -> Any:
     """The configuration of a row."""
-    (prefix, shorter), row = TASKS[task], ROWS[name]
+    prefix, shorter, row = TASKS[task].prefix, TASKS[task].shorter, ROWS[name]
     path = CONFIGS / f"{prefix}_{row.config}.yaml"
-    given = from_base(f"{prefix}_base")(folder, seed) | {"seed": seed} | shorter | row.options
-    if row.is_timed:
+    given = from_base(f"{prefix}_base")(folder, seed) | {"seed": seed} | shorter
+    if row.live:
+        given |= {"data.by": "json.origin", "data.shares": "auto"} | TASKS[task].live
+    if name == WHOLE:
         n = load(CONFIGS / f"{prefix}_online.yaml").data.pool
-        given |= {"data.pool": n, "select.keep": n, "steps": TIMED_STEPS}
+        given |= {"data.pool": n, "select.keep": n}
     if name == ALONE:
         given |= oracle(path.stem, [f"{key}={value}" for key, value in shorter.items()])
     return load(path, [f"{key}={value}" for key, value in given.items()])
@@ -152,92 +167,78 @@ class Training:
 
 
 def run(task: str, name: str, seed: int, folder: Path, seconds: float) -> Result:
-    """A row of a seed; where it goes on, for so many seconds of the processor in all."""
+    """A row of a seed; if it is to go on "as long", for so many seconds of the processor."""
     row, config = ROWS[name], configured(task, name, seed, folder)
+    steps = config.steps if row.steps is None else row.steps
     training = Training(config, row.every)
-    while training.num_steps < config.steps:
+    while training.seconds < seconds if steps == "as long" else training.num_steps < steps:
         training.step()
-    shares = getattr(training.task.pools, "shares", None) or {}
-    found: Result = {
+    return {
         "loss": training.test_loss(),
-        "s/step": training.seconds / training.num_steps,
+        "steps": training.num_steps,
         "seconds": training.seconds,
         "code": training.kept[True] / training.kept.total(),
-        "share": shares.get("code"),
+        "share": (getattr(training.task.pools, "shares", None) or {}).get("code"),
     }
-    if row.goes_on:
-        while training.seconds < seconds:
-            training.step()
-        found |= {"late": training.test_loss(), "late steps": training.num_steps}
-    return found
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def report(task: str, found: dict[str, list[Result]]) -> None:
+def report(task: str, found: dict[str, dict[int, Result]]) -> None:
     """Means over the seeds, and differences paired by seed."""
-    steps, live = TASKS[task][1]["steps"], found[LIVE]
-    first, last = (fmean(losses(found[name])) for name in (UNIFORM, ALONE))
-    print(f"\n### {task}, {steps} steps, {len(live)} seeds\n")
+    print(f"\n### {task}, {TASKS[task].shorter['steps']} steps\n")
     print(
-        "| | test loss | against uniform, paired | against fixed shares, paired | of the way to "
-        "code alone | code trained on | share of code at the end | s a step | over a plain step "
-        "on k | on n |"
+        "| | test loss | against uniform, paired | against fixed shares | against live shares | of "
+        "the way to code alone | code trained on | share of code at the end | steps | s a step | "
+        "over a plain step on k | on n | seeds |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- |" + " --- |" * 12)
+    first, last = (found.get(name) for name in (UNIFORM, ALONE))
     for name, results in found.items():
-        if ROWS[name].is_timed:
-            continue
-        shares = [each["share"] for each in results if each["share"] is not None]
-        print(
-            f"| {name} | {spread(losses(results))} | {against(results, found[UNIFORM])} | "
-            f"{against(results, found[FIXED])} | "
-            f"{(first - fmean(losses(results))) / (first - last):.0%} | "
-            f"{mean(results, 'code'):.0%} | {f'{fmean(shares):.0%}' if shares else ''} | "
-            f"{mean(results, 's/step'):.2f} | "
-            + " | ".join(f"{over(results, found[plain]):.2f}" for plain in (UNIFORM, WHOLE))
-            + " |"
-        )
-    print(f"\nin the {mean(live, 'seconds'):.0f} s of live shares:\n")
-    for name, results in found.items():
-        if ROWS[name].goes_on:
-            late, of_live = losses(results, "late"), losses(live)
-            print(
-                f"| {name} | {spread(late)} | live shares against it: {paired(of_live, late)} | "
-                f"{mean(results, 'late steps'):.0f} steps |"
-            )
+        losses = [each["loss"] for each in results.values()]
+        way = ""
+        if first and last and not set(results) - set(first) - set(last):
+            start, end = (fmean(each[seed]["loss"] for seed in results) for each in (first, last))
+            way = f"{(start - fmean(losses)) / (start - end):.0%}"
+        shares = [each["share"] for each in results.values() if each["share"] is not None]
+        cells = [
+            name,
+            f"{fmean(losses):.3f} ± {stdev(losses) if losses[1:] else 0:.3f}",
+            *(against(results, found.get(other, {})) for other in (UNIFORM, FIXED, LIVE)),
+            way,
+            f"{fmean(each['code'] for each in results.values()):.0%}",
+            f"{fmean(shares):.0%}" if shares else "",
+            f"{fmean(each['steps'] for each in results.values()):.0f}",
+            f"{fmean(a_step(each) for each in results.values()):.2f}",
+            *(over(results, found.get(plain, {})) for plain in (UNIFORM, WHOLE)),
+            str(len(results)),
+        ]
+        print(f"| {' | '.join(cells)} |")
 
 
-def mean(results: list[Result], key: str) -> float:
-    return fmean(each[key] for each in results)
+def a_step(result: Result) -> float:
+    """Seconds."""
+    return result["seconds"] / result["steps"]
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over the seeds."""
-    return f"{fmean(values):.3f} ± {stdev(values):.3f}"
+def against(results: dict[int, Result], others: dict[int, Result]) -> str:
+    """The difference paired by seed, where there are enough; nothing against itself."""
+    both = [(results[seed]["loss"], others[seed]["loss"]) for seed in results if seed in others]
+    return "" if results is others or len(both) < 2 else paired(*map(list, zip(*both, strict=True)))
 
 
-def over(results: list[Result], plain: list[Result]) -> float:
-    """Seconds of a step in plain steps, each seed in its own: the machine's speed drifts."""
-    return fmean(
-        ours["s/step"] / theirs["s/step"] for ours, theirs in zip(results, plain, strict=True)
-    )
-
-
-def losses(results: list[Result], key: str = "loss") -> list[float]:
-    return [each[key] for each in results]
-
-
-def against(results: list[Result], others: list[Result]) -> str:
-    """The paired difference; nothing against itself."""
-    return "" if results is others else paired(losses(results), losses(others))
+def over(results: dict[int, Result], plain: dict[int, Result]) -> str:
+    """Seconds of a step in plain steps of its seed: the machine's speed drifts."""
+    both = [a_step(results[seed]) / a_step(plain[seed]) for seed in results if seed in plain]
+    return f"{fmean(both):.2f}" if both else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="*", choices=[[], *TASKS], default=[])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--out", type=Path, default=Path("runs/sources_text"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -245,17 +246,17 @@ def main() -> None:
     path = args.out / "results.jsonl"
     known = dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {}
     for task in args.tasks or TASKS:
-        found: dict[str, list[Result]] = {name: [] for name in ROWS}
+        found: dict[str, dict[int, Result]] = {}
         for seed in range(args.seeds):
-            for name in ROWS:
-                place = f"{task} {TASKS[task][1]}/{name}/{seed}"
+            for name in args.rows:
+                place = f"{task} {TASKS[task].shorter}/{name}/{seed}"
                 if place not in known:
-                    seconds = found[LIVE][seed]["seconds"] if found[LIVE][seed:] else 0.0
+                    seconds = found[LIVE][seed]["seconds"] if "as long" in name else 0.0
                     known[place] = run(task, name, seed, args.out, seconds)
                     with path.open("a") as file:
                         file.write(json.dumps([place, known[place]]) + "\n")
                     print(f"{place}: {known[place]}", flush=True)
-                found[name].append(known[place])
+                found.setdefault(name, {})[seed] = known[place]
         report(task, found)
 
 
