@@ -194,27 +194,37 @@ def report(task: str, found: dict[str, dict[int, Result]]) -> None:
         "over a plain step on k | on n | seeds |"
     )
     print("| --- |" + " --- |" * 12)
-    first, last = (found.get(name) for name in (UNIFORM, ALONE))
     for name, results in found.items():
-        losses = [each["loss"] for each in results.values()]
-        way = ""
-        if first and last and not set(results) - set(first) - set(last):
-            start, end = (fmean(each[seed]["loss"] for seed in results) for each in (first, last))
-            way = f"{(start - fmean(losses)) / (start - end):.0%}"
         shares = [each["share"] for each in results.values() if each["share"] is not None]
-        cells = [
-            name,
-            f"{fmean(losses):.3f} ± {stdev(losses) if losses[1:] else 0:.3f}",
+        cells = ["", "", "", "", "", "", ""] if name == WHOLE else [
+            spread([each["loss"] for each in results.values()]),
             *(against(results, found.get(other, {})) for other in (UNIFORM, FIXED, LIVE)),
-            way,
+            way(results, found.get(UNIFORM, {}), found.get(ALONE, {})),
             f"{fmean(each['code'] for each in results.values()):.0%}",
             f"{fmean(shares):.0%}" if shares else "",
+        ]  # fmt: skip
+        cells += [
             f"{fmean(each['steps'] for each in results.values()):.0f}",
             f"{fmean(a_step(each) for each in results.values()):.2f}",
             *(over(results, found.get(plain, {})) for plain in (UNIFORM, WHOLE)),
             str(len(results)),
         ]
-        print(f"| {' | '.join(cells)} |")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over the seeds."""
+    return f"{fmean(values):.3f} ± {stdev(values) if values[1:] else 0:.3f}"
+
+
+def way(results: dict[int, Result], first: dict[int, Result], last: dict[int, Result]) -> str:
+    """How far from the mean loss of the first to that of the last, over the same seeds."""
+    if set(results) - set(first) or set(results) - set(last):
+        return ""
+    start, end, mine = (
+        fmean(each[seed]["loss"] for seed in results) for each in (first, last, results)
+    )
+    return f"{(start - mine) / (start - end):.0%}"
 
 
 def a_step(result: Result) -> float:
