@@ -92,10 +92,10 @@ DIGITS: Methods = {
 }
 
 
-def oracle(config: str) -> Options:
+def oracle(config: str, overrides: Sequence[str] = ()) -> Options:
     """As many blocks of the target's domain as the mixture has, and no others: a perfect choice."""
     path = CONFIGS / f"{config}.yaml"
-    text = load(path).data.text
+    text = load(path, overrides).data.text
     domain, mixture = str(text.target_domain), text.mixture or {}
     if not mixture.get(domain) or text.num_train is None:
         raise ValueError(f"data.text.mixture of {path} must have {domain}, got {mixture}")
@@ -153,18 +153,6 @@ LORA: Methods = {
 }
 
 
-def shared(name: str, steps: int) -> Methods:
-    """Selection with fixed shares of origins, and with shares that follow what is kept."""
-    online, uniform, fixed = f"{name}_online", f"{name}_uniform", {"steps": steps}
-    live = fixed | {"data.by": "json.origin", "data.shares": "auto"}
-    return {
-        UNIFORM: (uniform, fixed),
-        "H = 0, fixed shares": (online, fixed | {"select.horizon": 0}),
-        "H = 0, live shares": (online, live | {"select.horizon": 0}),
-        "oracle": (uniform, fixed | oracle(uniform)),
-    }
-
-
 BOTH = (TEST_LOSS, TEST_ACCURACY)
 LABELS = (KEPT_ALTERED,)
 ORIGINS = (f"{KEPT}code", f"{KEPT}shuffled")
@@ -179,14 +167,6 @@ TASKS = {
     ),
     "finetune": Task(
         "Text mixture, fine-tuning of a GPT-2 of 3.3M", "language", fine_tuning("text_finetune"),
-        from_base("text_finetune_base"), (TEST_LOSS,), ORIGINS, 5,
-    ),
-    "lora_shares": Task(
-        "Adapters, live shares of origins", "language", shared("text_lora", 100),
-        from_base("text_lora_base"), (TEST_LOSS,), ORIGINS, 3,
-    ),
-    "finetune_shares": Task(
-        "Fine-tuning, live shares of origins", "language", shared("text_finetune", 100),
         from_base("text_finetune_base"), (TEST_LOSS,), ORIGINS, 5,
     ),
 }  # fmt: skip

@@ -305,11 +305,11 @@ def study_throughput(args: Any) -> None:
 
 @dataclass
 class Kept:
-    """A selection that keeps the first ones."""
+    """A selection, made up; None: nothing was scored."""
 
     pool: Batch
     indices: torch.Tensor
-    scores: torch.Tensor
+    scores: torch.Tensor | None
     losses: torch.Tensor | None = None
     is_ranked: bool = True
 
