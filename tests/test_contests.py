@@ -31,7 +31,14 @@ COSTS = {0: 2.5, 1: 4.0, 2: 6.0}
 
 def restless(**settings):
     """Contests at every third step, whatever they cost; costs are given, not measured."""
-    defaults = {"largest": 2, "gap": 3, "longest_gap": 3, "contest_steps": 3, "share": 1.0}
+    defaults = {
+        "largest": 2,
+        "gap": 3,
+        "longest_gap": 3,
+        "contest_steps": 3,
+        "share": 1.0,
+        "early_share": 1e6,
+    }
     return AutoHorizon(**{"costs": COSTS, "expected": 1000} | defaults | settings)
 
 
@@ -256,6 +263,20 @@ def test_contests_cost_no_more_than_their_share(share):
     assert state.spent == held * 12.5
     assert held >= 1
     assert state.spent + 12.5 + 3 > share * state.training  # nor much less, while they are wanted
+
+
+def test_early_contests_take_no_more_than_half_of_what_was_trained():
+    """The first costs 12.5 plain steps and is made after 25, the second after 50."""
+    settings = restless(largest=0, costs={0: 2.5}, contest_steps=2, early_share=0.5)
+    _, optimizer, selector, make, _ = parts(PROBLEMS[0], settings)
+    state, at = selector.state.horizon, []
+    for _ in islice(selector.stream(make(10) for _ in range(60)), 80):
+        if selector.last.decisions:
+            at.append(state.training)
+        assert state.spent <= 0.5 * state.training
+        optimizer.step()
+    assert at[0] == pytest.approx(25, abs=1)
+    assert at[1] == pytest.approx(50, abs=2.5)
 
 
 def test_training_is_counted_in_plain_steps():

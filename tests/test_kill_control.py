@@ -20,7 +20,13 @@ __all__ = ["digits"]  # the fixture
 
 SETTINGS = {
     "build_horizon": AutoHorizon(
-        largest=1, gap=3, longest_gap=3, contest_steps=2, share=1.0, costs={0: 1.5, 1: 2.0}
+        largest=1,
+        gap=3,
+        longest_gap=3,
+        contest_steps=2,
+        share=1.0,
+        early_share=1e6,
+        costs={0: 1.5, 1: 2.0},
     ),
     "build_rate": AutoRate(window=3, longest_gap=6, rise=0.001),
 }

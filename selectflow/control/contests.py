@@ -38,6 +38,8 @@ _NUM_TIMES = 16  # steps of the user's loop whose median counts
 _LOOK_EVERY = 64  # plain steps between two looks at the target loss
 _RISE = 0.2  # relative, of the target loss, that makes a contest due
 _FALL = 0.05  # relative, between two looks, for which it waits
+    0.5  # of the training so far, that contests may take while a run is expected to go on
+)
 _GUESS = 3.0  # plain steps that a gradient of the target and two passes of the pool may cost
 
 
@@ -189,8 +191,10 @@ class HorizonControl:
         state, settings = self.state, self._settings
         if len(settings.ladder) == 1:
             return math.inf
-        paid_at = (state.spent + self._price(state.rule.rival())) / settings.share
-        return state.next_at if paid_at <= settings.expected else max(state.next_at, paid_at)
+        total = state.spent + self._price(state.rule.rival())
+        is_early = total <= settings.share * settings.expected
+        share = max(settings.share, settings.early_share) if is_early else settings.share
+        return max(state.next_at, total / share)
 
     def alarm(self) -> None:
         """Training has lost ground: the next contest is due, as far as its cost allows."""

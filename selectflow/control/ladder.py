@@ -59,6 +59,8 @@ class AutoHorizon:
         share: of the cost of training, which contests may take at the most, in (0, 1].
         expected: plain steps' cost that the run is taken to have at least: the first contests may
             take the share of these before they are made.
+        early_share: of what was trained until then, that those may take at the most, > 0: a run may
+            be over sooner than expected.
         costs: plain steps that a selected step costs, by horizon; None: measured. With them the
             decisions do not depend on this machine's clock.
 
@@ -74,6 +76,7 @@ class AutoHorizon:
     off: bool = True
     share: float = 0.05
     expected: int = 3000
+    early_share: float = 0.5
     costs: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
@@ -89,8 +92,11 @@ class AutoHorizon:
                 f"integers, got {self.contest_steps}, {self.expected}, {self.gap} and "
                 f"{self.longest_gap}"
             )
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be in (0, 1], got {self.share}")
+        if not 0 < self.share <= 1 or not self.early_share > 0:
+            raise ValueError(
+                "share must be in (0, 1] and early_share > 0, got "
+                f"{self.share} and {self.early_share}"
+            )
         as_integers(self, "largest", "contest_steps", "gap", "longest_gap", "expected")
         if self.costs is not None:
             horizons = [rung for rung in self.ladder if rung != OFF]
