@@ -57,7 +57,7 @@ def in_full(setting: Setting, seed: int) -> Iterator[Batch]:
     """Whole pools in parts, again and again."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        for pool in setting.stream(lambda: 0.0):
+        for pool in setting.pools(lambda: 0.0):
             yield from in_parts(pool, num_examples(pool) // setting.keep, generator)
 
 
