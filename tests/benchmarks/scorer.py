@@ -36,7 +36,7 @@ from selectflow.core.batches import Batch, in_parts, num_examples
 from selectflow.report.compare import paired
 
 # steps, and the rate of a scorer over the model's
-STEPS = {"finetune": 100, "lora": 200, "random": 200, "digits": 400, "photographs": 400}
+STEPS = {"finetune": 100, "lora": 100, "random": 100, "digits": 400, "photographs": 400}
 RATE = {"finetune": 2, "lora": 1, "random": 2, "digits": 3, "photographs": 2}
 HALF = ("half resolution", "itself, half resolution", "itself, half resolution, trained on")
 METHODS = ("uniform", "itself", TENTH, THIRTIETH, "tenth, frozen", "tenth, random weights",

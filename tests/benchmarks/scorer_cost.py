@@ -1,6 +1,6 @@
 """What a step costs where a small model scores for the large one, and where the seconds go.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/scorer_cost.py [14M 124M] [--rounds 5]
+    OMP_NUM_THREADS=1 python tests/benchmarks/scorer_cost.py [14M 124M] [--rounds 5] [--steps 2]
 
 GPT-2 shapes of `step_cost.py` are trained, and a GPT-2 with as many tokens in its vocabulary and a
 twelfth of the parameters scores, trained beside it. A fourth of each pool is kept, at H = 0 and
@@ -39,11 +39,10 @@ class Shape(NamedTuple):
     chunk: int  # examples in a pass that scores
 
 
-STEPS = 2  # of each variant in a round
 SHAPES = {
     "14M": Shape({}, {"width": 96, "heads": 4, "layers": 2}, 8192, 128, 8, 8),
     "124M": Shape({"width": 768, "heads": 12, "layers": 12},
-                  {"width": 160, "heads": 4, "layers": 6}, 50257, 64, 4, 4),
+                  {"width": 160, "heads": 4, "layers": 6}, 50257, 64, 2, 2),
 }  # fmt: skip
 # what scores, examples of a target batch over those that are kept, options of the selector
 VARIANTS: dict[str, tuple[str | None, float, dict[str, Any]]] = {
@@ -137,7 +136,7 @@ def num_params(shape: Shape, sizes: dict[str, int]) -> int:
     return sum(p.numel() for p in gpt2(shape.vocabulary, shape.tokens, **sizes)[0].parameters())
 
 
-def measure(name: str, rounds: int, variants: list[str]) -> None:
+def measure(name: str, rounds: int, num_steps: int, variants: list[str]) -> None:
     shape = SHAPES[name]
     sizes = [num_params(shape, each) / 1e6 for each in (shape.model, shape.scorer)]
     torch.manual_seed(0)
@@ -149,7 +148,7 @@ def measure(name: str, rounds: int, variants: list[str]) -> None:
     found: dict[str, list[Parts]] = {variant: [] for variant in variants}
     for _ in range(rounds):
         for variant, steps in steppers.items():
-            found[variant].append(steps(STEPS))
+            found[variant].append(steps(num_steps))
     print(f"\n{sizes[0]:.1f}M trained, {sizes[1]:.2f}M scoring; keep {shape.keep} of "
           f"{4 * shape.keep} of {shape.tokens} tokens; {rounds} rounds")  # fmt: skip
     print(f"{'':28}{'s':>7}{'plain-k':>9}{'range':>12}{'plain-n':>9}  of plain-k: by part")
@@ -172,11 +171,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("shapes", nargs="*", default=list(SHAPES), metavar="|".join(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="of each variant in a round")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS)[2:])
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in args.shapes:
-        measure(name, args.rounds, [*list(VARIANTS)[:2], *args.variants])
+        measure(name, args.rounds, args.steps, [*list(VARIANTS)[:2], *args.variants])
 
 
 if __name__ == "__main__":
