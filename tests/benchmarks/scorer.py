@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/scorer.py [finetune lora random digits photographs]
 
 For as many steps: any examples, the model scoring itself, a scorer of about a tenth and of about a
-thirtieth of its size, the same frozen, one with random weights, and (text) the target's domain
-alone. Then plain training of whole pools in parts, for the processor seconds that the tenth took,
+thirtieth of its size, the same frozen, one with random weights, one that reads half of the tokens
+of each example and half of each target batch, and (text) the target's domain alone. Then plain training of whole pools in parts, for the processor seconds that the tenth took,
 and for those that the model's own scores took. Scorers of the fine-tuning tasks have read what the
 model's base has, and all their weights are trained, also where the model has adapters. The test set
 is read once, at the end of a run. Finished runs are kept in --out and not repeated.
@@ -33,14 +33,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from selectflow import Scorer, Selector
 from selectflow.core.batches import Batch, in_parts, num_examples
+from selectflow.models.language import token_window
 from selectflow.report.compare import paired
 
 # steps, and the rate of a scorer over the model's
 STEPS = {"finetune": 100, "lora": 100, "random": 100, "digits": 400, "photographs": 400}
 RATE = {"finetune": 2, "lora": 1, "random": 2, "digits": 3, "photographs": 2}
 HALF = ("half resolution", "itself, half resolution", "itself, half resolution, trained on")
+HALF_READ = "tenth, half of both"
 METHODS = ("uniform", "itself", TENTH, THIRTIETH, "tenth, frozen", "tenth, random weights",
-           "oracle", "plain, same seconds", "plain, itself's seconds", *HALF)  # fmt: skip
+           HALF_READ, "oracle", "plain, same seconds", "plain, itself's seconds", *HALF)  # fmt: skip
 Result = dict[str, float]
 
 
@@ -80,6 +82,9 @@ def run(
         if scoring is not None:
             rate = None if "frozen" in method else RATE[task] * optimizer.defaults["lr"]
             scorer, view = scorer_of(scoring, rate, setting, view), None
+        if method == HALF_READ:
+            view = token_window(target[0]["input_ids"].shape[1] // 2)
+            target = [part for batch in target for part in in_parts(batch, 2, torch.Generator())]
         selector = Selector(
             model, optimizer, losses, target, keep, 0, lr_scheduler=schedule, max_grad_norm=clip,
             seed=seed, derivative="central", scorer=scorer, score_view=view,
@@ -155,7 +160,7 @@ def main() -> None:
 
     for task in args.tasks:
         left_out = () if task == "photographs" else HALF
-        left_out += ("oracle",) if task in IMAGES else ()
+        left_out += ("oracle", HALF_READ) if task in IMAGES else ()
         if task not in ("finetune", "lora"):  # scorers have no other weights
             left_out += ("tenth, frozen", "tenth, random weights")
         methods = [m for m in args.methods if m not in left_out]
