@@ -4,10 +4,11 @@
 
 For as many steps: any examples, the model scoring itself, a scorer of about a tenth and of about a
 thirtieth of its size, the same frozen, one with random weights, one that reads half of the tokens
-of each example and half of each target batch, and (text) the target's domain alone. Then plain training of whole pools in parts, for the processor seconds that the tenth took,
-and for those that the model's own scores took. Scorers of the fine-tuning tasks have read what the
-model's base has, and all their weights are trained, also where the model has adapters. The test set
-is read once, at the end of a run. Finished runs are kept in --out and not repeated.
+of each example and half of each target batch, and (text) the target's domain alone. Then plain
+training of whole pools in parts, for the processor seconds that the tenth took, and for those that
+the model's own scores took. Scorers of the fine-tuning tasks have read what the model's base has,
+and all their weights are trained, also where the model has adapters. The test set is read once, at
+the end of a run. Finished runs are kept in --out and not repeated.
 
 On photographs, of `study_data.py`, a CNN of three layers of 48 channels is trained. Beside smaller
 ones, half the resolution is scored with: by a CNN of the same size, and by the model itself, which
@@ -41,8 +42,10 @@ STEPS = {"finetune": 100, "lora": 100, "random": 100, "digits": 400, "photograph
 RATE = {"finetune": 2, "lora": 1, "random": 2, "digits": 3, "photographs": 2}
 HALF = ("half resolution", "itself, half resolution", "itself, half resolution, trained on")
 HALF_READ = "tenth, half of both"
-METHODS = ("uniform", "itself", TENTH, THIRTIETH, "tenth, frozen", "tenth, random weights",
-           HALF_READ, "oracle", "plain, same seconds", "plain, itself's seconds", *HALF)  # fmt: skip
+METHODS = (
+    "uniform", "itself", TENTH, THIRTIETH, "tenth, frozen", "tenth, random weights", HALF_READ,
+    "oracle", "plain, same seconds", "plain, itself's seconds", *HALF,
+)  # fmt: skip
 Result = dict[str, float]
 
 
