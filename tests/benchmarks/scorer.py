@@ -28,13 +28,12 @@ from typing import Any
 
 import torch
 from equal_time import Setting, mean_loss, take_step
-from scorer_tasks import IMAGES, TENTH, THIRTIETH, Made, halved, text
+from scorer_tasks import IMAGES, TENTH, THIRTIETH, Made, half_of_tokens, halved, text
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from selectflow import Scorer, Selector
 from selectflow.core.batches import Batch, in_parts, num_examples
-from selectflow.models.language import token_window
 from selectflow.report.compare import paired
 
 # steps, and the rate of a scorer over the model's
@@ -86,7 +85,7 @@ def run(
             rate = None if "frozen" in method else RATE[task] * optimizer.defaults["lr"]
             scorer, view = scorer_of(scoring, rate, setting, view), None
         if method == HALF_READ:
-            view = token_window(target[0]["input_ids"].shape[1] // 2)
+            view = half_of_tokens
             target = [part for batch in target for part in in_parts(batch, 2, torch.Generator())]
         selector = Selector(
             model, optimizer, losses, target, keep, 0, lr_scheduler=schedule, max_grad_norm=clip,

@@ -90,6 +90,11 @@ def text(task: str, method: str, seed: int, folder: Path) -> Made:
     return setting, made.scorer
 
 
+def half_of_tokens(batch: Batch) -> Batch:
+    """The first half of each block."""
+    return batch | {"tokens": batch["tokens"][:, : batch["tokens"].shape[1] // 2]}
+
+
 def digit_images(method: str, seed: int) -> Made:
     setting, width = digits("noised", seed, 1.0), HIDDEN.get(method.partition(",")[0])
     if width is None:
