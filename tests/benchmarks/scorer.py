@@ -79,7 +79,7 @@ def run(
     if seconds is not None:
         batches = in_full(setting, seed)
     else:
-        view = halved if "half" in method else None
+        view = halved if "half resolution" in method else None
         scorer = None
         if scoring is not None:
             rate = None if "frozen" in method else RATE[task] * optimizer.defaults["lr"]
