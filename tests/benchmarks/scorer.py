@@ -1,12 +1,18 @@
 """A small model that scores for the trained one: test loss and cost, beside other choices.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/scorer.py [finetune random digits] [--seeds 3]
+    OMP_NUM_THREADS=1 python tests/benchmarks/scorer.py [finetune lora random digits photographs]
 
 For as many steps: any examples, the model scoring itself, a scorer of about a tenth and of about a
-thirtieth of its size, the same frozen, one with random weights, and (text) the target's domain
-alone. Then plain training of whole pools in parts, for the processor seconds that the tenth took.
-Scorers of the fine-tuning task have read what the model's base has. The test set is read once, at
+thirtieth of its size, the same frozen, one with random weights, one that reads half of the tokens
+of each example and half of each target batch, and (text) the target's domain alone. Then plain
+training of whole pools in parts, for the processor seconds that the tenth took, and for those that
+the model's own scores took. Scorers of the fine-tuning tasks have read what the model's base has,
+and all their weights are trained, also where the model has adapters. The test set is read once, at
 the end of a run. Finished runs are kept in --out and not repeated.
+
+On photographs, of `study_data.py`, a CNN of three layers of 48 channels is trained. Beside smaller
+ones, half the resolution is scored with: by a CNN of the same size, and by the model itself, which
+may be trained on the kept images at half the resolution, too.
 """
 
 from __future__ import annotations
@@ -21,73 +27,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from equal_time import CONFIGS, Setting, digits, mean_loss, take_step
-from results_tasks import mixture, oracle, trainer, trainer_module
+from equal_time import Setting, mean_loss, take_step
+from scorer_tasks import IMAGES, TENTH, THIRTIETH, Made, half_of_tokens, halved, text
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from selectflow import Scorer, Selector
 from selectflow.core.batches import Batch, in_parts, num_examples
 from selectflow.report.compare import paired
-from selectflow.run.build import build_optimizer
-from selectflow.run.config import load
 
-STEPS = {"finetune": 100, "random": 200, "digits": 400}
-CONFIG = {"finetune": "text_finetune_online", "random": "text_online"}
-BLOCK = 128  # tokens of an example of text
-SIZES = {"": (4, 256), "tenth": (2, 96), "thirtieth": (1, 64)}  # layers and width of GPT-2
-HIDDEN = {"tenth": 24, "thirtieth": 8}  # units of the MLP's layers; the trained one has 128
-RATE = {"finetune": 2, "random": 2, "digits": 3}  # of a scorer, times the trained model's
-METHODS = ("uniform", "itself", "tenth", "thirtieth", "tenth, frozen", "tenth, random weights",
-           "oracle", "plain, same seconds")  # fmt: skip
+# steps, and the rate of a scorer over the model's
+STEPS = {"finetune": 100, "lora": 100, "random": 100, "digits": 400, "photographs": 400}
+RATE = {"finetune": 2, "lora": 1, "random": 2, "digits": 3, "photographs": 2}
+HALF = ("half resolution", "itself, half resolution", "itself, half resolution, trained on")
+HALF_READ = "tenth, half of both"
+METHODS = (
+    "uniform", "itself", TENTH, THIRTIETH, "tenth, frozen", "tenth, random weights", HALF_READ,
+    "oracle", "plain, same seconds", "plain, itself's seconds", *HALF,
+)  # fmt: skip
 Result = dict[str, float]
 
 
-def base(size: str, folder: Path) -> Path:
-    """A GPT-2 that has read the mixture's other domains; trained where it is not there yet."""
-    layers, width = SIZES[size]
-    options = [f"root={folder}", "resume=auto", f"model.layers={layers}", f"model.width={width}"]
-    options += ["name=base_{model.layers}x{model.width}"]
-    config = CONFIGS / "text_finetune_base.yaml"
-    run_dir = load(config, options).run_dir
-    if not (run_dir / "model").exists() and trainer("language")([str(config), *options]) != 0:
-        raise SystemExit(f"{run_dir}: the base was not trained")
-    return run_dir / "model"
+def scorer_of(model: nn.Module, rate: float | None, setting: Setting, view: Any) -> Scorer:
+    """A scorer that is trained at a rate, after the warm-up of the other; None: frozen."""
+    if rate is None:
+        return Scorer(model, view=view)
+    optimizer = torch.optim.AdamW(model.parameters(), rate)
+    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, setting.warmup)))
+    return Scorer(model, optimizer, view=view, lr_scheduler=schedule, max_grad_norm=setting.clip)
 
 
-def text(task: str, method: str, seed: int, folder: Path) -> tuple[Setting, nn.Module | None]:
-    """What is trained, and the scorer of a method."""
-    options = mixture(folder, seed) | {"root": folder, "seed": seed, "track.kinds": "false"}
-    options |= {"data.text.block": BLOCK}
-    if method == "oracle":
-        options |= oracle(CONFIG[task])
-    size = method.partition(",")[0]
-    pretrained = task == "finetune" and "random" not in method
-    if task == "finetune":
-        options["model.pretrained"] = base("", folder)
-    if size in HIDDEN:
-        layers, width = SIZES[size]
-        scorer = {"name": "gpt2", "layers": layers, "width": width, "heads": 4}
-        if pretrained:
-            scorer = {"name": "gpt2", "pretrained": str(base(size, folder))}
-        options["scorer"] = json.dumps({"model": scorer})
-    given = [f"{key}={value}" for key, value in options.items()]
-    config = load(CONFIGS / f"{CONFIG[task]}.yaml", given)
-    made = trainer_module("language")["build_task"](config)
-    setting = Setting(
-        made.model, build_optimizer(made.model, config.optimizer), made.loss_fn, list(made.target),
-        lambda _: iter(made.pools), list(made.test), int(config.select.keep),
-        config.optimizer.max_grad_norm, config.schedule.warmup_steps,
-    )  # fmt: skip
-    return setting, made.scorer
-
-
-def images(method: str, seed: int) -> tuple[Setting, nn.Module | None]:
-    setting, width = digits("noised", seed, 1.0), HIDDEN.get(method.partition(",")[0])
-    if width is None:
-        return setting, None
-    layers = [nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-    return setting, nn.Sequential(*layers, nn.Linear(width, 10))
+def in_full(setting: Setting, seed: int) -> Iterator[Batch]:
+    """Whole pools in parts, again and again."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for pool in setting.pools(lambda: 0.0):
+            yield from in_parts(pool, num_examples(pool) // setting.keep, generator)
 
 
 def run(
@@ -101,28 +76,27 @@ def run(
     """Train for the task's steps, or for so many seconds of the processor."""
     model, optimizer, losses, target, stream, test, keep, clip, warmup = setting
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)))
-    batches: Iterator[Batch]
     if seconds is not None:
-        generator = torch.Generator().manual_seed(seed)
-        pools = itertools.chain.from_iterable(itertools.repeat(stream(lambda: 0.0)))
-        batches = (
-            part for pool in pools for part in in_parts(pool, num_examples(pool) // keep, generator)
-        )
+        batches = in_full(setting, seed)
     else:
+        view = halved if "half resolution" in method else None
         scorer = None
-        if scoring is not None and "frozen" in method:
-            scorer = Scorer(scoring)
-        elif scoring is not None:
-            rate = RATE[task] * optimizer.defaults["lr"]
-            own = torch.optim.AdamW(scoring.parameters(), rate)
-            after = LambdaLR(own, lambda step: min(1.0, (step + 1) / max(1, warmup)))
-            scorer = Scorer(scoring, own, lr_scheduler=after, max_grad_norm=clip)
+        if scoring is not None:
+            rate = None if "frozen" in method else RATE[task] * optimizer.defaults["lr"]
+            scorer, view = scorer_of(scoring, rate, setting, view), None
+        if method == HALF_READ:
+            view = half_of_tokens
+            target = [part for batch in target for part in in_parts(batch, 2, torch.Generator())]
         selector = Selector(
             model, optimizer, losses, target, keep, 0, lr_scheduler=schedule, max_grad_norm=clip,
-            seed=seed, derivative="central", scorer=scorer,
+            seed=seed, derivative="central", scorer=scorer, score_view=view,
             strategy="uniform" if method in ("uniform", "oracle") else "influence",
         )  # fmt: skip
         batches = selector.stream(stream(lambda: 0.0))
+    if method.endswith("trained on"):
+        setting = setting._replace(
+            losses=lambda model, batch: (losses(model, batch) + losses(model, halved(batch))) / 2
+        )
     began, done = time.process_time(), 0
     for batch in batches:
         take_step(setting, schedule, batch)
@@ -147,7 +121,8 @@ def whole_pool_step_s(setting: Setting) -> float:
 
 
 def report(task: str, found: dict[str, list[Result]], whole_s: float) -> None:
-    plain = found.get("plain, same seconds", found["uniform"])
+    same = "plain, same seconds"
+    plain = found.get(same, found["uniform"])
     step_s = statistics.mean(each["seconds"] / each["steps"] for each in plain)
     print(f"\n{task}, {STEPS[task]} steps; a step on the whole pool costs {whole_s / step_s:.2f}")
     for method, results in found.items():
@@ -155,7 +130,7 @@ def report(task: str, found: dict[str, list[Result]], whole_s: float) -> None:
         cost = statistics.mean(each["seconds"] / each["steps"] for each in results)
         line = f"  {method:<22} {statistics.mean(losses):.3f} ± {statistics.pstdev(losses):.3f}"
         line += f"  {cost / step_s:4.2f} plain-k {cost / whole_s:4.2f} plain-n"
-        for other in ("uniform", "plain, same seconds"):
+        for other in ("uniform", "plain, itself's seconds" if method == "itself" else same):
             if other in found and other != method:
                 differences = [
                     a - each["test_loss"] for a, each in zip(losses, found[other], strict=True)
@@ -180,19 +155,24 @@ def main() -> None:
     if path.exists():
         known = dict(map(json.loads, path.read_text().splitlines()))
 
-    def made(task: str, method: str, seed: int) -> tuple[Setting, nn.Module | None]:
-        return images(method, seed) if task == "digits" else text(task, method, seed, args.out)
+    def made(task: str, method: str, seed: int) -> Made:
+        if task in IMAGES:
+            return IMAGES[task](method, seed)
+        return text(task, method, seed, args.out)
 
     for task in args.tasks:
-        methods = [m for m in args.methods if not (task == "digits" and m == "oracle")]
-        if task != "finetune":  # scorers have no other weights
-            methods = [m for m in methods if m not in ("tenth, frozen", "tenth, random weights")]
+        left_out = () if task == "photographs" else HALF
+        left_out += ("oracle", HALF_READ) if task in IMAGES else ()
+        if task not in ("finetune", "lora"):  # scorers have no other weights
+            left_out += ("tenth, frozen", "tenth, random weights")
+        methods = [m for m in args.methods if m not in left_out]
         for seed in range(args.seeds):
             for method in methods:
                 if (place := f"{task}/{method}/{seed}") in known:
                     continue
+                timed = "itself" if "itself's" in method else TENTH
                 is_timed = method.startswith("plain")
-                seconds = known[f"{task}/tenth/{seed}"]["seconds"] if is_timed else None
+                seconds = known[f"{task}/{timed}/{seed}"]["seconds"] if is_timed else None
                 setting, scoring = made(task, method, seed)
                 known[place] = run(task, setting, scoring, method, seed, seconds)
                 with path.open("a") as file:
