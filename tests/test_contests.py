@@ -267,7 +267,7 @@ def test_contests_cost_no_more_than_their_share(share):
 
 def test_early_contests_take_no_more_than_half_of_what_was_trained():
     """The first costs 12.5 plain steps and is made after 25, the second after 50."""
-    settings = restless(largest=0, costs={0: 2.5}, contest_steps=2, early_share=0.5)
+    settings = restless(largest=0, costs={0: 2.5}, contest_steps=2, share=0.3, early_share=0.5)
     _, optimizer, selector, make, _ = parts(PROBLEMS[0], settings)
     state, at = selector.state.horizon, []
     for _ in islice(selector.stream(make(10) for _ in range(60)), 80):

@@ -38,8 +38,6 @@ _NUM_TIMES = 16  # steps of the user's loop whose median counts
 _LOOK_EVERY = 64  # plain steps between two looks at the target loss
 _RISE = 0.2  # relative, of the target loss, that makes a contest due
 _FALL = 0.05  # relative, between two looks, for which it waits
-    0.5  # of the training so far, that contests may take while a run is expected to go on
-)
 _GUESS = 3.0  # plain steps that a gradient of the target and two passes of the pool may cost
 
 
