@@ -34,7 +34,7 @@ from selectflow.run.build import build_optimizer
 from selectflow.run.config import load
 
 SECONDS = {
-    "noised": 6, "imbalanced": 6, "clean": 6, "turning": 9, "lora": 60, "finetune": 100,
+    "noised": 6, "imbalanced": 6, "clean": 6, "turning": 9, "lora": 60, "finetune": 60,
     "random": 40,
 }  # fmt: skip
 TEXT = {
