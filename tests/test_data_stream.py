@@ -395,6 +395,7 @@ def test_resume_in_the_middle_of_many_shards_reads_only_what_it_needs(tmp_path, 
     assert len(set(opened)) <= 3
 
 
+@pytest.mark.slow
 def test_the_reader_holds_no_more_indexes_than_two_groups_of_shards(tmp_path):
     def num_records():  # one for each sample
         return sum(type(each) is Record for each in gc.get_objects())

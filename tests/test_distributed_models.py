@@ -126,7 +126,7 @@ def one_step(kind, wrapper, horizon, precision=torch.float64):
     return selector.last.scores, torch.equal(before, whole(model)), steps, selector.last.score_error
 
 
-@pytest.mark.parametrize("horizon", [0, 2])
+@pytest.mark.parametrize("horizon", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_replicas_of_shards(four, horizon):
     """HSDP: two copies of two shards each; the replicas take no part in sums over entries."""
     hybrid = four.run(one_step, "hybrid", "fsdp2", horizon)

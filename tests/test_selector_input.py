@@ -20,7 +20,7 @@ from selectflow.control.rules import AutoRate
     [
         ({"horizon": -1}, "horizon must be an integer >= 0, .* got -1"),
         ({"horizon": 1.5}, "horizon must be an integer >= 0, .* got 1.5"),
-        ({"interval": 0}, "interval must be an integer >= 1, got 0"),
+        ({"interval": 0}, "interval must be an integer >= 1, or auto, got 0"),
         ({"keep": 0}, "keep must be an integer >= 1 or a fraction"),
         ({"keep": 1.5}, "keep must be an integer >= 1 or a fraction"),
         ({"strategy": "influense"}, "did you mean influence"),
