@@ -196,11 +196,11 @@ def test_each_look_ahead_serves_for_the_interval(horizon):
     control.next_at = 4
     control.measured = [(1, 0.9, 0.9)] * 40  # scores that hardly turned
     for batch in selector.stream(pools):
-        ages.append((selector.last.age, control.interval))
+        ages.append((selector.last.age, selector.state.ahead_serves))
         step(model, optimizer, batch)
     assert ages[:4] == [(0, 1)] * 4
     at = 4
-    while at < 30:  # from each look-ahead on, as many steps as the interval then is
+    while at < 30:  # from each look-ahead on, as many steps as the interval was before it
         interval = ages[at][1]
         assert [age for age, _ in ages[at : at + interval]] == list(range(interval))
         at += interval
@@ -239,6 +239,22 @@ def test_it_is_resumed_bit_for_bit(cut, tmp_path):
     assert head + tail == seen
     for mine, theirs in zip(model.parameters(), second.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("is_thawed", [True, False])
+def test_a_sensitivity_of_other_parameters_is_not_compared(is_thawed):
+    """Where layers are frozen or trained again just before a measurement, it waits for the next."""
+    model, optimizer, selector, _, pools = build(derivative="central")
+    first = next(model.parameters())
+    first.requires_grad_(not is_thawed)
+    stream = selector.stream(pools)
+    for _ in range(5):
+        step(model, optimizer, next(stream))
+    first.requires_grad_(is_thawed)
+    step(model, optimizer, next(stream))
+    assert (selector.last.step, selector.last.decisions) == (5, ())
+    step(model, optimizer, next(stream))
+    assert [made.what for made in selector.last.decisions] == ["interval"]
 
 
 @pytest.mark.parametrize("interval", [0, "often", 1.5])

@@ -127,16 +127,22 @@ class Scoring:
             return scores
 
     def _old(self, step: int) -> tuple[Params, int] | None:
-        """The sensitivity in use and its age, where a new one is to be compared with it."""
+        """The sensitivity in use and its age, where a new one is to be compared with it.
+
+        One of other parameters is not: some were frozen since, or are trained again.
+        """
         ahead, age = self.state.ahead, step - self.state.ahead_step
         if self._intervals is None or not self._intervals.is_due(step):
             return None
-        return None if ahead is None or ahead.is_zero(age) else (ahead.gamma(age), age)
+        if ahead is None or ahead.is_zero(age):
+            return None
+        gamma, names = ahead.gamma(age), self.policy.names() or self.optimizer.params()
+        return (gamma, age) if gamma.keys() == set(names) else None
 
     def _adapt_interval(
         self, ongoing: Ongoing, old: tuple[Params, int], scores: Tensor, pools: Sequence[Batch]
     ) -> None:
-        """Compare old scores with new ones, and decide how long a look-ahead serves."""
+        """Compare old scores with new ones, and decide how long the next look-ahead serves."""
         assert self._intervals is not None
         assert self.state.ahead is not None
         began, horizon = time.perf_counter(), self.state.ahead.horizon
@@ -149,7 +155,6 @@ class Scoring:
             self.state.generator,
             is_other=horizon > 0 or self._target.cycle.num_batches != 1,
         )
-        self.state.ahead_serves = self.policy.interval()
         ongoing.note(decision, began)
 
     def is_due(self, step: int) -> bool:
