@@ -75,6 +75,8 @@ class Selector:
             follows the learning rates to come.
         max_grad_norm: what the user clips gradients to, by norm.
         seed: of the selector's own random numbers.
+        num_steps: optimizer steps of the whole run, if known: under `horizon="auto"` no contest is
+            then held that what is left of it could hardly repay.
         autocast: the type of the autocast that the user's loop opens around its own forward pass,
             `torch.bfloat16` or `torch.float16`: scoring then runs in it, too. One that is opened in
             loss_fn or around the selection is followed without a word.
@@ -119,6 +121,7 @@ class Selector:
         chunk_size: ChunkSize = None,
         memory_gib: float | None = None,
         offload: Offload = "none",
+        num_steps: int | None = None,
         autocast: torch.dtype | None = None,
         scorer: Scorer | None = None,
     ) -> None:
@@ -128,6 +131,7 @@ class Selector:
         if problems := list(weighting_problems(dict(options))):
             raise ValueError("; ".join(problems))
         seed = as_count("seed", seed, None)
+        self.num_steps = None if num_steps is None else as_count("num_steps", num_steps, 1)
         horizon = _horizon_of(options, scorer)
         lr = AutoRate() if options.lr == "auto" else options.lr
         self.state = state = SelectorState(
@@ -172,7 +176,7 @@ class Selector:
             trained = _simulated(self._objective, self._optimizer, options, serves, Forms())
         scoring.policy.names()  # a pattern without a match is an error now, not at the first pool
         self._target = TargetSet(Cycle(target), score_view, state)
-        self._controls = Controls(state, trained, scoring, self._target, horizon)
+        self._controls = Controls(state, trained, scoring, self._target, horizon, self.num_steps)
         objective = scoring.policy.derivatives.objective
         self._scoring = Scoring(
             state,

@@ -39,7 +39,7 @@ def restless(**settings):
         "share": 1.0,
         "early_share": 1e6,
     }
-    return AutoHorizon(**{"costs": COSTS, "expected": 1000} | defaults | settings)
+    return AutoHorizon(**{"costs": COSTS, "early": 1000} | defaults | settings)
 
 
 def rows(batch):
@@ -251,7 +251,8 @@ def test_a_single_example_judges_itself():
 def test_contests_cost_no_more_than_their_share(share):
     """In plain steps: each takes 2 x 2 steps of 2.5, and a quarter more for what goes with it."""
     problem = PROBLEMS[0]
-    settings = restless(largest=0, costs={0: 2.5}, contest_steps=2, share=share, expected=100)
+    early = round(share * 100)
+    settings = restless(largest=0, costs={0: 2.5}, contest_steps=2, share=share, early=early)
     _, optimizer, selector, make, _ = parts(problem, settings)
     state, held, spent = selector.state.horizon, 0, 0.0
     for _ in islice(selector.stream(make(10) for _ in range(400)), 300):
@@ -277,6 +278,22 @@ def test_early_contests_take_no_more_than_half_of_what_was_trained():
         optimizer.step()
     assert at[0] == pytest.approx(25, abs=1)
     assert at[1] == pytest.approx(50, abs=2.5)
+
+
+@pytest.mark.parametrize(
+    ("first", "num_steps", "last"), [(None, 60, 22), (None, 37, -1), (0, 45, 30)]
+)
+def test_none_is_held_that_the_rest_of_the_run_could_not_repay(first, num_steps, last):
+    """A contest costs 12.5 plain steps; three times that must be left, 15 of selected steps."""
+    settings = restless(largest=0, costs={0: 2.5}, contest_steps=2, first=first)
+    _, optimizer, selector, make, _ = parts(PROBLEMS[0], settings, num_steps=num_steps)
+    held, rule = [-1], selector.state.horizon.rule
+    for _ in islice(selector.stream(make(10) for _ in range(80)), num_steps):
+        if selector.last.decisions:
+            held.append(selector.last.step)
+            rule.horizon = rule.settings.ladder[0] if first is None else first  # as it began
+        optimizer.step()
+    assert last - 4 < held[-1] <= last
 
 
 def test_training_is_counted_in_plain_steps():

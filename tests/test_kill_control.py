@@ -26,6 +26,7 @@ SETTINGS = {
         contest_steps=2,
         share=1.0,
         early_share=1e6,
+        late_share=1e6,
         costs={0: 1.5, 1: 2.0},
     ),
     "build_rate": AutoRate(window=3, longest_gap=6, rise=0.001),

@@ -38,8 +38,10 @@ def test_ladder():
     assert AutoHorizon(largest=8).ladder == (OFF, 0, 1, 2, 4, 8)
 
 
-def test_it_begins_with_plain_training():
+def test_it_begins_with_plain_training_unless_told():
     assert HorizonRule(AutoHorizon()).horizon == OFF
+    assert HorizonRule(AutoHorizon(first=0)).horizon == 0
+    assert HorizonRule(AutoHorizon(first=2)).horizon == 2
     assert HorizonRule(AutoHorizon(off=False)).horizon == 0
 
 
@@ -186,8 +188,12 @@ def test_horizon_rule_goes_on_from_its_state():
         {"tolerance": 0.5},
         {"contest_steps": 1},
         {"gap": 5000},
-        {"expected": -1},
+        {"early": -1},
+        {"first": 3},
+        {"first": -1},
+        {"first": 2, "largest": 1},
         {"share": 0.0},
+        {"late_share": 0.0},
         {"largest": 1, "costs": {0: 2.0}},
         {"largest": 0, "costs": {0: 0.5}},
     ],

@@ -24,7 +24,14 @@ STEPS = 30
 def restless(monkeypatch):
     """A contest at every fourth step; each switches."""
     settings = AutoHorizon(
-        largest=0, gap=4, longest_gap=4, contest_steps=2, share=1.0, early_share=1e6, costs={0: 1.0}
+        largest=0,
+        gap=4,
+        longest_gap=4,
+        contest_steps=2,
+        share=1.0,
+        early_share=1e6,
+        late_share=1e6,
+        costs={0: 1.0},
     )
     monkeypatch.setattr(selectflow.run.build, "build_horizon", lambda *_: settings)
     monkeypatch.setattr(

@@ -4,7 +4,7 @@ A contest rolls two neighbours of the ladder out from the live state, over the s
 peeked at and trained on later. The live model never moves. Time is counted in plain steps: what a
 selected step costs in those is measured here and in the user's loop, and held until it is another
 by a quarter, so that a busy machine does not decide. What contests have cost is kept below a share
-of what training has.
+of what training has, but for the first ones; none is held for which too little training is left.
 
 While nothing is selected, the target loss is looked at now and then, on one batch. As long as it
 falls fast, plain training teaches, and a contest can wait; where it has risen, one is due.
@@ -110,10 +110,12 @@ class HorizonControl:
     Args:
         state: what it decides from; is written to.
         rollouts: of the model that is trained, by what scores.
+        num_steps: optimizer steps of the run; None: not known.
     """
 
-    def __init__(self, state: HorizonState, rollouts: Rollouts) -> None:
+    def __init__(self, state: HorizonState, rollouts: Rollouts, num_steps: int | None) -> None:
         self.state, self._rollouts, self._policy = state, rollouts, rollouts.scoring.policy
+        self._num_steps = math.inf if num_steps is None else num_steps
         self._settings = state.rule.settings
         self._left_at: float | None = None  # when the user's loop went on
         self._device = rollouts.trained.optimizer.values().device
@@ -189,8 +191,12 @@ class HorizonControl:
         state, settings = self.state, self._settings
         if len(settings.ladder) == 1:
             return math.inf
-        total = state.spent + self._price(state.rule.rival())
-        is_early = total <= settings.share * settings.expected
+        price = self._price(state.rule.rival())
+        left = (self._num_steps - max(0, state.last_step)) * self._cost(state.rule.horizon)
+        if price > settings.late_share * left:
+            return math.inf
+        total = state.spent + price
+        is_early = total <= settings.early
         share = max(settings.share, settings.early_share) if is_early else settings.share
         return max(state.next_at, total / share)
 

@@ -27,6 +27,7 @@ class Controls:
         scoring: the model that scores: the same, or its scorer.
         target: the target set.
         horizon: of look-aheads, where it is not under control.
+        num_steps: optimizer steps of the run; None: not known.
 
     Attributes:
         horizon: of look-aheads.
@@ -39,6 +40,7 @@ class Controls:
         scoring: Simulated,
         target: TargetSet,
         horizon: int | Horizon | AutoHorizon,
+        num_steps: int | None,
     ) -> None:
         self._state, self._trained, self._scoring, self._target = state, trained, scoring, target
         derivatives, self._per = trained.policy.derivatives, trained.policy.pools_per_update
@@ -46,7 +48,7 @@ class Controls:
         self._contests: HorizonControl | None = None
         if state.horizon is not None:
             rollouts = Rollouts(trained, scoring, state.horizon.generator)
-            self._contests = HorizonControl(state.horizon, rollouts)
+            self._contests = HorizonControl(state.horizon, rollouts, num_steps)
         self._worth: ScorerWorth | None = None
         if state.worth is not None:
             self._worth = ScorerWorth(state.worth, Rollouts(trained, scoring, state.generator))

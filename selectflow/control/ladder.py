@@ -54,13 +54,15 @@ class AutoHorizon:
         gap: plain steps' cost between two contests, >= 1; doubles up to `longest_gap` while the
             horizon stays.
         longest_gap: the most.
-        off: whether plain training competes, too. It begins then, since it teaches fastest at
-            first, and selection has to earn its seconds.
+        off: whether plain training competes, too.
+        first: horizon that training begins with; None: plain training where it competes, since it
+            teaches fastest at first and selection has to earn its seconds, else 0. A model that
+            already tells good examples from bad, as in fine-tuning, begins better with 0.
         share: of the cost of training, which contests may take at the most, in (0, 1].
-        expected: plain steps' cost that the run is taken to have at least: the first contests may
-            take the share of these before they are made.
+        early: cost that the first contests may take beyond that share, in plain steps.
         early_share: of what was trained until then, that those may take at the most, > 0: a run may
-            be over sooner than expected.
+            be over soon.
+        late_share: of what is left to train, where that is known, that a contest may take, > 0.
         costs: plain steps that a selected step costs, by horizon; None: measured. With them the
             decisions do not depend on this machine's clock.
 
@@ -74,9 +76,11 @@ class AutoHorizon:
     gap: int = 100
     longest_gap: int = 3200
     off: bool = True
+    first: int | None = None
     share: float = 0.05
-    expected: int = 3000
+    early: int = 150
     early_share: float = 0.5
+    late_share: float = 1 / 3
     costs: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
@@ -85,32 +89,40 @@ class AutoHorizon:
                 "largest must be >= 0, an integer, and tolerance in (0, 0.5), got "
                 f"{self.largest} and {self.tolerance}"
             )
-        are_counts = all(map(is_count, (self.gap, self.longest_gap))) and is_count(self.expected, 0)
+        are_counts = all(map(is_count, (self.gap, self.longest_gap))) and is_count(self.early, 0)
         if not are_counts or self.gap > self.longest_gap or not is_count(self.contest_steps, 2):
             raise ValueError(
-                "contest_steps must be >= 2, expected >= 0, and 1 <= gap <= longest_gap, all "
-                f"integers, got {self.contest_steps}, {self.expected}, {self.gap} and "
+                "contest_steps must be >= 2, early >= 0, and 1 <= gap <= longest_gap, all "
+                f"integers, got {self.contest_steps}, {self.early}, {self.gap} and "
                 f"{self.longest_gap}"
             )
-        if not 0 < self.share <= 1 or not self.early_share > 0:
+        if not 0 < self.share <= 1 or not min(self.early_share, self.late_share) > 0:
             raise ValueError(
-                "share must be in (0, 1] and early_share > 0, got "
-                f"{self.share} and {self.early_share}"
+                "share must be in (0, 1], early_share and late_share > 0, got "
+                f"{self.share}, {self.early_share} and {self.late_share}"
             )
-        as_integers(self, "largest", "contest_steps", "gap", "longest_gap", "expected")
-        if self.costs is not None:
-            horizons = [rung for rung in self.ladder if rung != OFF]
-            if sorted(self.costs) != horizons or not min(self.costs.values()) >= 1:
-                raise ValueError(
-                    f"costs must have a number >= 1 for each of the horizons {horizons}, got "
-                    f"{dict(self.costs)}; name them all, or leave them to be measured"
-                )
+        as_integers(self, "largest", "contest_steps", "gap", "longest_gap", "early")
+        if self.first is not None and self.first not in self.horizons:
+            raise ValueError(
+                f"first must be one of the horizons {self.horizons}, or None, got {self.first!r}"
+            )
+        costs = self.costs
+        if costs is not None and (sorted(costs) != self.horizons or not min(costs.values()) >= 1):
+            raise ValueError(
+                f"costs must have a number >= 1 for each of the horizons {self.horizons}, got "
+                f"{dict(costs)}; name them all, or leave them to be measured"
+            )
 
     @property
     def ladder(self) -> tuple[int, ...]:
         """The rungs that compete: OFF, if it may, then 0, 1, 2, 4, ... up to the largest."""
+        return (*([OFF] if self.off else []), *self.horizons)
+
+    @property
+    def horizons(self) -> list[int]:
+        """The rungs that select: 0, 1, 2, 4, ... up to the largest."""
         powers = (2**power for power in range(self.largest.bit_length()))
-        return (*([OFF] if self.off else []), 0, *(step for step in powers if step <= self.largest))
+        return [0, *(step for step in powers if step <= self.largest)]
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,8 @@ class HorizonRule:
     leads: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.horizon = self.settings.ladder[0]
+        first = self.settings.first
+        self.horizon = self.settings.ladder[0] if first is None else first
         self.gap = self.settings.gap
 
     def rival(self) -> int:

@@ -123,6 +123,7 @@ def build_selector(
         lr_scheduler=scheduler,
         max_grad_norm=config.optimizer.max_grad_norm,
         seed=config.seed,
+        num_steps=config.steps,
         horizon=build_horizon(config.select, config.steps),
         lr=build_rate(config.select),
         score_view=build_view(config.select, task),
@@ -177,6 +178,7 @@ def build_horizon(config: SelectConfig, steps: int) -> int | HorizonSchedule | A
         return AutoHorizon(
             largest=config.largest_horizon,
             off=config.allow_plain,
+            first=config.first_horizon,
             share=config.control_share,
             costs=config.costs,
         )

@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticKnownError
 
+from selectflow.control.ladder import AutoHorizon
+from selectflow.core.counts import is_count
 from selectflow.options import (
     ConfigError,
     Count,
@@ -211,6 +213,7 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
         is_offline = horizon == math.inf
         if select["replay"] is None:  # which has the weights of the run that it repeats
             yield from (f"select.{problem}" for problem in weighting_problems(select))
+        yield from _of_control(select)
         yield from _of_scorer(values.get("scorer"), select)
         yield from _of_mixing(data["target_share"], select)
         if is_offline:
@@ -228,6 +231,21 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
                 "select.horizon must be an integer, the first horizon, when "
                 f"select.horizon_schedule.name is {shape}, got {horizon!r}"
             )
+
+
+def _of_control(select: Mapping[str, Any]) -> Iterator[str]:
+    """Horizons that the controller does not know."""
+    largest, first, costs = (select[key] for key in ("largest_horizon", "first_horizon", "costs"))
+    if select["horizon"] != "auto" or not is_count(largest, 0):
+        return
+    known = AutoHorizon(largest=largest).horizons
+    if first is not None and first not in known:
+        yield f"select.first_horizon must be one of {known}, or null, got {first!r}"
+    if isinstance(costs, dict) and sorted(map(str, costs)) != sorted(map(str, known)):
+        yield (
+            f"select.costs must have a number >= 1 for each of the horizons {known}, got {costs}; "
+            "name them all, or set select.largest_horizon"
+        )
 
 
 def _of_offline(select: Mapping[str, Any]) -> Iterator[str]:

@@ -342,6 +342,9 @@ class SelectConfig(SelectOptions, use_attribute_docstrings=True):
     allow_plain: bool = True
     """whether the controller may also choose not to select, where plain training gains more in the
     same time (auto): give such a run its time by max_wall_s, and steps enough"""
+    first_horizon: Annotated[int, Field(ge=0)] | None = None
+    """the horizon that the controller begins with (auto), as 0 where the model already tells good
+    examples from bad, in fine-tuning; null: plain training, where it may choose that, else 0"""
     control_share: float = Field(default=AutoHorizon.share, gt=0, le=1)
     """share of the run's cost that contests of horizons may take (auto)"""
     # a run's config.yaml has the horizons as text, as JSON has all keys

@@ -6,8 +6,9 @@ Six streams: digits with 40% wrong labels, imbalanced and clean; text for adapte
 and for random weights. `turning` has wrong labels in the middle third of its time alone. Each
 method trains for the same seconds of the processor, at one constant rate after the warm-up of the
 configuration; with --rates, at multiples of it, and then the controller has the rate as well. Plain
-training takes all of every pool in batches as large as what the others keep. The test set is read
-once, at the end. Finished runs are kept in --out and not repeated.
+training takes all of every pool in batches as large as what the others keep. The controller is told
+how many steps plain training took, or selection where it begins with that: so methods are named in
+this order. The test set is read once, at the end. Finished runs are kept in --out and not repeated.
 """
 
 from __future__ import annotations
@@ -46,10 +47,13 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "H = 0": {"horizon": 0},
     "auto": {"horizon": AutoHorizon()},
+    "auto, from 0": {"horizon": AutoHorizon(first=0)},
     "auto, rate too": {"horizon": AutoHorizon(), "lr": "auto"},
     "H = 0, every 4": {"horizon": 0, "interval": 4},
     "H = 0, interval auto": {"horizon": 0, "interval": "auto"},
 }
+# whose steps in that time the controller is told as those of the run
+LENGTH = {"auto": "plain", "auto, from 0": "H = 0", "auto, rate too": "plain"}
 Result = dict[str, Any]
 
 
@@ -216,7 +220,11 @@ def main() -> None:
                         continue
                     make = text if task in TEXT else digits
                     setting = make(task, seed, rate, *([args.out] if task in TEXT else []))
-                    known[place] = run(setting, METHODS[name], SECONDS[task], seed)
+                    options = METHODS[name]
+                    if name in LENGTH:
+                        num = known[key(task, LENGTH[name], rate, seed)]["steps"]
+                        options = (options or {}) | {"num_steps": num}
+                    known[place] = run(setting, options, SECONDS[task], seed)
                     with path.open("a") as file:
                         file.write(json.dumps([place, known[place]]) + "\n")
             found = {

@@ -1,6 +1,6 @@
 """What selection costs: processor time and peak memory, as ratios to a plain step.
 
-    python tests/benchmarks/step_cost.py [mlp] [gpt2] [--rounds 4] [--threads 1]
+    python tests/benchmarks/step_cost.py [mlp] [gpt2] [--rounds 4] [--threads 1] [--bf16]
 
 A plain step trains on the 16 examples that are kept, or on all 32 candidates: the two denominators.
 Every variant is timed once in each round, in turn, so that a drifting machine slows all alike; the
@@ -8,7 +8,7 @@ table shows the median and the range over the rounds of the ratio to the plain s
 same round, and the median of the ratio to that on 32. "Every 8" is a step with a look-ahead and one
 without, weighted 1 to 7. GPT-2 leaves out what takes minutes: H = 4 and exact derivatives. Memory
 is the growth of the process's peak over what it held before, in two steps, each variant in a
-process of its own.
+process of its own. With --bf16 loss_fn opens an autocast, which a processor may emulate.
 """
 
 from __future__ import annotations
@@ -129,13 +129,26 @@ def variants_of(name: str) -> dict[str, tuple[dict | None, int]]:
     }
 
 
-def build(name: str, options: dict | None) -> Callable[[int], float]:
+def made(name: str, is_bf16: bool):
+    """A model, its loss_fn, a function that draws a batch, and the learning rate."""
+    torch.manual_seed(0)
+    model, loss_fn, batch, lr = MODELS[name]()
+    if not is_bf16:
+        return model, loss_fn, batch, lr
+
+    def under_autocast(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_fn(model, batch)
+
+    return model, under_autocast, batch, lr
+
+
+def build(name: str, options: dict | None, is_bf16: bool) -> Callable[[int], float]:
     """A function that makes so many training steps and returns milliseconds a step.
 
     Where a look-ahead serves several steps, it makes so many with one and so many without.
     """
-    torch.manual_seed(0)
-    model, loss_fn, batch, lr = MODELS[name]()
+    model, loss_fn, batch, lr = made(name, is_bf16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     pools = cycle([batch(KEEP if options is None else POOL) for _ in range(8)])
     batches, interval = pools, (options or {}).get("interval", 1)
@@ -171,7 +184,7 @@ def peak_kib() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
-def peak_growth_gib(name: str, variant: str, threads: int) -> float:
+def peak_growth_gib(name: str, variant: str, threads: int, is_bf16: bool) -> float:
     """Peak resident memory of two steps over the memory before the model existed, in GiB."""
     torch.set_num_threads(threads)
     warm = torch.nn.Linear(4, 4)  # libraries load before the measurement begins
@@ -179,14 +192,16 @@ def peak_growth_gib(name: str, variant: str, threads: int) -> float:
     torch.func.jvp(lambda x: x.sin(), (torch.ones(1),), (torch.ones(1),))
     gc.collect()
     before = peak_kib()
-    build(name, VARIANTS[variant][0])(2)
+    build(name, VARIANTS[variant][0], is_bf16)(2)
     return (peak_kib() - before) / 2**20
 
 
-def time_variants(name: str, rounds: int) -> dict[str, list[float]]:
+def time_variants(name: str, rounds: int, is_bf16: bool) -> dict[str, list[float]]:
     """Milliseconds a step of each variant, one figure a round."""
     variants = variants_of(name)
-    steppers = {variant: build(name, options) for variant, (options, _) in variants.items()}
+    steppers = {
+        variant: build(name, options, is_bf16) for variant, (options, _) in variants.items()
+    }
     for stepper in steppers.values():
         stepper(1)
     found: dict[str, list[float]] = {variant: [] for variant in variants}
@@ -196,12 +211,12 @@ def time_variants(name: str, rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def print_memory(name: str, threads: int) -> None:
+def print_memory(name: str, threads: int, is_bf16: bool) -> None:
     base = None
     print(f"{'peak memory':38}{'GiB':>9}{'ratio':>8}")
     for variant in variants_of(name):
         with multiprocessing.get_context("spawn").Pool(1) as process:
-            peak = process.apply(peak_growth_gib, (name, variant, threads))
+            peak = process.apply(peak_growth_gib, (name, variant, threads, is_bf16))
         base = base or peak
         print(f"{variant:38}{peak:9.3f}{peak / base:8.2f}", flush=True)
 
@@ -217,10 +232,9 @@ def print_row(label: str, times: list[float], kept: list[float], everyone: list[
     )
 
 
-def agreement(name: str) -> None:
+def agreement(name: str, is_bf16: bool) -> None:
     """How well the scores in use rank a pool, against exact derivatives, after some training."""
-    torch.manual_seed(0)
-    model, loss_fn, batch, lr = MODELS[name]()
+    model, loss_fn, batch, lr = made(name, is_bf16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     num = 2 if name == "gpt2" else 12  # exact derivatives take it long
     pools, target = [batch(POOL) for _ in range(num)], [batch(TARGET)]
@@ -246,16 +260,17 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="|".join(MODELS))
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bf16", action="store_true", help="train and score in a bf16 autocast")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in args.models:
-        found = time_variants(name, args.rounds)
+        found = time_variants(name, args.rounds, args.bf16)
         print(f"\n{name}, {args.threads} thread(s), {args.rounds} rounds")
         print(f"{'':38}{'ms/step':>9}{'over 16':>8}{'range':>14}{'over 32':>8}")
         for variant, times in found.items():
             print_row(variant, times, found["plain step on 16"], found["plain step on all 32"])
-        agreement(name)
-        print_memory(name, args.threads)
+        agreement(name, args.bf16)
+        print_memory(name, args.threads, args.bf16)
 
 
 if __name__ == "__main__":
