@@ -292,7 +292,7 @@ def test_immediate_ignores_entries_without_a_second_moment():
     rule = AdamW(("x",), 4, 0.1, 0.9, 0.99, 1e-8, 0.0)
     v = Params(x=torch.tensor([0.0, 4.0], dtype=torch.float64))
     state = State(v, v, v)
-    gamma = rule.immediate(state, Params(x=torch.ones(2).double()), 1e-3)
+    gamma = rule.immediate(state, Params(x=torch.ones(2).double()), torch.tensor(1e-3))
     q = 2 / (1 - 0.99**3) ** 0.5 + 1e-8
     expected = -0.1 * 0.1 / (1 - 0.9**4) / q
     assert gamma["x"].tolist() == pytest.approx([0.0, expected], rel=1e-12)

@@ -139,8 +139,8 @@ class Derivatives:
         Raises:
             FloatingPointError: a loss is not finite; in all processes where it is so in one.
         """
-        _, mean, grads = self._vjp(params, batch, mean_of(batch), names)
-        return mean, filled(grads, params, ())
+        losses, mean, grads = self._vjp(params, batch, mean_of(batch), names)
+        return self._checked(mean, losses, batch), filled(grads, params, ())
 
     def step_gradient(self, params: Params, batch: Batch, weights: Tensor | None = None) -> Params:
         """The gradient of an optimizer step: without parameters that the batch does not use.
@@ -155,7 +155,8 @@ class Derivatives:
         if weights is None and (own := weights_of(batch)) is not None:
             weights = own / len(own)
         weigh = mean_of(batch) if weights is None else parts_of(weights)
-        *_, grads = self._vjp(params, batch, weigh, None)
+        losses, mean, grads = self._vjp(params, batch, weigh, None)
+        self._checked(mean, losses, batch)
         return Params((name, grad) for name, grad in grads.items() if grad is not None)
 
     def gradients(
@@ -177,7 +178,8 @@ class Derivatives:
             The losses, shape (N,), and the gradients, with a leading dimension Q where weights
             have it.
         """
-        losses, _, grads = self._vjp(params, batch, parts_of(weights), names)
+        losses, mean, grads = self._vjp(params, batch, parts_of(weights), names)
+        self._checked(mean, losses, batch)
         return losses, filled(grads, params, weights.shape[:-1])
 
     def _vjp(
@@ -186,8 +188,8 @@ class Derivatives:
         batch: Batch,
         weigh: Weigh,
         names: Sequence[str] | None,
-    ) -> tuple[Tensor, float, dict[str, Tensor | None]]:
-        """Losses, their mean, and gradient of their sum as `weigh` weighs it.
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """Losses, their mean, and gradient of their sum as `weigh` weighs it; none is checked.
 
         Mean and gradient are those over all processes.
         """
@@ -204,8 +206,7 @@ class Derivatives:
             values.append(losses)
             start += len(losses)
         losses = torch.cat(values)
-        mean, total = self._over_group(losses.mean(), total, params)
-        return losses, self._checked(mean, losses, batch), total
+        return losses, *self._over_group(losses.mean(), total, params)
 
     def _over_group(
         self, loss: Tensor, grads: dict[str, Tensor | None], params: Params
@@ -380,14 +381,15 @@ class Derivatives:
         if step == 0:
             losses = self._losses(params, batch)
             return Product(direction.zeros_like(), losses, torch.zeros_like(losses))
-        losses, ahead = self._each_and_mean_gradient(params.add(direction, step), batch)
-        others, behind = self._each_and_mean_gradient(params.add(direction, -step), batch)
+        found = [
+            self._vjp(params.add(direction, by), batch, mean_of(batch), None)
+            for by in (step, -step)
+        ]
+        (losses, mean, _), (others, other, _) = found
+        self._checked(mean + other, losses + others, batch)
+        ahead, behind = (filled(grads, params, ()) for *_, grads in found)
         value = (ahead - behind) / (2 * step)
         return Product(value, (losses + others) / 2, (losses - others) / (2 * step))
-
-    def _each_and_mean_gradient(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
-        losses, _, grads = self._vjp(params, batch, mean_of(batch), None)
-        return losses, filled(grads, params, ())
 
     def _check_whole(self) -> None:
         if self.objective.layout.is_sharded:

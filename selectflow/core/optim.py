@@ -47,7 +47,7 @@ from torch import Tensor
 
 from selectflow.core.params import Params, merge
 from selectflow.core.pieces import in_pieces
-from selectflow.distributed import are_shards, over_shards
+from selectflow.distributed import over_shards
 
 # Bytes of parameters that an update is made of at a time: as many as a processor's caches hold with
 # their temporaries, and more on a device, where each kernel has a start of its own.
@@ -88,8 +88,8 @@ class Rule(Protocol):
     def adjoint(
         self, adjoint: Adjoint, state: State, after: State, grad: Params
     ) -> tuple[Params, Adjoint]: ...
-    def immediate(self, state: State, grad: Params, typical: float) -> Params: ...
-    def masked(self, gamma: Params, after: State, typical: float) -> Params: ...
+    def immediate(self, state: State, grad: Params, typical: Tensor) -> Params: ...
+    def masked(self, gamma: Params, after: State, typical: Tensor) -> Params: ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class AdamW:
             a = a.add(gamma, self.weight_decay)
         return gamma, Adjoint(a, self.beta1 * b, self.beta2 * c)
 
-    def immediate(self, state: State, grad: Params, typical: float) -> Params:
+    def immediate(self, state: State, grad: Params, typical: Tensor) -> Params:
         """Sensitivity at horizon 0: the present preconditioner, nothing simulated.
 
         An entry that has had no gradient (an input that was never on, a bias that batch norm
@@ -160,19 +160,18 @@ class AdamW:
         q = state.exp_avg_sq.sqrt() / math.sqrt(1 - self.beta2**num) + self.eps
         return scale * self._masked(grad / q, state.exp_avg_sq, num, typical)
 
-    def masked(self, gamma: Params, after: State, typical: float) -> Params:
+    def masked(self, gamma: Params, after: State, typical: Tensor) -> Params:
         return self._masked(gamma, after.exp_avg_sq, self.step, typical)
 
-    def _masked(self, gamma: Params, exp_avg_sq: Params, num: int, typical: float) -> Params:
+    def _masked(self, gamma: Params, exp_avg_sq: Params, num: int, typical: Tensor) -> Params:
         """0 where the second moment after `num` updates is negligible.
 
         Not where eps rules all entries: then 1 / eps is the scale of each, of dead ones too.
         """
-        if self.eps >= typical:
-            return gamma
         negligible = (NEGLIGIBLE_SHARE * typical) ** 2 * (1 - self.beta2**num)
+        negligible = torch.where(typical > self.eps, negligible, -1.0)
         return Params(
-            (name, torch.where(exp_avg_sq[name] > negligible, x, 0.0)) for name, x in gamma.items()
+            (name, torch.where(exp_avg_sq[name] <= negligible, 0.0, x)) for name, x in gamma.items()
         )
 
 
@@ -221,13 +220,13 @@ class SGD:
             b = keep * b
         return gamma, Adjoint(adjoint.params.add(gamma, self.weight_decay), b, adjoint.exp_avg_sq)
 
-    def immediate(self, state: State, grad: Params, typical: float) -> Params:
+    def immediate(self, state: State, grad: Params, typical: Tensor) -> Params:
         """Sensitivity at horizon 0: the gradient itself, scaled by this update's reach."""
         del typical
         zeros = Adjoint(grad, *(part.zeros_like() for part in state[1:]))
         return self.adjoint(zeros, state, state, grad)[0]
 
-    def masked(self, gamma: Params, after: State, typical: float) -> Params:
+    def masked(self, gamma: Params, after: State, typical: Tensor) -> Params:
         del after, typical  # nothing is divided by a second moment
         return gamma
 
@@ -364,24 +363,26 @@ class Update:
             for rule, names in self.parts(gamma)
         )
 
-    def typical(self, state: State, ago: int = 0) -> float:
+    def typical(self, state: State, ago: int = 0) -> Tensor:
         """Root mean square of the model's gradients, over all entries, by the second moments.
 
         Args:
             state: the state after this update.
             ago: how many updates before that it is.
+
+        Returns:
+            A number, shape (), which stays on the device.
         """
-        total, size = 0.0, 0.0
+        total, size = torch.zeros((), device=state.params.device), 0
         for rule in self.rules:
             num = rule.step - ago
             seen = [state.exp_avg_sq[name] for name in rule.names if name in state.exp_avg_sq]
             if isinstance(rule, AdamW) and num and seen:
-                sums = torch.stack(torch._foreach_norm(seen, 1)).tolist()
-                total += sum(sums) / (1 - rule.beta2**num)
+                sums = torch.stack(torch._foreach_norm(seen, 1))
+                total = total + sums.sum() / (1 - rule.beta2**num)
                 size += sum(v.numel() for v in seen)
-        if are_shards():
-            total, size = over_shards(torch.tensor([total, size], dtype=torch.float64)).tolist()
-        return math.sqrt(total / size) if size else 0.0
+        total, num_entries = over_shards(torch.stack([total, total.new_tensor(size)]))
+        return torch.sqrt(total / num_entries.clamp(min=1))
 
     def parts(self, params: Params) -> Iterator[tuple[Rule, list[str]]]:
         """Rules and names of `params` that each is applied to, so many at a time.

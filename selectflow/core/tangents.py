@@ -262,7 +262,7 @@ def _as_row(params: Params) -> Params:
     return params.map(lambda x: x[None])
 
 
-def _advance_rule(rule: Rule, motion: StateTangents, grads: Grads, typical: float) -> StateTangents:
+def _advance_rule(rule: Rule, motion: StateTangents, grads: Grads, typical: Tensor) -> StateTangents:
     if isinstance(rule, SGD):  # linear: every tangent is updated as the value is
         return StateTangents(
             *(rule.advance(state, g) for state, g in zip(motion, grads, strict=True))
@@ -277,7 +277,7 @@ def _advance_rule(rule: Rule, motion: StateTangents, grads: Grads, typical: floa
 
 
 def _advance_adamw(
-    rule: AdamW, motion: StateTangents, grads: Grads, typical: float
+    rule: AdamW, motion: StateTangents, grads: Grads, typical: Tensor
 ) -> StateTangents:
     g, g1, g2 = grads
     m, m1, m2 = (
