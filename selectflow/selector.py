@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +20,6 @@ from selectflow.control.horizon import Horizon
 from selectflow.control.interval import IntervalControl, IntervalState
 from selectflow.control.ladder import AutoHorizon
 from selectflow.control.rate import RateState
-from selectflow.control.rollouts import Simulated
 from selectflow.control.rules import AutoRate, RateRule
 from selectflow.control.state import Ongoing, SelectorState, TargetSet
 from selectflow.control.worth import WorthState
@@ -36,12 +34,11 @@ from selectflow.core.batches import (
 )
 from selectflow.core.chunks import ChunkSize
 from selectflow.core.counts import as_count
-from selectflow.core.derivatives import Curvature, Derivatives
+from selectflow.core.derivatives import Curvature
 from selectflow.core.examples import ExampleGradients
 from selectflow.core.exchange import keep_best
 from selectflow.core.forms import Forms, Method
-from selectflow.core.lookahead import NominalChoice, Policy, Weighting
-from selectflow.core.params import scored_names
+from selectflow.core.lookahead import NominalChoice, Weighting
 from selectflow.core.passes import LossFn, Objective
 from selectflow.core.storage import Offload
 from selectflow.core.target import Cycle
@@ -132,7 +129,7 @@ class Selector:
             raise ValueError("; ".join(problems))
         seed = as_count("seed", seed, None)
         self.num_steps = None if num_steps is None else as_count("num_steps", num_steps, 1)
-        horizon = _horizon_of(options, scorer)
+        horizon = options.horizon_for(scorer)
         lr = AutoRate() if options.lr == "auto" else options.lr
         self.state = state = SelectorState(
             torch.Generator().manual_seed(seed),
@@ -157,23 +154,19 @@ class Selector:
             self._objective.model, optimizer, lr_scheduler, max_grad_norm
         )
         self._scorer: LiveScorer | None = None
-        serves = partial(_interval_of, options, state)
-        trained = scoring = _simulated(
-            self._objective, self._optimizer, options, serves, state.forms
-        )
+        made = partial(options.simulated, partial(options.interval_at, state))
+        trained = scoring = made(self._objective, self._optimizer, state.forms)
         if scorer is not None:
             self._scorer = LiveScorer(
                 scorer, loss_fn, self._objective, options.pools_per_update, seed
             )
-            scoring = _simulated(
+            scoring = made(
                 self._scorer.objective,
                 self._scorer.optimizer,
-                options,
-                serves,
                 state.forms,
                 is_frozen=scorer.is_frozen,
             )
-            trained = _simulated(self._objective, self._optimizer, options, serves, Forms())
+            trained = made(self._objective, self._optimizer, Forms())
         scoring.policy.names()  # a pattern without a match is an error now, not at the first pool
         self._target = TargetSet(Cycle(target), score_view, state)
         self._controls = Controls(state, trained, scoring, self._target, horizon, self.num_steps)
@@ -455,58 +448,3 @@ class Selector:
         self._weighing.forget()
         if self.state.rate is not None:
             self._optimizer.lr_multiplier = self.state.rate.rule.multiplier
-
-
-def _simulated(
-    objective: Objective,
-    optimizer: OptimizerReader,
-    options: SelectOptions,
-    interval: Callable[[], int],
-    forms: Forms,
-    *,
-    is_frozen: bool = False,
-) -> Simulated:
-    """A model and its optimizer as look-aheads and contests roll them out."""
-    derivatives = Derivatives(
-        objective, options.derivative, options.chunk_size, options.memory_gib, forms
-    )
-    policy = Policy(
-        derivatives,
-        lambda: scored_names(options.params, optimizer.params(), objective.model),
-        options.keep,
-        interval,
-        options.curvature,
-        options.nominal,
-        options.pools_per_update,
-        options.score_view,
-        options.memory_gib,
-        options.offload,
-        is_frozen=is_frozen,
-        weighting=options.weighting,
-    )
-    return Simulated(policy, optimizer)
-
-
-def _interval_of(options: SelectOptions, state: SelectorState) -> int:
-    """Optimizer steps between two look-aheads, now."""
-    if state.interval is not None:
-        return state.interval.interval
-    assert options.interval != "auto"
-    return options.interval
-
-
-def _horizon_of(options: SelectOptions, scorer: Scorer | None) -> int | Horizon | AutoHorizon:
-    """The horizon, "auto" in full, as far as the strategy and the scorer know it."""
-    is_frozen = scorer is not None and scorer.is_frozen
-    horizon = options.horizon
-    if horizon == "auto":
-        horizon = AutoHorizon(largest=0) if is_frozen else AutoHorizon()
-    if isinstance(horizon, AutoHorizon) and options.strategy != "influence":
-        horizon = replace(horizon, off=False)  # contests know no other strategy
-    largest = horizon if isinstance(horizon, int) else horizon.largest
-    if is_frozen and largest > 0:
-        raise ValueError(
-            f"horizon of a frozen scorer must be 0, since its steps are not known, got {largest}; "
-            "give its optimizer to Scorer, or set horizon=0"
-        )
-    return horizon  # type: ignore[no-any-return]

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "selectflow"
 
 # Lowest first: a file imports only from rooms before its own, and from its own.
 ROOMS = (
-    "distributed < core < control < strategies < options < selector < data < models < offline < run"
-    " < audit, report < tune < integrations < cli"
+    "distributed < core < fields < control < strategies < options < selector < data < models"
+    " < offline < run < audit, report < tune < integrations < cli"
 )
 ONLY_IN = {  # a library -> the only places that may import it
     "torch.distributed": ("distributed.py", "run/spread.py"),

@@ -15,8 +15,8 @@ from selectflow.audit.problems import AuditedRun
 from selectflow.audit.reruns import SparseTrajectory
 from selectflow.audit.study import AuditConfig, CNNModel, MLPModel, load_audit
 from selectflow.cli import main
+from selectflow.fields import ConfigError
 from selectflow.models.vision import image_losses, mlp
-from selectflow.options import ConfigError
 
 SMALL = AuditConfig(
     name="small",

@@ -11,7 +11,7 @@ from selectflow.audit.influence import influence, leave_one_out
 from selectflow.audit.problems import PROBLEMS, AuditedRun, spoiled
 from selectflow.audit.study import AuditConfig, GPT2Model, LlamaModel
 from selectflow.core.batches import take
-from selectflow.options import ConfigError
+from selectflow.fields import ConfigError
 
 SECTIONS = {"gpt2": GPT2Model(block=8), "llama": LlamaModel(block=8, lora_rank=2)}
 

@@ -22,8 +22,8 @@ from selectflow.core.batches import take
 from selectflow.core.lookahead import look_ahead
 from selectflow.core.sweep import Window
 from selectflow.core.torch_optim import OptimizerReader
+from selectflow.fields import ConfigError
 from selectflow.models.vision import image_losses
-from selectflow.options import ConfigError
 
 SMALL = ProxyConfig(
     study="proxy",

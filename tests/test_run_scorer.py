@@ -14,8 +14,8 @@ from test_run import config, digits, read_lines, task
 import selectflow.control.worth
 from selectflow import Scorer, Selector
 from selectflow.core.batches import to_device
+from selectflow.fields import ConfigError
 from selectflow.models.vision import mlp
-from selectflow.options import ConfigError
 from selectflow.run import metrics
 from selectflow.run.build import build_optimizer, build_schedule
 from selectflow.run.config import load

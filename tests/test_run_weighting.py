@@ -10,9 +10,10 @@ from torch import nn
 
 from selectflow import Selector
 from selectflow.core.batches import as_one, weighted
+from selectflow.fields import ConfigError
 from selectflow.integrations.huggingface import SelectTrainerMixin
 from selectflow.integrations.lightning import SelectCallback
-from selectflow.options import ConfigError, refuse_weights
+from selectflow.options import refuse_weights
 from selectflow.run import metrics
 from selectflow.run.build import build_optimizer, update
 from selectflow.run.config import load

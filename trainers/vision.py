@@ -25,8 +25,8 @@ from selectflow.data import (
     read_metadata,
 )
 from selectflow.distributed import here
+from selectflow.fields import ConfigError
 from selectflow.models.vision import cnn, evaluate, image_losses, mlp, resnet18
-from selectflow.options import ConfigError
 from selectflow.run.config import RunConfig, check_choice
 from selectflow.run.loop import trainer_main
 from selectflow.run.sections import DataConfig, ModelConfig, ScorerConfig

@@ -35,6 +35,7 @@ from selectflow.core.passes import LossFn, Objective
 from selectflow.core.sweep import SweepStep, Window, sweep
 from selectflow.core.torch_optim import OptimizerReader
 from selectflow.data.documents import python_sources
+from selectflow.fields import ConfigError
 from selectflow.models.language import (
     causal_lm_losses,
     load_pretrained,
@@ -46,7 +47,6 @@ from selectflow.models.language import (
 from selectflow.models.vision import image_losses, mlp, plain_cnn
 from selectflow.offline.record import record
 from selectflow.offline.trajectory import Trajectory
-from selectflow.options import ConfigError
 
 # --- models and examples --------------------------------------------------------------------------
 

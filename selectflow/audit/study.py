@@ -18,7 +18,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 
 from selectflow.core.files import atomic_file
-from selectflow.options import ConfigError, Count, Directory, Section
+from selectflow.fields import ConfigError, Count, Directory, Section
 from selectflow.run.sections import Beta, Positive
 from selectflow.run.yaml import Configuration, load_as, read_yaml
 

@@ -262,7 +262,9 @@ def _as_row(params: Params) -> Params:
     return params.map(lambda x: x[None])
 
 
-def _advance_rule(rule: Rule, motion: StateTangents, grads: Grads, typical: Tensor) -> StateTangents:
+def _advance_rule(
+    rule: Rule, motion: StateTangents, grads: Grads, typical: Tensor
+) -> StateTangents:
     if isinstance(rule, SGD):  # linear: every tangent is updated as the value is
         return StateTangents(
             *(rule.advance(state, g) for state, g in zip(motion, grads, strict=True))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from selectflow.core.batches import describe
 from selectflow.core.wrappers import unadapted, uncompiled, unwrap
-from selectflow.options import ConfigError
+from selectflow.fields import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

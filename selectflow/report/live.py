@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from selectflow.data import DataError
-from selectflow.options import ConfigError
+from selectflow.fields import ConfigError
 from selectflow.report import figures
 from selectflow.report.compare import summarize
 from selectflow.report.figures import Panel

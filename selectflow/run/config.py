@@ -14,15 +14,8 @@ from pydantic_core import PydanticKnownError
 
 from selectflow.control.ladder import AutoHorizon
 from selectflow.core.counts import is_count
-from selectflow.options import (
-    ConfigError,
-    Count,
-    Directory,
-    Section,
-    must_be,
-    nearest_key,
-    weighting_problems,
-)
+from selectflow.fields import ConfigError, Count, Directory, Section, must_be, nearest_key
+from selectflow.options import weighting_problems
 from selectflow.run.sections import (
     DataConfig,
     ModelConfig,

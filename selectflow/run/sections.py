@@ -14,7 +14,8 @@ from pydantic_core import PydanticCustomError
 from selectflow.control.ladder import AutoHorizon
 from selectflow.control.shares import AutoShares
 from selectflow.core.counts import is_count
-from selectflow.options import Count, Directory, Section, SelectOptions, expanded, must_be
+from selectflow.fields import Count, Directory, Section, expanded, must_be
+from selectflow.options import SelectOptions
 from selectflow.strategies import STRATEGIES
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

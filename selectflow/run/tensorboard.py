@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from selectflow.options import ConfigError
+from selectflow.fields import ConfigError
 from selectflow.run.metrics import STEP
 
 NAME = "TensorBoard"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
-from selectflow.options import ConfigError, Section, describe, nearest, nearest_key
+from selectflow.fields import ConfigError, Section, describe, nearest, nearest_key
 
 # --- reading and writing --------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from selectflow.options import nearest
+from selectflow.fields import nearest
 
 # distribution -> the keys that it needs
 _DISTRIBUTIONS = {

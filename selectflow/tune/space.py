@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from selectflow.options import ConfigError, Count, Section, describe, expanded
+from selectflow.fields import ConfigError, Count, Section, describe, expanded
 from selectflow.run.config import RunConfig, load, plain_name
 from selectflow.run.yaml import as_override, read_yaml
 from selectflow.tune.domains import (
