@@ -1,15 +1,17 @@
 """Contests: what they measure is what the selector would really do; and selection that is off."""
 
+import math
 from itertools import islice
 
 import pytest
 import torch
 
 from selectflow import AutoHorizon, AutoRate, Selector
-from selectflow.control.contests import halves
+from selectflow.control.contests import compared, halves
 from selectflow.control.ladder import OFF, HorizonRule
 from selectflow.core.batches import in_parts, num_examples, tensors
 from selectflow.core.lookahead import Policy, Upcoming
+from selectflow.distributed import ALONE
 from tests import reference
 from tests.problems import PROBLEMS
 
@@ -67,18 +69,27 @@ def upcoming(selector, pools, target, num=12):
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[2]], ids=lambda p: p.name)
 def test_the_policy_of_horizon_0_is_simulated_as_it_is_carried_out(problem, interval):
-    """At H = 0 nothing is random: the contest's losses are those of really selecting."""
+    """At H = 0 nothing is random: it is judged at the mean of the states of really selecting."""
     model, optimizer, selector, make, target = parts(problem, restless(), interval=interval)
     pools, judge = [make(10) for _ in range(8)], make(9)
     with selector._objective.scoring():
-        found = selector._controls._contests._rollouts.losses(0, pools, target, judge, 5, 1.0)
+        found = selector._controls._contests._rollouts.judged(0, pools, target, judge, 5)
     twin, other = reference.clone(model, optimizer)
     real = Selector(twin, other, problem.loss_fn, [target], 4, 0, interval=interval)
     twin.eval()
-    for loss, batch in zip(found, real.stream(pools[:5]), strict=True):
+    states = []
+    for batch in real.stream(pools[:5]):
         train_on(twin, other, problem, batch)
-        with torch.no_grad():
-            assert loss == pytest.approx(problem.loss_fn(twin, judge).mean().item(), rel=1e-9)
+        states.append([param.detach().clone() for param in twin.parameters()])
+    torch.testing.assert_close(found, at_the_mean(problem, twin, states, judge))
+
+
+def at_the_mean(problem, model, states, judge):
+    """Losses of the judge's examples at the mean of the states."""
+    with torch.no_grad():
+        for param, *each in zip(model.parameters(), *states, strict=True):
+            param.copy_(torch.stack(each).mean(0))
+        return problem.loss_fn(model, judge)
 
 
 @pytest.mark.parametrize("pools_per_update", [1, 2])
@@ -94,17 +105,34 @@ def test_plain_training_is_simulated_as_it_is_carried_out(pools_per_update):
     generator = torch.Generator().manual_seed(0)  # as the control's own begins
     steps = [part for pool in pools for part in in_parts(pool, 2, generator)]
     with selector._objective.scoring():
-        found = selector._controls._contests._rollouts.losses(OFF, pools, target, judge, 2, 2.0)
+        found = selector._controls._contests._rollouts.judged(OFF, pools, target, judge, 4)
+    states = []
     for number in range(4):
         made = steps[number * pools_per_update : (number + 1) * pools_per_update]
         other.zero_grad()
         for part in made:
             (problem.loss_fn(twin, part).mean() / len(made)).backward()
         other.step()
-        if number % 2:
-            with torch.no_grad():
-                real = problem.loss_fn(twin, judge).mean().item()
-            assert found[number // 2] == pytest.approx(real, rel=1e-9)
+        states.append([param.detach().clone() for param in twin.parameters()])
+    torch.testing.assert_close(found, at_the_mean(problem, twin, states, judge))
+
+
+def test_pools_that_do_not_last_for_the_steps_judge_nothing():
+    *_, selector, make, target = parts(PROBLEMS[0], restless())
+    rollouts, pools = selector._controls._contests._rollouts, [make(10) for _ in range(4)]
+    with selector._objective.scoring():
+        for rung, most in ((OFF, 8), (0, 4), (2, 4)):
+            assert rollouts.judged(rung, pools, target, make(9), most) is not None
+            assert rollouts.judged(rung, pools, target, make(9), most + 1) is None
+
+
+def test_two_rungs_are_compared_example_by_example():
+    """Losses 1 2 6 and 0 2 4: lower by 1 0 2, whose mean is 1 and standard error 1 / sqrt(3)."""
+    losses = {OFF: torch.tensor([1.0, 2.0, 6.0]), 0: torch.tensor([0.0, 2.0, 4.0])}
+    means, error = compared(losses, ALONE)
+    assert means == {OFF: 3.0, 0: 2.0}
+    assert error == pytest.approx(1 / 3**0.5)
+    assert compared({rung: each[:1] for rung, each in losses.items()}, ALONE)[1] == math.inf
 
 
 def test_contests_lose_no_pool_and_move_nothing():
@@ -157,7 +185,7 @@ def test_pools_that_do_not_last_for_plain_training_decide_nothing():
     for _ in selector.stream([make(6) for _ in range(7)]):
         assert selector.last.decisions == ()
         optimizer.step()
-    assert selector.state.horizon.spent > 0  # it was tried
+    assert selector.state.horizon.spent == 0  # nor cost anything
 
 
 def test_a_target_loss_that_is_not_finite_decides_nothing():
@@ -166,7 +194,7 @@ def test_a_target_loss_that_is_not_finite_decides_nothing():
     pools, judge = [make(10) for _ in range(9)], make(9)
     next(tensor for _, tensor in tensors(judge) if tensor.is_floating_point()).fill_(torch.nan)
     with selector._objective.scoring():
-        assert selector._controls._contests.contest(pools, target, judge) is None
+        assert selector._controls._contests.contest(pools, 2, target, judge) is None
     assert selector.state.horizon.next_at > 0
 
 
@@ -189,18 +217,18 @@ def watched(selector, monkeypatch):
     """The batches that a contest selects by, and those that it is judged by, as they are used."""
     selected, judged = [], []
     rollouts = type(selector._controls._contests._rollouts)
-    look_ahead, losses = Policy.look_ahead, rollouts.losses
+    look_ahead, losses = Policy.look_ahead, rollouts.judged
 
     def look(self, horizon, future, *rest, **how):
         selected.append(future.target)
         return look_ahead(self, horizon, future, *rest, **how)
 
-    def judge(self, rung, pools, target, batch, *rest):
-        judged.append(batch)
-        return losses(self, rung, pools, target, batch, *rest)
+    def judge(self, rung, pools, target, judge, num):
+        judged.append(judge)
+        return losses(self, rung, pools, target, judge, num)
 
     monkeypatch.setattr(Policy, "look_ahead", look)
-    monkeypatch.setattr(rollouts, "losses", judge)
+    monkeypatch.setattr(rollouts, "judged", judge)
     return selected, judged
 
 
@@ -247,15 +275,22 @@ def test_a_single_example_judges_itself():
 # --- what it may cost -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_losing", [False, True])
 @pytest.mark.parametrize("share", [0.05, 0.3])
-def test_contests_cost_no_more_than_their_share(share):
-    """In plain steps: each takes 2 x 2 steps of 2.5, and a quarter more for what goes with it."""
+def test_contests_cost_no_more_than_their_share(share, is_losing):
+    """In plain steps: each takes 2 x 2 steps of 2.5, and a quarter more for what goes with it.
+
+    Twice their share where training loses ground all the time.
+    """
     problem = PROBLEMS[0]
     early = round(share * 100)
     settings = restless(largest=0, costs={0: 2.5}, contest_steps=2, share=share, early=early)
     _, optimizer, selector, make, _ = parts(problem, settings)
     state, held, spent = selector.state.horizon, 0, 0.0
+    state.next_look = math.inf
+    share *= 1 + is_losing
     for _ in islice(selector.stream(make(10) for _ in range(400)), 300):
+        state.is_urgent = is_losing
         held += len(selector.last.decisions)
         assert state.spent <= share * max(state.training, 100)
         assert state.spent - spent in (0.0, 12.5)

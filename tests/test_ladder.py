@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from selectflow.control.ladder import OFF, AutoHorizon, HorizonRule, Outcome
@@ -11,14 +10,9 @@ from selectflow.control.rules import restore, state_of
 TRUSTED = {"relative_error": 0.1, "trust_ratio": 0.9}
 
 
-def outcome(cheap, dear, lead, noise=0.001, trust=TRUSTED):
-    """Four rounds in which the dearer rung gains `lead` of a loss of 1 on the other, in all.
-
-    What is off the line is orthogonal to it, so that the lead is exact: sum j noise_j = 0.
-    """
-    off = [noise * sign for sign in (-2, 1, 0, 0)]
-    losses = [1.0, *(1 - lead * j / 4 - each for j, each in enumerate(off, 1))]
-    return Outcome({cheap: [1.0] * 5, dear: losses}, 2.0, trust)
+def outcome(cheap, dear, lead, error=0.003, trust=TRUSTED):
+    """The dearer rung's loss is `lead` below the other's, which is 1."""
+    return Outcome({cheap: 1.0, dear: 1.0 - lead}, error, 2.0, trust)
 
 
 def contests(rule, num, lead, **how):
@@ -45,52 +39,37 @@ def test_it_begins_with_plain_training_unless_told():
     assert HorizonRule(AutoHorizon(off=False)).horizon == 0
 
 
-def test_a_lead_and_its_error_are_those_of_the_fitted_line():
-    """Losses 1 .8 .7 and 1 .6 .4, in units of .7: y = .2 .3, b = (.2 + 2 (.3)) / 5 = .16."""
-    lead, error = Outcome({OFF: [1.0, 0.8, 0.7], 0: [1.0, 0.6, 0.4]}, 3.0).lead()
-    assert lead == pytest.approx(2 * 0.16 / 0.7)
-    spread = math.sqrt(((0.2 - 0.16) ** 2 + (0.3 - 0.32) ** 2) / 1) / 0.7
-    assert error == pytest.approx(2 * 2 * spread / math.sqrt(5))
-
-
-def test_the_error_of_a_lead_is_that_of_least_squares():
-    """As numpy's own fit of a line through 0 says, times 2."""
-    generator = np.random.default_rng(0)
-    leads = 0.02 * np.arange(1, 9) + generator.normal(0, 0.01, 8)
-    lead, error = Outcome({OFF: [1.0] * 9, 0: [1.0, *(1 - leads)]}, 3.0).lead()
-    rounds = np.arange(1, 9)[:, None]
-    slope, squares, *_ = np.linalg.lstsq(rounds, leads)
-    variance = squares[0] / 7 / (rounds**2).sum()
-    assert lead == pytest.approx(8 * slope[0])
-    assert error == pytest.approx(2 * 8 * math.sqrt(variance))
+def test_a_lead_is_relative_to_the_larger_loss():
+    assert Outcome({OFF: 2.0, 0: 1.5}, 0.1, 3.0).lead() == (0.25, 0.05)
+    assert Outcome({0: 1.5, 1: 2.0}, 0.1, 3.0).lead() == (-0.25, 0.05)
 
 
 def test_what_diverges_loses():
-    assert Outcome({0: [1.0, 2.0], 1: [1.0, math.inf]}, 1.0).lead() == (-1.0, 0.0)
-    assert Outcome({0: [1.0, math.inf], 1: [1.0, 2.0]}, 1.0).lead() == (1.0, 0.0)
-    assert Outcome({0: [1.0, math.inf], 1: [1.0, math.inf]}, 1.0).lead() == (0.0, 0.0)
-    assert Outcome({0: [0.0, 0.0], 1: [0.0, 0.0]}, 1.0).lead() == (0.0, 0.0)
+    assert Outcome({0: 2.0, 1: math.inf}, math.nan, 1.0).lead() == (-1.0, 0.0)
+    assert Outcome({0: math.inf, 1: 2.0}, math.nan, 1.0).lead() == (1.0, 0.0)
+    assert Outcome({0: math.inf, 1: math.inf}, math.nan, 1.0).lead() == (0.0, 0.0)
+    assert Outcome({0: 0.0, 1: 0.0}, 0.0, 1.0).lead() == (0.0, 0.0)
     rule = HorizonRule(AutoHorizon())
     contests(rule, 1, lead=0.1)
     assert rule.horizon == 0
-    losses = {0: [1.0, 0.9], 1: [1.0, math.inf]}
     rule.upward = True
-    assert "diverged" in rule.decide(1, Outcome(losses, 2.0, TRUSTED)).reason
+    diverged = Outcome({0: 0.9, 1: math.inf}, math.nan, 2.0, TRUSTED)
+    assert "diverged" in rule.decide(1, diverged).reason
     assert rule.horizon == 0
 
 
 def test_selection_begins_where_it_clearly_pays():
-    """The error is 8 sqrt(5 / 3 / 30) = 1.9 of the noise: leads of 4% +- .4% and of 1% +- .9%."""
+    """Leads of 4% +- .4% and of 1% +- .9%."""
     rule = HorizonRule(AutoHorizon())
-    decision = contests(rule, 1, lead=0.04, noise=0.002)[0]
-    assert decision.measures["lead_error"] == pytest.approx(8 * math.sqrt(5 / 3 / 30) * 0.002)
+    decision = contests(rule, 1, lead=0.04, error=0.004)[0]
+    assert decision.measures["lead_error"] == 0.004
     assert (decision.before, decision.after, rule.horizon) == ("off", 0, 0)
     assert decision.measures["lead"] == pytest.approx(0.04)
     assert "worth its cost" in decision.reason
-    assert "H = 0 ends 4.0%" in str(decision)
+    assert "H = 0 is 4.0%" in str(decision)
     assert "below plain training in the same time" in str(decision)
     doubtful = HorizonRule(AutoHorizon())
-    decision = contests(doubtful, 1, lead=0.01, noise=0.005)[0]
+    decision = contests(doubtful, 1, lead=0.01, error=0.009)[0]
     assert doubtful.horizon == OFF
     assert not decision.moved
     assert "not clearly" in decision.reason
@@ -168,7 +147,7 @@ def test_a_contest_that_left_it_open_is_soon_held_again():
     rule = HorizonRule(AutoHorizon(gap=25, longest_gap=200))
     contests(rule, 1, lead=0.0)
     assert rule.gap == 50
-    contests(rule, 1, lead=0.02, noise=0.008)  # .013 +- .010: not 1.5 times its error
+    contests(rule, 1, lead=0.02, error=0.014)  # .013 +- .010: not 1.5 times its error
     assert (rule.horizon, rule.gap) == (OFF, 25)
 
 

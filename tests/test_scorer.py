@@ -331,7 +331,7 @@ def test_control_steps_aside_where_the_scorer_is_bad():
 
 
 def test_a_contest_trains_the_model_on_what_the_scorer_keeps():
-    """The simulated losses are those of really doing it."""
+    """It is judged at the mean of the states of really doing it."""
     model, make = PROBLEM.make()
     small = Dropped().eval()
     optimizer, other = adamw(model), adamw(small)
@@ -343,16 +343,20 @@ def test_a_contest_trains_the_model_on_what_the_scorer_keeps():
         model, optimizer, PROBLEM.loss_fn, [target], 4, "auto", scorer=Scorer(small, other)
     )
     with selector._controls._scoring_both():
-        found = selector._controls._contests._rollouts.losses(0, pools, target, judge, 5, 1.0)
+        found = selector._controls._contests._rollouts.judged(0, pools, target, judge, 5)
     real = Selector(
         twin, twin_optimizer, PROBLEM.loss_fn, [target], 4, 0,
         scorer=Scorer(copied, adamw(copied)),
     )  # fmt: skip
     twin.eval()
-    for loss, batch in zip(found, real.stream(pools[:5]), strict=True):
+    states = []
+    for batch in real.stream(pools[:5]):
         step(twin, twin_optimizer, [batch])
-        with torch.no_grad():
-            assert loss == pytest.approx(PROBLEM.loss_fn(twin, judge).mean().item(), rel=1e-9)
+        states.append([param.detach().clone() for param in twin.parameters()])
+    with torch.no_grad():
+        for param, *each in zip(twin.parameters(), *states, strict=True):
+            param.copy_(torch.stack(each).mean(0))
+        torch.testing.assert_close(found, PROBLEM.loss_fn(twin, judge))
 
 
 # --- what is refused ------------------------------------------------------------------------------

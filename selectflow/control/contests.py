@@ -4,7 +4,8 @@ A contest rolls two neighbours of the ladder out from the live state, over the s
 peeked at and trained on later. The live model never moves. Time is counted in plain steps: what a
 selected step costs in those is measured here and in the user's loop, and held until it is another
 by a quarter, so that a busy machine does not decide. What contests have cost is kept below a share
-of what training has, but for the first ones; none is held for which too little training is left.
+of what training has, but for the first ones, and twice that share where training has lost ground;
+none is held for which too little training is left.
 
 While nothing is selected, the target loss is looked at now and then, on one batch. As long as it
 falls fast, plain training teaches, and a contest can wait; where it has risen, one is due.
@@ -17,9 +18,11 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from selectflow.control.ladder import OFF, AutoHorizon, HorizonRule, Outcome
 from selectflow.control.rollouts import Rollouts
@@ -30,6 +33,7 @@ from selectflow.core.lookahead import Upcoming, random_order
 from selectflow.core.plain import plain, restored
 from selectflow.core.proxy import probe
 from selectflow.core.weight_changes import selection
+from selectflow.distributed import Group
 
 NextTarget = Callable[[], Batch]
 
@@ -51,6 +55,7 @@ class HorizonState:
         training: what training has cost so far, in plain steps.
         spent: what contests have cost.
         next_at: cost of training at which the next contest is due.
+        is_urgent: whether training has lost ground since the last one.
         costs: plain steps that a selected step costs, by horizon.
         overhead: what a contest costs, over the steps that it compares.
         times: seconds of the user's last steps.
@@ -66,6 +71,7 @@ class HorizonState:
     training: float = 0.0
     spent: float = 0.0
     next_at: float = 0.0
+    is_urgent: bool = False
     costs: dict[int, float] = field(default_factory=dict)
     overhead: float = _HELD
     times: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_TIMES))
@@ -195,14 +201,16 @@ class HorizonControl:
         left = (self._num_steps - max(0, state.last_step)) * self._cost(state.rule.horizon)
         if price > settings.late_share * left:
             return math.inf
-        total = state.spent + price
-        is_early = total <= settings.early
+        total = (state.spent + price) / (2 if state.is_urgent else 1)
+        known = 0.0 if math.isinf(self._num_steps) else settings.share * self._num_steps
+        is_early = total <= max(settings.early, known)
         share = max(settings.share, settings.early_share) if is_early else settings.share
         return max(state.next_at, total / share)
 
     def alarm(self) -> None:
-        """Training has lost ground: the next contest is due, as far as its cost allows."""
+        """Training has lost ground: a contest is due, and contests may cost twice their share."""
         if self.state.training >= self._settings.gap:  # before, moments are hardly there
+            self.state.is_urgent = True
             self.state.next_at = min(self.state.next_at, self.state.training)
             self.state.rule.gap = self._settings.gap
 
@@ -240,13 +248,16 @@ class HorizonControl:
         others = steps / num_parts if cheap == OFF else steps + cheap
         return min(self.largest, max(rounds + dear, math.ceil(others)))
 
-    def contest(self, pools: Sequence[Batch], target: Batch, judge: Batch) -> Decision | None:
+    def contest(
+        self, pools: Sequence[Batch], num_parts: int, target: Batch, judge: Batch
+    ) -> Decision | None:
         """Hold a contest and decide; None where the pools do not last for one.
 
         To be called within `Objective.scoring`.
 
         Args:
             pools: the next pools, the present one first.
+            num_parts: batches that plain training makes of a pool.
             target: batch whose mean loss both select by.
             judge: other examples, which both are judged by: what one gains on those that it selects
                 by is no merit where the target set has others.
@@ -255,31 +266,29 @@ class HorizonControl:
         cheap, dear = sorted((rule.horizon, rule.rival()))
         is_known = dear in state.costs
         state.next_at, state.judge = state.training + rule.gap, None
-        rounds = min(self._num_rounds(dear), len(pools) // self._policy.pools_per_update - dear)
+        state.is_urgent = False
+        num = len(pools) // self._policy.pools_per_update
+        others = (num * num_parts if cheap == OFF else num - cheap) / self._ratio(dear, cheap)
+        rounds = min(self._num_rounds(dear), num - dear, int(others))
         if rounds < 2:
             return None  # near the end of the stream
-        try:
-            start = self._now(judge)
-        except FloatingPointError:
-            return None  # there is nothing to compare with
-
-        def curve(rung: int, steps: float) -> list[float]:
-            found = self._rollouts.losses(rung, pools, target, judge, rounds, steps)
-            if rung != OFF and self._settings.costs is None and self._rollouts.times:
-                self._measure(rung, self._rollouts.times)
-            return [start, *found]
-
-        curves = {dear: curve(dear, 1.0)}  # this first: it measures what the other is given
+        judged = partial(self._rollouts.judged, pools=pools, target=target, judge=judge)
+        losses = {dear: judged(dear, num=rounds)}  # this first: it measures what the other is given
+        if self._settings.costs is None and self._rollouts.times:
+            self._measure(dear, self._rollouts.times)
         ratio = self._ratio(dear, cheap)
-        curves[cheap] = curve(cheap, ratio)
-        num = min(map(len, curves.values()))
+        losses[cheap] = judged(cheap, num=round(rounds * ratio))
+        if cheap != OFF and self._settings.costs is None and self._rollouts.times:
+            self._measure(cheap, self._rollouts.times)
         decision = None
-        if num > 2:  # else the pools did not last for two rounds of both
-            trust: Mapping[str, float] = {}
-            if dear > 0:
-                trust = self.trust(dear, self._rollouts.scoring.upcoming(dear, pools, target))
-            shared = {rung: losses[:num] for rung, losses in curves.items()}
-            decision = rule.decide(rule.rival(), Outcome(shared, ratio, trust))
+        found = {rung: each for rung, each in losses.items() if each is not None}
+        if len(found) == 2:  # else the pools did not last for the cheaper one
+            means, error = compared(found, self._policy.derivatives.group)
+            if math.isfinite(min(means.values())):
+                trust: Mapping[str, float] = {}
+                if dear > 0:
+                    trust = self.trust(dear, self._rollouts.scoring.upcoming(dear, pools, target))
+                decision = rule.decide(rule.rival(), Outcome(means, error, ratio, trust))
         seconds = work_s(self._device) - began
         self._pay(2 * rounds * self._cost(dear), seconds if is_known else None)
         state.next_at, state.next_look = state.training + rule.gap, state.training
@@ -353,6 +362,23 @@ class HorizonControl:
             "relative_error": found.relative_error[-1],
             "trust_ratio": found.trust_ratio[-1],
         }
+
+
+def compared(losses: Mapping[int, Tensor], group: Group) -> tuple[dict[int, float], float]:
+    """Mean losses of two rungs over the judge's examples, and the standard error of their
+    difference; infinite of a single example.
+
+    Args:
+        losses: by rung, each of shape (N,), of the same examples; in each process of its own.
+        group: of the processes.
+    """
+    one, other = (each.double().cpu() for each in losses.values())
+    apart = one - other
+    sums = torch.stack([x.sum() for x in (torch.ones_like(one), one, other, apart, apart**2)])
+    num, *totals, squares = group.sum(sums).tolist()
+    variance = (squares - totals[-1] ** 2 / num) / (num - 1) if num > 1 else math.inf
+    means = dict(zip(losses, (total / num for total in totals[:2]), strict=True))
+    return means, math.sqrt(max(0.0, variance) / num)
 
 
 def halves(batch: Batch) -> tuple[Batch, Batch]:

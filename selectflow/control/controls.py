@@ -150,11 +150,12 @@ class Controls:
         is_all = size_kept == size and self._scoring.policy.weighting == "none"
         if is_all or not control.is_due() or not is_due(ongoing.step):
             return
-        num = control.num_updates(size // size_kept) * self._per
+        num_parts = size // size_kept
+        num = control.num_updates(num_parts) * self._per
         pools, began = ongoing.pools(num, self._group), time.perf_counter()
         target, judge = self._target.next_and_judge()
         with self._scoring_both():
-            ongoing.note(control.contest(pools, target, judge), began)
+            ongoing.note(control.contest(pools, num_parts, target, judge), began)
 
     def check_scorer(self, ongoing: Ongoing) -> None:
         """Measure what the scorer's choice is worth, if that is due."""

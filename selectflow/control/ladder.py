@@ -2,18 +2,16 @@
 
 The rungs of a ladder compete: no selection, then H = 0, 1, 2, 4, ... Each costs more than the one
 below it, so two neighbours are compared at equal cost: each trains from the same state on the same
-pools, in simulation, for as long as the other; the dearer one takes fewer steps. What they are
-judged by is the target loss on examples that neither selected by, read after each of n rounds.
-With y_j how much lower the dearer one's loss then is, relative to the larger one at the end, its
-lead is n b of the line y_j = b j + noise, and the lead's error what least squares say, times 2:
+pools, in simulation, for as long as the other; the dearer one takes fewer steps. Each is judged at
+the mean of the states it went through, on target examples that neither selected by. The last state
+would mislead: what selects has less noise in its steps, a gain that comes at once and never grows.
+With x_i how much lower the dearer one's loss of example i is, over n examples,
 
-    lead = n sum(j y_j) / sum(j^2)        error = 2 n sd(y_j - b j) / sqrt(sum(j^2))
+    lead = mean(x)        error = sd(x) / sqrt(n)
 
-(neighbouring rounds have their noise in common; in contests repeated from one state, on three
-tasks, leads differed by 1.5 to 2.5 times what independent rounds would). Over contests the mean
-counts, with weights 1, 1/2, 1/4, ..., the newest first, since training moves on. The dearer one is
-taken at a lead of 1.5 times its error; it is left where the lead is no longer above 0. In doubt it
-stays cheap.
+relative to the larger of the two losses. Over contests the mean counts, with weights 1, 1/2, 1/4,
+..., the newest first, since training moves on. The dearer one is taken at a lead of 1.5 times its
+error; it is left where the lead is no longer above 0. In doubt it stays cheap.
 
 A longer horizon also has to be trusted: the relative error rho of first order over the selection of
 its window (`core.proxy`) must be below a tolerance to grow, below twice that to stay; and where the
@@ -35,7 +33,6 @@ from selectflow.core.counts import is_count
 OFF = -1
 """The lowest rung: nothing is selected, every pool is trained on in parts."""
 
-_COMMON = 2.0  # error of a lead, over that of independent rounds
 _CLEAR = 1.5  # errors that a lead must exceed to be paid for
 _REMEMBERED = 4  # contests of two rungs
 
@@ -49,8 +46,7 @@ class AutoHorizon:
     Attributes:
         largest: largest horizon, >= 0.
         tolerance: relative error of first order that is accepted, in (0, 0.5).
-        contest_steps: selected steps over which two rungs are compared, >= 2. Fewer than the
-            optimizer's momentum lasts for favour selection.
+        contest_steps: selected steps over which two rungs are compared, >= 2.
         gap: plain steps' cost between two contests, >= 1; doubles up to `longest_gap` while the
             horizon stays.
         longest_gap: the most.
@@ -58,8 +54,10 @@ class AutoHorizon:
         first: horizon that training begins with; None: plain training where it competes, since it
             teaches fastest at first and selection has to earn its seconds, else 0. A model that
             already tells good examples from bad, as in fine-tuning, begins better with 0.
-        share: of the cost of training, which contests may take at the most, in (0, 1].
-        early: cost that the first contests may take beyond that share, in plain steps.
+        share: of the cost of training, which contests may take at the most, in (0, 1]; twice as
+            much where the target loss has risen under plain training.
+        early: cost that the first contests may take beyond that share, in plain steps; where the
+            length of the run is known, the share of that, if it is more.
         early_share: of what was trained until then, that those may take at the most, > 0: a run may
             be over soon.
         late_share: of what is left to train, where that is known, that a contest may take, > 0.
@@ -79,7 +77,7 @@ class AutoHorizon:
     first: int | None = None
     share: float = 0.05
     early: int = 150
-    early_share: float = 0.5
+    early_share: float = 0.25
     late_share: float = 1 / 3
     costs: Mapping[int, float] | None = None
 
@@ -130,32 +128,25 @@ class Outcome:
     """What a contest measured.
 
     Attributes:
-        losses: of the judge by rung, at the start and after each round; infinite from where
-            training diverged.
+        losses: mean of the judge's examples by rung; infinite where training diverged.
+        error: standard error of their difference.
         cost: of a step of the dearer rung, in steps of the other.
         trust: the dearer rung's "relative_error" rho and "trust_ratio" D / I for the whole
             selection of a window; without them a horizon above 0 is not trusted.
     """
 
-    losses: Mapping[int, Sequence[float]]
+    losses: Mapping[int, float]
+    error: float
     cost: float
     trust: Mapping[str, float] = field(default_factory=dict)
 
     def lead(self) -> tuple[float, float]:
-        """How much lower the dearer rung ends, relative, in [-1, 1], and the error of that."""
+        """How much lower the dearer rung's loss is, relative, in [-1, 1], and the error of that."""
         cheap, dear = (self.losses[rung] for rung in sorted(self.losses))
-        if math.isinf(cheap[-1]) or math.isinf(dear[-1]):
-            return float(dear[-1] < cheap[-1]) - float(cheap[-1] < dear[-1]), 0.0
-        scale = max(abs(cheap[-1]), abs(dear[-1]))
-        if not scale:
-            return 0.0, 0.0
-        leads = [(s - d) / scale for s, d in zip(cheap, dear, strict=True)][1:]
-        num = len(leads)
-        squares = sum(j**2 for j in range(1, num + 1))
-        slope = sum(j * lead for j, lead in enumerate(leads, 1)) / squares
-        noise = sum((lead - slope * j) ** 2 for j, lead in enumerate(leads, 1))
-        spread = math.sqrt(noise / (num - 1)) if num > 1 else math.inf
-        return num * slope, _COMMON * num * spread / math.sqrt(squares)
+        if math.isinf(cheap) or math.isinf(dear):
+            return float(dear < cheap) - float(cheap < dear), 0.0
+        scale = max(abs(cheap), abs(dear))
+        return ((cheap - dear) / scale, self.error / scale) if scale else (0.0, 0.0)
 
 
 @dataclass
@@ -206,10 +197,10 @@ class HorizonRule:
         else:
             self.gap = min(2 * self.gap, self.settings.longest_gap)
         reason = (
-            f"{_named(dear)} ends {abs(lead):.1%} +- {error:.1%} {'below' if lead > 0 else 'above'}"
+            f"{_named(dear)} is {abs(lead):.1%} +- {error:.1%} {'below' if lead > 0 else 'above'}"
             f" {_named(cheap)} in the same time ({outcome.cost:.2g} of its steps to one): {why}"
         )
-        measures = {f"loss_at_{_value(rung)}": each[-1] for rung, each in outcome.losses.items()}
+        measures = {f"loss_at_{_value(rung)}": loss for rung, loss in outcome.losses.items()}
         measures |= {"lead": lead, "lead_error": error, "cost": outcome.cost} | dict(outcome.trust)
         return Decision("horizon", _value(before), _value(self.horizon), reason, measures)
 
@@ -218,7 +209,7 @@ class HorizonRule:
     ) -> tuple[int, str]:
         """The rung to be on, and why."""
         is_dear = self.horizon == dear
-        if math.isinf(outcome.losses[dear][-1]) and not math.isinf(outcome.losses[cheap][-1]):
+        if math.isinf(outcome.losses[dear]) and not math.isinf(outcome.losses[cheap]):
             return cheap, "it diverged"
         if dear > 0:
             ratio = outcome.trust.get("trust_ratio", math.nan)

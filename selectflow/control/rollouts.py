@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from selectflow.control.ladder import OFF
-from selectflow.core.batches import Batch
+from selectflow.core.batches import Batch, num_examples
 from selectflow.core.clock import work_s
 from selectflow.core.lookahead import Policy, Upcoming
 from selectflow.core.optim import State
+from selectflow.core.params import Params
 from selectflow.core.torch_optim import OptimizerReader
 
 
@@ -60,47 +61,40 @@ class Rollouts:
         """
         return self.trained.policy.derivatives.mean_loss(state.params, judge)
 
-    def losses(
-        self,
-        rung: int,
-        pools: Sequence[Batch],
-        target: Batch,
-        judge: Batch,
-        rounds: int,
-        steps: float,
-    ) -> list[float]:
-        """Losses of the judge after each round of so many steps, infinite once it diverged.
+    def judged(
+        self, rung: int, pools: Sequence[Batch], target: Batch, judge: Batch, num: int
+    ) -> Tensor | None:
+        """Losses of the judge's examples, shape (N,), at the mean of the states of some steps.
+
+        The mean, since the noise of steps moves each of them: what selects has less of it, by which
+        it seems better than it is after few steps (Polyak and Juditsky 1992).
 
         Args:
             rung: the horizon of selection, or `OFF`.
-            pools: that come next; where they do not last for a round, it is left out.
+            pools: that come next.
             target: batch whose mean loss is selected by.
             judge: batch that is looked at.
-            rounds: readings.
-            steps: between two readings; rounded, so that their sum is right.
-        """
-        num = math.ceil(rounds * steps) + max(0, rung)
-        if rung == OFF:
-            states = self._plain(self.trained.upcoming(num, pools, target))
-        else:
-            states = self._selected(rung, num, pools, target)
-        losses: list[float] = []
-        done = 0
-        try:
-            for number in range(1, rounds + 1):
-                todo = round(number * steps) - done
-                last = deque(islice(states, todo), maxlen=1)
-                if not last:  # the pools do not last for this round
-                    break
-                done += todo
-                losses.append(self.loss(last[0], judge))
-            states.close()
-        except FloatingPointError:
-            losses += [math.inf] * (rounds - len(losses))
-        return losses
+            num: steps, >= 1.
 
-    def _plain(self, future: Upcoming) -> Generator[State]:
-        yield from self.trained.policy.train(future, self._generator)
+        Returns:
+            Infinite losses where training diverged; None where the pools do not last for the steps.
+        """
+        policy = self.trained.policy
+        if rung == OFF:
+            future = self.trained.upcoming(num, pools, target)
+            states: Iterator[State] = policy.train(future, self._generator)
+        else:
+            states = self._selected(rung, num + rung, pools, target)
+        try:
+            done, mean = 0, Params()
+            for done, state in enumerate(islice(states, num), start=1):
+                mean = mean.toward(state.params, 1 / done) if mean else state.params
+            if done < num:
+                return None
+            with policy.derivatives.group.together():
+                return policy.derivatives.losses(mean, judge)
+        except FloatingPointError:
+            return torch.full((num_examples(judge),), math.inf, dtype=torch.float64)
 
     def _selected(
         self, horizon: int, num: int, pools: Sequence[Batch], target: Batch

@@ -2,17 +2,19 @@
 
 How alike two models rank a pool says little about it; what counts is the target loss. So, from the
 live state and in simulation, the trained model takes some steps on what its scorer keeps, and as
-many on any examples of the same pools. Both are judged on target examples that were not selected
-by.
+many on any examples of the same pools. Both are judged as contests are, on target examples that
+were not selected by.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from selectflow.control.contests import compared
 from selectflow.control.ladder import OFF, Outcome, recent
 from selectflow.control.rollouts import Rollouts
 from selectflow.control.rules import restore, state_of
@@ -72,7 +74,7 @@ class ScorerWorth:
     def check(
         self, step: int, horizon: int, pools: Sequence[Batch], target: Batch, judge: Batch
     ) -> float | None:
-        """How much lower the target loss ends by the scorer's choice, relative, in [-1, 1].
+        """How much lower the target loss is by the scorer's choice, relative, in [-1, 1].
 
         To be called within `Objective.scoring` of both models.
 
@@ -84,22 +86,19 @@ class ScorerWorth:
             judge: other examples, which both are judged by.
 
         Returns:
-            None where the pools do not last for two steps, or the target loss is not finite now.
+            None where the pools do not last for two steps, or neither loss is finite.
         """
         state, rollouts = self.state, self._rollouts
         state.next_at, state.gap = step + state.gap, min(2 * state.gap, _LONGEST_GAP)
         num = min(_NUM_STEPS, len(pools) // rollouts.scoring.policy.pools_per_update - horizon)
-        try:
-            start = rollouts.loss(rollouts.trained.optimizer.state(), judge)
-        except FloatingPointError:
+        if num < 2:
             return None
-        curves = {
-            rung: [start, *rollouts.losses(rung, pools, target, judge, num, 1.0)]
-            for rung in (OFF, horizon)
-        }
-        if min(map(len, curves.values())) < 3:
+        judged = {rung: rollouts.judged(rung, pools, target, judge, num) for rung in (OFF, horizon)}
+        found = {rung: each for rung, each in judged.items() if each is not None}
+        means, error = compared(found, rollouts.trained.policy.derivatives.group)
+        if not math.isfinite(min(means.values())):
             return None
-        state.gains.append(Outcome(curves, 1.0).lead())
+        state.gains.append(Outcome(means, error, 1.0).lead())
         del state.gains[:-_REMEMBERED]
         gain, error = recent(state.gains)
         told = f"{gain:+.1%} +- {error:.1%} of the target loss in {num} steps"

@@ -73,6 +73,11 @@ class Params(dict[str, Tensor]):
             return self.add(direction, step)
         return Params({**self, **self.pick(direction).add(direction, step)})
 
+    def toward(self, other: Params, share: float) -> Params:
+        """`self + share * (other - self)`."""
+        others = [other[name] for name in self]
+        return self._unary(lambda tensors: torch._foreach_lerp(tensors, others, share))
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Params:
         """`function` applied to every tensor."""
         return Params((name, function(tensor)) for name, tensor in self.items())

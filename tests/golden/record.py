@@ -57,7 +57,7 @@ SETTINGS = {
             "optimizer.lr=1e-2",
             "select.largest_horizon=1",
             "select.costs={0: 2.0, 1: 3.0}",
-            "select.control_share=0.2",
+            "select.control_share=0.5",
         ],
     ),
     "offline": (
