@@ -324,6 +324,7 @@ class Selector:
             and self.options.strategy != "uniform",
             scorer_loss=self._scorer.loss if self._scorer else None,
             scorer_gain=ongoing.scorer_gain,
+            interval=state.interval.interval if state.interval and state.ahead else None,
             weighing=weights,
         )
         self._controls.leave(weighed(kept, weights))

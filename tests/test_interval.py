@@ -22,6 +22,7 @@ from selectflow.control.interval import (
 from selectflow.control.state import SelectorState, TargetSet
 from selectflow.core.forms import Forms
 from selectflow.core.target import Cycle
+from selectflow.run import metrics
 from tests import reference
 from tests.problems import PROBLEMS
 from tests.test_distributed import KEEP, POOL, TARGET, data, losses, make, train
@@ -197,6 +198,7 @@ def test_each_look_ahead_serves_for_the_interval(horizon):
     control.measured = [(1, 0.9, 0.9)] * 40  # scores that hardly turned
     for batch in selector.stream(pools):
         ages.append((selector.last.age, selector.state.ahead_serves))
+        assert metrics.of_selection(selector.last)[metrics.INTERVAL] == control.interval
         step(model, optimizer, batch)
     assert ages[:4] == [(0, 1)] * 4
     at = 4

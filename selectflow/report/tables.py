@@ -18,6 +18,7 @@ from selectflow.report.runs import KEPT, KEPT_ALTERED
 from selectflow.run.metrics import (
     CONTROLLED,
     HORIZON,
+    INTERVAL,
     LEARNING_RATE,
     LR_MULTIPLIER,
     SAMPLES_SCORED,
@@ -83,6 +84,7 @@ _RELATIVE_ERROR, _TRUST = CONTROLLED["relative_error"], CONTROLLED["trust_ratio"
 DYNAMICS = (
     Quantity(SELECTED, "steps that were selected for", "%", 100.0),
     Quantity(HORIZON, "horizon H", "optimizer updates"),
+    Quantity(INTERVAL, "look-ahead every", "optimizer steps"),
     Quantity(CONTROLLED["lead"], "lead of the dearer one in contests, in equal time", "%", 100.0),
     Quantity(LR_MULTIPLIER, "learning rate over its schedule", "factor"),
     Quantity(LEARNING_RATE, "learning rate", "per update"),

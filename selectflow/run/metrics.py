@@ -28,6 +28,8 @@ POSITIVE_WEIGHTS = "select/positive_weights"
 EFFECTIVE_SIZE = "select/effective_size"
 """Kept examples that count, (sum w)^2 / sum w^2 (select.weighting)."""
 HORIZON = "select/horizon"
+INTERVAL = "select/interval"
+"""Optimizer steps between two look-aheads, where that is under control."""
 LR_MULTIPLIER = "select/lr_multiplier"
 LOOKAHEAD_TARGET_LOSS = "select/target_loss"
 """Target loss at the end of the look-ahead."""
@@ -180,6 +182,7 @@ def of_selection(selection: Selection) -> dict[str, float | None]:
         SCORE_MEAN: float(kept.mean()) if len(kept) else None,  # others may have kept all of theirs
         KEPT_FRACTION: len(selection.indices) / len(scores),
         HORIZON: selection.horizon,
+        INTERVAL: selection.interval,
         SCORER_LOSS: selection.scorer_loss,
         SCORER_GAIN: selection.scorer_gain,
     } | _of_weights(selection.weights)

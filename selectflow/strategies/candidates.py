@@ -105,6 +105,7 @@ class Selection:
         step: optimizer updates made before this batch is trained on.
         horizon: updates that the sensitivity in use looked ahead; None without a look-ahead.
         age: optimizer updates since that look-ahead.
+        interval: optimizer steps that a look-ahead serves now, under `interval="auto"`; else None.
         target_loss: mean target loss at the end of its rollout, of the scorer where there is one;
             None without a look-ahead.
         lookahead_s: seconds of the look-ahead made for this pool, 0 where none was due.
@@ -139,6 +140,7 @@ class Selection:
     is_ranked: bool = True
     scorer_loss: float | None = None
     scorer_gain: float | None = None
+    interval: int | None = None
     weighing: Weights | None = None
 
     @property
