@@ -368,6 +368,7 @@ class Selector:
                 for index, rule in enumerate(reader.updates(1)[0].rules)
             },
             "examples kept of a pool": size_kept,
+            "num_steps": self.num_steps,
             "batches of the target": self._target.cycle.num_batches,
         }
         # kinds of devices may round a norm apart

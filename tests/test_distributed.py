@@ -251,6 +251,33 @@ def test_controllers_decide_alike_and_replicas_stay_one(two, wrapper, case, num_
     assert num == num_steps - 1
 
 
+def unevenly(num_steps):
+    """The decisions where pools have other sizes in each process, and some just what is kept."""
+    rank = dist.get_rank()
+    model, optimizer = make()
+    settings = AutoHorizon(
+        largest=0, gap=3, longest_gap=3, contest_steps=2, share=1.0, early_share=1e6, costs={0: 2.0}
+    )
+    target = data(rank, 3, TARGET, seed=1, noise=0)
+    selector = Selector(model, optimizer, losses, target, keep=KEEP, horizon=settings)
+    sizes = [KEEP, POOL, 3 * KEEP] if rank else [POOL, 2 * KEEP, KEEP]
+    pools = [data(rank, 1, sizes[at % 3], seed=at, noise=0.3)[0] for at in range(3 * num_steps)]
+    decisions = []
+    for batch in islice(selector.stream(pools), num_steps):
+        decisions += [(d.step, d.before, d.after) for d in selector.last.decisions]
+        optimizer.zero_grad()
+        losses(model, batch).mean().backward()
+        optimizer.step()
+    return decisions, whole(model)
+
+
+def test_processes_with_pools_of_other_sizes_decide_alike(two):
+    (first, weights), (second, others) = two.run(unevenly, 40)
+    assert len(first) >= 3
+    assert first == second
+    assert torch.equal(weights, others)
+
+
 # --- the best of all pools ------------------------------------------------------------------------
 
 

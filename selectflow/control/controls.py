@@ -147,10 +147,12 @@ class Controls:
         if control.is_look_due:
             with self._objective.scoring():
                 control.look(self._target.next)
-        is_all = size_kept == size and self._scoring.policy.weighting == "none"
-        if is_all or not control.is_due() or not is_due(ongoing.step):
+        if not control.is_due() or not is_due(ongoing.step):
             return
-        num_parts = size // size_kept
+        rejected = self._group.least(size - size_kept)  # what one process does all do
+        if rejected == 0 and self._scoring.policy.weighting == "none":
+            return  # all are kept either way
+        num_parts = 1 + rejected // size_kept
         num = control.num_updates(num_parts) * self._per
         pools, began = ongoing.pools(num, self._group), time.perf_counter()
         target, judge = self._target.next_and_judge()
