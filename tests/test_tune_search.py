@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import wandb
 from optuna.trial import TrialState
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from selectflow.cli import main
 from selectflow.data import make_digits
@@ -296,6 +295,11 @@ def test_the_cells_of_runs_that_others_made_are_those_of_the_sweep(full, tmp_pat
 
 @pytest.mark.slow
 def test_what_wandbs_agent_would_run_becomes_the_table(write, tmp_path, monkeypatch, capsys):
+    from wandb.sdk.launch.sweeps.utils import (  # noqa: PLC0415 - it takes seconds
+        create_sweep_command,
+        create_sweep_command_args,
+    )
+
     """All but the server: the agent's part is done with W&B's own functions."""
     command = ["${env}", "${interpreter}", "${program}", str(tmp_path / "base.yaml")]
     command += ["track.wandb=disabled", f"root={tmp_path}", "${args_no_hyphens}"]
