@@ -179,17 +179,17 @@ RUNS = [
 
 
 def resumed(folder, rank):
-    """Runs with dropout and batch norm: whole, ended in a step and resumed, stopped and resumed."""
+    """Runs with dropout and batch norm: whole; and ended in step 6, resumed, stopped, resumed."""
     found, model = {}, {"dropout": 0.3, "norm": True}
     for strategy, parallel in product(RESUMED, ("ddp", "fsdp2")):
         options = {"parallel": parallel, "resume": "auto", "checkpoint_every": 3}
-        for end in ({}, {"die_at": 6}, {"stop_at": 5 if rank else None}):
-            name = f"{strategy}-{parallel}-{next(iter(end), 'whole')}"
-            config = config_of(folder, name, RESUMED[strategy], **options)
-            if end:
+        for name, ends in (("whole", ()), ("ended", ({"die_at": 6}, {"stop_at": 2 * rank}))):
+            full = f"{strategy}-{parallel}-{name}"
+            config = config_of(folder, full, RESUMED[strategy], **options)
+            for end in ends:
                 with suppress(Killed):
                     trained(folder, config, **model, **end)
-            found[name] = trained(folder, config, **model)
+            found[full] = trained(folder, config, **model)
     return found
 
 

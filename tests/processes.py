@@ -2,7 +2,9 @@
 
 import datetime
 import importlib
+import os
 import queue
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -14,6 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 LIMIT_S = 60  # of one function, and of a collective a little less
 
+# Processes begin as copies of a server, which has made the imports that take seconds.
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "peft", "pytest",
+        "selectflow.selector", "selectflow.run.loop",
+    ]
+)  # fmt: skip
+
 
 class Processes:
     """`num` processes, started once; `run` calls a function in all of them at once."""
@@ -23,13 +34,12 @@ class Processes:
         self._start()
 
     def _start(self):
-        context = mp.get_context("spawn")
         self._store = tempfile.TemporaryDirectory()
-        self._asked = [context.Queue() for _ in range(self.num)]
-        self._answers = context.Queue()
+        self._asked = [CONTEXT.Queue() for _ in range(self.num)]
+        self._answers = CONTEXT.Queue()
         address = f"file://{Path(self._store.name) / 'store'}"
         self._processes = [
-            context.Process(
+            CONTEXT.Process(
                 target=_serve, args=(rank, self.num, address, asked, self._answers), daemon=True
             )
             for rank, asked in enumerate(self._asked)
@@ -81,6 +91,22 @@ def _serve(rank, num, address, asked, answers):
             answers.put((rank, value, None))
         except BaseException:  # sent on, whatever it is
             answers.put((rank, None, traceback.format_exc()))
+
+
+def execute(code, arguments, env, cwd):
+    """Run code in a new process, as `python -c` would: its exit status."""
+    process = CONTEXT.Process(target=_execute, args=(code, arguments, env, cwd))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _execute(code, arguments, env, cwd):
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = ["-c", *arguments]
+    exec(code, {"__name__": "__main__"})
 
 
 class Sent(TorchDispatchMode):

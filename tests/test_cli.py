@@ -70,6 +70,7 @@ def test_a_comparison_is_logged_online_unless_told_otherwise(words, mode, tmp_pa
     monkeypatch.setattr(
         "selectflow.run.wandb.log_report", lambda *_, mode, **__: modes.append(mode)
     )
+    monkeypatch.setattr("selectflow.report.page.write_outputs", lambda *_: [])  # pictures
     run = make_run(tmp_path / "run", [0.5]).folder
     assert main(["compare", str(run), "--out", str(tmp_path), *words]) == 0
     assert modes == ([mode] if mode else [])

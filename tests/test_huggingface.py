@@ -15,7 +15,7 @@ from selectflow.models.language import causal_lm_losses
 # between the libraries, each at its own pace
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
 
-VOCABULARY, LENGTH, NUM, POOL, KEEP = 31, 12, 560, 8, 3
+VOCABULARY, LENGTH, NUM, POOL, KEEP = 31, 12, 240, 8, 3
 
 
 class SelectTrainer(SelectTrainerMixin, Trainer):
@@ -125,9 +125,9 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize(("accumulation", "num_steps"), [(1, 50), (2, 38)])
+@pytest.mark.parametrize(("accumulation", "num_steps"), [(1, 20), (2, 18)])
 def test_keeps_and_learns_what_our_own_loop_does(tmp_path, accumulation, num_steps):
-    """With 2 pools to a step beyond the end of an epoch, which has 70 of them."""
+    """With 2 pools to a step beyond the end of an epoch, which has 30 of them."""
     expected_model, expected = own_loop(num_steps, accumulation)
     options = {"gradient_accumulation_steps": accumulation, "max_steps": num_steps}
     trainer = trainer_for(tmp_path, **options)

@@ -10,7 +10,6 @@ import torch.distributed as dist
 import transformers
 from test_huggingface import (
     KEEP,
-    NUM,
     POOL,
     SelectTrainer,
     Trainer,
@@ -29,6 +28,8 @@ from selectflow.integrations.scorers import placed
 from selectflow.models.language import causal_lm_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
+
+NUM = 400  # an epoch of 25 pools in each process
 
 
 @pytest.fixture(scope="module")

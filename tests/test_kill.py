@@ -162,6 +162,7 @@ def test_a_run_killed_in_the_middle_of_any_write_ends_as_if_it_never_was(
     assert check_kills_in_writes(main, tmp_path, range(first, 1000, 3), prepare) > 10
 
 
+@pytest.mark.usefixtures("main")  # of what it imports
 def test_shards_whose_writing_was_killed_are_written_again_byte_for_byte(tmp_path):
     """Killed at each change of a file in turn, and the same command again."""
 

@@ -3,23 +3,54 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
 from small_datasets import sample
-from test_run import run_trainer
+from test_run import ROOT, run_trainer
 
 from selectflow.cli import main
 from selectflow.data import Manifest, PoolStream, write_manifest, write_split
 from selectflow.run.loop import trainer_main
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "resnet18"])
-def test_the_vision_trainer(model, tmp_path):
-    done = run_trainer(
-        tmp_path, "configs/digits_online.yaml", f"model.name={model}", "steps=2",
-        "data.pool=12", "select.keep=4", "track.wandb=disabled",
-    )  # fmt: skip
+def run_alone(tmp_path, path, *overrides):
+    """In a new Python, which has nothing imported: as users start it."""
+    command = [sys.executable, "-W", "ignore", ROOT / "trainers/vision.py", ROOT / path]
+    return subprocess.run(
+        [*command, *overrides], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+
+SMALL = ["steps=2", "data.pool=12", "select.keep=4", "track.wandb=disabled"]
+
+
+def write_few(root):
+    """Some examples of four classes, two of them in the target set."""
+    samples = {
+        "train": [sample(f"s{i}", i % 4) for i in range(24)],
+        "target": [sample("a", 0), sample("b", 1)],
+        "test": [sample("c", 1)],
+    }
+    splits = {name: tuple(write_split(root, name, of, 9)) for name, of in samples.items()}
+    write_manifest(root, Manifest(splits, ("cls", "json", "npy"), {}, 0))
+    return ["data.name=shards", f"data.root={root}"]
+
+
+def test_the_vision_trainer(tmp_path):
+    check_run(run_alone(tmp_path, "configs/digits_online.yaml", *SMALL), tmp_path)
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet18"])
+def test_the_other_models_of_the_vision_trainer(model, tmp_path):
+    few = write_few(tmp_path)
+    done = run_trainer(tmp_path, "configs/digits_online.yaml", f"model.name={model}", *SMALL, *few)
+    check_run(done, tmp_path)
+
+
+def check_run(done, tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs" / "digits_online-s0" / "summary.json").read_text())
     assert summary["steps"] == 2
@@ -43,14 +74,7 @@ def test_the_trainer_answers_bad_input_in_one_message(arguments, message, tmp_pa
 
 
 def test_the_target_may_be_of_some_of_the_classes(tmp_path):
-    samples = {
-        "train": [sample(f"s{i}", i % 4) for i in range(16)],
-        "target": [sample("a", 0), sample("b", 1)],
-        "test": [sample("c", 1)],
-    }
-    splits = {name: tuple(write_split(tmp_path, name, of, 9)) for name, of in samples.items()}
-    write_manifest(tmp_path, Manifest(splits, ("cls", "json", "npy"), {}, 0))
-    shards = ["data.name=shards", f"data.root={tmp_path}", "data.pool=8", "select.keep=2"]
+    shards = [*write_few(tmp_path), "data.pool=8", "select.keep=2"]
     done = run_trainer(tmp_path, "configs/digits_uniform.yaml", *shards, "steps=4", "eval_every=4")
     assert done.returncode == 0, done.stderr
     few = run_trainer(tmp_path, "configs/digits_uniform.yaml", *shards, "model.num_classes=1")

@@ -1,5 +1,7 @@
 """A run that is killed and resumed equals one that was not, bit for bit."""
 
+import contextlib
+import functools
 import json
 import os
 import shutil
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -77,26 +80,39 @@ AUTO = {"horizon": "auto", "lr": "auto"}
 FALLING = {"horizon": 4, "horizon_schedule": {"name": "linear"}, "interval": 2}
 
 
-@pytest.mark.parametrize(
-    "select",
-    [
-        {},
-        {"horizon": 3, "interval": 2},
-        FALLING,
-        AUTO,
-        {"strategy": "uniform"},
-        {"strategy": "rho"},
-        {"strategy": "opus"},
-    ],
-)
+SELECT = [
+    {},
+    {"horizon": 3, "interval": 2},
+    FALLING,
+    AUTO,
+    {"strategy": "uniform"},
+    {"strategy": "rho"},
+    {"strategy": "opus"},
+]
+
+
+@pytest.fixture(scope="module")
+def wholes(digits, tmp_path_factory):
+    """What each of `SELECT` leads to without an interruption, trained when it is asked for."""
+    root = tmp_path_factory.mktemp("wholes")
+
+    @functools.cache
+    def whole(index):
+        name = f"whole-{index}"
+        train(config(root, name=name, select=SELECT[index], **OPTIONS), task(digits))
+        return outcome(root / name)
+
+    return whole
+
+
+@pytest.mark.parametrize("index", range(len(SELECT)), ids=map(str, SELECT))
 @pytest.mark.parametrize("at", [1, 4, 5, 11, 24])
-def test_a_killed_run_resumes_to_the_same_end(digits, tmp_path, select, at):
-    train(config(tmp_path, name="whole", select=select, **OPTIONS), task(digits))
-    killed = config(tmp_path, name="killed", select=select, **OPTIONS)
+def test_a_killed_run_resumes_to_the_same_end(digits, tmp_path, wholes, index, at):
+    killed = config(tmp_path, name="killed", select=SELECT[index], **OPTIONS)
     with pytest.raises(Killed):
         train(killed, killed_at(at, task(digits)))
     train(killed, task(digits))
-    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
+    assert_same(wholes(index), outcome(tmp_path / "killed"))
 
 
 def test_decisions_of_a_run_killed_before_its_first_checkpoint_are_not_kept(digits, tmp_path):
@@ -236,51 +252,61 @@ def test_one_process_at_a_time(digits, tmp_path):
     train(options, task(digits))
 
 
-HOLDER = """
-import os, sys, time
-from pathlib import Path
-from selectflow.run.directory import lock
-with lock(Path(sys.argv[1])):
-    if not os.fork():
-        time.sleep(60)  # as a worker of a DataLoader, which notices after seconds
-    print("held", flush=True)
-    time.sleep(60)
-"""
+@contextlib.contextmanager
+def holder(run_dir):
+    """The number of a process that holds the lock; it has forked another."""
+    told, tell = os.pipe()
+    if not (pid := os.fork()):
+        os.setsid()
+        with lock(run_dir):
+            if not os.fork():
+                time.sleep(60)  # as a worker of a DataLoader, which notices after seconds
+                os._exit(0)
+            os.write(tell, b"held")
+            time.sleep(60)
+            os._exit(0)
+    assert os.read(told, 4) == b"held"
+    yield pid
+    os.killpg(pid, signal.SIGKILL)
+    os.close(told)
+    os.close(tell)
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def refused_apart(run_dir):
+    """Whether another process, too, finds the lock held."""
+    if not (pid := os.fork()):
+        with contextlib.suppress(RunError), lock(run_dir):
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1] == 0
 
 
 def test_a_lock_is_held_by_its_process_alone(tmp_path):
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as holder:
-        assert holder.stdout.readline() == "held\n"
+    with holder(tmp_path / "run") as pid:
         with pytest.raises(RunError, match="another is at work"), lock(tmp_path / "run"):
             pass
-        holder.kill()
-        holder.wait()
+        kill(pid)
         with lock(tmp_path / "run"):  # while the forked process lives on
             with pytest.raises(RunError, match="another is at work"), lock(tmp_path / "run"):
                 pass
-            again = subprocess.run(command, capture_output=True, check=False)
-            assert b"another is at work" in again.stderr
-        os.killpg(holder.pid, signal.SIGKILL)
+            assert refused_apart(tmp_path / "run")
 
 
 def test_who_waits_for_a_run_directory_waits_for_its_process(tmp_path):
     wait_until_free(tmp_path / "new")
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as holder:
-        assert holder.stdout.readline() == "held\n"
+    with holder(tmp_path / "run") as pid:
         waiting = threading.Thread(target=wait_until_free, args=(tmp_path / "run",))
         waiting.start()
         waiting.join(0.3)
         assert waiting.is_alive()
-        holder.kill()
+        kill(pid)
         waiting.join(30)
         assert not waiting.is_alive()
-        os.killpg(holder.pid, signal.SIGKILL)
 
 
 def test_a_run_outside_of_the_main_thread_needs_no_signals(digits, tmp_path):

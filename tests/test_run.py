@@ -5,8 +5,6 @@ import json
 import math
 import re
 import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from programs import run_program
 from torch import nn
 
 from selectflow.control.horizon import as_horizon
@@ -327,7 +326,4 @@ def test_progress_is_a_bar_at_a_terminal(digits, tmp_path, capsys, monkeypatch):
 
 
 def run_trainer(tmp_path, path, *overrides):
-    command = [sys.executable, "-W", "ignore", str(ROOT / "trainers/vision.py"), str(ROOT / path)]
-    return subprocess.run(
-        [*command, *overrides], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    return run_program(ROOT / "trainers/vision.py", ROOT / path, *overrides, cwd=tmp_path)

@@ -1,5 +1,7 @@
 """Runs in which control switches selection on and off: ledger, metrics, replay, resumption."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -95,17 +97,30 @@ def test_it_is_replayed(digits, tmp_path, steps, pools_per_update):
     assert read_ledger(again, columns).equals(read_ledger(first, columns))
 
 
+@pytest.fixture(scope="module")
+def wholes(digits, tmp_path_factory):
+    """What selection, or its replay, selects and leads to, trained when it is asked for."""
+    root = tmp_path_factory.mktemp("wholes")
+
+    @functools.cache
+    def whole(is_replay):
+        select, name = SELECT, f"whole-{is_replay}"
+        if is_replay:
+            select = {"replay": train(made(root, name="recorded"), task(digits))}
+        train(made(root, name=name, select=select), task(digits))
+        return select, outcome(root / name)
+
+    return whole
+
+
 @pytest.mark.usefixtures("restless")
 @pytest.mark.parametrize("at", [3, 9, 14, 21, 26])
 @pytest.mark.parametrize("is_replay", [False, True])
-def test_killed_it_resumes_to_the_same_end(digits, tmp_path, at, is_replay):
+def test_killed_it_resumes_to_the_same_end(digits, tmp_path, wholes, at, is_replay):
     """Checkpoints come in the middle of pools, too."""
-    select = SELECT
-    if is_replay:
-        select = {"replay": train(made(tmp_path, name="recorded"), task(digits))}
-    train(made(tmp_path, name="whole", select=select), task(digits))
+    select, expected = wholes(is_replay)
     killed = made(tmp_path, name="killed", select=select)
     with pytest.raises(Killed):
         train(killed, killed_at(at, task(digits)))
     train(killed, task(digits))
-    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
+    assert_same(expected, outcome(tmp_path / "killed"))

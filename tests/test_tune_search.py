@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import wandb
 from optuna.trial import TrialState
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+from programs import run_program
 
 from selectflow.cli import main
 from selectflow.data import make_digits
@@ -108,8 +108,8 @@ def test_a_grid_gives_every_cell_the_values_that_its_runs_have_alone(full, tmp_p
     assert len(lines) == 8
     # one run again, from the command line of a person
     overrides = ["optimizer.lr=1e-2", "select.horizon=1", "seed=1", f"root={tmp_path / 'alone'}"]
-    command = [sys.executable, str(TOY), str(folder / "base.yaml"), *overrides, "num_threads=1"]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = run_program(TOY, folder / "base.yaml", *overrides, "num_threads=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "alone" / "base" / "summary.json").read_text())
     (cell,) = [cell for cell in found.cells if place(cell) == (1e-2, 1)]
     assert cell.values[1] == summary["target/loss"]
@@ -296,6 +296,11 @@ def test_the_cells_of_runs_that_others_made_are_those_of_the_sweep(full, tmp_pat
 
 @pytest.mark.slow
 def test_what_wandbs_agent_would_run_becomes_the_table(write, tmp_path, monkeypatch, capsys):
+    from wandb.sdk.launch.sweeps.utils import (  # noqa: PLC0415 - it takes seconds
+        create_sweep_command,
+        create_sweep_command_args,
+    )
+
     """All but the server: the agent's part is done with W&B's own functions."""
     command = ["${env}", "${interpreter}", "${program}", str(tmp_path / "base.yaml")]
     command += ["track.wandb=disabled", f"root={tmp_path}", "${args_no_hyphens}"]

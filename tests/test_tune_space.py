@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from selectflow.cli import main
 from selectflow.run.config import ConfigError, load
@@ -306,6 +305,8 @@ def test_the_command_line_says_it_in_one_message(capsys):
 
 def test_wandb_gives_the_trainer_what_it_is_to_run():
     """The arguments as W&B's own agent writes them, from the file and the values it chose."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # noqa: PLC0415 - takes seconds
+
     found = sweep(
         {"select.horizon": {"values": [1, math.inf]}, "model.hidden": {"values": [[64], [32]]}}
     )

@@ -4,10 +4,9 @@ Each in a process of its own, because wandb reads its environment once.
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
+from processes import execute
 from wandb_log import offline_records
 
 from selectflow.run.config import TrackConfig, json_schema
@@ -32,8 +31,7 @@ def tracked(tmp_path, track, can_import=False, **env):
     """The W&B run that a configuration makes in an environment, None without; and where it is."""
     known = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     known |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
-    command = [sys.executable, "-c", TRACK, tmp_path, repr(track), str(can_import)]
-    subprocess.run(command, env=known | env, check=True, cwd=tmp_path)
+    assert execute(TRACK, [str(tmp_path), repr(track), str(can_import)], known | env, tmp_path) == 0
     assert (tmp_path / "a" / "metrics.jsonl").read_text() == '{"train/step": 1, "test/loss": 1.0}\n'
     logs = list(tmp_path.rglob("run-*.wandb"))
     if not logs:
