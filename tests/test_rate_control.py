@@ -288,7 +288,9 @@ def test_a_resumed_control_goes_on_bit_for_bit(cut, tmp_path):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         selector = Selector(
             model, optimizer, MLP.loss_fn, [make(16)], keep=4, lr=AutoRate(window=4),
-            horizon=AutoHorizon(largest=2, gap=6, contest_steps=2),
+            horizon=AutoHorizon(
+                largest=2, gap=6, contest_steps=2, costs={0: 2.0, 1: 3.0, 2: 4.0}
+            ),
         )  # fmt: skip
         return model, optimizer, selector, [make(12) for _ in range(40)]
 
