@@ -465,6 +465,29 @@ def test_a_target_loss_that_rises_makes_a_contest_due():
     assert state.next_at < 128 + 2 * 50 + 1
 
 
+@pytest.mark.parametrize("is_one", [True, False])
+def test_a_rise_that_one_example_makes_is_none(is_one):
+    """The mean is half higher: by one example's loss, or by all."""
+    _, optimizer, selector, make, _ = parts(PROBLEMS[0], off(gap=50))
+    state = selector.state.horizon
+    stream = selector.stream(make(8) for _ in range(99))
+    for _ in islice(stream, 62):  # a look at 0
+        optimizer.step()
+    with selector._objective.scoring():  # as the next will
+        now = selector._controls._contests._rollouts.losses(
+            selector._optimizer.state().params, state.judge
+        )
+    lower = now.clone()
+    lower[: 1 if is_one else None] -= now.mean() / 3 * (len(now) if is_one else 1)
+    state.best = lower
+    for _ in islice(stream, 10):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+    assert state.next_look == 128
+    assert state.is_urgent != is_one
+
+
 def test_other_strategies_are_never_off():
     problem = PROBLEMS[0]
     *_, selector, make, _ = parts(problem, "auto", strategy="uniform")

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,11 +36,13 @@ from selectflow.core.weight_changes import selection
 from selectflow.distributed import Group
 
 NextTarget = Callable[[], Batch]
+_Kind = TypeVar("_Kind")
 
 _HELD = 1.25  # factor by which a measured cost must differ from the one in use to replace it
 _NUM_TIMES = 16  # steps of the user's loop whose median counts
 _LOOK_EVERY = 64  # plain steps between two looks at the target loss
 _RISE = 0.2  # relative, of the target loss, that makes a contest due
+_SURE = 2.0  # standard errors that it must have risen by
 _FALL = 0.05  # relative, between two looks, for which it waits
 _GUESS = 3.0  # plain steps that a gradient of the target and two passes of the pool may cost
 
@@ -62,7 +64,7 @@ class HorizonState:
         last_step: optimizer step that was counted last.
         judge: batch of the target that is looked at while nothing is selected; None: not yet.
         seen: loss on it at the last look; infinite before the first.
-        lowest: loss on it since it was drawn.
+        best: losses of its examples at the look with the lowest; None before the first.
         next_look: cost of training at the next look.
     """
 
@@ -78,7 +80,7 @@ class HorizonState:
     last_step: int = -1
     judge: Batch | None = None
     seen: float = math.inf
-    lowest: float = math.inf
+    best: Tensor | None = None
     next_look: float = 0.0
 
     @classmethod
@@ -106,7 +108,9 @@ class HorizonState:
         self.times = deque(saved["times"], _NUM_TIMES)
         judge = saved["judge"]
         self.judge = None if judge is None else to_device(restored(judge), device)
-        for name in vars(self).keys() - {"rule", "generator", "costs", "times", "judge"}:
+        self.best = None if saved["best"] is None else saved["best"].to(device)
+        others = {"rule", "generator", "costs", "times", "judge", "best"}
+        for name in vars(self).keys() - others:
             setattr(self, name, saved[name])
 
 
@@ -224,16 +228,18 @@ class HorizonControl:
         state = self.state
         state.next_look = state.training + _LOOK_EVERY
         if state.judge is None:
-            state.judge, state.seen, state.lowest = next_target(), math.inf, math.inf
-        try:
-            loss = self._now(state.judge)
-        except FloatingPointError:
-            loss = math.inf
-        if loss > state.lowest + _RISE * abs(state.lowest):
+            state.judge, state.seen, state.best = next_target(), math.inf, None
+        params = self._rollouts.trained.optimizer.state().params
+        losses = self._rollouts.losses(params, state.judge)
+        best = losses if state.best is None else state.best
+        means, error = compared({"now": losses, "best": best}, self._policy.derivatives.group)
+        loss, lowest = means["now"], means["best"]
+        # at a low loss a few examples make it rise and fall
+        if math.isinf(loss) or loss - lowest > max(_RISE * abs(lowest), _SURE * error):
             self.alarm()
         elif loss < state.seen - _FALL * abs(loss) and math.isfinite(state.seen):
             state.next_at = max(state.next_at, state.next_look)
-        state.seen, state.lowest = loss, min(loss, state.lowest)
+        state.seen, state.best = loss, losses if loss <= lowest else best
 
     def num_updates(self, num_parts: int) -> int:
         """Updates whose pools the next contest needs.
@@ -326,10 +332,6 @@ class HorizonControl:
     def _ratio(self, dear: int, cheap: int) -> float:
         return max(1.0, self._cost(dear) / self._cost(cheap))
 
-    def _now(self, judge: Batch) -> float:
-        """Loss of a batch at the live state."""
-        return self._rollouts.loss(self._rollouts.trained.optimizer.state(), judge)
-
     def trust(self, horizon: int, upcoming: Upcoming) -> Mapping[str, float]:
         """First and second order of the whole selection over a window of `horizon` updates.
 
@@ -364,12 +366,13 @@ class HorizonControl:
         }
 
 
-def compared(losses: Mapping[int, Tensor], group: Group) -> tuple[dict[int, float], float]:
-    """Mean losses of two rungs over the judge's examples, and the standard error of their
-    difference; infinite of a single example.
+def compared(losses: Mapping[_Kind, Tensor], group: Group) -> tuple[dict[_Kind, float], float]:
+    """Means of two kinds of losses, as of two rungs, and the standard error of their difference.
+
+    That is infinite of a single example.
 
     Args:
-        losses: by rung, each of shape (N,), of the same examples; in each process of its own.
+        losses: both of shape (N,), of the same examples; in each process of its own.
         group: of the processes.
     """
     one, other = (each.double().cpu() for each in losses.values())

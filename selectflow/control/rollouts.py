@@ -53,13 +53,14 @@ class Rollouts:
         self.trained, self.scoring, self._generator = trained, scoring, generator
         self.times: list[tuple[float, float]] = []
 
-    def loss(self, state: State, judge: Batch) -> float:
-        """Mean loss of a batch at a state of the trained model.
-
-        Raises:
-            FloatingPointError: it is not finite.
-        """
-        return self.trained.policy.derivatives.mean_loss(state.params, judge)
+    def losses(self, params: Params, judge: Batch) -> Tensor:
+        """Losses of a batch's examples, shape (N,); all infinite where any is not finite."""
+        derivatives = self.trained.policy.derivatives
+        try:
+            with derivatives.group.together():
+                return derivatives.losses(params, judge)
+        except FloatingPointError:
+            return _diverged(judge)
 
     def judged(
         self, rung: int, pools: Sequence[Batch], target: Batch, judge: Batch, num: int
@@ -89,12 +90,9 @@ class Rollouts:
             done, mean = 0, Params()
             for done, state in enumerate(islice(states, num), start=1):
                 mean = mean.toward(state.params, 1 / done) if mean else state.params
-            if done < num:
-                return None
-            with policy.derivatives.group.together():
-                return policy.derivatives.losses(mean, judge)
         except FloatingPointError:
-            return torch.full((num_examples(judge),), math.inf, dtype=torch.float64)
+            return _diverged(judge)
+        return self.losses(mean, judge) if done == num else None
 
     def _selected(
         self, horizon: int, num: int, pools: Sequence[Batch], target: Batch
@@ -116,3 +114,7 @@ class Rollouts:
             self.times.append((select_s, work_s(device) - began - select_s))
             yield after
             began = work_s(device)
+
+
+def _diverged(judge: Batch) -> Tensor:
+    return torch.full((num_examples(judge),), math.inf, dtype=torch.float64)
