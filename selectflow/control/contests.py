@@ -375,7 +375,7 @@ def compared(losses: Mapping[_Kind, Tensor], group: Group) -> tuple[dict[_Kind, 
         losses: both of shape (N,), of the same examples; in each process of its own.
         group: of the processes.
     """
-    one, other = (each.double().cpu() for each in losses.values())
+    one, other = (each.cpu().double() for each in losses.values())
     apart = one - other
     sums = torch.stack([x.sum() for x in (torch.ones_like(one), one, other, apart, apart**2)])
     num, *totals, squares = group.sum(sums).tolist()
