@@ -1,7 +1,7 @@
 """The options of a selection, each once: name, type, range, default and meaning.
 
 `Selector`, the configuration of runs (`select.*`), the Hugging Face mixin, the saved state and the
-README's table all read `SelectOptions`.
+tables of the README and the guide all read `SelectOptions`.
 """
 
 import re

@@ -58,7 +58,7 @@ def test_what_the_other_snippets_import_exists(code):
 
 
 def test_the_options_are_those_of_the_selector_with_their_defaults():
-    rows = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|required) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|required) \|", README + GUIDE, re.MULTILINE)
     parameters = list(inspect.signature(Selector).parameters.values())[4:]  # after the target
     assert dict(rows) == {
         parameter.name: ""
