@@ -297,6 +297,7 @@ def test_while_nothing_is_selected_each_pool_gives_one_batch(tmp_path):
         assert len(batch) == POOL // (POOL // KEEP)
         assert all(row in pool.tolist() for row in batch)
     assert whole.selector.last.scores is None
+    assert whole.selector.num_steps == 12
     resumed = trainer_for(tmp_path / "resumed", select_options=off, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
     assert resumed.trained_on == whole.trained_on[5:]

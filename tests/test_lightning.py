@@ -133,7 +133,8 @@ def weights(module):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_keeps_and_learns_what_our_own_loop_does(tmp_path, accumulation):
     expected = own_loop(accumulation)
-    module, *_ = fit(tmp_path, accumulate_grad_batches=accumulation)
+    module, trainer, selection = fit(tmp_path, accumulate_grad_batches=accumulation)
+    assert selection.selector.num_steps == trainer.global_step
     assert module.trained_on == expected.trained_on
     assert len(module.trained_on) == 2 * NUM
     assert torch.equal(weights(module), weights(expected))
@@ -149,7 +150,8 @@ class Unsized:
 def test_a_loader_without_length_is_not_selected_ahead_of_the_step(tmp_path):
     """Lightning draws its next batch before the optimizer step."""
     expected = own_loop()
-    module, *_ = fit(tmp_path, pools=Unsized())
+    module, _, selection = fit(tmp_path, pools=Unsized())
+    assert selection.selector.num_steps is None
     assert module.trained_on == expected.trained_on
     assert torch.equal(weights(module), weights(expected))
 

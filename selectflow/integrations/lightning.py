@@ -343,12 +343,10 @@ def _check(trainer: Trainer, module: LightningModule, options: Mapping[str, Any]
 
 def _read(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """Options of the selector that the Trainer has."""
-    num_steps = trainer.estimated_stepping_batches
-    found: dict[str, Any] = {
-        "pools_per_update": trainer.accumulate_grad_batches,
-        "num_steps": int(num_steps) if 0 < num_steps < math.inf else None,
-    }
+    found: dict[str, Any] = {"pools_per_update": trainer.accumulate_grad_batches}
     if module.automatic_optimization:  # a schedule of epochs is constant within a look-ahead
+        num_steps = trainer.estimated_stepping_batches
+        found["num_steps"] = int(num_steps) if 0 < num_steps < math.inf else None
         configs = trainer.lr_scheduler_configs
         followed = (config.scheduler for config in configs if config.interval == "step")
         found["lr_scheduler"] = next(followed, None)
