@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers
 from test_huggingface import (
     KEEP,
+    NUM,
     POOL,
     VOCABULARY,
     SelectTrainer,
@@ -314,7 +315,7 @@ def test_an_epoch_that_is_stopped_leaves_nothing_to_the_next(tmp_path, horizon, 
     trainer = trainer_for(
         tmp_path, kind=Watched, select_options={"horizon": horizon, "interval": 1}, **options
     )
-    plain = Plain(llama(), arguments(tmp_path, **options), train_dataset=dataset(texts(560, 1)))
+    plain = Plain(llama(), arguments(tmp_path, **options), train_dataset=dataset(texts(NUM, 1)))
     for each in (trainer, plain):
         each.add_callback(Stops())
         each.train()
