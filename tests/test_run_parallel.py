@@ -436,7 +436,8 @@ def test_runs_of_which_processes_are_killed_at_random_end_as_if_they_never_were(
             status, said = torchrun(
                 folder, "at_random", PARALLEL=parallel, KILL_AFTER=str(seconds), VICTIM=str(victim)
             )
-            assert status == 0 or "SIGKILL" in said, said
+            # torchrun names who ended first: gloo may abort the other before the kill is seen
+            assert status == 0 or "SIGKILL" in said or "SIGABRT" in said, said
             kills += status != 0
         assert same_records(tmp_path, f"whole/{name}", f"{runs}/{name}")
         ends = [
