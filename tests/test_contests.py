@@ -196,6 +196,7 @@ def test_a_target_loss_that_is_not_finite_decides_nothing():
     with selector._objective.scoring():
         assert selector._controls._contests.contest(pools, 2, target, judge) is None
     assert selector.state.horizon.next_at > 0
+    assert selector.state.horizon.spent == 0  # nothing was rolled out
 
 
 def test_auto_is_the_default_settings():

@@ -169,6 +169,8 @@ def test_horizon_rule_goes_on_from_its_state():
         {"gap": 5000},
         {"early": -1},
         {"first": 3},
+        {"first": True},
+        {"first": 0.0},
         {"first": -1},
         {"first": 2, "largest": 1},
         {"share": 0.0},

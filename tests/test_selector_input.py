@@ -151,7 +151,11 @@ def test_targets_without_end_or_of_one_round_score_as_a_list_does(make):
         {"keep": np.float32(0.25)},
         {"horizon": np.int64(2)},
         {"horizon": HorizonSchedule([(np.int64(0), np.int64(2))])},
-        {"horizon": AutoHorizon(largest=np.int64(4), gap=np.int32(9), off=False)},
+        {
+            "horizon": AutoHorizon(
+                largest=np.int64(4), gap=np.int32(9), off=False, first=np.int64(2)
+            )
+        },
         {"lr": AutoRate(window=np.int16(4), longest_gap=np.int64(8))},
         {"interval": np.int32(2)},
         {"chunk_size": np.uint8(4)},

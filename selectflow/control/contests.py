@@ -229,8 +229,7 @@ class HorizonControl:
         state.next_look = state.training + _LOOK_EVERY
         if state.judge is None:
             state.judge, state.seen, state.best = next_target(), math.inf, None
-        params = self._rollouts.trained.optimizer.state().params
-        losses = self._rollouts.losses(params, state.judge)
+        losses = self._now(state.judge)
         best = losses if state.best is None else state.best
         means, error = compared({"now": losses, "best": best}, self._policy.derivatives.group)
         loss, lowest = means["now"], means["best"]
@@ -278,6 +277,8 @@ class HorizonControl:
         rounds = min(self._num_rounds(dear), num - dear, int(others))
         if rounds < 2:
             return None  # near the end of the stream
+        if math.isinf(self._now(judge)[0]):
+            return None  # there is nothing to compare with
         judged = partial(self._rollouts.judged, pools=pools, target=target, judge=judge)
         losses = {dear: judged(dear, num=rounds)}  # this first: it measures what the other is given
         if self._settings.costs is None and self._rollouts.times:
@@ -331,6 +332,10 @@ class HorizonControl:
 
     def _ratio(self, dear: int, cheap: int) -> float:
         return max(1.0, self._cost(dear) / self._cost(cheap))
+
+    def _now(self, judge: Batch) -> Tensor:
+        """Losses of a batch's examples at the live state; all infinite where any is not finite."""
+        return self._rollouts.losses(self._rollouts.trained.optimizer.state().params, judge)
 
     def trust(self, horizon: int, upcoming: Upcoming) -> Mapping[str, float]:
         """First and second order of the whole selection over a window of `horizon` updates.

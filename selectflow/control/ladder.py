@@ -100,10 +100,13 @@ class AutoHorizon:
                 f"{self.share}, {self.early_share} and {self.late_share}"
             )
         as_integers(self, "largest", "contest_steps", "gap", "longest_gap", "early")
-        if self.first is not None and self.first not in self.horizons:
-            raise ValueError(
-                f"first must be one of the horizons {self.horizons}, or None, got {self.first!r}"
-            )
+        if self.first is not None:
+            if not is_count(self.first, 0) or self.first not in self.horizons:
+                raise ValueError(
+                    f"first must be one of the horizons {self.horizons}, or None, got "
+                    f"{self.first!r}"
+                )
+            as_integers(self, "first")
         costs = self.costs
         if costs is not None and (sorted(costs) != self.horizons or not min(costs.values()) >= 1):
             raise ValueError(

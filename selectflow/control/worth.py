@@ -93,16 +93,19 @@ class ScorerWorth:
         num = min(_NUM_STEPS, len(pools) // rollouts.scoring.policy.pools_per_update - horizon)
         if num < 2:
             return None
-        judged = {rung: rollouts.judged(rung, pools, target, judge, num) for rung in (OFF, horizon)}
-        found = {rung: each for rung, each in judged.items() if each is not None}
-        means, error = compared(found, rollouts.trained.policy.derivatives.group)
+        chance = rollouts.judged(OFF, pools, target, judge, num)
+        chosen = rollouts.judged(horizon, pools, target, judge, num)
+        if chance is None or chosen is None:
+            return None
+        group = rollouts.trained.policy.derivatives.group
+        means, error = compared({OFF: chance, horizon: chosen}, group)
         if not math.isfinite(min(means.values())):
             return None
         state.gains.append(Outcome(means, error, 1.0).lead())
         del state.gains[:-_REMEMBERED]
         gain, error = recent(state.gains)
         told = f"{gain:+.1%} +- {error:.1%} of the target loss in {num} steps"
-        if len(state.gains) > 1 and gain <= error:
+        if len(state.gains) > 1 and gain <= error < math.inf:  # of one example nothing is known
             _log.warning(
                 "step %d: the scorer's choice is worth no more to the model than chance (%s); "
                 "train the scorer on data that are nearer to these, take a larger one, or leave it "

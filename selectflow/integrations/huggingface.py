@@ -235,7 +235,7 @@ class SelectTrainerMixin(_Base):
             "max_grad_norm": args.max_grad_norm or None,
             "pools_per_update": args.gradient_accumulation_steps,
             "seed": args.seed,
-            "num_steps": self.state.max_steps,
+            "num_steps": self.state.max_steps or None,
         } | self._select_options
         assert isinstance(self.model_wrapped, nn.Module)
         self._task = TaskLosses(self) if self._loss_fn is None else None
