@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from selectflow.core import optim as dynamics
-from selectflow.core.optim import SGD, AdamW, Adjoint, State, Update
+from selectflow.core.optim import SGD, AdamW, Adjoint, State
 from selectflow.core.params import Params
 from selectflow.core.pieces import in_pieces
 from selectflow.core.torch_optim import OptimizerReader
+from selectflow.core.update import Update
 
 
 def quadratic():
@@ -132,7 +132,7 @@ def test_an_update_made_in_parts_is_the_same_to_the_bit(monkeypatch, build, limi
 
     expected = everything()
     assert [names for _, names in update.parts(grad)] == [["w"], ["b", "s"]]
-    monkeypatch.setattr(dynamics, "_PART_BYTES", limit)
+    monkeypatch.setattr("selectflow.core.update._PART_BYTES", limit)
     found = everything()
     assert len(list(update.parts(grad))) == (3 if limit == 32 else 2)
     for ours, theirs in zip(found, expected, strict=True):

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from selectflow.core.lookahead import Policy
-from selectflow.core.optim import Update
+from selectflow.core.update import Update
 from selectflow.integrations.huggingface import SelectTrainerMixin
 
 # between the three libraries, each at its own pace

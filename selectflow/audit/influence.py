@@ -19,9 +19,10 @@ from selectflow.audit.reruns import Removal, expand, like_of, rerun, weights_wit
 from selectflow.core.batches import Batch, num_examples
 from selectflow.core.counts import is_count
 from selectflow.core.derivatives import Curvature
-from selectflow.core.optim import SGD, Adjoint, Rule, State, Update
+from selectflow.core.optim import SGD, Adjoint, Rule, State
 from selectflow.core.params import Params
 from selectflow.core.sweep import SweepStep
+from selectflow.core.update import Update
 from selectflow.offline.trajectory import Trajectory
 
 Reduce = Literal["none", "mean"]

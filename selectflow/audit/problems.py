@@ -29,11 +29,12 @@ from selectflow.audit.study import (
 from selectflow.core.batches import Batch, num_examples, take
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.lookahead import immediate
-from selectflow.core.optim import Adjoint, State, Update
+from selectflow.core.optim import Adjoint, State
 from selectflow.core.params import Params
 from selectflow.core.passes import LossFn, Objective
 from selectflow.core.sweep import SweepStep, Window, sweep
 from selectflow.core.torch_optim import OptimizerReader
+from selectflow.core.update import Update
 from selectflow.data.documents import python_sources
 from selectflow.fields import ConfigError
 from selectflow.models.language import (

@@ -37,8 +37,9 @@ from selectflow.audit.study import (
 )
 from selectflow.control.ladder import AutoHorizon
 from selectflow.core.batches import num_examples
-from selectflow.core.optim import State, Update
+from selectflow.core.optim import State
 from selectflow.core.proxy import closed_form, probe, relative_error
+from selectflow.core.update import Update
 from selectflow.core.weight_changes import removals, selection
 
 if TYPE_CHECKING:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from selectflow.core.batches import Batch, num_examples
 from selectflow.core.derivatives import Curvature, Derivatives, plain_attention
-from selectflow.core.optim import State, Update, after_skipping
+from selectflow.core.optim import State
 from selectflow.core.params import Params
 from selectflow.core.passes import Objective
 from selectflow.core.sweep import Window
 from selectflow.core.tangents import Shift, StateTangents, advance, loss_tangents
+from selectflow.core.update import Update, after_skipping
 from selectflow.core.weight_changes import Perturbation, weighted_gradient
 from selectflow.offline.trajectory import Trajectory
 

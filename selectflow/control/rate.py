@@ -14,11 +14,12 @@ from selectflow.control.multiplier import StepMultiplier
 from selectflow.control.rules import Decision, RateRule, restore, state_of
 from selectflow.core.batches import Batch, as_one, to_device
 from selectflow.core.derivatives import Derivatives
-from selectflow.core.optim import State, Update
+from selectflow.core.optim import State
 from selectflow.core.params import Params
 from selectflow.core.plain import plain, restored
 from selectflow.core.storage import plain_update, restored_update
 from selectflow.core.torch_optim import OptimizerReader
+from selectflow.core.update import Update
 
 _log = logging.getLogger(__name__)
 

@@ -1,24 +1,13 @@
 """Batches as users have them: any nesting of tensors with one leading dimension.
 
-What an example is, for every function here:
-
-- Mappings (dict, BatchEncoding, ModelOutput), dataclasses, named tuples, lists and tuples are
-  looked into, to any depth. Tensors and numpy arrays inside have one row for each example: their
-  common number of rows is N, the number of examples.
-- A list or tuple of N things that are no tensors has one entry for each example (keys, texts,
-  numbers, records, None), and its entries go where the rows go. Where tensors are inside the
-  entries and all have N rows, it is looked into instead: `({"x": x}, {"y": y})` is two parts of a
-  batch for any N. Other sequences (range, deque) count, too, and become lists.
-- All else goes with the batch as it is: texts, numbers, objects, sequences of other lengths.
-- The entries of a field called `key` or `__key__` name the examples in messages.
+`nested` says what of it goes with the examples.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections import UserDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -26,6 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from selectflow.core.nested import (
+    INTO_ALL,
+    each_leaf,
+    has_entries,
+    is_odd,
+    map_leaves,
+    num_rows,
+    rows_at,
+    usual_size,
+)
 
 Batch = Any
 """A nesting of tensors whose leading dimension counts examples."""
@@ -84,15 +84,15 @@ def num_examples(batch: Batch) -> int:
     """
     if isinstance(batch, MicroBatches):
         return sum(map(num_examples, batch.parts))
-    if isinstance(batch, Tensor) and batch.ndim and not _is_odd(batch):
+    if isinstance(batch, Tensor) and batch.ndim and not is_odd(batch):
         return len(batch)
-    if (usual := _usual_size(batch)) is not None:
+    if (usual := usual_size(batch)) is not None:
         return usual
     # Sequences that may be entries of examples have no say, unless there is nothing else.
-    sizes = _num_rows(batch, None) or _num_rows(batch, _INTO_ALL)
+    sizes = num_rows(batch, None) or num_rows(batch, INTO_ALL)
     size = next(iter(sizes.values()), None)
     if size is not None:
-        sizes |= _num_rows(batch, size)
+        sizes |= num_rows(batch, size)
     if not sizes:
         raise ValueError(f"batch must hold at least one tensor, got {type(batch).__name__}")
     if size is None or len(set(sizes.values())) > 1:
@@ -106,7 +106,7 @@ def num_examples(batch: Batch) -> int:
 
 def tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a batch, each with its path."""
-    for path, leaf in _leaves(batch, _INTO_ALL):
+    for path, leaf in each_leaf(batch, INTO_ALL):
         if isinstance(leaf, Tensor):
             yield path, leaf
 
@@ -143,8 +143,8 @@ def take(batch: Batch, index: Tensor | slice) -> Batch:
 
     def pick(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return _rows(leaf, on(leaf.device))
-        if not isinstance(leaf, np.ndarray) and not _has_entries(leaf, size):
+            return rows_at(leaf, on(leaf.device))
+        if not isinstance(leaf, np.ndarray) and not has_entries(leaf, size):
             return leaf
         places = on(torch.device("cpu"))
         if isinstance(leaf, np.ndarray):
@@ -153,7 +153,7 @@ def take(batch: Batch, index: Tensor | slice) -> Batch:
         entries = [leaf[place] for place in chosen]
         return type(leaf)(entries) if isinstance(leaf, list | tuple) else entries
 
-    return _map(pick, batch, size)
+    return map_leaves(pick, batch, size)
 
 
 def in_parts(pool: Batch, num: int, generator: torch.Generator) -> list[Batch]:
@@ -181,7 +181,9 @@ def through(view: Callable[[Batch], Batch] | None, batch: Batch) -> Batch:
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     """The batch with `function` of each of its tensors in its place, in one order."""
-    return _map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch, _INTO_ALL)
+    return map_leaves(
+        lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch, INTO_ALL
+    )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -212,10 +214,10 @@ def join(batches: Sequence[Batch]) -> Batch:
         leaves: list[Any] = []
 
         def note(leaf: Any, leaves: list[Any] = leaves, size: int = size) -> Any:
-            leaves.append(list(leaf) if _has_entries(leaf, size) else leaf)
+            leaves.append(list(leaf) if has_entries(leaf, size) else leaf)
             return leaf
 
-        _map(note, batch, size)
+        map_leaves(note, batch, size)
         columns.append(leaves)
     joined = iter([_joined(column) for column in zip(*columns, strict=True)])
 
@@ -223,7 +225,7 @@ def join(batches: Sequence[Batch]) -> Batch:
         found = next(joined)
         return type(leaf)(found) if isinstance(leaf, list | tuple) else found
 
-    return _map(replaced, batches[0], num_examples(batches[0]))
+    return map_leaves(replaced, batches[0], num_examples(batches[0]))
 
 
 def _joined(leaves: Sequence[Any]) -> Any:
@@ -257,10 +259,10 @@ def chunks(batch: Batch, size: int | None) -> Iterator[Batch]:
 def describe(batch: Batch, index: Tensor) -> str:
     """Names of the examples at `index` for messages: their keys where the batch has keys."""
     size, places = num_examples(batch), index[:8].tolist()
-    for path, leaf in _leaves(batch, size):
+    for path, leaf in each_leaf(batch, size):
         if path.rpartition(".")[2] in _KEY_NAMES:
             keys = leaf.tolist() if isinstance(leaf, Tensor | np.ndarray) else leaf
-            if _has_entries(keys, size):
+            if has_entries(keys, size):
                 return "keys " + ", ".join(str(keys[place]) for place in places)
     return "positions " + ", ".join(map(str, places))
 
@@ -292,137 +294,3 @@ class PeekedPools:
         before = len(self._peeked)
         self._peeked.extend(islice(self._source, 1))
         return len(self._peeked) > before
-
-
-# --- the rule, see above --------------------------------------------------------------------------
-
-_INTO_ALL = -1  # for a size: no sequence has so many entries, so that each is looked into
-_SCALARS = {int, float, bool, str, bytes, type(None)}
-_TEXT = str | bytes | bytearray | memoryview
-_LAYOUTS = (torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
-
-
-def _is_record(node: Any) -> bool:
-    if isinstance(node, tuple):
-        return hasattr(node, "_fields")  # a named tuple
-    is_instance = dataclasses.is_dataclass(node) and not isinstance(node, type)
-    return isinstance(node, Mapping) or is_instance
-
-
-def _is_nested(node: Any, size: int | None) -> bool:
-    """Whether a node is looked into, in a batch of `size` examples; None: not known yet."""
-    if isinstance(node, Tensor | np.ndarray | str | int):  # most nodes, and the quickest test
-        return False
-    if not isinstance(node, list | tuple) or _is_record(node):
-        return _is_record(node)
-    kinds = set(map(type, node))
-    if kinds <= _SCALARS:
-        return False
-    if any(issubclass(kind, Tensor | np.ndarray) for kind in kinds):
-        return True
-    if size is None:
-        return False
-    return len(node) != size or set(_num_rows(node, _INTO_ALL).values()) == {size}
-
-
-def _has_entries(leaf: Any, size: int) -> bool:
-    """Whether a leaf without rows has one entry for each of `size` examples."""
-    is_sequence = isinstance(leaf, Sequence) and not isinstance(leaf, _TEXT | torch.Size)
-    return is_sequence and len(leaf) == size
-
-
-def _num_rows(batch: Batch, size: int | None) -> dict[str, int | None]:
-    """Rows of each tensor and array by its path; None for one without dimensions."""
-    found = {}
-    for path, leaf in _leaves(batch, size):
-        if isinstance(leaf, Tensor) and _is_odd(leaf):
-            kind = "a jagged (nested) tensor" if leaf.is_nested else f"one of {leaf.layout}"
-            raise ValueError(
-                "tensors of a batch must be dense, or sparse in COO, CSR or CSC form, got "
-                f"{kind} at {path or 'batch'}; pad it, or make it a list of one entry per example"
-            )
-        if isinstance(leaf, Tensor | np.ndarray):
-            found[path] = len(leaf) if leaf.ndim else None
-    return found
-
-
-def _usual_size(batch: Batch) -> int | None:
-    """Rows of dense tensors, flat in a dict or list beside lists of plain values; None: not so."""
-    if type(batch) not in (dict, list, tuple):
-        return None
-    size = None
-    for leaf in batch.values() if type(batch) is dict else batch:
-        if isinstance(leaf, Tensor):
-            if not leaf.ndim or leaf.layout is not torch.strided or leaf.is_nested:
-                return None
-            if size not in (None, len(leaf)):
-                return None
-            size = len(leaf)
-        elif type(leaf) not in (list, tuple) or not _SCALARS.issuperset(map(type, leaf)):
-            return None
-    return size
-
-
-def _is_odd(leaf: Tensor) -> bool:
-    """Whether the rows of a tensor cannot be taken."""
-    return leaf.is_nested or leaf.layout not in _LAYOUTS
-
-
-def _rows(leaf: Tensor, index: Tensor | slice) -> Tensor:
-    if leaf.layout is torch.strided:
-        return leaf[index]
-    places = torch.arange(len(leaf), device="cpu")[
-        index.cpu() if isinstance(index, Tensor) else index
-    ]
-    # Sparse tensors have no other way to rows, and this one in COO form only.
-    chosen = leaf.to_sparse(layout=torch.sparse_coo).index_select(0, places.to(leaf.device))
-    return chosen if leaf.layout is torch.sparse_coo else chosen.to_sparse(layout=leaf.layout)
-
-
-def _children(node: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        yield from ((str(key), value) for key, value in node.items())
-    elif dataclasses.is_dataclass(node):
-        yield from ((field.name, getattr(node, field.name)) for field in dataclasses.fields(node))
-    else:
-        yield from ((str(position), value) for position, value in enumerate(node))
-
-
-def _leaves(node: Any, size: int | None, path: str = "") -> Iterator[tuple[str, Any]]:
-    # The batch itself is never one entry per example: that would be no batch but samples.
-    if not _is_nested(node, size if path else _INTO_ALL):
-        yield path, node
-        return
-    for name, child in _children(node):
-        yield from _leaves(child, size, f"{path}.{name}" if path else name)
-
-
-def _map(
-    function: Callable[[Any], Any], node: Any, size: int | None, is_outermost: bool = True
-) -> Any:
-    if not _is_nested(node, _INTO_ALL if is_outermost else size):
-        return function(node)
-
-    def mapped(child: Any) -> Any:
-        return _map(function, child, size, is_outermost=False)
-
-    if isinstance(node, Mapping):
-        return _with_items(node, {key: mapped(value) for key, value in node.items()})
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        given = [field.name for field in dataclasses.fields(node) if field.init]
-        return dataclasses.replace(node, **{name: mapped(getattr(node, name)) for name in given})
-    parts = [mapped(child) for child in node]
-    return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
-
-
-def _with_items(node: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
-    """A mapping with other values for its keys, and all that it is beside its items."""
-    if type(node) is dict or not isinstance(node, MutableMapping):
-        return items
-    if isinstance(node, dict | UserDict):
-        made: MutableMapping[Any, Any] = copy.copy(node)
-    else:  # a shallow copy may share the dict that it keeps its items in
-        made = copy.deepcopy(node, {id(value): value for value in node.values()})
-    for key, value in items.items():  # some, such as ModelOutput, have no `update`
-        made[key] = value
-    return made

@@ -33,10 +33,11 @@ from selectflow.core.batches import (
 )
 from selectflow.core.clock import work_s
 from selectflow.core.derivatives import Curvature, Derivatives
-from selectflow.core.optim import Adjoint, State, Update, after_skipping
+from selectflow.core.optim import Adjoint, State
 from selectflow.core.params import Params, measured
 from selectflow.core.storage import Offload, keeping
 from selectflow.core.sweep import Nominal, SweepStep, Window, sweep, sweep_capacity
+from selectflow.core.update import Update, after_skipping
 from selectflow.core.weighted import relu_weights
 
 NominalChoice = Literal["random", "policy"]

@@ -65,8 +65,9 @@ from torch import Tensor
 
 from selectflow.core.batches import Batch
 from selectflow.core.derivatives import Derivatives
-from selectflow.core.optim import State, Update, after_skipping
+from selectflow.core.optim import State
 from selectflow.core.tangents import StateTangents, advance, loss_tangents
+from selectflow.core.update import Update, after_skipping
 from selectflow.core.weight_changes import Perturbation, rollout, weighted_gradient
 
 ProxyMethod = Literal["exact", "fast"]

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from selectflow.core.optim import SGD, AdamW, Rule, State, Update, part_of
+from selectflow.core.optim import SGD, AdamW, Rule, State, part_of
 from selectflow.core.params import Params, measured, merge
+from selectflow.core.update import Update
 
 _MOST_ROUNDING = 1e-4  # of the norm of the gradient
 _UNCLIPPED = 0.99  # of the limit: a clipped gradient has a norm of the limit itself

@@ -18,8 +18,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from selectflow.core.files import atomic_file
-from selectflow.core.optim import SGD, AdamW, Rule, State, Update
+from selectflow.core.optim import SGD, AdamW, Rule, State
 from selectflow.core.params import Params
+from selectflow.core.update import Update
 
 Offload = Literal["none", "cpu", "disk"]
 Fetch = Callable[[], State]

@@ -19,9 +19,10 @@ from torch import Tensor
 from selectflow.core.batches import Batch
 from selectflow.core.chunks import GIB, num_fitting
 from selectflow.core.derivatives import Curvature, Derivatives
-from selectflow.core.optim import Adjoint, State, Update, after_skipping
+from selectflow.core.optim import Adjoint, State
 from selectflow.core.params import Params
 from selectflow.core.storage import Fetch, Keep, in_place
+from selectflow.core.update import Update, after_skipping
 
 Nominal = Callable[[int, State], Batch]
 """The batch of update i of the window (0 is the next), given the state before it."""

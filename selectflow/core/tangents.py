@@ -42,9 +42,10 @@ from torch.overrides import TorchFunctionMode
 
 from selectflow.core.batches import Batch
 from selectflow.core.derivatives import plain_attention
-from selectflow.core.optim import SGD, AdamW, Rule, State, Update, join, part_of
+from selectflow.core.optim import SGD, AdamW, Rule, State, join, part_of
 from selectflow.core.params import Params
 from selectflow.core.passes import Objective
+from selectflow.core.update import Update
 
 _Point = TypeVar("_Point")
 _Found = TypeVar("_Found")

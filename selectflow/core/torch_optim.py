@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from selectflow.core.optim import SGD, AdamW, Rule, State, Update
+from selectflow.core.optim import SGD, AdamW, Rule, State
 from selectflow.core.params import Params
+from selectflow.core.update import Update
 from selectflow.core.wrappers import prepared_from
 from selectflow.distributed import local
 

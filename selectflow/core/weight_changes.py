@@ -15,9 +15,10 @@ from torch import Tensor
 
 from selectflow.core.batches import Batch, num_examples, take
 from selectflow.core.derivatives import Derivatives
-from selectflow.core.optim import State, Update, after_skipping
+from selectflow.core.optim import State
 from selectflow.core.params import Params
 from selectflow.core.tangents import Shift
+from selectflow.core.update import Update, after_skipping
 
 
 @dataclass(frozen=True)

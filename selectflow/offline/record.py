@@ -21,10 +21,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from selectflow.core.batches import Batch
 from selectflow.core.chunks import ChunkSize
 from selectflow.core.derivatives import Derivatives
-from selectflow.core.optim import Update
 from selectflow.core.passes import LossFn, Objective, check_finite
 from selectflow.core.storage import plain_update, restored_update, write_whole
 from selectflow.core.torch_optim import OptimizerReader
+from selectflow.core.update import Update
 from selectflow.offline.trajectory import Snapshots, Trajectory
 
 FORMAT = 1  # raise it when replaying would give other states than the version that recorded

@@ -18,10 +18,11 @@ from torch import nn
 from selectflow.core.batches import Batch
 from selectflow.core.chunks import GIB, num_fitting
 from selectflow.core.derivatives import Curvature, Derivatives
-from selectflow.core.optim import Adjoint, State, Update
+from selectflow.core.optim import Adjoint, State
 from selectflow.core.params import Params
 from selectflow.core.storage import read_state, write_state
 from selectflow.core.sweep import SweepStep, Window, sweep, sweep_capacity
+from selectflow.core.update import Update
 
 # How far a replay may end from the recording, over the way both went since the last snapshot.
 # torch.optim and `dynamics` differ by rounding, which a run in low precision amplifies.

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from selectflow.core.batches import Batch, num_examples, take
 from selectflow.core.counts import is_count
-from selectflow.core.optim import AdamW, State, Update
+from selectflow.core.optim import AdamW, State
 from selectflow.core.params import Params
+from selectflow.core.update import Update
 from selectflow.strategies.training import Memory, Training
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ from torch import Tensor
 from selectflow.core.batches import Batch, num_examples, through
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.examples import ExampleGradients
-from selectflow.core.optim import State, Update, after_skipping
+from selectflow.core.optim import State
 from selectflow.core.params import Params
 from selectflow.core.target import Cycle
 from selectflow.core.torch_optim import OptimizerReader
+from selectflow.core.update import Update, after_skipping
 
 Memory = dict[str, Params]
 """Named tensors that a strategy keeps from one selection to the next."""
