@@ -22,8 +22,9 @@ MLP = PROBLEMS[0]
 
 
 def parts(
-    lr=1e-2, kind=torch.optim.AdamW, settings=None, pools_per_update=1, num_targets=1, **options
-):
+    lr=1e-2, kind=torch.optim.AdamW, settings=None, pools_per_update=1, num_targets=1,
+    step_cost=1.0, **options,
+):  # fmt: skip
     """A model in training, its control, and a function that takes one selected step."""
     model, make = MLP.make()
     optimizer = kind(model.parameters(), lr=lr, **options)
@@ -37,6 +38,7 @@ def parts(
         Derivatives(objective),
         targets.__next__,
         pools_per_update,
+        lambda: step_cost,
     )
 
     def step(batch):
@@ -100,6 +102,29 @@ def test_decisions_are_made_from_really_training_at_the_other_rates():
         factor = float(name.removeprefix("loss_at_"))
         real = reference.rerun(*start, MLP.loss_fn, batches, target, lrs=[1e-3 * factor] * 4)
         assert loss == pytest.approx(real, rel=1e-9)
+
+
+@pytest.mark.parametrize("step_cost", [1.0, 4.0])
+def test_replays_take_no_more_than_their_share_of_training(step_cost):
+    """Without gaps each window of 4 steps would be replayed at two rates: twice the training."""
+    settings = AutoRate(window=4, longest_gap=0, share=0.1, early=16, rise=1e9)
+    _, _, _, control, step, make, _ = parts(1e-3, settings=settings, step_cost=step_cost)
+    for _ in range(161):
+        step(make(8))
+        allowed = 16 + 0.1 * control.state.trained
+        assert control.state.replayed <= allowed + 4  # the first window is checked besides
+    assert control.state.trained == 160 * step_cost
+    assert control.state.replayed > allowed - 2 * settings.window
+
+
+def test_what_is_unpaid_of_replays():
+    settings = AutoRate(window=8, share=0.25, early=32)
+    assert settings.unpaid(16, 0) == 0
+    assert settings.unpaid(32, 0) == 64
+    assert settings.unpaid(32, 40) == 24
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="share"):
+            AutoRate(share=share)
 
 
 IN_GAPS = AutoRate(window=4, longest_gap=32, highest=1.0)

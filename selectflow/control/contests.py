@@ -108,9 +108,10 @@ class HorizonState:
         self.times = deque(saved["times"], _NUM_TIMES)
         judge = saved["judge"]
         self.judge = None if judge is None else to_device(restored(judge), device)
-        self.best = None if saved["best"] is None else saved["best"].to(device)
+        best = saved.get("best")
+        self.best = None if best is None else best.to(device)
         others = {"rule", "generator", "costs", "times", "judge", "best"}
-        for name in vars(self).keys() - others:
+        for name in saved.keys() & vars(self).keys() - others:  # an older state has fewer
             setattr(self, name, saved[name])
 
 
@@ -160,7 +161,7 @@ class HorizonControl:
         state = self.state
         num = step - state.last_step if state.last_step >= 0 else 0
         self._is_first, state.last_step = step != state.last_step, step
-        state.training += num * self._cost(state.rule.horizon)
+        state.training += num * self.step_cost
         if self._left_at is not None and self._is_timed():
             self._busy_s += work_s(self._device) - self._left_at  # micro-batches add up
             if num == 1:
@@ -174,13 +175,18 @@ class HorizonControl:
 
     def _is_timed(self) -> bool:
         """Whether a contest is near: to wait for the device at every step would cost time."""
-        near = 2 * _NUM_TIMES * self._cost(self.state.rule.horizon)
+        near = 2 * _NUM_TIMES * self.step_cost
         return self._settings.costs is None and self.state.training + near >= self._due_at()
+
+    @property
+    def step_cost(self) -> float:
+        """Of a present step, in plain steps."""
+        return self._cost(self.state.rule.horizon)
 
     def _cost(self, rung: int) -> float:
         """Of a step, in plain steps; a guess where it was not measured."""
-        simulated = max(0, rung) / self._policy.interval()
-        return 1.0 if rung == OFF else self.state.costs.get(rung, 1 + _GUESS * (1 + simulated))
+        guess = guessed_cost(rung, self._policy.interval())
+        return 1.0 if rung == OFF else self.state.costs.get(rung, guess)
 
     def _price(self, rival: int) -> float:
         """What a contest is expected to cost, in plain steps."""
@@ -202,7 +208,7 @@ class HorizonControl:
         if len(settings.ladder) == 1:
             return math.inf
         price = self._price(state.rule.rival())
-        left = (self._num_steps - max(0, state.last_step)) * self._cost(state.rule.horizon)
+        left = (self._num_steps - max(0, state.last_step)) * self.step_cost
         if price > settings.late_share * left:
             return math.inf
         total = (state.spent + price) / (2 if state.is_urgent else 1)
@@ -387,6 +393,11 @@ def compared(losses: Mapping[_Kind, Tensor], group: Group) -> tuple[dict[_Kind, 
     variance = (squares - totals[-1] ** 2 / num) / (num - 1) if num > 1 else math.inf
     means = dict(zip(losses, (total / num for total in totals[:2]), strict=True))
     return means, math.sqrt(max(0.0, variance) / num)
+
+
+def guessed_cost(horizon: int, interval: int) -> float:
+    """Of a step with selection, in plain steps."""
+    return 1 + _GUESS * (1 + max(0, horizon) / interval)
 
 
 def halves(batch: Batch) -> tuple[Batch, Batch]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
 
-from selectflow.control.contests import HorizonControl
+from selectflow.control.contests import HorizonControl, guessed_cost
 from selectflow.control.horizon import Horizon, as_horizon
 from selectflow.control.ladder import AutoHorizon
 from selectflow.control.rate import RateControl
@@ -55,7 +55,7 @@ class Controls:
         self._rate: RateControl | None = None
         if state.rate is not None:
             self._rate = RateControl(
-                state.rate, trained.optimizer, derivatives, target.next, self._per
+                state.rate, trained.optimizer, derivatives, target.next, self._per, self._step_cost
             )
         self.horizon: Horizon = self._contests or as_horizon(horizon)  # type: ignore[arg-type]
 
@@ -76,6 +76,15 @@ class Controls:
         if self._worth is not None:
             largest = self._worth.num_updates(largest)
         return largest * self._per
+
+    def _step_cost(self) -> float:
+        """Of a present step, in plain steps."""
+        if self._contests is not None:
+            return self._contests.step_cost
+        if not self._state.num_lookaheads:  # nothing is scored by influence
+            return 1.0
+        horizon = self.horizon.at(self._state.num_steps)
+        return guessed_cost(horizon, self._scoring.policy.interval())
 
     def enter(self, step: int) -> None:
         """The user's loop asks for a batch."""

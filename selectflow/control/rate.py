@@ -123,6 +123,8 @@ class RateState:
         last_step: that was judged.
         is_faithful: whether replays repeat the real training; None: not known yet.
         num_taken_back: steps that are no longer in the optimizer's own count.
+        trained: what training has cost so far, in plain steps.
+        replayed: steps of all replays.
     """
 
     rule: RateRule
@@ -131,6 +133,8 @@ class RateState:
     last_step: int = -1
     is_faithful: bool | None = None
     num_taken_back: int = 0
+    trained: float = 0.0
+    replayed: int = 0
 
     def plain(self) -> dict[str, Any]:
         """As plain values and tensors."""
@@ -141,6 +145,8 @@ class RateState:
             "last_step": self.last_step,
             "is_faithful": self.is_faithful,
             "num_taken_back": self.num_taken_back,
+            "trained": self.trained,
+            "replayed": self.replayed,
         }
 
     def load(self, plain: Mapping[str, Any], params: Params) -> None:
@@ -149,6 +155,7 @@ class RateState:
         self.window = plain["window"] and Window.restored(plain["window"], params)
         self.next_step, self.last_step = plain["next_step"], plain["last_step"]
         self.is_faithful, self.num_taken_back = plain["is_faithful"], plain["num_taken_back"]
+        self.trained, self.replayed = plain.get("trained", 0.0), plain.get("replayed", 0)
 
 
 class RateControl:
@@ -167,6 +174,7 @@ class RateControl:
         derivatives: of the training loss.
         next_target: gives the batch whose mean loss a window is judged by.
         pools_per_update: batches that make one optimizer step.
+        step_cost: gives the cost of a present step, with its selection, in plain steps.
     """
 
     def __init__(
@@ -176,7 +184,9 @@ class RateControl:
         derivatives: Derivatives,
         next_target: Callable[[], Batch],
         pools_per_update: int,
+        step_cost: Callable[[], float],
     ) -> None:
+        self._step_cost = step_cost
         self.state, self._optimizer, self._derivatives = state, optimizer, derivatives
         self._next_target, self._pools_per_update = next_target, pools_per_update
         self._hooks = StepMultiplier(optimizer)  # removed with this control
@@ -194,6 +204,8 @@ class RateControl:
         """
         if step == self.state.last_step:  # a further batch of the same step
             return None, False
+        if self.state.last_step >= 0:
+            self.state.trained += (step - self.state.last_step) * self._step_cost()
         self.state.last_step, window = step, self.state.window
         decision, replaced = None, False
         if window is not None and not self._belongs(window, step):
@@ -288,7 +300,10 @@ class RateControl:
     def _close(self, window: Window, step: int, loss: float) -> tuple[Decision | None, bool]:
         """Judge a window, and open the next where a gap begins."""
         decision, replaced, loss = self._judge(window, loss)
-        self.state.next_step = step + self.state.rule.gap
+        unpaid = self.state.rule.settings.unpaid(self.state.replayed, self.state.trained)
+        self.state.next_step = step + max(
+            self.state.rule.gap, math.ceil(unpaid / self._step_cost())
+        )
         self.state.window = None
         if step < self.state.next_step:
             self._open(step, window.target, loss, loss)
@@ -313,7 +328,7 @@ class RateControl:
         def replay(factor: float) -> float:
             nonlocal best, best_loss
             try:
-                end = window.replay(self._derivatives, factor)
+                end = self._replayed(window, factor)
                 loss = self._loss(end, window.target)
             except FloatingPointError:
                 return math.inf
@@ -350,7 +365,7 @@ class RateControl:
     def _check(self, window: Window, end: State) -> bool:
         """Whether a replay of the first window repeats it."""
         try:
-            apart = (window.replay(self._derivatives, 1.0).params - end.params).norm()
+            apart = (self._replayed(window, 1.0).params - end.params).norm()
         except FloatingPointError:  # where the training itself was finite
             apart = math.inf
         way = (end.params - window.start.params).norm()
@@ -362,6 +377,10 @@ class RateControl:
                 100 * apart / way,
             )
         return faithful
+
+    def _replayed(self, window: Window, factor: float) -> State:
+        self.state.replayed += len(window.batches)
+        return window.replay(self._derivatives, factor)
 
     def _buffers(self) -> dict[str, Tensor]:
         live = self._derivatives.objective.model.named_buffers()

@@ -98,6 +98,10 @@ class AutoRate:
         longest_gap: most steps between two windows, >= 0; a gap doubles while nothing changes. In
             a gap the target loss is looked at every `window` steps, forward only.
         rise: relative rise of the target loss that takes the last `window` steps back.
+        share: of the cost of training, in plain steps, that replays may take, in (0, 1]. Those that
+            a rise asks for are made all the same, and are paid for by later ones.
+        early: steps that may be replayed beyond that share, since the rate may be off by much at
+            first.
     """
 
     lowest: float = 1 / 64
@@ -105,6 +109,8 @@ class AutoRate:
     window: int = 8
     longest_gap: int = 248
     rise: float = 0.2
+    share: float = 0.15
+    early: int = 128
 
     def __post_init__(self) -> None:
         if not 0 < self.lowest <= 1 <= self.highest < math.inf:
@@ -118,7 +124,21 @@ class AutoRate:
                 "window must be >= 1, longest_gap >= 0, both integers, and rise > 0, got "
                 f"{self.window}, {self.longest_gap} and {self.rise}"
             )
-        as_integers(self, "window", "longest_gap")
+        if not 0 < self.share <= 1 or not is_count(self.early, 0):
+            raise ValueError(
+                "share must be in (0, 1], early >= 0, an integer, got "
+                f"{self.share} and {self.early}"
+            )
+        as_integers(self, "window", "longest_gap", "early")
+
+    def unpaid(self, replayed: float, trained: float) -> float:
+        """What must be trained until another window may be replayed at two rates; 0: nothing.
+
+        Args:
+            replayed: steps so far.
+            trained: cost of training so far, in plain steps.
+        """
+        return max(0.0, (replayed + 2 * self.window - self.early) / self.share - trained)
 
 
 @dataclass
