@@ -9,8 +9,11 @@ import torch
 from selectflow import AutoHorizon, AutoRate, Selector
 from selectflow.control.contests import compared, halves
 from selectflow.control.ladder import OFF, HorizonRule
-from selectflow.core.batches import in_parts, num_examples, tensors
+from selectflow.control.state import SelectorState, TargetSet
+from selectflow.core.batches import MicroBatches, in_parts, num_examples, tensors
+from selectflow.core.forms import Forms
 from selectflow.core.lookahead import Policy, Upcoming
+from selectflow.core.target import Cycle
 from selectflow.distributed import ALONE
 from tests import reference
 from tests.problems import PROBLEMS
@@ -241,8 +244,8 @@ def until_decided(selector, optimizer, pools):
     raise AssertionError("a contest must be held")
 
 
-def test_a_contest_is_judged_by_the_batch_after_the_one_it_selects_by(monkeypatch):
-    """All select by batch 0 of the target; what decides is their loss on batch 1."""
+def test_a_contest_is_judged_by_the_batches_after_the_one_it_selects_by(monkeypatch):
+    """All select by batch 0 of the target; what decides is their loss on the other two."""
     problem = PROBLEMS[0]
     model, make = problem.make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -254,7 +257,9 @@ def test_a_contest_is_judged_by_the_batch_after_the_one_it_selects_by(monkeypatc
     until_decided(selector, optimizer, [make(10) for _ in range(9)])
     assert len(selected) == 3
     assert all(batch is targets[0] for batch in selected)
-    assert [batch is targets[1] for batch in judged] == [True, True]
+    assert [[id(part) for part in batch.parts] for batch in judged] == 2 * [
+        [id(batch) for batch in targets[1:]]
+    ]
 
 
 def test_a_single_batch_of_the_target_is_halved(monkeypatch):
@@ -266,6 +271,24 @@ def test_a_single_batch_of_the_target_is_halved(monkeypatch):
     assert all(equal(batch, mine) for batch in selected)
     assert all(equal(batch, others) for batch in judged)
     assert num_examples(mine) == num_examples(others) == 6
+
+
+@pytest.mark.parametrize(
+    ("sizes", "judges"),
+    [([12, 40, 40, 40], [1, 2]), ([12, 9, 9, 9], [1, 2, 3]), ([12, 70, 9], [1])],
+)
+@pytest.mark.parametrize("kind", [list, lambda batches: (b for b in batches)])
+def test_what_judges_has_some_64_examples_where_the_target_has_them(sizes, judges, kind):
+    _, make = PROBLEMS[0].make()
+    batches = [make(size) for size in sizes]
+    state = SelectorState(torch.Generator(), Forms(), None, None)
+    targets = TargetSet(Cycle(kind(batches)), None, state)
+    target, judge = targets.next_and_judge(ALONE)
+    assert target is batches[0]
+    parts = judge.parts if isinstance(judge, MicroBatches) else [judge]
+    assert [id(part) for part in parts] == [id(batches[place]) for place in judges]
+    following = (judges[-1] + 1) % len(batches)
+    assert targets.next() is batches[following]
 
 
 def test_a_single_example_judges_itself():

@@ -164,7 +164,7 @@ class Controls:
         num_parts = 1 + rejected // size_kept
         num = control.num_updates(num_parts) * self._per
         pools, began = ongoing.pools(num, self._group), time.perf_counter()
-        target, judge = self._target.next_and_judge()
+        target, judge = self._target.next_and_judge(self._group)
         with self._scoring_both():
             ongoing.note(control.contest(pools, num_parts, target, judge), began)
 
@@ -176,7 +176,7 @@ class Controls:
         horizon = self.horizon.at(step)
         pools = ongoing.pools(worth.num_updates(horizon) * self._per, self._group)
         began = time.perf_counter()
-        target, judge = self._target.next_and_judge()
+        target, judge = self._target.next_and_judge(self._group)
         with self._scoring_both():
             ongoing.scorer_gain = worth.check(step, horizon, pools, target, judge)
         ongoing.note(None, began)

@@ -18,7 +18,7 @@ from selectflow.control.interval import IntervalState
 from selectflow.control.rate import RateState
 from selectflow.control.rules import Decision
 from selectflow.control.worth import WorthState
-from selectflow.core.batches import Batch, through, to_device
+from selectflow.core.batches import Batch, as_one, num_examples, through, to_device
 from selectflow.core.forms import Forms
 from selectflow.core.lookahead import LookAhead
 from selectflow.core.params import Params
@@ -27,6 +27,8 @@ from selectflow.core.target import Cycle
 from selectflow.distributed import Group
 
 _log = logging.getLogger(__name__)
+
+_JUDGED = 64  # examples; their passes are few beside those of the steps that they judge
 
 
 @dataclass
@@ -155,14 +157,16 @@ class TargetSet:
 
     def next(self) -> Batch:
         """The next batch."""
-        batch, after = self._draw()
-        self._state.target_position, self._peeked = after, None
-        return through(self._view, batch)
+        return self._take(*self._draw())
 
     def peek(self) -> Batch:
         """What `next` is going to return."""
         self._peeked = self._state.target_position, self._draw()
         return through(self._view, self._peeked[1][0])
+
+    def _take(self, batch: Batch, after: int) -> Batch:
+        self._state.target_position, self._peeked = after, None
+        return through(self._view, batch)
 
     def _draw(self) -> tuple[Batch, int]:
         position = self._state.target_position
@@ -170,15 +174,26 @@ class TargetSet:
             return self._peeked[1]  # a loader would have to begin its round again
         return self.cycle.draw(position)
 
-    def next_and_judge(self) -> tuple[Batch, Batch]:
-        """A batch to select by, and one to judge by.
+    def next_and_judge(self, group: Group) -> tuple[Batch, Batch]:
+        """A batch to select by, and others to judge by, of some `_JUDGED` examples if there are.
 
         What is gained on those that one selects by is no merit where the target has others.
+
+        Args:
+            group: of the processes, which judge by as many batches each.
         """
-        target, judge = self.next(), self.next()
-        if self.cycle.num_batches == 1 or judge is target:
-            return halves(target)
-        return target, judge
+        target = self.next()
+        places, judges, size = {self._state.target_position}, [], 0
+        while size < _JUDGED:
+            batch, after = self._draw()
+            if after in places or batch is target:  # round again
+                self._peeked = self._state.target_position, (batch, after)
+                break
+            places.add(after)
+            judges.append(self._take(batch, after))
+            size += num_examples(judges[-1])
+        num = group.least(len(judges))
+        return (target, as_one(judges[:num])) if num else halves(target)
 
 
 @dataclass
