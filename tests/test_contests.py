@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from selectflow import AutoHorizon, AutoRate, Selector
-from selectflow.control.contests import compared, halves
 from selectflow.control.ladder import OFF, HorizonRule
-from selectflow.control.state import SelectorState, TargetSet
+from selectflow.control.rollouts import compared
+from selectflow.control.state import SelectorState, TargetSet, halves
 from selectflow.core.batches import MicroBatches, in_parts, num_examples, tensors
 from selectflow.core.forms import Forms
 from selectflow.core.lookahead import Policy, Upcoming
@@ -570,3 +570,19 @@ def test_it_is_resumed_bit_for_bit_through_changes(cut, pools_per_update, tmp_pa
     assert head + tail == seen
     for mine, theirs in zip(model.parameters(), second.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_where_no_contest_ever_fits_it_is_said_once(caplog):
+    """A selected step takes as long as 30 plain ones, and plain training makes one of a pool."""
+    problem = PROBLEMS[0]
+    settings = restless(largest=0, costs={0: 30.0}, contest_steps=2, gap=1, early=10_000)
+    model, make = problem.make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    selector = Selector(model, optimizer, problem.loss_fn, [make(8), make(8)], 6, settings)
+    selector.state.horizon.next_look = math.inf
+    for _ in islice(selector.stream(make(10) for _ in range(99)), 12):
+        assert not selector.last.decisions
+        train_on(model, optimizer, problem, make(4))
+    (record,) = caplog.records
+    assert "H = 0 and plain training cannot be compared" in record.getMessage()
+    assert "as long as 30.0 of the latter, which makes 1 of a pool" in record.getMessage()

@@ -13,30 +13,30 @@ falls fast, plain training teaches, and a contest can wait; where it has risen, 
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from selectflow.control.ladder import OFF, AutoHorizon, HorizonRule, Outcome
-from selectflow.control.rollouts import Rollouts
+from selectflow.control.ladder import OFF, AutoHorizon, HorizonRule, Outcome, named
+from selectflow.control.rollouts import Rollouts, compared
 from selectflow.control.rules import Decision, restore, state_of
-from selectflow.core.batches import Batch, num_examples, num_kept, take, to_device
+from selectflow.core.batches import Batch, num_examples, num_kept, to_device
 from selectflow.core.clock import work_s
 from selectflow.core.lookahead import Upcoming, random_order
 from selectflow.core.plain import plain, restored
 from selectflow.core.proxy import probe
 from selectflow.core.weight_changes import selection
-from selectflow.distributed import Group
 
 NextTarget = Callable[[], Batch]
-_Kind = TypeVar("_Kind")
+_log = logging.getLogger(__name__)
 
 _HELD = 1.25  # factor by which a measured cost must differ from the one in use to replace it
 _NUM_TIMES = 16  # steps of the user's loop whose median counts
@@ -133,6 +133,7 @@ class HorizonControl:
         self._is_first = True  # whether this is the first batch of its optimizer step
         self._busy_s = 0.0  # of the present step of the user's loop, so far
         self._step_s = math.nan  # of a step of the user's loop, once it was measured
+        self._is_told = False  # that no contest fits into the pools
 
     @property
     def largest(self) -> int:
@@ -281,8 +282,11 @@ class HorizonControl:
         num = len(pools) // self._policy.pools_per_update
         others = (num * num_parts if cheap == OFF else num - cheap) / self._ratio(dear, cheap)
         rounds = min(self._num_rounds(dear), num - dear, int(others))
-        if rounds < 2:
-            return None  # near the end of the stream
+        if rounds < 2:  # near the end of the stream, or never
+            if num >= self.largest and not self._is_told:
+                _log.warning(self._why_none(cheap, dear, num_parts))
+                self._is_told = True
+            return None
         if math.isinf(self._now(judge)[0]):
             return None  # there is nothing to compare with
         judged = partial(self._rollouts.judged, pools=pools, target=target, judge=judge)
@@ -306,6 +310,15 @@ class HorizonControl:
         self._pay(2 * rounds * self._cost(dear), seconds if is_known else None)
         state.next_at, state.next_look = state.training + rule.gap, state.training
         return decision
+
+    def _why_none(self, cheap: int, dear: int, num_parts: int) -> str:
+        steps = num_parts if cheap == OFF else 1
+        return (
+            f"{named(dear)} and {named(cheap)} cannot be compared: one step of the former takes as "
+            f"long as {self._ratio(dear, cheap):.1f} of the latter, which makes {steps} of a pool, "
+            f"and at most {self.largest} pools are peeked at. horizon='auto' goes on with "
+            f"{named(self.state.rule.horizon)}; keep less of each pool, or name a horizon"
+        )
 
     def _measure(self, horizon: int, times: Sequence[tuple[float, float]]) -> None:
         """Hold what a selected step costs, in plain steps of the user's own loop."""
@@ -377,35 +390,9 @@ class HorizonControl:
         }
 
 
-def compared(losses: Mapping[_Kind, Tensor], group: Group) -> tuple[dict[_Kind, float], float]:
-    """Means of two kinds of losses, as of two rungs, and the standard error of their difference.
-
-    That is infinite of a single example.
-
-    Args:
-        losses: both of shape (N,), of the same examples; in each process of its own.
-        group: of the processes.
-    """
-    one, other = (each.cpu().double() for each in losses.values())
-    apart = one - other
-    sums = torch.stack([x.sum() for x in (torch.ones_like(one), one, other, apart, apart**2)])
-    num, *totals, squares = group.sum(sums).tolist()
-    variance = (squares - totals[-1] ** 2 / num) / (num - 1) if num > 1 else math.inf
-    means = dict(zip(losses, (total / num for total in totals[:2]), strict=True))
-    return means, math.sqrt(max(0.0, variance) / num)
-
-
 def guessed_cost(horizon: int, interval: int) -> float:
     """Of a step with selection, in plain steps."""
     return 1 + _GUESS * (1 + max(0, horizon) / interval)
-
-
-def halves(batch: Batch) -> tuple[Batch, Batch]:
-    """Every other example of a batch, and the rest; a single one twice."""
-    size = num_examples(batch)
-    if size < 2:
-        return batch, batch
-    return take(batch, torch.arange(0, size, 2)), take(batch, torch.arange(1, size, 2))
 
 
 def _held(known: float | None, found: float) -> float:

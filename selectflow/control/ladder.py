@@ -200,8 +200,8 @@ class HorizonRule:
         else:
             self.gap = min(2 * self.gap, self.settings.longest_gap)
         reason = (
-            f"{_named(dear)} is {abs(lead):.1%} +- {error:.1%} {'below' if lead > 0 else 'above'}"
-            f" {_named(cheap)} in the same time ({outcome.cost:.2g} of its steps to one): {why}"
+            f"{named(dear)} is {abs(lead):.1%} +- {error:.1%} {'below' if lead > 0 else 'above'}"
+            f" {named(cheap)} in the same time ({outcome.cost:.2g} of its steps to one): {why}"
         )
         measures = {f"loss_at_{_value(rung)}": loss for rung, loss in outcome.losses.items()}
         measures |= {"lead": lead, "lead_error": error, "cost": outcome.cost} | dict(outcome.trust)
@@ -243,5 +243,5 @@ def _value(rung: int) -> float | Literal["off"]:
     return "off" if rung == OFF else rung
 
 
-def _named(rung: int) -> str:
+def named(rung: int) -> str:
     return "plain training" if rung == OFF else f"H = {rung}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from selectflow.core.lookahead import Policy, Upcoming
 from selectflow.core.optim import State
 from selectflow.core.params import Params
 from selectflow.core.torch_optim import OptimizerReader
+from selectflow.distributed import Group
+
+_Kind = TypeVar("_Kind")
 
 
 class Simulated(NamedTuple):
@@ -114,6 +117,24 @@ class Rollouts:
             self.times.append((select_s, work_s(device) - began - select_s))
             yield after
             began = work_s(device)
+
+
+def compared(losses: Mapping[_Kind, Tensor], group: Group) -> tuple[dict[_Kind, float], float]:
+    """Means of two kinds of losses, as of two rungs, and the standard error of their difference.
+
+    That is infinite of a single example.
+
+    Args:
+        losses: both of shape (N,), of the same examples; in each process of its own.
+        group: of the processes.
+    """
+    one, other = (each.cpu().double() for each in losses.values())
+    apart = one - other
+    sums = torch.stack([x.sum() for x in (torch.ones_like(one), one, other, apart, apart**2)])
+    num, *totals, squares = group.sum(sums).tolist()
+    variance = (squares - totals[-1] ** 2 / num) / (num - 1) if num > 1 else math.inf
+    means = dict(zip(losses, (total / num for total in totals[:2]), strict=True))
+    return means, math.sqrt(max(0.0, variance) / num)
 
 
 def _diverged(judge: Batch) -> Tensor:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selectflow.control.contests import HorizonState, halves
+from selectflow.control.contests import HorizonState
 from selectflow.control.interval import IntervalState
 from selectflow.control.rate import RateState
 from selectflow.control.rules import Decision
 from selectflow.control.worth import WorthState
-from selectflow.core.batches import Batch, as_one, num_examples, through, to_device
+from selectflow.core.batches import Batch, as_one, num_examples, take, through, to_device
 from selectflow.core.forms import Forms
 from selectflow.core.lookahead import LookAhead
 from selectflow.core.params import Params
@@ -194,6 +194,14 @@ class TargetSet:
             size += num_examples(judges[-1])
         num = group.least(len(judges))
         return (target, as_one(judges[:num])) if num else halves(target)
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """Every other example of a batch, and the rest; a single one twice."""
+    size = num_examples(batch)
+    if size < 2:
+        return batch, batch
+    return take(batch, torch.arange(0, size, 2)), take(batch, torch.arange(1, size, 2))
 
 
 @dataclass

@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from selectflow.control.contests import compared
 from selectflow.control.ladder import OFF, Outcome, recent
-from selectflow.control.rollouts import Rollouts
+from selectflow.control.rollouts import Rollouts, compared
 from selectflow.control.rules import restore, state_of
 from selectflow.core.batches import Batch
 
