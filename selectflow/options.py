@@ -11,14 +11,19 @@ from numbers import Integral, Real
 from types import FunctionType
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from selectflow.control.contests import HorizonState
 from selectflow.control.horizon import Horizon
+from selectflow.control.interval import IntervalState
 from selectflow.control.ladder import AutoHorizon
+from selectflow.control.rate import RateState
 from selectflow.control.rollouts import Simulated
-from selectflow.control.rules import AutoRate
+from selectflow.control.rules import AutoRate, RateRule
 from selectflow.control.state import SelectorState
+from selectflow.control.worth import WorthState
 from selectflow.core.counts import is_count
 from selectflow.core.derivatives import Derivatives
 from selectflow.core.forms import Forms
@@ -206,8 +211,14 @@ class SelectOptions(Section):
         """The horizon, "auto" in full, as far as the strategy and the scorer know it.
 
         Raises:
-            ValueError: a frozen scorer has no steps that a look-ahead could follow.
+            ValueError: a frozen scorer has no steps that a look-ahead could follow; one has nothing
+                to score.
         """
+        if scorer is not None and self.strategy == "uniform":
+            raise ValueError(
+                "scorer must be None for strategy 'uniform', which scores nothing, got one; leave "
+                "it out"
+            )
         is_frozen = scorer is not None and scorer.is_frozen
         horizon = self.horizon
         if horizon == "auto":
@@ -221,6 +232,29 @@ class SelectOptions(Section):
                 f"{largest}; give its optimizer to Scorer, or set horizon=0"
             )
         return horizon  # type: ignore[no-any-return]
+
+    def begin(
+        self, horizon: int | Horizon | AutoHorizon, scorer: Scorer | None, seed: int
+    ) -> SelectorState:
+        """What the first selections depend on.
+
+        Args:
+            horizon: as `horizon_for` has it.
+            scorer: the small model that scores, if there is one.
+            seed: of the random numbers.
+        """
+        rate = AutoRate() if self.lr == "auto" else self.lr
+        is_controlled = isinstance(horizon, AutoHorizon)
+        # checks and contests choose by influence: of another choice they would say nothing
+        is_checked = scorer is not None and not is_controlled and self.strategy == "influence"
+        return SelectorState(
+            torch.Generator().manual_seed(seed),
+            Forms(),
+            HorizonState.begin(horizon, seed) if isinstance(horizon, AutoHorizon) else None,
+            RateState(RateRule(rate)) if isinstance(rate, AutoRate) else None,
+            IntervalState() if self.interval == "auto" else None,
+            WorthState() if is_checked else None,
+        )
 
     def simulated(
         self,

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from selectflow.control.contests import HorizonState
 from selectflow.control.controls import Controls
 from selectflow.control.horizon import Horizon
-from selectflow.control.interval import IntervalControl, IntervalState
+from selectflow.control.interval import IntervalControl
 from selectflow.control.ladder import AutoHorizon
-from selectflow.control.rate import RateState
-from selectflow.control.rules import AutoRate, RateRule
-from selectflow.control.state import Ongoing, SelectorState, TargetSet
-from selectflow.control.worth import WorthState
+from selectflow.control.rollouts import Simulated
+from selectflow.control.rules import AutoRate
+from selectflow.control.state import Ongoing, TargetSet
 from selectflow.core.batches import (
     Batch,
     PeekedPools,
@@ -130,22 +128,7 @@ class Selector:
         seed = as_count("seed", seed, None)
         self.num_steps = None if num_steps is None else as_count("num_steps", num_steps, 1)
         horizon = options.horizon_for(scorer)
-        lr = AutoRate() if options.lr == "auto" else options.lr
-        self.state = state = SelectorState(
-            torch.Generator().manual_seed(seed),
-            Forms(),
-            HorizonState.begin(horizon, seed) if isinstance(horizon, AutoHorizon) else None,
-            RateState(RateRule(lr)) if isinstance(lr, AutoRate) else None,
-            IntervalState() if options.interval == "auto" else None,
-        )
-        if scorer is not None and options.strategy == "uniform":
-            raise ValueError(
-                "scorer must be None for strategy 'uniform', which scores nothing, got one; leave "
-                "it out"
-            )
-        # checks and contests choose by influence: of another choice they would say nothing
-        if scorer is not None and state.horizon is None and options.strategy == "influence":
-            state.worth = WorthState()
+        self.state = state = options.begin(horizon, scorer, seed)
         self._objective = Objective(model, loss_fn, autocast)
         layout = self._objective.layout
         self._group, self._is_sharded = layout.group, layout.is_sharded
@@ -154,19 +137,11 @@ class Selector:
             self._objective.model, optimizer, lr_scheduler, max_grad_norm
         )
         self._scorer: LiveScorer | None = None
-        made = partial(options.simulated, partial(options.interval_at, state))
-        trained = scoring = made(self._objective, self._optimizer, state.forms)
         if scorer is not None:
             self._scorer = LiveScorer(
                 scorer, loss_fn, self._objective, options.pools_per_update, seed
             )
-            scoring = made(
-                self._scorer.objective,
-                self._scorer.optimizer,
-                state.forms,
-                is_frozen=scorer.is_frozen,
-            )
-            trained = made(self._objective, self._optimizer, Forms())
+        trained, scoring = self._simulated()
         scoring.policy.names()  # a pattern without a match is an error now, not at the first pool
         self._target = TargetSet(Cycle(target), score_view, state)
         self._controls = Controls(state, trained, scoring, self._target, horizon, self.num_steps)
@@ -185,6 +160,18 @@ class Selector:
         self._saved_options = options.plain() | {"seed": seed}
         self.last: Selection | None = None
         self._is_agreed = self._group.size == 1
+
+    def _simulated(self) -> tuple[Simulated, Simulated]:
+        """The model that is trained, and the one that scores: the same, or its scorer."""
+        state, scorer = self.state, self._scorer
+        made = partial(self.options.simulated, partial(self.options.interval_at, state))
+        if scorer is None:
+            itself = made(self._objective, self._optimizer, state.forms)
+            return itself, itself
+        scoring = made(
+            scorer.objective, scorer.optimizer, state.forms, is_frozen=scorer.scorer.is_frozen
+        )
+        return made(self._objective, self._optimizer, Forms()), scoring
 
     # --- selecting ------------------------------------------------------------------------
 
