@@ -82,6 +82,10 @@ class SelectOptions(Section):
     random choice. On digits H = 0 at an interval of 4 does as well as at every step. "auto" begins
     with 1, and measures now and then how scores turn (`control.interval`).
 
+    *Steps that are selected for.* One of four costs a fourth, and brings a fourth of what selection
+    alone does; but sources whose shares follow what is kept (`shares="auto"`) learn from it nearly
+    as fast. It needs a horizon and an interval of your own: the controller counts every step.
+
     *Learning rate.* "auto" or an `AutoRate` multiplies the user's rate, within `optimizer.step()`
     alone. A few steps that made the target loss rise are taken back, or replaced by their replay at
     a lower rate, parameters and moments in place.
@@ -117,6 +121,11 @@ class SelectOptions(Section):
     ] = Field(
         default=1,
         description="K: optimizer steps between two look-aheads; auto: by how fast scores turn",
+    )
+    score_every: Count = Field(
+        default=1,
+        description="optimizer steps of which one is selected for; to the others the pools give "
+        "any examples, unscored",
     )
     strategy: Annotated[Any, BeforeValidator(_known_strategy)] = Field(
         default="influence",
@@ -294,14 +303,24 @@ class SelectOptions(Section):
         return Simulated(policy, optimizer)
 
 
-def weighting_problems(options: Mapping[str, Any]) -> Iterator[str]:
-    """What does not go with weights, one line each.
+def problems(options: Mapping[str, Any]) -> Iterator[str]:
+    """What of the options does not go together, one line each.
 
     Args:
         options: values of `SelectOptions` by name.
     """
-    if options["weighting"] == "none":
-        return
+    if options["score_every"] > 1:
+        for name in ("horizon", "interval"):
+            if options[name] == "auto" or isinstance(options[name], AutoHorizon):
+                yield (
+                    f"{name} must be a number when score_every is above 1, got auto: the "
+                    "controller compares what is selected for at every step"
+                )
+    if options["weighting"] != "none":
+        yield from _weighting_problems(options)
+
+
+def _weighting_problems(options: Mapping[str, Any]) -> Iterator[str]:
     when = f"when weighting is {options['weighting']}"
     strategy = options["strategy"]
     if isinstance(strategy, str) and strategy not in SIGNED:

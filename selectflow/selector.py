@@ -43,7 +43,7 @@ from selectflow.core.target import Cycle
 from selectflow.core.torch_optim import OptimizerReader
 from selectflow.core.wrappers import check_group
 from selectflow.distributed import Group
-from selectflow.options import SelectOptions, check_same, weighting_problems
+from selectflow.options import SelectOptions, check_same, problems
 from selectflow.strategies import STRATEGIES, Selection, Strategy
 from selectflow.strategies.scorer import LiveScorer, Scorer
 from selectflow.strategies.scoring import Scoring
@@ -110,6 +110,7 @@ class Selector:
         nominal: NominalChoice = "random",
         scope: Literal["local", "global"] = "local",
         weighting: Weighting = "none",
+        score_every: int = 1,
         params: Sequence[str] | None = None,
         score_view: Callable[[Batch], Batch] | None = None,
         pools_per_update: int = 1,
@@ -123,8 +124,8 @@ class Selector:
         given = locals()
         names = SelectOptions.model_fields
         self.options = options = SelectOptions.checked(**{name: given[name] for name in names})
-        if problems := list(weighting_problems(dict(options))):
-            raise ValueError("; ".join(problems))
+        if found := list(problems(dict(options))):
+            raise ValueError("; ".join(found))
         seed = as_count("seed", seed, None)
         self.num_steps = None if num_steps is None else as_count("num_steps", num_steps, 1)
         horizon = options.horizon_for(scorer)
@@ -144,7 +145,9 @@ class Selector:
         trained, scoring = self._simulated()
         scoring.policy.names()  # a pattern without a match is an error now, not at the first pool
         self._target = TargetSet(Cycle(target), score_view, state)
-        self._controls = Controls(state, trained, scoring, self._target, horizon, self.num_steps)
+        self._controls = Controls(
+            state, trained, scoring, self._target, horizon, self.num_steps, options.score_every
+        )
         objective = scoring.policy.derivatives.objective
         self._scoring = Scoring(
             state,
@@ -233,6 +236,7 @@ class Selector:
         state = self.state
         state.rest.clear()
         ongoing = Ongoing(pool, through(self.options.score_view, pool), iter(upcoming))
+        scores: Tensor | None = None
         size_kept = num_kept(self.options.keep, num_examples(pool))
         with self._deciding(ongoing):
             if not self._is_agreed:
@@ -242,13 +246,14 @@ class Selector:
             if self._controls.is_off:
                 state.ahead, num = None, num_examples(pool) // size_kept
                 state.rest.extend(in_parts(pool, self._group.least(num), state.generator))
-            else:
+            elif ongoing.step % self.options.score_every == 0:
                 self._controls.check_scorer(ongoing)
                 scores = self._scores(ongoing)
         if state.rest:
             return self._handed_out(ongoing, state.rest.popleft())
         indices, kept = self._keep(scores, size_kept, ongoing)
-        weights = self._weighing.weights(scores[indices], ongoing.step)
+        judged = torch.zeros(size_kept, device="cpu") if scores is None else scores[indices]
+        weights = self._weighing.weights(judged, ongoing.step)
         if self._scorer is not None:
             self._scorer.train_on(weighed(kept, weights))
         return self._noted(ongoing, pool, kept, indices, scores, weights)
@@ -291,15 +296,16 @@ class Selector:
     ) -> Batch:
         """A batch to train on, once `last` says what it is."""
         state = self.state
+        ahead = None if scores is None else state.ahead
         self.last = Selection(
             pool=pool,
             indices=indices,
             scores=scores,
             losses=ongoing.losses,
             step=ongoing.step,
-            horizon=state.ahead.horizon if state.ahead else None,
-            age=ongoing.step - state.ahead_step if state.ahead else 0,
-            target_loss=state.ahead.target_loss if state.ahead else None,
+            horizon=ahead.horizon if ahead else None,
+            age=ongoing.step - state.ahead_step if ahead else 0,
+            target_loss=ahead.target_loss if ahead else None,
             lr_multiplier=self._optimizer.lr_multiplier,
             decisions=tuple(ongoing.decisions),
             lookahead_s=ongoing.lookahead_s,
@@ -311,7 +317,7 @@ class Selector:
             and self.options.strategy != "uniform",
             scorer_loss=self._scorer.loss if self._scorer else None,
             scorer_gain=ongoing.scorer_gain,
-            interval=state.interval.interval if state.interval and state.ahead else None,
+            interval=state.interval.interval if state.interval and ahead else None,
             weighing=weights,
         )
         self._controls.leave(weighed(kept, weights))
@@ -331,10 +337,14 @@ class Selector:
                 if not self._controls.has_slowed(ongoing, self._scoring.losses):
                     raise
 
-    def _keep(self, scores: Tensor, size: int, ongoing: Ongoing) -> tuple[Tensor, Batch]:
+    def _keep(self, scores: Tensor | None, size: int, ongoing: Ongoing) -> tuple[Tensor, Batch]:
         """Positions in the pool that are kept, best first, and the batch to train on."""
         is_apart = self.options.scope == "local" or self._group.size == 1
-        if ongoing.is_zero:  # no example is better: any
+        if scores is None:  # any, in the pool's order, by which a ledger tells it
+            num = num_examples(ongoing.pool)
+            order = torch.randperm(num, generator=self.state.generator, device="cpu")
+            indices = order[:size].sort().values
+        elif ongoing.is_zero:  # no example is better: any
             order = torch.randperm(len(scores), generator=self.state.generator, device="cpu")
             scores = scores.cpu()[order]
             indices = order[scores.argsort(descending=True, stable=True)][:size]

@@ -29,6 +29,7 @@ def noisy(root):
 SELECT = [
     {"horizon": 0, "interval": 4},
     {"horizon": 2, "interval": 3},
+    {"horizon": 1, "score_every": 3},
     {"strategy": "loss"},
     {"strategy": "uniform", "keep": 0.3},
 ]

@@ -28,6 +28,7 @@ class Controls:
         target: the target set.
         horizon: of look-aheads, where it is not under control.
         num_steps: optimizer steps of the run; None: not known.
+        score_every: optimizer steps of which one is selected for.
 
     Attributes:
         horizon: of look-aheads.
@@ -41,7 +42,9 @@ class Controls:
         target: TargetSet,
         horizon: int | Horizon | AutoHorizon,
         num_steps: int | None,
+        score_every: int,
     ) -> None:
+        self._score_every = score_every
         self._state, self._trained, self._scoring, self._target = state, trained, scoring, target
         derivatives, self._per = trained.policy.derivatives, trained.policy.pools_per_update
         self._objective, self._group = derivatives.objective, derivatives.group
@@ -84,7 +87,8 @@ class Controls:
         if not self._state.num_lookaheads:  # nothing is scored by influence
             return 1.0
         horizon = self.horizon.at(self._state.num_steps)
-        return guessed_cost(horizon, self._scoring.policy.interval())
+        guess = guessed_cost(horizon, self._scoring.policy.interval())
+        return 1 + (guess - 1) / self._score_every
 
     def enter(self, step: int) -> None:
         """The user's loop asks for a batch."""

@@ -15,7 +15,7 @@ from pydantic_core import PydanticKnownError
 from selectflow.control.ladder import AutoHorizon
 from selectflow.core.counts import is_count
 from selectflow.fields import ConfigError, Count, Directory, Section, must_be, nearest_key
-from selectflow.options import weighting_problems
+from selectflow.options import problems
 from selectflow.run.sections import (
     DataConfig,
     ModelConfig,
@@ -205,7 +205,7 @@ class RunConfig(Configuration, use_attribute_docstrings=True):
                 yield f"name must have known keys in braces, got {{{key}}}{nearest_key(key, known)}"
         is_offline = horizon == math.inf
         if select["replay"] is None:  # which has the weights of the run that it repeats
-            yield from (f"select.{problem}" for problem in weighting_problems(select))
+            yield from (f"select.{problem}" for problem in problems(select))
         yield from _of_control(select)
         yield from _of_scorer(values.get("scorer"), select)
         yield from _of_mixing(data["target_share"], select)
@@ -248,6 +248,7 @@ def _of_offline(select: Mapping[str, Any]) -> Iterator[str]:
         ("replay", None, "; give a finite horizon"),
         ("score_view", None, ""),
         ("pools_per_update", 1, ""),
+        ("score_every", 1, ""),
         ("weighting", "none", "; what is kept is trained on with equal weights"),
     ):
         value = str(select[key]) if isinstance(select[key], Path) else select[key]

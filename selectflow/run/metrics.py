@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from selectflow.core.batches import num_examples
 from selectflow.strategies import Selection
 
 STEP = "train/step"
@@ -175,7 +176,8 @@ def of_selection(selection: Selection) -> dict[str, float | None]:
     """The metrics of one selection that are reported as means over the selections."""
     scores = selection.scores
     if scores is None:
-        return {SELECTED: 0.0, KEPT_FRACTION: 1.0}
+        num = num_examples(selection.pool)
+        return {SELECTED: 0.0, KEPT_FRACTION: len(selection.indices) / num}
     kept = scores[selection.indices]
     return {
         SELECTED: 1.0,

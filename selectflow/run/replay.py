@@ -34,8 +34,8 @@ class Choice(NamedTuple):
         step: the optimizer step, from 1.
         keys: of its pool, in the pool's order.
         indices: places in the pool that were kept, best first, as they were trained on.
-        scores: of the pool, float64; None where nothing was selected: then the keys are those of a
-            part of the pool, which was trained on whole.
+        scores: of the pool, float64; None where nothing was selected: then any were kept, or the
+            keys are those of a part of the pool, which was trained on whole.
     """
 
     step: int
@@ -76,10 +76,10 @@ def read_choices(
 
 
 def _choice(step: int, rows: Any) -> Choice:
-    if rows["score"].null_count:
-        return Choice(step, rows["key"].to_pylist(), torch.arange(len(rows)), None)
-    scores = torch.tensor(rows["score"].to_numpy())
     kept = torch.tensor(rows["kept"].to_numpy()).nonzero().flatten()
+    if rows["score"].null_count:
+        return Choice(step, rows["key"].to_pylist(), kept, None)
+    scores = torch.tensor(rows["score"].to_numpy())
     order = scores[kept].argsort(descending=True, stable=True)  # as the selector does
     return Choice(step, rows["key"].to_pylist(), kept[order], scores)
 
@@ -159,7 +159,7 @@ class Replay:
         began = time.perf_counter()
         choice = self._next_choice()
         assert choice is not None
-        if choice.scores is None:
+        if choice.scores is None and len(choice.indices) == len(choice.keys):
             self._rest.extend(self._parts(pool, choice))
             return next(self.rest())
         _check_pool(self._run_dir, choice, pool["key"])

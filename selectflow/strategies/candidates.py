@@ -99,7 +99,8 @@ class Selection:
         indices: positions kept in the pool, best first, shape (B,), int64, on the CPU.
         scores: score of every candidate, shape (P,), on the CPU; larger is kept first. For
             `influence`: target loss per unit of example weight, positive = it helps. None where
-            nothing was selected: control found that plain training gains more in the same time.
+            nothing was selected: `score_every` leaves the step out, or control found that plain
+            training gains more in the same time.
         losses: loss of every candidate at the present parameters, shape (P,), on the CPU; None
             where the strategy did not need it. Of the scorer, where there is one.
         step: optimizer updates made before this batch is trained on.

@@ -69,7 +69,8 @@ class Row:
         config: "online", with pools of n, or "uniform", with pools of the k that are trained on.
         live: whether the shares of origins follow what is kept.
         every: k of each pool at random are trained on, and one pool in so many is scored for the
-            shares; None: every pool is, and what the selector keeps is trained on.
+            shares; None: what the selector keeps is trained on.
+        score_every: steps of which one is selected for.
         steps: how many, or "as long" as the run with live shares of the seed takes; None: as many
             as of the task.
     """
@@ -77,6 +78,7 @@ class Row:
     config: str
     live: bool = False
     every: int | None = None
+    score_every: int = 1
     steps: int | Literal["as long"] | None = None
 
 
@@ -88,6 +90,7 @@ ROWS = {
     WHOLE: Row("uniform", steps=5),
     "kept at random, live shares by H = 0": Row("online", live=True, every=1),
     "kept at random, live shares by every 4th pool": Row("online", live=True, every=4),
+    "H = 0 at every 4th step, live shares": Row("online", live=True, score_every=4),
     "uniform, as long": Row("uniform", steps="as long"),
     "kept at random, live shares by every 4th pool, as long": Row(
         "online", live=True, every=4, steps="as long"
@@ -106,6 +109,8 @@ def configured(task: str, name: str, seed: int, folder: Path) -> Any:
     given = from_base(f"{prefix}_base")(folder, seed) | {"seed": seed} | shorter
     if row.live:
         given |= {"data.by": "json.origin", "data.shares": "auto"} | TASKS[task].live
+    if row.score_every > 1:
+        given |= {"select.score_every": row.score_every}
     if name == WHOLE:
         n = load(CONFIGS / f"{prefix}_online.yaml").data.pool
         given |= {"data.pool": n, "select.keep": n}
