@@ -77,10 +77,10 @@ class SelectOptions(Section):
     choice (`tests/benchmarks/long_horizons.py`).
 
     *Interval.* Steps between two look-aheads use the sensitivities that the last sweep left for
-    them, beyond its horizon the last one. Keep it within the horizon where gradients turn fast: in
+    them, beyond its horizon the last one. Keep it within the horizon where gradients change fast: in
     a mixture of texts, sensitivities older than that kept shuffled code, and trained worse than a
     random choice. On digits H = 0 at an interval of 4 does as well as at every step. "auto" begins
-    with 1, and measures now and then how scores turn (`control.interval`).
+    with 1, and measures now and then how scores change (`control.interval`).
 
     *Steps that are selected for.* One of four costs a fourth, and brings a fourth of what selection
     alone does; but sources whose shares follow what is kept (`shares="auto"`) learn from it nearly
@@ -120,7 +120,7 @@ class SelectOptions(Section):
         Count | Literal["auto"], must_be("an integer >= 1, or auto", _is_interval)
     ] = Field(
         default=1,
-        description="K: optimizer steps between two look-aheads; auto: by how fast scores turn",
+        description="K: optimizer steps between two look-aheads; auto: by how fast scores change",
     )
     score_every: Count = Field(
         default=1,

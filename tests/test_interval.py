@@ -1,4 +1,4 @@
-"""interval="auto": how scores turn is measured as by hand, and decides how long they serve."""
+"""interval="auto": how scores change is measured as by hand, and decides how long they serve."""
 
 import copy
 import math

@@ -1,6 +1,6 @@
 """How long a sensitivity serves: rank correlations of a pool's scores in, an interval out.
 
-Scores turn as training moves on. Those by a sensitivity of age a are worth, of fresh ones,
+Scores change as training moves on. Those by a sensitivity of age a are worth, of fresh ones,
 
     worth(a) = c(a) / c(0) = exp(-d a)
 
@@ -46,7 +46,7 @@ _DECAYS = (0.0, *(1e-3 * 1.15**power for power in range(60)))  # up to 3.8 a ste
 
 @dataclass(frozen=True)
 class Turning:
-    """How far scores of one pool have turned.
+    """How far scores of one pool have changed.
 
     Attributes:
         age: optimizer steps of the old sensitivity.
@@ -72,7 +72,7 @@ class Costs(NamedTuple):
 
 
 def decay(measured: Sequence[Turning]) -> float | None:
-    """The rate d at which scores turn, per step; None where fresh ones do not agree.
+    """The rate d at which scores change, per step; None where fresh ones do not agree.
 
     Args:
         measured: one or more, the newest last.
@@ -155,7 +155,7 @@ class IntervalState:
 
 
 class IntervalControl:
-    """Measures now and then how scores turn, and says how long a look-ahead serves.
+    """Measures now and then how scores change, and says how long a look-ahead serves.
 
     Args:
         state: what it decides from; is written to.
@@ -182,7 +182,7 @@ class IntervalControl:
         *,
         is_other: bool,
     ) -> Decision | None:
-        """Measure how scores have turned, and decide.
+        """Measure how scores have changed, and decide.
 
         To be called within `Objective.scoring` of the model that scores.
 

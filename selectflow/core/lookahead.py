@@ -375,7 +375,7 @@ class Policy:
                 yield upcoming.state
 
     def trained(self, upcoming: Upcoming, batch: Batch) -> Upcoming:
-        """What comes after one update on a batch."""
+        """The state and the updates to come after one update on a batch."""
         if self.is_frozen:
             return upcoming._replace(updates=upcoming.updates[1:])
         grad = self.derivatives.step_gradient(upcoming.state.params, batch)

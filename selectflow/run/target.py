@@ -25,7 +25,7 @@ from selectflow.run.task import RunError, Task
 class TargetPools:
     """Pools of the target set, without end: each epoch has every example once, in random order.
 
-    What comes depends on seed and position alone. Several processes share an epoch: together they
+    The order depends on seed and position alone. Several processes share an epoch: together they
     draw what one would draw in pools of the size of all of theirs.
 
     Args:
