@@ -77,10 +77,10 @@ class SelectOptions(Section):
     choice (`tests/benchmarks/long_horizons.py`).
 
     *Interval.* Steps between two look-aheads use the sensitivities that the last sweep left for
-    them, beyond its horizon the last one. Keep it within the horizon where gradients change fast: in
-    a mixture of texts, sensitivities older than that kept shuffled code, and trained worse than a
-    random choice. On digits H = 0 at an interval of 4 does as well as at every step. "auto" begins
-    with 1, and measures now and then how scores change (`control.interval`).
+    them, beyond its horizon the last one. Keep it within the horizon where gradients change fast:
+    in a mixture of texts, sensitivities older than that kept shuffled code, and trained worse than
+    a random choice. On digits H = 0 at an interval of 4 does as well as at every step. "auto"
+    begins with 1, and measures now and then how scores change (`control.interval`).
 
     *Steps that are selected for.* One of four costs a fourth, and brings a fourth of what selection
     alone does; but sources whose shares follow what is kept (`shares="auto"`) learn from it nearly
