@@ -325,6 +325,34 @@ def test_the_best_of_all_pools_are_trained_on(two, wrapper):
     assert num_moved > 0  # the second pools are mostly wrong labels
 
 
+def now_and_then(wrapper, num_steps):
+    """Whether each step was selected for, the keys trained on, and the weights at the end."""
+    rank = dist.get_rank()
+    model, optimizer = make(wrapper)
+    selector = Selector(
+        model, optimizer, losses, data(rank, 3, TARGET, seed=1), keep=KEEP, horizon=1,
+        scope="global", score_every=2,
+    )  # fmt: skip
+    seen = []
+    for batch in selector.stream(data(rank, num_steps, POOL)):
+        seen.append((selector.last.scores is not None, batch["key"]))
+        optimizer.zero_grad()
+        losses(model, batch).mean().backward()
+        optimizer.step()
+    return seen, whole(model)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_processes_select_for_the_same_steps_and_take_any_of_their_own_else(two, wrapper):
+    (one, weights), (other, others) = two.run(now_and_then, wrapper, 6)
+    assert torch.equal(weights, others)
+    for rank, steps in enumerate((one, other)):
+        for number, (is_scored, keys) in enumerate(steps):
+            assert is_scored == (number % 2 == 0)
+            assert len(keys) == KEEP
+            assert is_scored or all(key.startswith(f"{rank}-") for key in keys)
+
+
 def test_shares_by_hand():
     """Equal scores: the lower rank, then the lower position; surplus goes to who has too few."""
     shares = share_out([[3.0, 1.0, 3.0], [0.0, 3.0, 2.0], [5.0, 4.0, 0.0]], [2, 1, 2])
