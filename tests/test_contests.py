@@ -489,6 +489,48 @@ def test_a_target_loss_that_rises_makes_a_contest_due():
     assert state.next_at < 128 + 2 * 50 + 1
 
 
+def scale(model, factor):
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(factor)
+
+
+def test_where_the_target_loss_jumps_it_selects_at_once_and_is_watched():
+    """No contest says so; one is due again where the loss has fallen under selection."""
+    model, make = PROBLEMS[0].make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    train_on(model, optimizer, PROBLEMS[0], make(8))
+    settings = off(gap=3000, longest_gap=3000)
+    selector = Selector(model, optimizer, PROBLEMS[0].loss_fn, [make(200)], 4, settings)
+    state = selector.state.horizon
+    stream = selector.stream(make(8) for _ in range(199))
+    made = []
+
+    def go(num):
+        for _ in islice(stream, num):
+            made.extend(selector.last.decisions)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+            optimizer.step()
+
+    go(70)  # looks at a cost of 0 and of 64
+    scale(model, 12)
+    go(70)  # one at 128, at which nothing is selected any more
+    (decision,) = made
+    assert (decision.before, decision.after, state.rule.horizon) == ("off", 0, 0)
+    assert "jumped from" in decision.reason
+    assert decision.measures["loss_now"] > 1.5 * decision.measures["loss_before"]
+    assert (state.spent, state.has_jumped, state.is_urgent) == (0.0, True, False)
+    assert state.next_at == 128 + 3000
+    assert selector.last.scores is not None
+    go(35)  # a step costs 2 plain ones; the loss is high at the first look
+    assert state.best is not None
+    scale(model, 1 / 12)
+    go(35)
+    assert "plain training in the same time" in made[1].reason
+    assert state.training < 400  # far from 128 + 3000
+
+
 @pytest.mark.parametrize("is_one", [True, False])
 def test_a_rise_that_one_example_makes_is_none(is_one):
     """The mean is half higher: by one example's loss, or by all."""

@@ -86,12 +86,47 @@ def test_selection_ends_where_it_no_longer_pays():
 
 
 def test_recent_contests_count_more():
-    """Leads of 6% and then -4%, of weights 1 and 2: -2 / 3 %."""
+    """Leads of 6% and then -4%, of weights 1 and 2: -2 / 3 %; errors of 3% allow for both."""
     rule = HorizonRule(AutoHorizon(largest=0))
-    contests(rule, 1, lead=0.06)
-    decision = contests(rule, 1, lead=-0.04)[0]
+    contests(rule, 1, lead=0.06, error=0.03)
+    decision = contests(rule, 1, lead=-0.04, error=0.03)[0]
     assert decision.measures["lead"] == pytest.approx((0.06 - 0.04 / 1.04 * 2) / 3, rel=1e-2)
     assert rule.horizon == OFF
+
+
+def test_a_lead_far_from_those_before_counts_alone():
+    """60% and then 2%, errors of 1%: the stream has changed. It is to be seen again."""
+    rule = HorizonRule(AutoHorizon(largest=0))
+    contests(rule, 3, lead=0.6, error=0.01)
+    assert rule.gap == 400
+    decision = contests(rule, 1, lead=0.02, error=0.01)[0]
+    assert decision.measures["lead"] == pytest.approx(0.02)
+    assert contests(rule, 1, lead=-0.01, error=0.01)[0].measures["lead"] == pytest.approx(
+        (0.02 - 2 * 0.01 / 1.01) / 3
+    )
+    assert rule.horizon == 0
+    diverged = HorizonRule(AutoHorizon(largest=0, first=0))
+    diverged.decide(OFF, Outcome({OFF: 1.0, 0: math.inf}, math.nan, 2.0))
+    decision = contests(diverged, 1, lead=0.02, error=0.001)[0]
+    assert decision.measures["lead"] == pytest.approx((0.02 * 2 - 1) / 3)  # not forgotten so soon
+
+
+def test_what_is_not_clear_yet_is_seen_again_soon():
+    rule = HorizonRule(AutoHorizon(first=0))
+    decision = contests(rule, 1, lead=-0.01, error=0.02)[0]
+    assert decision.reason.endswith("not clear yet")
+    assert (rule.horizon, rule.gap, rule.rival()) == (0, AutoHorizon().gap, OFF)
+
+
+def test_a_jump_of_the_loss_begins_selection_without_a_contest():
+    rule = HorizonRule(AutoHorizon())
+    contests(rule, 3, lead=-0.1)
+    assert rule.gap == 800
+    decision = rule.distrust(0.1, 1.0)
+    assert (decision.before, decision.after, rule.horizon) == ("off", 0, 0)
+    assert decision.measures == {"loss_before": 0.1, "loss_now": 1.0}
+    assert "jumped from 0.1 to 1 under plain training" in str(decision)
+    assert (rule.gap, rule.rival(), rule.leads) == (AutoHorizon().gap, OFF, {})
 
 
 def test_a_horizon_that_wins_and_is_trusted_grows():

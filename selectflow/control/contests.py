@@ -43,6 +43,8 @@ _NUM_TIMES = 16  # steps of the user's loop whose median counts
 _LOOK_EVERY = 64  # plain steps between two looks at the target loss
 _RISE = 0.2  # relative, of the target loss, that makes a contest due
 _SURE = 2.0  # standard errors that it must have risen by
+_JUMP, _CERTAIN = 0.5, 4.0  # the same, of a rise at which selection begins without a contest
+_DROP = 0.6  # relative, of the loss under selection after that: the stream may be good again
 _FALL = 0.05  # relative, between two looks, for which it waits
 _GUESS = 3.0  # plain steps that a gradient of the target and two passes of the pool may cost
 
@@ -58,13 +60,15 @@ class HorizonState:
         spent: what contests have cost.
         next_at: cost of training at which the next contest is due.
         is_urgent: whether training has lost ground since the last one.
+        has_jumped: whether the target loss has ever jumped: the stream is not to be trusted.
         costs: plain steps that a selected step costs, by horizon.
         overhead: what a contest costs, over the steps that it compares.
         times: seconds of the user's last steps.
         last_step: optimizer step that was counted last.
         judge: batch of the target that is looked at while nothing is selected; None: not yet.
         seen: loss on it at the last look; infinite before the first.
-        best: losses of its examples at the look with the lowest; None before the first.
+        best: losses of its examples at the look with the lowest, or under selection at the first;
+            None before that.
         next_look: cost of training at the next look.
     """
 
@@ -74,6 +78,7 @@ class HorizonState:
     spent: float = 0.0
     next_at: float = 0.0
     is_urgent: bool = False
+    has_jumped: bool = False
     costs: dict[int, float] = field(default_factory=dict)
     overhead: float = _HELD
     times: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_TIMES))
@@ -212,7 +217,7 @@ class HorizonControl:
         left = (self._num_steps - max(0, state.last_step)) * self.step_cost
         if price > settings.late_share * left:
             return math.inf
-        total = (state.spent + price) / (2 if state.is_urgent else 1)
+        total = (state.spent + price) / (2 if state.is_urgent or state.has_jumped else 1)
         known = 0.0 if math.isinf(self._num_steps) else settings.share * self._num_steps
         is_early = total <= max(settings.early, known)
         share = max(settings.share, settings.early_share) if is_early else settings.share
@@ -227,11 +232,20 @@ class HorizonControl:
 
     @property
     def is_look_due(self) -> bool:
-        """Whether the target loss is to be looked at: now and then, while nothing is selected."""
-        return self.is_off and self.state.training >= self.state.next_look
+        """Whether the target loss is to be looked at.
 
-    def look(self, next_target: NextTarget) -> None:
-        """See how the target loss has changed; to be called within `Objective.scoring`."""
+        Now and then, while nothing is selected, or after it has jumped.
+        """
+        is_watched = self.is_off or self.state.has_jumped
+        return is_watched and self.state.training >= self.state.next_look
+
+    def look(self, next_target: NextTarget) -> Decision | None:
+        """See how the target loss has changed; to be called within `Objective.scoring`.
+
+        Returns:
+            The decision to select, where the loss has jumped: what plain training does in the time
+            of a contest is known then.
+        """
         state = self.state
         state.next_look = state.training + _LOOK_EVERY
         if state.judge is None:
@@ -240,12 +254,22 @@ class HorizonControl:
         best = losses if state.best is None else state.best
         means, error = compared({"now": losses, "best": best}, self._policy.derivatives.group)
         loss, lowest = means["now"], means["best"]
+        if not self.is_off:
+            if lowest - loss > max(_DROP * abs(lowest), _CERTAIN * error):
+                state.next_at, state.rule.upward, state.judge = state.training, False, None
+            state.best = best  # of the first look since a contest
+            return None
         # at a low loss a few examples make it rise and fall
+        if loss - lowest > max(_JUMP * abs(lowest), _CERTAIN * error) and math.isfinite(loss):
+            state.has_jumped, state.judge = True, None
+            state.next_at = state.training + self._settings.gap
+            return state.rule.distrust(lowest, loss)
         if math.isinf(loss) or loss - lowest > max(_RISE * abs(lowest), _SURE * error):
             self.alarm()
         elif loss < state.seen - _FALL * abs(loss) and math.isfinite(state.seen):
             state.next_at = max(state.next_at, state.next_look)
         state.seen, state.best = loss, losses if loss <= lowest else best
+        return None
 
     def num_updates(self, num_parts: int) -> int:
         """Updates whose pools the next contest needs.

@@ -158,8 +158,9 @@ class Controls:
         if control is None or not (control.may_be_off or self._state.num_lookaheads):
             return
         if control.is_look_due:
+            began = time.perf_counter()
             with self._objective.scoring():
-                control.look(self._target.next)
+                ongoing.note(control.look(self._target.next), began)
         if not control.is_due() or not is_due(ongoing.step):
             return
         rejected = self._group.least(size - size_kept)  # what one process does all do

@@ -10,8 +10,11 @@ With x_i how much lower the dearer one's loss of example i is, over n examples,
     lead = mean(x)        error = sd(x) / sqrt(n)
 
 relative to the larger of the two losses. Over contests the mean counts, with weights 1, 1/2, 1/4,
-..., the newest first, since training moves on. The dearer one is taken at a lead of 1.5 times its
-error; it is left where the lead is no longer above 0. In doubt it stays cheap.
+..., the newest first, since training moves on; one that those before are far from counts alone.
+The dearer one is taken at a lead of 1.5 times its error; it is left where the lead is no longer
+above 0. In doubt it stays cheap.
+
+Where the target loss jumps under plain training, selection begins without a contest (`distrust`).
 
 A longer horizon also has to be trusted: the relative error rho of first order over the selection of
 its window (`core.proxy`) must be below a tolerance to grow, below twice that to stay; and where the
@@ -35,6 +38,7 @@ OFF = -1
 
 _CLEAR = 1.5  # errors that a lead must exceed to be paid for
 _REMEMBERED = 4  # contests of two rungs
+_APART = 3.0  # errors between a lead and those before, at which the stream is taken for another
 
 
 @dataclass(frozen=True)
@@ -189,13 +193,16 @@ class HorizonRule:
         before = self.horizon
         cheap, dear = sorted((before, rival))
         leads = self.leads.setdefault(f"{cheap}-{dear}", [])
+        if leads and are_apart(recent(leads), outcome.lead()):
+            leads.clear()
         leads.append(outcome.lead())
         del leads[:-_REMEMBERED]
         lead, error = recent(leads)
         self.horizon, why = self._winner(cheap, dear, lead, error, outcome)
-        self.upward = not self.upward
-        is_open = abs(lead) > error and self.horizon != (dear if lead > 0 else cheap)
-        if self.horizon != before or is_open:
+        is_open = self.horizon != (dear if lead > 0 else cheap)
+        is_unclear = is_open and self.horizon == dear  # the next contest is to say
+        self.upward = not self.upward and not is_unclear
+        if self.horizon != before or is_unclear or (is_open and abs(lead) > error):
             self.gap = self.settings.gap
         else:
             self.gap = min(2 * self.gap, self.settings.longest_gap)
@@ -206,6 +213,19 @@ class HorizonRule:
         measures = {f"loss_at_{_value(rung)}": loss for rung, loss in outcome.losses.items()}
         measures |= {"lead": lead, "lead_error": error, "cost": outcome.cost} | dict(outcome.trust)
         return Decision("horizon", _value(before), _value(self.horizon), reason, measures)
+
+    def distrust(self, before: float, loss: float) -> Decision:
+        """Select from now on, since the target loss has jumped under plain training."""
+        was, self.horizon, self.gap = self.horizon, 0, self.settings.gap
+        self.leads.clear()  # of a stream that is no more
+        self.upward = False
+        reason = (
+            f"the target loss jumped from {before:.3g} to {loss:.3g} under plain training: what "
+            "the stream has now does harm"
+        )
+        return Decision(
+            "horizon", _value(was), 0, reason, {"loss_before": before, "loss_now": loss}
+        )
 
     def _winner(
         self, cheap: int, dear: int, lead: float, error: float, outcome: Outcome
@@ -237,6 +257,13 @@ def recent(leads: Sequence[tuple[float, float]]) -> tuple[float, float]:
     mean = sum(w * lead for w, (lead, _) in zip(weights, leads, strict=True)) / total
     error = math.sqrt(sum((w * e) ** 2 for w, (_, e) in zip(weights, leads, strict=True))) / total
     return mean, error
+
+
+def are_apart(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two leads are apart by more than their errors explain; not where one diverged."""
+    (lead, error), (other_lead, other_error) = one, other
+    distance, errors = abs(lead - other_lead), math.hypot(error, other_error)
+    return min(error, other_error) > 0 and distance > _APART * errors
 
 
 def _value(rung: int) -> float | Literal["off"]:

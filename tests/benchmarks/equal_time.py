@@ -127,7 +127,7 @@ def run(setting: Setting, options: dict[str, Any] | None, seconds: float, seed: 
     """Train for so many seconds of the processor."""
     model, optimizer, losses, target, stream, test, keep, clip, warmup = setting
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)))
-    began, modes = time.process_time(), []
+    began, modes, after_two_thirds = time.process_time(), [], None
 
     def elapsed() -> float:
         return (time.process_time() - began) / seconds
@@ -150,11 +150,16 @@ def run(setting: Setting, options: dict[str, Any] | None, seconds: float, seed: 
         take_step(setting, schedule, batch)
         horizon = selector.last.horizon if selector and selector.last else None
         modes.append((elapsed(), -1 if horizon is None else horizon))
+        if after_two_thirds is None and modes[-1][0] >= 2 / 3:
+            paused = time.process_time()
+            after_two_thirds = mean_loss(losses, model, test)
+            began += time.process_time() - paused
         if modes[-1][0] >= 1:
             break
     control = selector.state.horizon if selector else None
     return {
         "test_loss": mean_loss(losses, model, test),
+        "test_loss_after_two_thirds": after_two_thirds,
         "target_loss": mean_loss(losses, model, target),
         "steps": len(modes),
         "selected": sum(horizon >= 0 for _, horizon in modes) / len(modes),
@@ -173,6 +178,8 @@ def report(task: str, rate: float, found: dict[str, list[Result]]) -> None:
             for key in ("steps", "selected", "contests")
         )
         line = f"  {name:<20} {shown(losses[name])}  {steps:6.0f} steps, {selected:4.0%} selected"
+        if task == "turning":
+            line += f"; after 2/3 {shown([r['test_loss_after_two_thirds'] for r in each])}"
         if name != "plain":
             differences = [a - b for a, b in zip(losses[name], losses["plain"], strict=True)]
             test = paired(differences)
