@@ -1,6 +1,6 @@
 """What control costs: the time of a controlled run over what it would be without the control.
 
-    python tests/benchmarks/control_cost.py [mlp] [text] [--steps 400]
+    python tests/benchmarks/control_cost.py [mlp] [text] [14M] [--steps 400] [--controls horizon]
 
 That is, over the training, the selection and the look-aheads of the same run. Control costs most in
 the first steps, since its windows and contests become rarer while nothing changes; the ratio is
@@ -28,7 +28,12 @@ def text():
     return COST["gpt2"](1024, 64, width=128, heads=4, layers=3)
 
 
-MODELS = {"mlp": COST["MODELS"]["mlp"], "text": text}
+MODELS = {"mlp": COST["MODELS"]["mlp"], "text": text, "14M": COST["MODELS"]["gpt2"]}
+CONTROLS = {
+    "horizon": {"horizon": "auto"},
+    "rate": {"horizon": 0, "lr": "auto"},
+    "horizon and rate": {"horizon": "auto", "lr": "auto"},
+}
 
 
 class Run:
@@ -62,14 +67,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="*", default=["mlp", "text"])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=list(CONTROLS))
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in args.models:
-        runs = {
-            "horizon": Run(name, horizon="auto", derivative="central"),
-            "rate": Run(name, horizon=0, lr="auto", derivative="central"),
-            "horizon and rate": Run(name, horizon="auto", lr="auto", derivative="central"),
-        }
+        shared = {"derivative": "central", "num_steps": args.steps}
+        runs = {control: Run(name, **CONTROLS[control], **shared) for control in args.controls}
         for step in range(TURN, args.steps + 1, TURN):
             for run in runs.values():
                 run.go(TURN)
