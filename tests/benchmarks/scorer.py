@@ -45,7 +45,6 @@ HALF_READ = "tenth, half of both"
 # parts of what the model itself scores by, for GPT-2 of transformers
 PARTS: dict[str, dict[str, Any]] = {
     "itself, MLP outputs": {"params": ["*.mlp.c_proj.*"]},
-    "itself, MLP outputs, upper half": {"params": ["*.h.[23].mlp.c_proj.*"]},
     "itself, a quarter of the tokens": {"score_view": beginning(4)},
 }
 METHODS = (
