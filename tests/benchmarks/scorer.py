@@ -4,11 +4,12 @@
 
 For as many steps: any examples, the model scoring itself, a scorer of about a tenth and of about a
 thirtieth of its size, the same frozen, one with random weights, one that reads half of the tokens
-of each example and half of each target batch, and (text) the target's domain alone. Then plain
-training of whole pools in parts, for the processor seconds that the tenth took, and for those that
-the model's own scores took. Scorers of the fine-tuning tasks have read what the model's base has,
-and all their weights are trained, also where the model has adapters. The test set is read once, at
-the end of a run. Finished runs are kept in --out and not repeated.
+of each example and half of each target batch, the model itself by a part of its parameters or of
+the tokens (fine-tuning), and (text) the target's domain alone. Then plain training of whole pools
+in parts, for the processor seconds that the tenth took, and for those that the model's own scores
+took. Scorers of the fine-tuning tasks have read what the model's base has, and all their weights
+are trained, also where the model has adapters. The test set is read once, at the end of a run.
+Finished runs are kept in --out and not repeated.
 
 On photographs, of `study_data.py`, a CNN of three layers of 48 channels is trained. Beside smaller
 ones, half the resolution is scored with: by a CNN of the same size, and by the model itself, which
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from equal_time import Setting, mean_loss, take_step
-from scorer_tasks import IMAGES, TENTH, THIRTIETH, Made, half_of_tokens, halved, text
+from scorer_tasks import IMAGES, TENTH, THIRTIETH, Made, beginning, halved, text
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -41,9 +42,14 @@ STEPS = {"finetune": 100, "lora": 100, "random": 100, "digits": 400, "photograph
 RATE = {"finetune": 2, "lora": 1, "random": 2, "digits": 3, "photographs": 2}
 HALF = ("half resolution", "itself, half resolution", "itself, half resolution, trained on")
 HALF_READ = "tenth, half of both"
+# parts of what the model itself scores by, for GPT-2 of transformers
+PARTS: dict[str, dict[str, Any]] = {
+    "itself, MLP outputs": {"params": ["*.mlp.c_proj.*"]},
+    "itself, a quarter of the tokens": {"score_view": beginning(4)},
+}
 METHODS = (
     "uniform", "itself", TENTH, THIRTIETH, "tenth, frozen", "tenth, random weights", HALF_READ,
-    "oracle", "plain, same seconds", "plain, itself's seconds", *HALF,
+    *PARTS, "oracle", "plain, same seconds", "plain, itself's seconds", *HALF,
 )  # fmt: skip
 Result = dict[str, float]
 
@@ -85,12 +91,13 @@ def run(
             rate = None if "frozen" in method else RATE[task] * optimizer.defaults["lr"]
             scorer, view = scorer_of(scoring, rate, setting, view), None
         if method == HALF_READ:
-            view = half_of_tokens
+            view = beginning(2)
             target = [part for batch in target for part in in_parts(batch, 2, torch.Generator())]
         selector = Selector(
             model, optimizer, losses, target, keep, 0, lr_scheduler=schedule, max_grad_norm=clip,
-            seed=seed, derivative="central", scorer=scorer, score_view=view,
+            seed=seed, derivative="central", scorer=scorer,
             strategy="uniform" if method in ("uniform", "oracle") else "influence",
+            **({"score_view": view} | PARTS.get(method, {})),
         )  # fmt: skip
         batches = selector.stream(stream(lambda: 0.0))
     if method.endswith("trained on"):
@@ -163,6 +170,7 @@ def main() -> None:
     for task in args.tasks:
         left_out = () if task == "photographs" else HALF
         left_out += ("oracle", HALF_READ) if task in IMAGES else ()
+        left_out += () if task == "finetune" else tuple(PARTS)
         if task not in ("finetune", "lora"):  # scorers have no other weights
             left_out += ("tenth, frozen", "tenth, random weights")
         methods = [m for m in args.methods if m not in left_out]

@@ -4,9 +4,11 @@
 
 GPT-2 shapes of `step_cost.py` are trained, and a GPT-2 with as many tokens in its vocabulary and a
 twelfth of the parameters scores, trained beside it. A fourth of each pool is kept, at H = 0 and
-every step. Every variant takes its steps once in each round, in turn, in seconds of the processor;
-the table shows the medians over the rounds, and the range of the ratio to a plain step on the kept
-part in the same round. Weights are random: this measures cost alone.
+every step. "Compiled" is by `torch.compile`; "in bfloat16" has the passes that score in an
+autocast, which processors without it emulate. Every variant takes its steps once in each round, in
+turn, in seconds of the processor; the table shows the medians over the rounds, and the range of the
+ratio to a plain step on the kept part in the same round. Weights are random: this measures cost
+alone.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ VARIANTS: dict[str, tuple[str | None, float, dict[str, Any]]] = {
     "  target gradient every 2": ("small", 1, {"interval": 2}),
     "  half of the tokens": ("small", 1, {"score_view": True}),
     "  half of both": ("small", 0.5, {"score_view": True}),
+    "  compiled": ("compiled", 1, {}),
+    "  in bfloat16": ("small", 1, {"autocast": torch.bfloat16}),
     "half as wide a model scores": ("smaller", 1, {}),
     "  half of both ": ("smaller", 0.5, {"score_view": True}),
 }
@@ -84,8 +88,12 @@ def selector_of(
         sizes["width"] //= 2 if who == "smaller" else 1
         small, *_ = gpt2(shape.vocabulary, shape.tokens, **sizes)
         own = torch.optim.AdamW(small.parameters(), 1e-3)
+        small = torch.compile(small) if who == "compiled" else small
         # it is trained in the loop below, as the selector would, to see its seconds by themselves
-        options["scorer"] = Scorer(small, None if who == "frozen" else own, train=False)
+        options["scorer"] = Scorer(
+            small, None if who == "frozen" else own, autocast=options.pop("autocast", None),
+            train=False,
+        )  # fmt: skip
 
     def train(kept: Tensor) -> None:
         if own and who != "frozen":
