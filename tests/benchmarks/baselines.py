@@ -11,7 +11,7 @@ methods have the same pools, target set and tuning:
   by two seeds of their own, once for each budget, and stops early: a run is read where that loss
   was lowest so far. The test set is read beside it, and decides nothing.
 - The rest of the target set is what is selected by, or trained on; of who does both, half of it is.
-- Budgets are 400 optimizer steps, and `--seconds` of the processor, without evaluation.
+- Budgets are 400 optimizer steps, and `--seconds` of the processor (0: none), without evaluation.
 
 Differences to the reference, "adaptive", are paired by seed (t test, corrected by Holm). Finished
 runs are kept in --out and not repeated.
@@ -308,7 +308,7 @@ def draw_losses(path: Path, found: dict[str, dict[str, list[Row]]], names: Seque
     tasks = next(iter(found.values()))
     _, axes = plt.subplots(1, len(tasks), figsize=(2.3 * len(tasks) + 1.5, 3.4), sharey=True)
     for axis, task in zip([axes] if len(tasks) == 1 else axes, tasks, strict=True):
-        for shift, marker, (title, of) in zip((-0.15, 0.15), "os", found.items(), strict=True):
+        for shift, marker, (title, of) in zip((-0.15, 0.15), "os", found.items(), strict=False):
             for row in of[task]:
                 measured = stat(row.losses)
                 place = len(names) - names.index(row.name) + shift
@@ -338,10 +338,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     runs = Runs(args.out / "runs.jsonl", args.seconds)
-    budgets = (
-        Budget(f"{STEPS} steps", steps=STEPS),
-        Budget(f"{args.seconds:g} s", seconds=args.seconds),
-    )
+    budgets = [Budget(f"{STEPS} steps", steps=STEPS)]
+    if args.seconds:
+        budgets.append(Budget(f"{args.seconds:g} s", seconds=args.seconds))
     found: dict[str, dict[str, list[Row]]] = {budget.title: {} for budget in budgets}
     for task in args.tasks:
         for budget in budgets:
