@@ -77,12 +77,13 @@ MAIN = {
 SHARED = {
     "target mixed in, H = 0 by the same": Method({"horizon": 0}, 1 - MIXED, MIXED, is_shared=True)
 }
+GIVEN_RATE = {"adaptive, given rate": Method({"horizon": AutoHorizon()})}
 OTHERS = {  # of the field: dearer, or weaker than those above
     name: Method({"strategy": name})
     for name in STRATEGIES
     if name not in ("uniform", "loss", "rho", "gradient", "influence")
 }
-METHODS = MAIN | SHARED | OTHERS
+METHODS = MAIN | SHARED | GIVEN_RATE | OTHERS
 
 # --- training
 
