@@ -53,7 +53,11 @@ def language_model(task: str, rate: float, seed: int, num_target: int, folder: P
     target, _ = divided(join(setting.target), num_target)
     held_out, target = divided(target, round(HELD_OUT * num_target))
     generator = torch.Generator().manual_seed(seed)
-    halves = (half for pool in setting.pools(lambda: 0.0) for half in in_parts(pool, 2, generator))
+    halves = (
+        {name: half[name] for name in setting.target[0]}  # without its epoch
+        for pool in setting.pools(lambda: 0.0)
+        for half in in_parts(pool, 2, generator)
+    )
     setting = setting._replace(
         target=list(chunks(target, size)), pools=lambda _: halves, keep=setting.keep // 2
     )
