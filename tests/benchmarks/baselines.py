@@ -77,13 +77,16 @@ MAIN = {
 SHARED = {
     "target mixed in, H = 0 by the same": Method({"horizon": 0}, 1 - MIXED, MIXED, is_shared=True)
 }
-GIVEN_RATE = {"adaptive, given rate": Method({"horizon": AutoHorizon()})}
+ADAPTIVE = {
+    "adaptive, from H = 0": Method({"horizon": AutoHorizon(first=0), "lr": "auto"}),
+    "adaptive, given rate": Method({"horizon": AutoHorizon()}),
+}
 OTHERS = {  # of the field: dearer, or weaker than those above
     name: Method({"strategy": name})
     for name in STRATEGIES
     if name not in ("uniform", "loss", "rho", "gradient", "influence")
 }
-METHODS = MAIN | SHARED | GIVEN_RATE | OTHERS
+METHODS = MAIN | SHARED | ADAPTIVE | OTHERS
 
 # --- training
 

@@ -21,24 +21,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from baselines import HELD_OUT, MAIN, OTHERS, SHARED, Method, Start, divided, run
+from baselines import HELD_OUT, METHODS, Start, divided, run
 from baselines_tables import Budget, Point, Runs, Tuning, rows, table
 from equal_time import mean_loss
 from scorer_tasks import text
 from torch import nn
 
-from selectflow import AutoHorizon
 from selectflow.core.batches import Batch, chunks, in_parts, join, num_examples
 
 STEPS, NUM_TARGET, SEEDS = 100, 200, 3
 TASKS = ("lora", "finetune")
-METHODS = (
-    MAIN | SHARED | OTHERS
-    | {"adaptive": Method({"horizon": AutoHorizon(first=0), "lr": "auto"})}
+NAMES = (
+    "plain", "plain, whole pools", "target alone", "target mixed in", "target mixed in, H = 0",
+    "largest loss", "rho", "gradient", "H = 0", "adaptive, from H = 0", "greats", "adam",
 )  # fmt: skip
-NAMES = [name for name in MAIN if name != "adaptive, always selects"] + ["greats", "adam"]
 TIMED = ("plain", "plain, whole pools", "target mixed in")
-SELECT = ("H = 0", "adaptive")  # beside those
+SELECT = ("H = 0", "adaptive, from H = 0")  # beside those
 # of other seeds, not all have as much prose as the mixture takes
 TUNING = Tuning((0.3, 1.0, 3.0), (10,))
 FEWER = dict.fromkeys(("greats", "adam", "opus"), Tuning((1.0, 3.0), (10,)))
@@ -79,7 +77,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("tasks", nargs="*", default=TASKS)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=NAMES)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(NAMES))
     parser.add_argument("--num-target", type=int, default=NUM_TARGET)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--seconds", type=float, default=0.0)
