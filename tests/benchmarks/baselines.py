@@ -1,7 +1,7 @@
 """What else one could do with a stream and a target set, against selection: one table a task.
 
     python tests/benchmarks/baselines.py [--tasks noised visits] [--methods plain "H = 0"]
-        [--num-target 200] [--seeds 5] [--figure F]
+        [--reference "H = 0"] [--num-target 200] [--seeds 5] [--figure F]
 
 `study_data` describes the tasks; two of them need `pip install scikit-image statsmodels`. An MLP
 with two hidden layers of 128 is trained by AdamW at a constant rate on pools of 64, 16 a step. All
@@ -14,8 +14,8 @@ methods have the same pools, target set and tuning:
 - The rest of the target set is what is selected by, or trained on; of who does both, half of it is.
 - Budgets are 400 optimizer steps, and `--seconds` of the processor (0: none), without evaluation.
 
-Differences to the reference, "adaptive", are paired by seed (t test, corrected by Holm). Finished
-runs are kept in --out and not repeated.
+Differences to --reference are paired by seed (t test, corrected by Holm). Finished runs are kept in
+--out and not repeated.
 """
 
 from __future__ import annotations
@@ -210,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(MAIN))
+    parser.add_argument("--reference", choices=METHODS, default="adaptive")
     parser.add_argument("--num-target", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0)
@@ -227,9 +228,9 @@ def main() -> None:
             each = rows(runs, task, args.methods, args.seeds, args.num_target, budget)
             found[budget.title][task] = each
             title = f"{task}, {budget.title}, {args.num_target} of the target, {args.seeds} seeds"
-            print("", title, "", *table(each), sep="\n", flush=True)
+            print("", title, "", *table(each, args.reference), sep="\n", flush=True)
     for title, of in found.items():
-        print("", f"all tasks, {title}", "", *ranking(of, args.methods), sep="\n")
+        print("", f"all tasks, {title}", "", *ranking(of, args.methods, args.reference), sep="\n")
     if args.figure:
         draw_losses(args.figure, found, args.methods)
 

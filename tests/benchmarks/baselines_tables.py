@@ -17,8 +17,6 @@ from selectflow.report.compare import Paired, holm, paired, stat
 from selectflow.report.tables import spread, verdict
 from selectflow.run.metrics import TEST_LOSS
 
-REFERENCE = "adaptive"
-
 
 class Tuning(NamedTuple):
     """Learning rates, and the seeds that they are tried on."""
@@ -145,7 +143,7 @@ def tested(found: Sequence[Row], reference: str) -> list[Paired | None]:
     return holm(tests)
 
 
-def table(found: Sequence[Row], reference: str = REFERENCE) -> Iterator[str]:
+def table(found: Sequence[Row], reference: str) -> Iterator[str]:
     """The rows in Markdown; steps and seconds are those that the budget allowed."""
     lines = []
     for row, test in zip(found, tested(found, reference), strict=True):
@@ -169,14 +167,14 @@ def table(found: Sequence[Row], reference: str = REFERENCE) -> Iterator[str]:
     yield from (f"| {' | '.join(line.values())} |" for line in lines)
 
 
-def ranking(found: dict[str, list[Row]], names: Sequence[str]) -> Iterator[str]:
+def ranking(found: dict[str, list[Row]], names: Sequence[str], reference: str) -> Iterator[str]:
     """Test loss by task, the place in brackets; bold: better than the reference, slanted: worse."""
     cells: dict[str, list[str]] = {name: [] for name in names}
     places: dict[str, list[int]] = {name: [] for name in names}
     marks = {"better": "**", "worse": "*"}
     for each in found.values():
         for place, (row, test) in enumerate(
-            zip(each, tested(each, REFERENCE), strict=True), start=1
+            zip(each, tested(each, reference), strict=True), start=1
         ):
             mark = marks.get(verdict(test, TEST_LOSS), "")
             cells[row.name].append(f"{mark}{spread(stat(row.losses), 3)}{mark} ({place})")
