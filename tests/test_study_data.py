@@ -5,6 +5,7 @@ import pytest
 import study_data
 import torch
 from baselines import Budget, Method, Point
+from torch.optim.lr_scheduler import LambdaLR
 
 DIGITS = ["noised", "imbalanced", "clean"]
 
@@ -57,20 +58,19 @@ def test_a_run_is_read_where_the_held_out_loss_was_lowest_within_the_budget():
     ("method", "size"),
     [
         (Method(), 16),
-        (Method(size=64), 64),
-        (Method(size=0, mixed=16), 16),
-        (Method(size=12, mixed=4), 17),  # 64 in five parts: the first has 13
-        (Method({"horizon": 0}, 12, 4), 16),
+        (Method(stream=4), 64),
+        (Method(stream=0, mixed=1), 16),
+        (Method(stream=0.75, mixed=0.25), 17),  # 64 in five parts: the first has 13
+        (Method({"horizon": 0}, 0.75, 0.25), 16),
     ],
 )
 def test_what_a_step_trains_on(method, size):
-    data = study_data.draw("clean", 0, 200)
-    torch.manual_seed(0)
-    model = torch.nn.Linear(64, 10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    batch = next(iter(baselines.batches(method, model, optimizer, data, 0)))
+    start = baselines.classifier("clean", 1e-3, 0, 200)
+    (target,) = start.setting.target
+    schedule = LambdaLR(start.setting.optimizer, lambda _: 1.0)
+    batch = next(iter(baselines.batches(method, start, schedule, 0)))
     assert len(batch["y"]) == size
-    of_target = rows(batch) & rows(data.target)
-    assert len(of_target) == method.mixed
+    of_target = rows(batch) & rows(target)
+    assert len(of_target) == 16 * method.mixed
     if method.options is not None:  # the other half selects
-        assert of_target <= rows({"x": data.target["x"][:100]})
+        assert of_target <= rows({"x": target["x"][:80]})
