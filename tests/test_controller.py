@@ -40,6 +40,14 @@ def test_the_first_window_searches_down_and_once_up():
         assert redo == (found != 1.0)
 
 
+@pytest.mark.parametrize(("rise", "found"), [(0.15, 1.0), (0.5, 0.25)])
+def test_a_loss_that_rises_at_any_rate_does_not_ask_for_the_lowest(rise, found):
+    """It rises with the rate: down to where it is no failed step, and no further."""
+    rule = RateRule(AutoRate())
+    decision, _ = rule.decide(1.0, 1.0 + rise, lambda factor: 1.0 + rise * factor)
+    assert decision.after == found
+
+
 def test_it_climbs_to_the_best_rate_and_stays():
     rule = settled()
     made = drive(rule, curve(16.0), 12, progress=0.0)

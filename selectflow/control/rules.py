@@ -253,8 +253,17 @@ class RateRule:
             best = 0.5
             while self._allows(best / 2) and self.has_risen(start, at(best)):
                 best /= 2
+        largest = best
         while at(best / 2) < at(best):
             best /= 2
+        # where the loss rises at any rate, as a stream without some classes makes it, the lowest is
+        # only the one that learns least
+        if (
+            at(best) >= start
+            and not self._allows(best / 2)
+            and not self.has_risen(start, at(largest))
+        ):
+            best = largest
         if best == 1.0 and at(2.0) < at(1.0):
             best = 2.0
         if best == 1.0:
