@@ -75,8 +75,8 @@ class Selector:
         autocast: the type of the autocast that the user's loop opens around its own forward pass,
             `torch.bfloat16` or `torch.float16`: scoring then runs in it, too. One that is opened in
             loss_fn or around the selection is followed without a word.
-        scorer: a small model that scores in this one's place, trained beside it, also while
-            nothing is selected; None: the model scores itself.
+        scorer: a small model that scores in this one's place, trained beside it; None: the model
+            scores itself.
 
     Of several processes each gives its own pools and its share of the target, and the model as
     `DistributedDataParallel` or `fully_shard` made it. Each scores with its own buffers, such as
@@ -270,8 +270,6 @@ class Selector:
         """A part of a pool, of which nothing is known."""
         indices = torch.arange(num_examples(part), device="cpu")
         weights = self._weighing.weights(torch.zeros(len(indices), device="cpu"), ongoing.step)
-        if self._scorer is not None:  # one that stayed behind would choose badly later
-            self._scorer.train_on(weighed(part, weights))
         return self._noted(ongoing, part, part, indices, None, weights)
 
     @contextmanager

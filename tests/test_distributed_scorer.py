@@ -13,7 +13,7 @@ from test_distributed import KEEP, POOL, TARGET, alone, data, losses, make, whol
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from selectflow import AutoHorizon, Scorer, Selector
+from selectflow import Scorer, Selector
 from selectflow.core.batches import join, take
 from selectflow.data import PoolStream
 from selectflow.run import loop
@@ -90,27 +90,6 @@ def test_what_it_is_worth_is_one_number_however_the_model_is_laid_out(two):
         assert [step for step, gain in enumerate(gains) if gain is not None] == [3]
     assert replicas[0][-1][3] == pytest.approx(shards[0][-1][3], rel=1e-6)
     assert (replicas[0][1] - shards[0][1]).abs().max() < 1e-10
-
-
-def plainly_trained():
-    """Weights of a model and of its scorer, a twin, while nothing is selected."""
-    rank = dist.get_rank()
-    (model, optimizer), (twin, own) = make("ddp"), make("ddp")
-    selector = Selector(
-        model, optimizer, losses, data(rank, 2, TARGET, seed=1), KEEP, AutoHorizon(gap=1000),
-        scorer=Scorer(twin, own),
-    )  # fmt: skip
-    for batch in selector.stream(data(rank, 3, POOL)):
-        assert selector.last.scores is None
-        optimizer.zero_grad()
-        losses(model, batch).mean().backward()
-        optimizer.step()
-    return flat(model), flat(twin)
-
-
-def test_while_nothing_is_selected_it_takes_the_steps_of_both(two):
-    for weights, of_scorer in two.run(plainly_trained):
-        assert torch.equal(weights, of_scorer)
 
 
 # --- what is refused ------------------------------------------------------------------------------

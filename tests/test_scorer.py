@@ -330,42 +330,6 @@ def test_control_steps_aside_where_the_scorer_is_bad():
     assert found[True] > 0.2
 
 
-@pytest.mark.parametrize("stop_at", [None, 4])  # in the middle of a pool
-def test_it_takes_every_step_while_nothing_is_selected(stop_at):
-    """As a twin of the model it has the model's weights, also where it goes on from a state."""
-    model, make = PROBLEM.make()
-    pools, target = [make(9) for _ in range(3)], [make(12)]  # each makes three parts
-    horizon = AutoHorizon(largest=0, gap=1000)
-
-    def built():
-        own, twin = copy.deepcopy(model), copy.deepcopy(model)
-        scorer = Scorer(twin, adamw(twin), max_grad_norm=0.5)
-        mine = adamw(own)
-        return (
-            own,
-            mine,
-            twin,
-            Selector(
-                own, mine, PROBLEM.loss_fn, target, 3, horizon, scorer=scorer, max_grad_norm=0.5
-            ),
-        )
-
-    own, mine, twin, selector = built()
-    batches = selector.stream(pools)
-    for at in range(9):
-        if at == stop_at:
-            saved = copy.deepcopy((own.state_dict(), mine.state_dict(), selector.state_dict()))
-            own, mine, twin, selector = built()
-            for part, state in zip((own, mine, selector), saved, strict=True):
-                part.load_state_dict(state)
-            batches = selector.stream(pools[2:])
-        step(own, mine, [next(batches)], 0.5)
-        assert selector.last.scores is None
-        assert selector.last.scorer_loss > 0
-        assert torch.equal(weights(twin), weights(own))
-    assert not torch.equal(weights(twin), weights(model))
-
-
 def test_a_contest_trains_the_model_on_what_the_scorer_keeps():
     """It is judged at the mean of the states of really doing it."""
     model, make = PROBLEM.make()

@@ -40,9 +40,8 @@ class Scorer:
 
     Attributes:
         model: the module that scores; in several processes `DistributedDataParallel` of it.
-        optimizer: its own, which `Selector` steps on what is kept, and on all that it hands out
-            while it does not select; None: it is frozen, and candidates are scored by products of
-            gradients, at H = 0.
+        optimizer: its own, which `Selector` steps on what is kept; None: it is frozen, and
+            candidates are scored by products of gradients, at H = 0.
         loss_fn: `loss_fn(model, batch)` -> its per-example losses, shape (N,); None: the trained
             model's.
         view: makes of a batch what this model reads, such as another tokenizer's ids or a lower
