@@ -8,7 +8,9 @@ of what training has, but for the first ones, and twice that share where trainin
 none is held for which too little training is left.
 
 While nothing is selected, the target loss is looked at now and then, on one batch. As long as it
-falls fast, plain training teaches, and a contest can wait; where it has risen, one is due.
+falls fast, plain training teaches, and a contest can wait; where it has risen, one is due. Where it
+has jumped, selection begins at once: a contest from the bad state would say little. From then on it
+is looked at under selection, too, and a contest with plain training is due where it has fallen far.
 """
 
 from __future__ import annotations
