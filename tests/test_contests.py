@@ -495,6 +495,22 @@ def scale(model, factor):
             param.mul_(factor)
 
 
+def test_a_jump_after_which_no_contest_could_soon_end_selection_is_a_rise():
+    model, make = PROBLEMS[0].make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    train_on(model, optimizer, PROBLEMS[0], make(8))
+    settings = off(gap=20, longest_gap=20)
+    selector = Selector(model, optimizer, PROBLEMS[0].loss_fn, [make(200)], 4, settings)
+    state = selector.state.horizon
+    state.spent, state.next_at = 1000.0, 1e9
+    for number, _ in enumerate(islice(selector.stream(make(8) for _ in range(199)), 140)):
+        if number == 70:
+            scale(model, 12)
+        assert not selector.last.decisions
+        optimizer.step()
+    assert (state.rule.horizon, state.is_urgent, state.has_jumped) == (OFF, True, False)
+
+
 def test_where_the_target_loss_jumps_it_selects_at_once_and_is_watched():
     """No contest says so; one is due again where the loss has fallen under selection."""
     model, make = PROBLEMS[0].make()

@@ -219,11 +219,14 @@ class HorizonControl:
         left = (self._num_steps - max(0, state.last_step)) * self.step_cost
         if price > settings.late_share * left:
             return math.inf
-        total = (state.spent + price) / (2 if state.is_urgent or state.has_jumped else 1)
+        return max(state.next_at, self._paid_at(price, state.is_urgent or state.has_jumped))
+
+    def _paid_at(self, price: float, is_urgent: bool) -> float:
+        """Cost of training at which a contest of this price is paid for."""
+        settings, total = self._settings, (self.state.spent + price) / (2 if is_urgent else 1)
         known = 0.0 if math.isinf(self._num_steps) else settings.share * self._num_steps
         is_early = total <= max(settings.early, known)
-        share = max(settings.share, settings.early_share) if is_early else settings.share
-        return max(state.next_at, total / share)
+        return total / (max(settings.share, settings.early_share) if is_early else settings.share)
 
     def alarm(self) -> None:
         """Training has lost ground: a contest is due, and contests may cost twice their share."""
@@ -262,10 +265,11 @@ class HorizonControl:
             state.best = best  # of the first look since a contest
             return None
         # at a low loss a few examples make it rise and fall
-        if loss - lowest > max(_JUMP * abs(lowest), _CERTAIN * error) and math.isfinite(loss):
-            state.has_jumped, state.judge = True, None
-            state.next_at = state.training + self._settings.gap
-            return state.rule.distrust(lowest, loss)
+        has_jumped = loss - lowest > max(_JUMP * abs(lowest), _CERTAIN * error)
+        next_at = state.training + self._settings.gap
+        if has_jumped and math.isfinite(loss) and self._paid_at(self._price(0), True) <= next_at:
+            state.has_jumped, state.judge, state.next_at = True, None, next_at
+            return state.rule.distrust(lowest, loss)  # a contest may soon end it
         if math.isinf(loss) or loss - lowest > max(_RISE * abs(lowest), _SURE * error):
             self.alarm()
         elif loss < state.seen - _FALL * abs(loss) and math.isfinite(state.seen):
