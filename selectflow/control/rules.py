@@ -288,7 +288,9 @@ class RateRule:
         self.num += 1
         progress, slower, faster = self.sums
         numbers = f"progress {progress:.3g}, at half {slower:+.3g}, at twice {faster:+.3g}"
-        lower = slower > max(progress + self.rested, 0.0)
+        done = progress + self.rested
+        # where the loss rises at half the rate, too, the rate is not what makes it rise
+        lower = slower > max(done, -done)
         self.rested /= 2
         if self.num >= _PATIENCE_TO_LOWER and lower:
             return 0.5, False, f"{numbers}: half the rate gains more than training did"
