@@ -69,6 +69,15 @@ def test_half_the_rate_must_gain_more_than_training_did():
     assert fast[-1].after == 1.0
 
 
+@pytest.mark.parametrize(("half", "after"), [(0.98, 0.5), (1.02, 1.0)])
+def test_where_the_loss_rises_at_half_the_rate_too_the_rate_stays(half, after):
+    """Two windows from 1 to 1.05, and to less or more than 1 at half the rate."""
+    rule = settled()
+    for _ in range(2):
+        decision, _ = rule.decide(1.0, 1.05, lambda factor: {0.5: half, 2.0: 1.2}[factor])
+    assert decision.after == after
+
+
 @pytest.mark.parametrize(("fall", "after"), [(0.01, 0.5), (0.02, 1.0), (-0.02, 0.5)])
 def test_what_training_gains_between_windows_counts(fall, after):
     """Of two windows P = .06 and G = .075; what fell between them counts whole, as P does."""

@@ -11,8 +11,10 @@ earn more than the window's whole progress before it is taken. With
 
     P = sum of (start - end)   G = sum of (end - end at half the rate)   U = the same at twice
 
-over the windows since the last change, each counting half of the one after it: halve if G > max(P,
-0); double if U > G, U is a noticeable share of the loss, and P + U > 0. Double as well where
+over the windows since the last change, each counting half of the one after it: halve if G > P and
+P + G > 0, for where the loss rises at half the rate, too, the rate is not what makes it rise, as on
+a stream that lacks classes of the target; double if U > G, U is a noticeable share of the loss, and
+P + U > 0. Double as well where
 progress goes with the rate, U ~ P and G ~ -P / 2: that is far below the best rate, however little a
 window gains. Each fall doubles the number of windows that the next raise needs, so it cannot
 oscillate for long; to lower takes two at most, for too high a rate can ruin a run where too low a
@@ -289,7 +291,6 @@ class RateRule:
         progress, slower, faster = self.sums
         numbers = f"progress {progress:.3g}, at half {slower:+.3g}, at twice {faster:+.3g}"
         done = progress + self.rested
-        # where the loss rises at half the rate, too, the rate is not what makes it rise
         lower = slower > max(done, -done)
         self.rested /= 2
         if self.num >= _PATIENCE_TO_LOWER and lower:
