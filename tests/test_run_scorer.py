@@ -43,7 +43,7 @@ def made(tmp_path, scorer=None, **options):
 def checked_at(monkeypatch, step, gap):
     """Let runs measure what their scorer is worth so early."""
     begin = selectflow.control.worth.WorthState
-    monkeypatch.setattr("selectflow.selector.WorthState", lambda: begin(next_at=step, gap=gap))
+    monkeypatch.setattr("selectflow.options.WorthState", lambda: begin(next_at=step, gap=gap))
 
 
 @pytest.mark.parametrize(
