@@ -285,6 +285,15 @@ def test_activations_that_are_recomputed_change_nothing(tmp_path, plain, kwargs)
         assert embedding(ids).requires_grad
 
 
+def test_steps_that_are_not_selected_for_train_on_as_many_of_any(tmp_path):
+    trainer = trainer_for(tmp_path, select_options={"score_every": 2}, max_steps=4, logging_steps=2)
+    trainer.train()
+    assert [len(batch) for batch in trainer.trained_on] == [KEEP] * 4
+    for line in trainer.state.log_history[:2]:
+        assert line["select/kept_fraction"] == KEEP / POOL
+        assert line["select/share_of_steps"] == 0.5
+
+
 def test_while_nothing_is_selected_each_pool_gives_one_batch(tmp_path):
     """The Trainer counts on as many batches as pools: a random part of each, also when resumed."""
     off = {"horizon": AutoHorizon(gap=3000, largest=0, costs={0: 2.0}), "interval": 1}
