@@ -15,7 +15,7 @@ import torch
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from selectflow.control.contests import HorizonState
+from selectflow.control.contest_state import HorizonState
 from selectflow.control.horizon import Horizon
 from selectflow.control.interval import IntervalState
 from selectflow.control.ladder import AutoHorizon
@@ -253,13 +253,13 @@ class SelectOptions(Section):
             seed: of the random numbers.
         """
         rate = AutoRate() if self.lr == "auto" else self.lr
-        is_controlled = isinstance(horizon, AutoHorizon)
+        contests = HorizonState.begin(horizon, seed) if isinstance(horizon, AutoHorizon) else None
         # checks and contests choose by influence: of another choice they would say nothing
-        is_checked = scorer is not None and not is_controlled and self.strategy == "influence"
+        is_checked = scorer is not None and contests is None and self.strategy == "influence"
         return SelectorState(
             torch.Generator().manual_seed(seed),
             Forms(),
-            HorizonState.begin(horizon, seed) if isinstance(horizon, AutoHorizon) else None,
+            contests,
             RateState(RateRule(rate)) if isinstance(rate, AutoRate) else None,
             IntervalState() if self.interval == "auto" else None,
             WorthState() if is_checked else None,

@@ -28,7 +28,6 @@ from selectflow.core.batches import (
     num_examples,
     num_kept,
     take,
-    through,
 )
 from selectflow.core.chunks import ChunkSize
 from selectflow.core.counts import as_count
@@ -235,7 +234,7 @@ class Selector:
         """
         state = self.state
         state.rest.clear()
-        ongoing = Ongoing(pool, through(self.options.score_view, pool), iter(upcoming))
+        ongoing = Ongoing(pool, iter(upcoming), self.options.score_view)
         scores: Tensor | None = None
         size_kept = num_kept(self.options.keep, num_examples(pool))
         with self._deciding(ongoing):
@@ -261,7 +260,7 @@ class Selector:
     def _next_part(self) -> Batch:
         """The next part of a pool that is not selected from."""
         part = self.state.rest[0]
-        ongoing = Ongoing(part, part)
+        ongoing = Ongoing(part)
         with self._deciding(ongoing):
             self._controls.adapt_rate(ongoing)
         return self._handed_out(ongoing, self.state.rest.popleft())

@@ -511,6 +511,21 @@ def test_a_jump_after_which_no_contest_could_soon_end_selection_is_a_rise():
     assert (state.rule.horizon, state.is_urgent, state.has_jumped) == (OFF, True, False)
 
 
+@pytest.mark.parametrize(("pool", "num_target"), [(4, 200), (8, 20)])
+def test_no_jump_where_nothing_could_be_left_out_or_few_examples_tell(pool, num_target):
+    """A pool of just what is kept, which selection would score for nothing; a target of 20."""
+    model, make = PROBLEMS[0].make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    train_on(model, optimizer, PROBLEMS[0], make(8))
+    selector = Selector(model, optimizer, PROBLEMS[0].loss_fn, [make(num_target)], 4, off(gap=3000))
+    for number, _ in enumerate(islice(selector.stream(make(pool) for _ in range(199)), 140)):
+        if number == 70:
+            scale(model, 40)
+        assert selector.last.scores is None
+        optimizer.step()
+    assert not selector.state.horizon.has_jumped
+
+
 def test_where_the_target_loss_jumps_it_selects_at_once_and_is_watched():
     """No contest says so; one is due again where the loss has fallen under selection."""
     model, make = PROBLEMS[0].make()

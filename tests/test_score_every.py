@@ -55,6 +55,15 @@ def test_the_steps_in_between_cost_no_pass_and_take_any_examples(pools_per_updat
     assert len(set(seen)) > 5  # not the same ones all the time
 
 
+def test_what_is_scored_of_the_candidates_is_made_where_they_are_scored():
+    seen = []
+    model, optimizer, selector, make = parts(score_view=lambda x: seen.append(x) or x)
+    for number, batch in enumerate(islice(selector.stream(make(10) for _ in range(9)), 6)):
+        assert bool(seen) == (number % 3 == 0)
+        seen.clear()
+        train_on(model, optimizer, batch)
+
+
 def test_a_step_that_is_selected_for_is_selected_for_as_ever():
     """A new selector at the same state of training keeps the same."""
     model, optimizer, selector, make = parts()

@@ -18,108 +18,33 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from selectflow.control.ladder import OFF, AutoHorizon, HorizonRule, Outcome, named
+from selectflow.control.contest_state import HELD, NUM_TIMES, HorizonState
+from selectflow.control.ladder import OFF, Outcome, named
 from selectflow.control.rollouts import Rollouts, compared
-from selectflow.control.rules import Decision, restore, state_of
-from selectflow.core.batches import Batch, num_examples, num_kept, to_device
+from selectflow.control.rules import Decision
+from selectflow.core.batches import Batch, num_examples, num_kept
 from selectflow.core.clock import work_s
 from selectflow.core.lookahead import Upcoming, random_order
-from selectflow.core.plain import plain, restored
 from selectflow.core.proxy import probe
 from selectflow.core.weight_changes import selection
 
 NextTarget = Callable[[], Batch]
 _log = logging.getLogger(__name__)
 
-_HELD = 1.25  # factor by which a measured cost must differ from the one in use to replace it
-_NUM_TIMES = 16  # steps of the user's loop whose median counts
 _LOOK_EVERY = 64  # plain steps between two looks at the target loss
 _RISE = 0.2  # relative, of the target loss, that makes a contest due
 _SURE = 2.0  # standard errors that it must have risen by
 _JUMP, _CERTAIN = 0.5, 4.0  # the same, of a rise at which selection begins without a contest
+_MANY = 32  # examples by which a jump is told: of fewer, errors are not known well enough
 _DROP = 0.6  # relative, of the loss under selection after that: the stream may be good again
 _FALL = 0.05  # relative, between two looks, for which it waits
 _GUESS = 3.0  # plain steps that a gradient of the target and two passes of the pool may cost
-
-
-@dataclass
-class HorizonState:
-    """What the next contests depend on.
-
-    Attributes:
-        rule: the horizon, and what contests said so far.
-        generator: of the nominal batches of contests, and of the order of parts.
-        training: what training has cost so far, in plain steps.
-        spent: what contests have cost.
-        next_at: cost of training at which the next contest is due.
-        is_urgent: whether training has lost ground since the last one.
-        has_jumped: whether the target loss has ever jumped: the stream is not to be trusted.
-        costs: plain steps that a selected step costs, by horizon.
-        overhead: what a contest costs, over the steps that it compares.
-        times: seconds of the user's last steps.
-        last_step: optimizer step that was counted last.
-        judge: batch of the target that is looked at while nothing is selected; None: not yet.
-        seen: loss on it at the last look; infinite before the first.
-        best: losses of its examples at the look with the lowest, or under selection at the first;
-            None before that.
-        next_look: cost of training at the next look.
-    """
-
-    rule: HorizonRule
-    generator: torch.Generator
-    training: float = 0.0
-    spent: float = 0.0
-    next_at: float = 0.0
-    is_urgent: bool = False
-    has_jumped: bool = False
-    costs: dict[int, float] = field(default_factory=dict)
-    overhead: float = _HELD
-    times: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_TIMES))
-    last_step: int = -1
-    judge: Batch | None = None
-    seen: float = math.inf
-    best: Tensor | None = None
-    next_look: float = 0.0
-
-    @classmethod
-    def begin(cls, settings: AutoHorizon, seed: int) -> HorizonState:
-        """The state of a run that begins: moments are empty, so the first contest comes later."""
-        costs = dict(settings.costs or {})
-        generator = torch.Generator().manual_seed(seed)
-        return cls(HorizonRule(settings), generator, next_at=settings.gap, costs=costs)
-
-    def plain(self) -> dict[str, Any]:
-        """As plain values."""
-        return vars(self) | {
-            "rule": state_of(self.rule),
-            "generator": self.generator.get_state(),
-            "costs": list(self.costs.items()),
-            "times": list(self.times),
-            "judge": None if self.judge is None else plain(self.judge),
-        }
-
-    def load(self, saved: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from `plain`, with the batch that is looked at on `device`."""
-        restore(self.rule, saved["rule"])
-        self.generator.set_state(saved["generator"])
-        self.costs = dict(saved["costs"])
-        self.times = deque(saved["times"], _NUM_TIMES)
-        judge = saved["judge"]
-        self.judge = None if judge is None else to_device(restored(judge), device)
-        best = saved.get("best")
-        self.best = None if best is None else best.to(device)
-        others = {"rule", "generator", "costs", "times", "judge", "best"}
-        for name in saved.keys() & vars(self).keys() - others:  # an older state has fewer
-            setattr(self, name, saved[name])
 
 
 class HorizonControl:
@@ -183,7 +108,7 @@ class HorizonControl:
 
     def _is_timed(self) -> bool:
         """Whether a contest is near: to wait for the device at every step would cost time."""
-        near = 2 * _NUM_TIMES * self.step_cost
+        near = 2 * NUM_TIMES * self.step_cost
         return self._settings.costs is None and self.state.training + near >= self._due_at()
 
     @property
@@ -267,7 +192,12 @@ class HorizonControl:
         # at a low loss a few examples make it rise and fall
         has_jumped = loss - lowest > max(_JUMP * abs(lowest), _CERTAIN * error)
         next_at = state.training + self._settings.gap
-        if has_jumped and math.isfinite(loss) and self._paid_at(self._price(0), True) <= next_at:
+        if (
+            has_jumped
+            and math.isfinite(loss)
+            and self._policy.derivatives.group.sum(torch.tensor(float(len(losses)))) >= _MANY
+            and self._paid_at(self._price(0), True) <= next_at
+        ):
             state.has_jumped, state.judge, state.next_at = True, None, next_at
             return state.rule.distrust(lowest, loss)  # a contest may soon end it
         if math.isinf(loss) or loss - lowest > max(_RISE * abs(lowest), _SURE * error):
@@ -285,7 +215,7 @@ class HorizonControl:
         """
         cheap, dear = sorted((self.state.rule.horizon, self.state.rule.rival()))
         rounds = self._num_rounds(dear)
-        room = _HELD if dear in self.state.costs else 2.0  # the guess may be too low
+        room = HELD if dear in self.state.costs else 2.0  # the guess may be too low
         steps = room * rounds * self._ratio(dear, cheap)
         others = steps / num_parts if cheap == OFF else steps + cheap
         return min(self.largest, max(rounds + dear, math.ceil(others)))
@@ -359,7 +289,7 @@ class HorizonControl:
         if without:
             others = statistics.median(without)
             select_s = others + (select_s - others) / interval
-        known = state.times if len(state.times) >= _NUM_TIMES // 4 else [s for _, s in times]
+        known = state.times if len(state.times) >= NUM_TIMES // 4 else [s for _, s in times]
         found = torch.tensor([select_s, statistics.median(known)], dtype=torch.float64)
         select_s, step_s = self._policy.derivatives.group.mean(found).tolist()
         self._step_s = step_s
@@ -427,6 +357,6 @@ def guessed_cost(horizon: int, interval: int) -> float:
 
 def _held(known: float | None, found: float) -> float:
     """A measured cost: the one that is known, unless what was found is clearly another."""
-    if known is not None and 1 / _HELD <= found / known <= _HELD:
+    if known is not None and 1 / HELD <= found / known <= HELD:
         return known
     return found

@@ -157,15 +157,18 @@ class Controls:
         # a strategy that never looks ahead has no horizon to decide
         if control is None or not (control.may_be_off or self._state.num_lookaheads):
             return
-        if control.is_look_due:
+        is_look_due = control.is_look_due
+        if not is_look_due and not (control.is_due() and is_due(ongoing.step)):
+            return
+        rejected = self._group.least(size - size_kept)  # what one process does all do
+        if rejected == 0 and self._scoring.policy.weighting == "none":
+            return  # all are kept either way
+        if is_look_due:
             began = time.perf_counter()
             with self._objective.scoring():
                 ongoing.note(control.look(self._target.next), began)
         if not control.is_due() or not is_due(ongoing.step):
             return
-        rejected = self._group.least(size - size_kept)  # what one process does all do
-        if rejected == 0 and self._scoring.policy.weighting == "none":
-            return  # all are kept either way
         num_parts = 1 + rejected // size_kept
         num = control.num_updates(num_parts) * self._per
         pools, began = ongoing.pools(num, self._group), time.perf_counter()

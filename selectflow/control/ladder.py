@@ -59,7 +59,7 @@ class AutoHorizon:
             teaches fastest at first and selection has to earn its seconds, else 0. A model that
             already tells good examples from bad, as in fine-tuning, begins better with 0.
         share: of the cost of training, which contests may take at the most, in (0, 1]; twice as
-            much where the target loss has risen under plain training.
+            much where the target loss has risen under plain training, and ever after it has jumped.
         early: cost that the first contests may take beyond that share, in plain steps; where the
             length of the run is known, the share of that, if it is more.
         early_share: of what was trained until then, that those may take at the most, > 0: a run may

@@ -7,13 +7,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selectflow.control.contests import HorizonState
+from selectflow.control.contest_state import HorizonState
 from selectflow.control.interval import IntervalState
 from selectflow.control.rate import RateState
 from selectflow.control.rules import Decision
@@ -210,9 +211,9 @@ class Ongoing:
 
     Attributes:
         pool: the candidates, or a part of them that is handed out as it is.
-        seen: what is scored of them.
         following: the pools after it; drawn from when a look-ahead needs them.
         step: optimizer updates made.
+        view: makes of the candidates what is scored; None: themselves.
         began: when, by the clock.
         upcoming: pools after the present one that were drawn, in order.
         losses: of the candidates, where the strategy needed them.
@@ -225,8 +226,8 @@ class Ongoing:
     """
 
     pool: Batch
-    seen: Batch
     following: Iterator[Batch] = field(default_factory=lambda: iter(()))
+    view: Callable[[Batch], Batch] | None = None
     step: int = 0
     began: float = 0.0
     upcoming: list[Batch] = field(default_factory=list)
@@ -237,6 +238,11 @@ class Ongoing:
     control_s: float = 0.0
     decisions: list[Decision] = field(default_factory=list)
     scorer_gain: float | None = None
+
+    @cached_property
+    def seen(self) -> Batch:
+        """What is scored of the candidates, made where they are."""
+        return through(self.view, self.pool)
 
     def note(self, decision: Decision | None, began: float) -> None:
         """Keep a decision, where one was made, and the time since `began` as its cost."""
