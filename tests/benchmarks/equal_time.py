@@ -14,7 +14,6 @@ this order. The test set is read once, at the end. Finished runs are kept in --o
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import torch
 from adaptive_study import BASE_LR, KEEP, loss_fn, pools, shown, splits
+from finished import Finished
 from results_tasks import CONFIGS, from_base, mixture, trainer_module
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -187,7 +187,7 @@ def report(task: str, rate: float, found: dict[str, list[Result]]) -> None:
         print(line + (f"; contests {contests:.1%}" if contests else ""))
 
 
-def draw(path: Path, known: dict[str, Result], tasks: list[str], seeds: int) -> None:
+def draw(path: Path, known: Finished, tasks: list[str], seeds: int) -> None:
     """The chosen modes over the time of a run, one line a seed."""
     _, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks), 2.2), sharey=True)
     for axis, task in zip(axes if len(tasks) > 1 else [axes], tasks, strict=True):
@@ -215,9 +215,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="where to draw the modes over time")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "results.jsonl"
-    known = dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {}
+    known = Finished(args.out / "results.jsonl")
     for task in args.tasks:
         for rate in args.rates:
             for seed in range(args.seeds):
@@ -232,8 +230,6 @@ def main() -> None:
                         num = known[key(task, LENGTH[name], rate, seed)]["steps"]
                         options = (options or {}) | {"num_steps": num}
                     known[place] = run(setting, options, SECONDS[task], seed)
-                    with path.open("a") as file:
-                        file.write(json.dumps([place, known[place]]) + "\n")
             found = {
                 name: [known[key(task, name, rate, seed)] for seed in range(args.seeds)]
                 for name in args.methods

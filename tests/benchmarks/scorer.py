@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 from equal_time import Setting, mean_loss, take_step
+from finished import Finished
 from scorer_tasks import IMAGES, TENTH, THIRTIETH, Made, beginning, halved, text
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -156,11 +156,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scorer"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "results.jsonl"
-    known: dict[str, Any] = {}
-    if path.exists():
-        known = dict(map(json.loads, path.read_text().splitlines()))
+    known = Finished(args.out / "results.jsonl")
 
     def made(task: str, method: str, seed: int) -> Made:
         if task in IMAGES:
@@ -183,8 +179,6 @@ def main() -> None:
                 seconds = known[f"{task}/{timed}/{seed}"]["seconds"] if is_timed else None
                 setting, scoring = made(task, method, seed)
                 known[place] = run(task, setting, scoring, method, seed, seconds)
-                with path.open("a") as file:
-                    file.write(json.dumps([place, known[place]]) + "\n")
         found = {m: [known[f"{task}/{m}/{seed}"] for seed in range(args.seeds)] for m in methods}
         report(task, found, whole_pool_step_s(made(task, "uniform", 0)[0]))
 

@@ -17,7 +17,6 @@ that each way takes in turn, with the least of each.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 from equal_time import Setting, mean_loss, take_step
+from finished import Finished
 from scorer import RATE, STEPS
 from scorer_cost import SHAPES, loss_fn
 from scorer_tasks import IMAGES, TENTH, Made, text
@@ -154,8 +154,7 @@ def loss(task: str, way: str, seed: int, folder: Path) -> float:
 
 
 def losses(task: str, ways: list[str], seeds: int, folder: Path) -> None:
-    path = folder / "ahead.jsonl"
-    known = dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {}
+    known = Finished(folder / "ahead.jsonl")
     found: dict[str, list[float]] = {}
     for seed in range(seeds):
         for way in ways:
@@ -163,8 +162,6 @@ def losses(task: str, ways: list[str], seeds: int, folder: Path) -> None:
                 continue  # which changes no number
             if (place := f"{task}/{way}/{seed}") not in known:
                 known[place] = loss(task, way, seed, folder)
-                with path.open("a") as file:
-                    file.write(json.dumps([place, known[place]]) + "\n")
             found.setdefault(way, []).append(known[place])
     print(f"\n{task}, {STEPS[task]} steps, {seeds} seeds: test loss")
     for way, mine in found.items():

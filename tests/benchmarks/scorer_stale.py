@@ -12,13 +12,13 @@ after so many steps of selection, and the differences paired by seed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from itertools import islice
 from pathlib import Path
 
 import torch
 from equal_time import mean_loss, take_step
+from finished import Finished
 from scorer import RATE, in_full, scorer_of
 from scorer_tasks import IMAGES, TENTH, text
 from torch.optim.lr_scheduler import LambdaLR
@@ -79,17 +79,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scorer"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "stale.jsonl"
-    known = dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {}
+    known = Finished(args.out / "stale.jsonl")
     for task in args.tasks:
         found: dict[str, list[list[float]]] = {way: [] for way in WAYS}
         for seed in range(args.seeds):
             for way in WAYS:
                 if (place := f"{task}/{way}/{seed}") not in known:
                     known[place] = run(task, way, seed, args.out)
-                    with path.open("a") as file:
-                        file.write(json.dumps([place, known[place]]) + "\n")
                 found[way].append(known[place])
         report(task, found)
 

@@ -12,7 +12,6 @@ on n. Finished runs are kept in --out and not repeated.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 import torch
+from finished import Finished
 from results_tasks import CONFIGS, Options, from_base, oracle, trainer_module
 from sources import Kept, paired
 
@@ -257,9 +257,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/sources_text"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "results.jsonl"
-    known = dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {}
+    known = Finished(args.out / "results.jsonl")
     for task in args.tasks or TASKS:
         found: dict[str, dict[int, Result]] = {}
         for seed in range(args.seeds):
@@ -268,8 +266,6 @@ def main() -> None:
                 if place not in known:
                     seconds = found[LIVE][seed]["seconds"] if "as long" in name else 0.0
                     known[place] = run(task, name, seed, args.out, seconds)
-                    with path.open("a") as file:
-                        file.write(json.dumps([place, known[place]]) + "\n")
                     print(f"{place}: {known[place]}", flush=True)
                 found.setdefault(name, {})[seed] = known[place]
         report(task, found)
